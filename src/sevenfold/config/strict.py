@@ -1,0 +1,152 @@
+"""Strict configuration: TOML in, frozen objects out, every mistake named with its remedy."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sevenfold.config.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """A frozen configuration object that refuses unknown keys and never converts types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Config = TypeVar("Config", bound=StrictModel)
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str | None:
+    """Return the known name that looks most like a misspelt one, or None when none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
+    """Return the message for a name that is not among the known ones, nearest first."""
+    nearest = nearest_name(name, known)
+    hint = f"did you mean {nearest!r}?" if nearest else f"known: {', '.join(sorted(known))}"
+    return f"{kind} must be a known name, got {name!r}; {hint}"
+
+
+def parse_config(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Validate plain values into a configuration object.
+
+    Args:
+        cls: the StrictModel to build.
+        values: nested mapping as tomllib or json returns it.
+        source: what the values came from (a file name), for messages.
+
+    Returns:
+        The frozen configuration.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value breaks its rule. All faults are listed.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        faults = [_fault(cls, fault) for fault in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(faults)) from error
+
+
+def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a TOML file, resolve its `extends`, and apply `a.b=value` overrides.
+
+    Args:
+        path: the file; its top-level key `extends` may name a base file relative to it.
+        overrides: each `dotted.key=value`; the value is TOML, or a bare string.
+
+    Returns:
+        The merged tables, without `extends`.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, extends itself, or an override has no `=`.
+    """
+    values = _read_with_base(path, seen=())
+    for override in overrides:
+        _apply_override(values, override)
+    return values
+
+
+def merge_tables(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Return base with every key of top laid over it, tables merged key by key."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        both_tables = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge_tables(below, value) if both_tables else value
+    return merged
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: extends must not lead back to itself")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: must be TOML: {error}") from error
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends must be a file name, got {base!r}")
+    return merge_tables(_read_with_base(path.parent / base, (*seen, path)), values)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set must read key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = values
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {dotted}: {key} must be a table, got {table!r}")
+    table[keys[-1]] = value
+
+
+def _fault(cls: type[BaseModel], fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(cls, fault["loc"][:-1])
+        name = str(fault["loc"][-1])
+        nearest = nearest_name(name, known)
+        prefix = where[: -len(name)]
+        hint = f"did you mean {prefix}{nearest}?" if nearest else f"known: {', '.join(known)}"
+        return f"{where} is not a known key; {hint}"
+    if fault["type"] == "missing":
+        return f"{where} must be given"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} must be valid: {message}, got {fault['input']!r}"
+
+
+def _fields_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    for part in loc:
+        field = cls.model_fields.get(str(part))
+        below = _model_in(field.annotation) if field else None
+        if below is None:
+            break
+        cls = below
+    return list(cls.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
