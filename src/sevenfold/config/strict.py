@@ -1,6 +1,7 @@
 """Strict configuration: TOML in, frozen objects out, every mistake named with its remedy."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def parse_config(cls: type[Config], values: Mapping[str, Any], source: str) -> C
         ConfigError: a key is unknown or missing, or a value breaks its rule. All faults are listed.
     """
     try:
-        return cls.model_validate(dict(values))
+        # By way of JSON: strict mode then takes a list for a tuple and a string for a path.
+        return cls.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         faults = [_fault(cls, fault) for fault in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(faults)) from error
