@@ -24,7 +24,7 @@ format: setup  ## rewrite the code to the house style
 	@$(BIN)/ruff format
 
 docs: setup  ## build the documentation into site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lock: setup  ## resolve requirements/dev.txt anew
 	@$(BIN)/python scripts/lock.py
