@@ -1,0 +1,30 @@
+"""The hybrid model: configuration, layers, state, initial weights."""
+
+from sevenfold.models.batch import Batch
+from sevenfold.models.config import LayerType, ModelConfig, MoEConfig
+from sevenfold.models.hybrid import HiddenResult, HybridModel
+from sevenfold.models.init import deepnorm_alpha, deepnorm_beta, init_weights
+from sevenfold.models.state import (
+    KVState,
+    LayerState,
+    LinearState,
+    empty_state,
+    select_sequences,
+)
+
+__all__ = [
+    "Batch",
+    "HiddenResult",
+    "HybridModel",
+    "KVState",
+    "LayerState",
+    "LayerType",
+    "LinearState",
+    "MoEConfig",
+    "ModelConfig",
+    "deepnorm_alpha",
+    "deepnorm_beta",
+    "empty_state",
+    "init_weights",
+    "select_sequences",
+]

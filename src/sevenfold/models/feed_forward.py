@@ -1,0 +1,130 @@
+"""Feed-forward layers: dense SwiGLU, and a mixture of SwiGLU experts."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sevenfold.models.config import ModelConfig, MoEConfig
+from sevenfold.models.layers import Linear
+from sevenfold.ops import (
+    autocast,
+    combine,
+    full_precision,
+    gather_rows,
+    grouped_linear,
+    linear,
+    plan_dispatch,
+    swiglu,
+)
+
+
+class RouterStats(NamedTuple):
+    """What one layer's router did with one batch; scalars, but for load [num_local_experts].
+
+    balance_loss: E * sum_i f_i m_i; f_i the share of tokens that chose expert i, m_i its mean
+        probability; num_experts_per_tok when balanced.
+    z_loss: mean of logsumexp(logits)^2.
+    load: f_i before any drop.
+    dropped: share of the choices that were dropped.
+    """
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    load: Tensor
+    dropped: Tensor
+
+
+class SwiGLU(nn.Module):
+    """y = W_down (silu(W_gate x) * W_up x), gate and up in one matrix."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform x [..., hidden_size]."""
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Experts(nn.Module):
+    """The weights of E SwiGLU experts, stacked."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        E, D, F = num_experts, hidden_size, intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F))
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """Transform rows [R, D], sorted by expert."""
+        rows, gate_up_proj, down_proj = autocast(rows, self.gate_up_proj, self.down_proj)
+        hidden = swiglu(grouped_linear(rows, gate_up_proj, rows_per_expert))
+        return grouped_linear(hidden, down_proj, rows_per_expert)
+
+
+class Router(nn.Module):
+    """p = softmax(W x) in fp32; the k most probable experts, their weights summing to 1."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(moe.num_local_experts, hidden_size))
+        self.num_chosen = moe.num_experts_per_tok
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose for x [T, D]: logits [T, E], weights [T, k] and experts [T, k]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with full_precision(x.device):
+            logits = linear(x.to(dtype), self.weight.to(dtype))
+        probabilities, experts = logits.softmax(-1).topk(self.num_chosen, dim=-1)
+        return logits, probabilities / probabilities.sum(-1, keepdim=True), experts
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token to its k experts, and to a shared expert where there is one.
+
+    y = sum_i w_i FFN_i(x)      with a shared expert: (1 - c) y + c FFN_shared(x),
+                                c = sigmoid(w_c x)
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.moe = moe
+        self.gate = Router(config.hidden_size, moe)
+        self.experts = Experts(moe.num_local_experts, config.hidden_size, config.intermediate_size)
+        self.shared_mlp, self.coefficient = None, None
+        if moe.shared_intermediate_size is not None:
+            self.shared_mlp = SwiGLU(config.hidden_size, moe.shared_intermediate_size)
+            self.coefficient = Linear(config.hidden_size, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
+        """Transform x [B, T, D]; statistics, and dropping, in training only."""
+        tokens = x.reshape(-1, x.shape[-1])
+        logits, weights, experts = self.gate(tokens)
+        capacity = self._capacity(len(tokens)) if self.training else None
+        dispatch = plan_dispatch(experts, self.moe.num_local_experts, capacity)
+        rows = self.experts(gather_rows(tokens, dispatch), dispatch.rows_per_expert)
+        y = combine(rows, weights.to(rows.dtype), dispatch)
+        if self.shared_mlp is not None and self.coefficient is not None:
+            share = torch.sigmoid(self.coefficient(tokens))
+            y = (1 - share) * y + share * self.shared_mlp(tokens)
+        if not self.training:
+            return y.view_as(x), None
+        return y.view_as(x), self._stats(logits, experts, len(dispatch.token))
+
+    def _capacity(self, num_tokens: int) -> int | None:
+        factor = self.moe.capacity_factor
+        if factor is None:
+            return None
+        even = num_tokens * self.moe.num_experts_per_tok / self.moe.num_local_experts
+        return math.ceil(factor * even)
+
+    def _stats(self, logits: Tensor, experts: Tensor, num_kept: int) -> RouterStats:
+        E = self.moe.num_local_experts
+        load = torch.bincount(experts.flatten(), minlength=E).to(logits.dtype) / len(experts)
+        balance = E * (load * logits.softmax(-1).mean(0)).sum()
+        z_loss = torch.logsumexp(logits, dim=-1).square().mean()
+        dropped = logits.new_tensor(1 - num_kept / experts.numel())
+        return RouterStats(balance, z_loss, load.detach(), dropped)

@@ -1,0 +1,144 @@
+"""The hybrid decoder: embedding, blocks, final norm, head."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sevenfold.models.batch import Batch
+from sevenfold.models.config import ModelConfig
+from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats, SwiGLU
+from sevenfold.models.layers import Linear, RMSNorm
+from sevenfold.models.mixers import build_mixer
+from sevenfold.models.state import LayerState
+from sevenfold.ops import head_logits
+
+
+class HiddenResult(NamedTuple):
+    """Output of HybridModel.hidden.
+
+    hidden: [B, T, hidden_size], normalised, ready for the head.
+    state: the state handed in, advanced; None if none came in.
+    router: one entry for each layer with experts, in training; else empty.
+    """
+
+    hidden: Tensor
+    state: tuple[LayerState, ...] | None
+    router: tuple[RouterStats, ...]
+
+
+class Block(nn.Module):
+    """A mixer and a feed-forward, each with its norm and residual (see ModelConfig)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.post_norm = config.norm_placement == "post_norm"
+        self.mixer_factors = config.residual_factors(config.layer_types[layer])
+        self.mlp_factors = (config.mlp_alpha_factor, config.mlp_beta_factor)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = build_mixer(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MixtureOfExperts | SwiGLU
+        if config.moe is not None:
+            self.mlp = MixtureOfExperts(config, config.moe)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, batch: Batch, state: LayerState | None
+    ) -> tuple[Tensor, LayerState | None, RouterStats | None]:
+        """Run the block on x [B, T, hidden_size]."""
+        u = self.input_layernorm(x)
+        mixed, state = self.self_attn(u, batch, state)
+        x = self._residual(x, u, mixed, self.mixer_factors)
+        u = self.post_attention_layernorm(x)
+        stats = None
+        if isinstance(self.mlp, MixtureOfExperts):
+            fed, stats = self.mlp(u)
+        else:
+            fed = self.mlp(u)
+        return self._residual(x, u, fed, self.mlp_factors), state, stats
+
+    def _residual(self, x: Tensor, u: Tensor, f: Tensor, factors: tuple[float, float]) -> Tensor:
+        alpha, beta = factors
+        stream = u if self.post_norm else x
+        return torch.add(f if beta == 1.0 else beta * f, stream, alpha=alpha)
+
+
+class HybridModel(nn.Module):
+    """A decoder whose layers are any mix of linear, full and sliding attention.
+
+    Its parameters are created uninitialised: see init_weights and load_model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, the router's apart."""
+        return self.embed_tokens.weight.dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Compute the logits of whole rows.
+
+        Args:
+            input_ids: [B, T] int64, 0 to vocab_size - 1; each row is one sequence.
+
+        Returns:
+            [B, T, vocab_size], fp32 (fp64 for an fp64 model).
+        """
+        return self.logits(self.hidden(input_ids).hidden)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        batch: Batch | None = None,
+        state: tuple[LayerState, ...] | None = None,
+    ) -> HiddenResult:
+        """Run the decoder up to the head.
+
+        Args:
+            input_ids: [B, T] int64.
+            batch: what the tokens belong to; None means that each row is one sequence.
+            state: of the batch's sequences, as empty_state or an earlier call returned it; None
+                starts afresh and keeps nothing.
+
+        Returns:
+            Hidden vectors, state and router statistics.
+
+        Raises:
+            ValueError: the ids' shape is not the batch's.
+        """
+        if batch is None:
+            batch = Batch.rows(*input_ids.shape, device=input_ids.device)
+        if input_ids.shape != batch.positions.shape:
+            shapes = (list(batch.positions.shape), list(input_ids.shape))
+            raise ValueError("input_ids must have the batch's shape {}, got {}".format(*shapes))
+        x = self.embed_tokens(input_ids)
+        states: list[LayerState | None] = []
+        router = []
+        for i, layer in enumerate(self.layers):
+            x, after, stats = layer(x, batch, None if state is None else state[i])
+            states.append(after)
+            router += [] if stats is None else [stats]
+        advanced = None if state is None else tuple(s for s in states if s is not None)
+        return HiddenResult(self.norm(x), advanced, tuple(router))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden vectors [..., hidden_size] to logits [..., vocab_size], in fp32 at least."""
+        return head_logits(hidden, self.lm_head.weight)

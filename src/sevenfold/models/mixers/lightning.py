@@ -1,0 +1,76 @@
+"""The lightning-attention layer of MiniMax-Text-01."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sevenfold.models.batch import Batch
+from sevenfold.models.config import ModelConfig
+from sevenfold.models.layers import Linear, RMSNorm
+from sevenfold.models.state import LinearState
+from sevenfold.ops import layer_log_decay, lightning_attention, lightning_attention_step
+
+
+class LightningAttention(nn.Module):
+    """Linear attention with a fixed decay per head, a norm over all heads and an output gate.
+
+        q, k, v = silu(W_qkv u)                     laid out head by head: [H, (q, k, v), D]
+        y = W_out (RMSNorm(LA(q, k, v)) * sigmoid(W_gate u))
+
+    No rotation, no scale, no softmax: position comes from the decay alone.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        inner = self.num_heads * self.head_dim
+        self.qkv_proj = Linear(config.hidden_size, 3 * inner)
+        self.output_gate = Linear(config.hidden_size, inner)
+        self.norm = RMSNorm(inner, config.linear_attn_norm_eps)
+        self.out_proj = Linear(inner, config.hidden_size)
+        self.log_decay = layer_log_decay(self.num_heads, layer, config.num_hidden_layers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The decay is no parameter and no buffer: it follows the weights to their device, is never
+        # stored, and is never cast.
+        super()._apply(fn, recurse)
+        device = self.qkv_proj.weight.device
+        if device.type != "meta":
+            self.log_decay = self.log_decay.to(device)
+        return self
+
+    def forward(
+        self, x: Tensor, batch: Batch, state: LinearState | None
+    ) -> tuple[Tensor, LinearState | None]:
+        """Mix x [B, T, hidden_size]; the state comes back advanced, or None if none came in."""
+        B, T, _ = x.shape
+        qkv = F.silu(self.qkv_proj(x)).view(B, T, self.num_heads, 3 * self.head_dim)
+        q, k, v = qkv.split(self.head_dim, dim=-1)  # [B, T, H, D]
+        o, state = self._attend(q, k, v, batch, state)
+        gate = torch.sigmoid(self.output_gate(x))
+        return self.out_proj(self.norm(o.reshape(B, T, -1)) * gate), state
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: LinearState | None
+    ) -> tuple[Tensor, LinearState | None]:
+        log_decay = self.log_decay
+        if state is None:
+            o = lightning_attention(q, k, v, log_decay, cu_seqlens=batch.cu_seqlens).o
+            return o, None
+        if batch.is_step:
+            new = (x.reshape(batch.num_sequences, *x.shape[2:]) for x in (q, k, v))
+            o, kv = lightning_attention_step(*new, log_decay, state.kv)
+            return o, LinearState(kv)  # pyright: ignore[reportArgumentType]
+        o, kv = lightning_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=state.kv,
+            return_final_state=True,
+            cu_seqlens=batch.cu_seqlens,
+        )
+        return o, LinearState(kv)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,117 @@
+"""Softmax attention with grouped queries and rotary positions, over all tokens or a window."""
+
+import torch
+from torch import Tensor, nn
+
+from sevenfold.models.batch import Batch
+from sevenfold.models.config import ModelConfig
+from sevenfold.models.layers import Linear, rotate
+from sevenfold.models.state import KVState
+from sevenfold.ops import attention, attention_cached
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal grouped-query attention; rotary_dim of each head's channels carry the position.
+
+    y = W_o attention(rotate(W_q u), rotate(W_k u), W_v u), scale 1 / sqrt(head_dim)
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.rotary_dim = config.head_dim, config.rotary_dim
+        self.rope_theta, self.window = config.rope_theta, window
+        self.scale = config.head_dim**-0.5
+        self.q_proj = Linear(config.hidden_size, self.num_heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+
+    def forward(
+        self, x: Tensor, batch: Batch, state: KVState | None
+    ) -> tuple[Tensor, KVState | None]:
+        """Mix x [B, T, hidden_size]; the state's storage is written in place."""
+        B, T, _ = x.shape
+        q = self._rotated(self.q_proj(x).view(B, T, self.num_heads, self.head_dim), batch)
+        k = self._rotated(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim), batch)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        if state is None:
+            how = {"lengths": batch.lengths, "scale": self.scale, "window": self.window}
+            o = attention(q, k, v, **how)
+        elif self.window is None:
+            o = self._attend_all(q, k, v, batch, state)
+        else:
+            o = self._attend_window(q, k, v, batch, state)
+        return self.o_proj(o.reshape(B, T, -1)), state
+
+    def _rotated(self, x: Tensor, batch: Batch) -> Tensor:
+        return rotate(x, batch.positions, self.rotary_dim, self.rope_theta)
+
+    def _attend_all(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: KVState) -> Tensor:
+        if max(batch.totals) > state.num_places:
+            raise ValueError(
+                f"state must have room for {max(batch.totals)} tokens, got {state.num_places}"
+            )
+        _write(state, k, v, batch)
+        return attention_cached(
+            q,
+            state.k,
+            state.v,
+            lengths=batch.lengths,
+            key_lengths=batch.totals,
+            scale=self.scale,
+        )
+
+    def _attend_window(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: KVState
+    ) -> Tensor:
+        if batch.is_step:
+            # Keys carry their rotation, so their order in the ring does not matter.
+            _write(state, k, v, batch)
+            filled = tuple(min(total, state.num_places) for total in batch.totals)
+            return attention_cached(
+                q,
+                state.k,
+                state.v,
+                lengths=batch.lengths,
+                key_lengths=filled,
+                scale=self.scale,
+            )
+        per_sequence = (x.flatten(0, 1).split(batch.lengths) for x in (q, k, v))
+        parts = []
+        for n, (q_n, k_n, v_n) in enumerate(zip(*per_sequence, strict=True)):
+            places = _ring_order(batch.past[n], state.num_places).to(q.device)
+            keys = torch.cat([state.k[n, places], k_n])[None]
+            values = torch.cat([state.v[n, places], v_n])[None]
+            o = attention_cached(
+                q_n[None],
+                keys,
+                values,
+                lengths=(len(q_n),),
+                key_lengths=(keys.shape[1],),
+                scale=self.scale,
+                window=self.window,
+            )
+            parts.append(o[0])
+        _write(state, k, v, batch)
+        return torch.cat(parts).view_as(q)
+
+
+def _write(state: KVState, k: Tensor, v: Tensor, batch: Batch) -> None:
+    """Put each new token in its place; of tokens that share a ring's place, only the last."""
+    S = state.num_places
+    k_split, v_split = (x.flatten(0, 1).split(batch.lengths) for x in (k, v))
+    for n, (past, total) in enumerate(zip(batch.past, batch.totals, strict=True)):
+        first = max(past, total - S)
+        at = first % S
+        until = min(at + total - first, S)
+        head = until - at
+        for storage, new in ((state.k, k_split[n]), (state.v, v_split[n])):
+            kept = new[first - past :]
+            storage[n, at:until] = kept[:head]
+            storage[n, : len(kept) - head] = kept[head:]
+
+
+def _ring_order(past: int, num_places: int) -> Tensor:
+    """The places of the last tokens, oldest first."""
+    return torch.arange(max(0, past - num_places), past) % num_places

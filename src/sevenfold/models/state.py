@@ -1,0 +1,103 @@
+"""What a layer carries from one call to the next: a value, handed in and handed out.
+
+Whoever allocates it owns it. A KVState's storage is written in place, so the value that went into a
+call must not be used again after it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sevenfold.models.config import LayerType, ModelConfig
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """kv [N, H, K, V] fp32: the state of lightning attention after the last token."""
+
+    kv: Tensor
+
+
+@dataclass(frozen=True)
+class KVState:
+    """Keys and values [N, S, G, D] of softmax attention.
+
+    Full attention keeps the token at position p in place p; a window keeps it in place p % S, a ring.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def num_places(self) -> int:
+        """S."""
+        return self.k.shape[1]
+
+
+LayerState = LinearState | KVState
+
+
+def empty_state(
+    config: ModelConfig,
+    num_sequences: int,
+    capacity_tokens: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[LayerState, ...]:
+    """Allocate the state of N sequences before their first token, zeroed.
+
+    Args:
+        config: the model.
+        num_sequences: N.
+        capacity_tokens: tokens that a sequence may reach, which full attention needs room for.
+        device: where the model runs.
+        dtype: of keys and values: the model's; the linear state is fp32 (fp64 for an fp64 model).
+
+    Returns:
+        One value for each layer.
+    """
+    return tuple(
+        _layer_state(config, layer_type, num_sequences, capacity_tokens, device, dtype)
+        for layer_type in config.layer_types
+    )
+
+
+def select_sequences(state: tuple[LayerState, ...], sequences: Tensor) -> tuple[LayerState, ...]:
+    """Copy the state of some sequences.
+
+    Args:
+        state: of N sequences.
+        sequences: [M] int64 indices.
+
+    Returns:
+        The state of M sequences.
+    """
+    return tuple(
+        LinearState(layer.kv[sequences])
+        if isinstance(layer, LinearState)
+        else KVState(layer.k[sequences], layer.v[sequences])
+        for layer in state
+    )
+
+
+def _layer_state(
+    config: ModelConfig,
+    layer_type: LayerType,
+    num_sequences: int,
+    capacity_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> LayerState:
+    D = config.head_dim
+    if layer_type == "linear_attention":
+        shape = (num_sequences, config.num_attention_heads, D, D)
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        return LinearState(torch.zeros(shape, device=device, dtype=state_dtype))
+    places = capacity_tokens
+    if layer_type == "sliding_attention" and config.sliding_window is not None:
+        places = config.sliding_window
+    shape = (num_sequences, places, config.num_key_value_heads, D)
+    k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+    return KVState(k, v)

@@ -1,0 +1,158 @@
+"""Lightning attention: the public operator, its checks and the choice of implementation."""
+
+import torch
+from torch import Tensor
+
+from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
+from sevenfold.ops.lightning import eager, reference
+from sevenfold.ops.precision import full_precision
+from sevenfold.ops.types import Impl, OpResult
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_IMPLS = (Impl.REFERENCE, Impl.EAGER)
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> OpResult:
+    """Linear attention with a fixed decay per head, over whole sequences.
+
+        S_t = exp(log_decay_h) * S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
+
+    The current token counts with weight 1. A run that is split, and hands its state on, equals the
+    whole run; packed sequences equal the same sequences run one by one.
+
+    Args:
+        q, k: [B, T, H, K], bf16, fp16, fp32, or fp64 for verification.
+        v: [B, T, H, V], dtype of q.
+        log_decay: [H] fp32, <= 0, natural log of the decay of one token (minus the slope); fixed,
+            so it takes no gradient.
+        scale: multiplies the output; MiniMax uses 1.
+        initial_state: [N, H, K, V] fp32 (fp64 with fp64 inputs); zeros when None. N is B, or the
+            number of packed sequences. Takes a gradient.
+        return_final_state: return the state after each sequence's last token.
+        cu_seqlens: [N + 1] int32, cumulative lengths of packed sequences, 0 first, T last, never
+            falling; needs B == 1. Read on the host: keep it on the CPU to spare a synchronisation.
+        impl: "reference" or "eager"; None takes eager. A named one never falls back.
+
+    Returns:
+        OpResult(o [B, T, H, V] in v's dtype, final_state [N, H, K, V] fp32 or None).
+
+    Raises:
+        ValueError: a shape, device or value breaks the rules above; the message names both.
+        TypeError: a dtype breaks them.
+        UnsupportedError: the operator has no implementation of that name.
+
+    Source: arXiv 2501.08313 (MiniMax-01), 2401.04658 (Lightning Attention-2).
+    """
+    _check_tokens(q, k, v, log_decay)
+    lengths = _lengths(q, cu_seqlens)
+    N, (H, K), V = len(lengths), q.shape[2:], v.shape[-1]
+    _check_state("initial_state", initial_state, q, (N, H, K, V))
+    forward = {Impl.REFERENCE: reference.forward, Impl.EAGER: eager.forward}[
+        choose_impl("lightning_attention", impl, Impl.EAGER, _IMPLS)
+    ]
+    with full_precision(q.device):
+        o, final = forward(
+            q, k, v, log_decay, scale=scale, initial_state=initial_state, lengths=lengths
+        )
+    return OpResult(o, final if return_final_state else None)
+
+
+def lightning_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    scale: float = 1.0,
+    impl: Impl | str | None = None,
+) -> OpResult:
+    """One token of lightning attention for each sequence: the decoding step.
+
+        S = exp(log_decay_h) * state + k v^T        o = scale * q^T S
+
+    Args:
+        q, k: [B, H, K], bf16, fp16, fp32 or fp64.
+        v: [B, H, V], dtype of q.
+        log_decay: [H] fp32, <= 0.
+        state: [B, H, K, V] fp32 (fp64 with fp64 inputs); it is not changed.
+        scale: multiplies the output.
+        impl: "reference" or "eager"; None takes eager. A named one never falls back.
+
+    Returns:
+        OpResult(o [B, H, V] in v's dtype, final_state [B, H, K, V], a new tensor).
+
+    Raises:
+        ValueError, TypeError, UnsupportedError: as lightning_attention.
+
+    Source: as lightning_attention.
+    """
+    if q.dim() != 3:
+        raise ValueError(f"q must have shape [B, H, K], got {list(q.shape)}")
+    _check_tokens(q[:, None], k[:, None], v[:, None], log_decay)
+    _check_state("state", state, q, (*q.shape, v.shape[-1]))
+    chosen = choose_impl("lightning_attention_step", impl, Impl.EAGER, _IMPLS)
+    if chosen is Impl.REFERENCE:
+        decay = torch.exp(log_decay.to(state.dtype))
+        inputs = (x.to(state.dtype) for x in (q, k, v))
+        o, state = reference.step(*inputs, decay, state, scale)
+        return OpResult(o.to(v.dtype), state)
+    with full_precision(q.device):
+        return OpResult(*eager.step(q, k, v, log_decay, scale=scale, state=state))
+
+
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape [B, T, H, K], got {list(q.shape)}")
+    B, T, H, K = q.shape
+    check_dtype("q", q, _DTYPES)
+    check_shape("k", k, (B, T, H, K), "[B, T, H, K]")
+    if v.dim() != 4:
+        raise ValueError(f"v must have shape [B, T, H, V], got {list(v.shape)}")
+    check_shape("v", v, (B, T, H, v.shape[-1]), "[B, T, H, V]")
+    check_shape("log_decay", log_decay, (H,), "[H]")
+    check_dtype("log_decay", log_decay, (torch.float32,))
+    for name, x in (("k", k), ("v", v)):
+        check_dtype(name, x, (q.dtype,))
+    for name, x in (("k", k), ("v", v), ("log_decay", log_decay)):
+        check_device(name, x, q.device)
+    if log_decay.requires_grad:
+        raise ValueError("log_decay must be fixed, got a tensor that requires a gradient")
+    # Only where it costs no synchronisation with a device.
+    if log_decay.device.type == "cpu" and H and not bool((log_decay <= 0).all()):
+        raise ValueError(f"log_decay must be <= 0, got {log_decay.max().item()}")
+
+
+def _check_state(name: str, state: Tensor | None, q: Tensor, shape: tuple[int, ...]) -> None:
+    if state is None:
+        return
+    check_shape(name, state, shape, "[N, H, K, V]")
+    check_dtype(name, state, (torch.promote_types(q.dtype, torch.float32),))
+    check_device(name, state, q.device)
+
+
+def _lengths(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        return (T,) * B
+    check_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
+    if B != 1:
+        raise ValueError(f"cu_seqlens needs a packed batch: B must be 1, got {B}")
+    borders = cu_seqlens.tolist()
+    lengths = tuple(b - a for a, b in zip(borders, borders[1:], strict=False))
+    if cu_seqlens.dim() != 1 or not lengths or borders[0] != 0 or borders[-1] != T:
+        raise ValueError(f"cu_seqlens must run from 0 to T = {T}, got {borders}")
+    if min(lengths) < 0:
+        raise ValueError(f"cu_seqlens must never fall, got {borders}")
+    return lengths

@@ -1,0 +1,18 @@
+"""Where autocast applies: operators decide for themselves, and say so by these two."""
+
+import torch
+from torch import Tensor
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Return a context in which autocast leaves products in the precision that they are given in."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast fp32 tensors as autocast casts a product's operands; unchanged where autocast is off."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)

@@ -1,0 +1,47 @@
+"""SwiGLU's elementwise part, with a backward that saves its input only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Gate the second half of the channels by the SiLU of the first half.
+
+        y = silu(gate) * up, with gate_up = [gate, up]
+
+    Args:
+        gate_up: [..., 2 F], any floating dtype.
+
+    Returns:
+        [..., F] in the same dtype.
+
+    Raises:
+        ValueError: the last size is odd.
+
+    Source: arXiv 2002.05202.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up must have an even last size, got {gate_up.shape[-1]}")
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (dy,) = grads
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        dgate_up = torch.empty_like(gate_up)
+        dgate, dup = dgate_up.chunk(2, -1)
+        torch.mul(dy, F.silu(gate), out=dup)
+        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        return dgate_up
