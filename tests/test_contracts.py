@@ -4,10 +4,13 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "sevenfold"
@@ -171,8 +174,34 @@ def test_every_exception_is_still_needed() -> None:
     assert idle == []
 
 
-def test_pinned_versions_leave_torch_to_its_own_step() -> None:
+def pins() -> dict[str, str]:
+    """Name and version of every line of the pinned environment, all of the form name==version."""
     lines = (ROOT / "requirements" / "dev.txt").read_text().splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[^\s;]+", line)] == []
-    assert [line for line in pins if re.match(r"(torch|triton|nvidia)\b", line)] == []
+    split = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in split}
+
+
+def test_torch_is_left_to_its_own_step() -> None:
+    assert [name for name in pins() if re.match(r"(torch|triton|nvidia)\b", name)] == []
+
+
+def test_pinned_versions_are_those_that_pyproject_asks_for() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = table["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    groups += table["dependency-groups"].values()
+    wanted = [Requirement(line) for group in groups for line in group]
+    pinned = pins() | {"torch": "2.13.0"}
+    unmet = [
+        str(need)
+        for need in wanted
+        if not need.specifier.contains(pinned.get(canonicalize_name(need.name), "0"))
+    ]
+    assert unmet == [], "run `make lock`"
+
+
+def test_readme_maps_every_package_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tree = readme.split("src/sevenfold/\n", 1)[1].split("```", 1)[0]
+    mapped = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    assert sorted(mapped) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
