@@ -4,6 +4,7 @@ from sevenfold.models.batch import Batch
 from sevenfold.models.config import LayerType, ModelConfig, MoEConfig
 from sevenfold.models.hybrid import HiddenResult, HybridModel
 from sevenfold.models.init import deepnorm_alpha, deepnorm_beta, init_weights
+from sevenfold.models.presets import preset, preset_names, resolve_model
 from sevenfold.models.state import (
     KVState,
     LayerState,
@@ -26,5 +27,8 @@ __all__ = [
     "deepnorm_beta",
     "empty_state",
     "init_weights",
+    "preset",
+    "preset_names",
+    "resolve_model",
     "select_sequences",
 ]

@@ -40,7 +40,7 @@ class Batch:
     def packed(
         lengths: Sequence[int], *, past: Sequence[int] | None = None, device: torch.device
     ) -> "Batch":
-        """One row of sum(lengths) tokens packs len(lengths) sequences, which never see each other."""
+        """One row of sum(lengths) tokens packs sequences that never see each other."""
         if not lengths or min(lengths) < 0:
             raise ValueError(f"lengths must be one or more numbers >= 0, got {list(lengths)}")
         seen = tuple(past) if past is not None else (0,) * len(lengths)

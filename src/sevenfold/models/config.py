@@ -41,7 +41,9 @@ class ModelConfig(StrictModel):
 
     Each layer, with x the stream and f its mixer or feed-forward:
 
-        u = RMSNorm(x)      post_norm: y = alpha * u + beta * f(u)      pre_norm: y = alpha * x + beta * f(u)
+        u = RMSNorm(x)
+        y = alpha * u + beta * f(u)     under post_norm (DeepNorm, as released)
+        y = alpha * x + beta * f(u)     under pre_norm
     """
 
     vocab_size: Positive

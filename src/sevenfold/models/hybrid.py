@@ -140,5 +140,5 @@ class HybridModel(nn.Module):
         return HiddenResult(self.norm(x), advanced, tuple(router))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Project hidden vectors [..., hidden_size] to logits [..., vocab_size], in fp32 at least."""
+        """Project hidden [..., hidden_size] to logits [..., vocab_size], in fp32 at least."""
         return head_logits(hidden, self.lm_head.weight)

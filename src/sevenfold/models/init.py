@@ -27,9 +27,9 @@ def init_weights(model: HybridModel, *, seed: int) -> HybridModel:
     """Fill every parameter, in the order of the names, from one seed.
 
     xavier_deepnorm: std = gain * sqrt(2 / (fan_in + fan_out)), each expert and each of q, k, v a
-    matrix of its own; gain (8 N)^(-1/4) for values, outputs and feed-forward under post_norm, else 1;
-    embedding and router std = initializer_range. normal: std = initializer_range for all matrices.
-    Norms are 1.
+    matrix of its own; gain (8 N)^(-1/4) for values, outputs and feed-forward under post_norm, else
+    1; embedding and router std = initializer_range. normal: std = initializer_range for all
+    matrices. Norms are 1.
 
     Args:
         model: on any device but meta.

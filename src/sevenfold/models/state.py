@@ -23,7 +23,7 @@ class LinearState:
 class KVState:
     """Keys and values [N, S, G, D] of softmax attention.
 
-    Full attention keeps the token at position p in place p; a window keeps it in place p % S, a ring.
+    Full attention keeps the token at position p in place p; a window is a ring: place p % S.
     """
 
     k: Tensor

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Return a context in which autocast leaves products in the precision that they are given in."""
+    """Return a context in which autocast leaves every product's precision alone."""
     return torch.autocast(device.type, enabled=False)
 
 

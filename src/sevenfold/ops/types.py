@@ -16,7 +16,7 @@ class Impl(StrEnum):
 
 
 class OpResult(NamedTuple):
-    """Output of a recurrent operator, always of this shape; final_state is None unless asked for."""
+    """Output of a recurrent operator; final_state is None unless asked for."""
 
     o: Tensor
     final_state: Tensor | None

@@ -61,8 +61,8 @@ class LightningAttention(nn.Module):
             o = lightning_attention(q, k, v, log_decay, cu_seqlens=batch.cu_seqlens).o
             return o, None
         if batch.is_step:
-            new = (x.reshape(batch.num_sequences, *x.shape[2:]) for x in (q, k, v))
-            o, kv = lightning_attention_step(*new, log_decay, state.kv)
+            q, k, v = (x.reshape(batch.num_sequences, *x.shape[2:]) for x in (q, k, v))
+            o, kv = lightning_attention_step(q, k, v, log_decay, state.kv)
             return o, LinearState(kv)  # pyright: ignore[reportArgumentType]
         o, kv = lightning_attention(
             q,

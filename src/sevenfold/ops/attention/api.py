@@ -1,6 +1,6 @@
 """Softmax attention: the public operators, their checks and the choice of implementation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def attention(
         ValueError, TypeError: a shape, dtype or value breaks the rules above.
         UnsupportedError: the operator has no implementation of that name.
     """
-    B, T, H, _ = q.shape
+    B, T = q.shape[:2]
     _check(q, k, v, lengths, window)
     check_shape("k", k, (B, T, *k.shape[2:]), "[B, T, G, D]")
     run = _one_sequence(choose_impl("attention", impl, Impl.EAGER, _IMPLS))
@@ -102,7 +102,7 @@ def attention_cached(
     return _joined(parts, q, v)
 
 
-def _one_sequence(impl: Impl):
+def _one_sequence(impl: Impl) -> Callable[..., Tensor]:
     return {Impl.REFERENCE: reference.one_sequence, Impl.EAGER: eager.one_sequence}[impl]
 
 

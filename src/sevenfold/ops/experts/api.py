@@ -33,8 +33,8 @@ def grouped_linear(
         x: [R, K], sorted by expert.
         weight: [E, N, K], dtype of x.
         rows_per_expert: [E] int32, summing to R; an expert may have none.
-        impl: "eager" (a loop over experts) or "grouped_mm"; None takes default_grouped_impl. A named
-            one never falls back.
+        impl: "eager" (a loop over experts) or "grouped_mm"; None takes default_grouped_impl. A
+            named one never falls back.
 
     Returns:
         [R, N] in x's dtype.

@@ -1,5 +1,7 @@
 """Lightning attention: the public operator, its checks and the choice of implementation."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -105,8 +107,8 @@ def lightning_attention_step(
     chosen = choose_impl("lightning_attention_step", impl, Impl.EAGER, _IMPLS)
     if chosen is Impl.REFERENCE:
         decay = torch.exp(log_decay.to(state.dtype))
-        inputs = (x.to(state.dtype) for x in (q, k, v))
-        o, state = reference.step(*inputs, decay, state, scale)
+        q_, k_, v_ = (x.to(state.dtype) for x in (q, k, v))
+        o, state = reference.step(q_, k_, v_, decay, state, scale)
         return OpResult(o.to(v.dtype), state)
     with full_precision(q.device):
         return OpResult(*eager.step(q, k, v, log_decay, scale=scale, state=state))
@@ -150,7 +152,7 @@ def _lengths(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     if B != 1:
         raise ValueError(f"cu_seqlens needs a packed batch: B must be 1, got {B}")
     borders = cu_seqlens.tolist()
-    lengths = tuple(b - a for a, b in zip(borders, borders[1:], strict=False))
+    lengths = tuple(b - a for a, b in pairwise(borders))
     if cu_seqlens.dim() != 1 or not lengths or borders[0] != 0 or borders[-1] != T:
         raise ValueError(f"cu_seqlens must run from 0 to T = {T}, got {borders}")
     if min(lengths) < 0:

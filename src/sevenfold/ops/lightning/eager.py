@@ -2,12 +2,12 @@
 
 A chunk has C tokens, row i, column j; every exponent is >= 0, so no decay is ever inverted:
 
-    O     = ((Q K^T) * M) V + diag(a) Q P     M_ij = decay^(i - j) for i >= j, else 0;  a_i = decay^i
-    S_out = decay^(C - 1) P + (diag(b) K)^T V           b_j = decay^(C - 1 - j)
+    O     = ((Q K^T) * M) V + diag(a) Q P     M_ij = decay^(i - j) for i >= j, else 0
+    S_out = decay^(C - 1) P + (diag(b) K)^T V     a_i = decay^i     b_j = decay^(C - 1 - j)
 
-P is what row 0 meets: the state before it, decayed once. In reversed time M is transposed, and i, j
-count from the chunk's end. Source: Lightning Attention-2, arXiv 2401.04658, section 3; defining P so
-settles the off-by-one in which published implementations differ.
+P is what row 0 meets: the state before it, decayed once. In reversed time M is transposed, and i
+and j count from the chunk's end. Source: Lightning Attention-2, arXiv 2401.04658, section 3;
+defining P so settles the off-by-one in which published implementations differ.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ class _LightningAttention(torch.autograd.Function):
         ctx.scale, ctx.lengths = scale, lengths
         scan = _Scan(log_decay, q.dtype, lengths)
         o = torch.empty_like(v)
-        for block, kc, vc, P in scan.run(k, v, scan.decayed(initial_state)):
+        for block, kc, vc, P in scan.run(k, v, scan.met_first(initial_state)):
             oc = scan.attend(_chunks(q, block, scan.dtype), kc, vc, P, block)
             _write(o, oc if scale == 1.0 else oc.mul_(scale), block)
         return o, _keep_empty(scan.final, initial_state, lengths)
@@ -83,7 +83,7 @@ class _LightningAttention(torch.autograd.Function):
         do = do if ctx.scale == 1.0 else do * ctx.scale
         scan = _Scan(log_decay, q.dtype, ctx.lengths)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for block, kc, vc, P in scan.run(k, v, scan.decayed(initial_state)):
+        for block, kc, vc, P in scan.run(k, v, scan.met_first(initial_state)):
             doc = _chunks(do, block, scan.dtype)
             _write(dq, scan.attend(doc, vc, kc, P.mT, block), block)
         back = _Scan(log_decay, q.dtype, ctx.lengths, reverse=True)
@@ -123,11 +123,13 @@ class _Scan:
         log_decay = self.log_decay.view(-1, *(1,) * distance.dim())
         return torch.exp(log_decay * distance.clamp(min=0)) * (distance >= 0)
 
-    def decayed(self, state: Tensor | None) -> Tensor | None:
-        """The state as the next token meets it."""
-        if state is None:
-            return None
+    def decayed(self, state: Tensor) -> Tensor:
+        """The state one token later."""
         return torch.exp(self.log_decay)[:, None, None] * state.to(self.dtype)
+
+    def met_first(self, initial_state: Tensor | None) -> Tensor | None:
+        """What the first token of each sequence meets."""
+        return None if initial_state is None else self.decayed(initial_state)
 
     def run(
         self, k: Tensor, v: Tensor, met: Tensor | None

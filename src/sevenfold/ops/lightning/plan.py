@@ -102,19 +102,18 @@ def _block(
         if (chunk.start if reverse else chunk.rest) == 0
     )
     filled = slots < sizes[:, None]
-    to = {"device": device}
     return Block(
         first_token=first_token,
         num_tokens=int(sum(chunk.size for chunk in row)),
-        token_index=None if bool(filled.all()) else _slot_tokens(row, chunk_tokens).to(**to),
-        filled=filled.to(**to),
-        sequences=sequences.to(**to),
-        rows=(to_end if reverse else from_start).to(**to),
-        to_end=(torch.where(filled, from_start, -1) if reverse else to_end).to(**to),
-        between=torch.where(same & before, passed[:, None] - (passed + sizes) + 1, -1).to(**to),
-        carried=torch.where(from_edge, passed - passed[first] + 1, -1).to(**to),
-        entered=torch.where(from_edge, -1, passed).to(**to),
-        spans=(sizes - 1).to(**to),
+        token_index=None if bool(filled.all()) else _slot_tokens(row, chunk_tokens).to(device),
+        filled=filled.to(device),
+        sequences=sequences.to(device),
+        rows=(to_end if reverse else from_start).to(device),
+        to_end=(torch.where(filled, from_start, -1) if reverse else to_end).to(device),
+        between=torch.where(same & before, passed[:, None] - (passed + sizes) + 1, -1).to(device),
+        carried=torch.where(from_edge, passed - passed[first] + 1, -1).to(device),
+        entered=torch.where(from_edge, -1, passed).to(device),
+        spans=(sizes - 1).to(device),
         finishing=finishing,
         last=last,
     )
