@@ -5,7 +5,7 @@ from sevenfold.data.dataset import TokenDataset
 from sevenfold.data.loader import IGNORED_LABEL, PackedLoader, PackedSample, TokenSource
 from sevenfold.data.manifest import Manifest
 from sevenfold.data.pieces import Span
-from sevenfold.data.prepare import prepare
+from sevenfold.data.preparation import prepare
 from sevenfold.data.prepare_config import PrepareConfig
 from sevenfold.data.progress import PrepareProgress, progress_bar
 from sevenfold.data.tokenizer import load_tokenizer, token_byte_lengths
