@@ -1,7 +1,9 @@
 """The packed loader: exactly once, pure, within documents, full rows."""
 
+import pickle
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -75,6 +77,7 @@ def test_every_pair_comes_exactly_once_an_epoch(
     )
     for epoch in (0, 3):
         samples = epoch_of(loader, epoch)
+        assert len(samples) == loader.num_samples_per_epoch(epoch)
         assert Counter(pairs_of(samples)) == Counter(source.pairs())
     assert loader.num_targets_per_epoch() == len(source.pairs())
 
@@ -127,6 +130,17 @@ def test_a_sample_depends_on_seed_and_index_alone(prepared: Path) -> None:
         assert content(shuffled.sample(index)) == expected[index]
     resumed = PackedLoader(TokenDataset.open(prepared), seq_len=64, seed=5, block_rows=4)
     assert content(resumed.sample(len(indices) - 1)) == expected[-1]
+
+
+def test_any_number_of_workers_gives_the_same_samples(prepared: Path) -> None:
+    loader = PackedLoader(TokenDataset.open(prepared), seq_len=64, seed=5, block_rows=4)
+    indices = list(range(2 * loader.num_samples_per_epoch()))
+    expected = [content(loader.sample(index)) for index in indices]
+    with ThreadPoolExecutor(4) as threads:
+        assert [content(sample) for sample in threads.map(loader.sample, indices)] == expected
+    # What a worker process gets.
+    copy = pickle.loads(pickle.dumps(loader))
+    assert [content(copy.sample(index)) for index in indices[::3]] == expected[::3]
 
 
 def test_seed_and_epoch_change_the_order(prepared: Path) -> None:
@@ -214,6 +228,8 @@ def test_unusable_indices_are_named() -> None:
     loader = PackedLoader(CountedTokens([5]), seq_len=4, seed=0)
     with pytest.raises(ValueError, match=r"index must be at least 0, got -1"):
         loader.sample(-1)
+    with pytest.raises(ValueError, match=r"epoch must be at least 0, got -1"):
+        loader.num_samples_per_epoch(-1)
     with pytest.raises(ValueError, match=r"batch_rows must be at least 1, got 0"):
         loader.batch(0, 0)
 

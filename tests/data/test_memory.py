@@ -9,24 +9,31 @@ import pyarrow.parquet as pq
 import pytest
 
 MIB = 1 << 20
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 
-# Peak memory after a small and after a large input, in one process: the difference is the growth.
+# Peak memory after each input, in one process. Not by getrusage: its peak includes that of the
+# process which started this one.
 SCRIPT = """
 import re, sys
 from pathlib import Path
 from sevenfold.data import PrepareConfig, prepare
-root, tokenizer = Path(sys.argv[1]), Path(sys.argv[2])
-for name in sys.argv[3:]:
-    split = 4096 if name.endswith(".txt") else None
-    prepare(PrepareConfig(sources=(root / name,), out=root / (name + ".out"), tokenizer=tokenizer,
-                          split_documents_bytes=split, batch_bytes=1 << 17))
-    # Not getrusage: its peak includes that of the process which started this one.
+from sevenfold.data.sources import find_sources
+from sevenfold.data.survey import survey_documents
+action, tokenizer, *inputs = sys.argv[1:]
+for name in inputs:
+    config = PrepareConfig(sources=(Path(name),), out=Path(name + ".out"), batch_bytes=1 << 17,
+                           split_documents_bytes=4096 if name.endswith(".txt") else None,
+                           tokenizer=Path(tokenizer))
+    if action == "survey":
+        survey_documents(find_sources(config.sources), config, lambda num_bytes: None)
+    else:
+        prepare(config)
     status = Path("/proc/self/status").read_text()
     print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
 """
 
 
-def write(path: Path, num_bytes: int) -> None:
+def write(path: Path, num_bytes: int) -> Path:
     line = '{"text": "' + "it is a truth universally acknowledged " * 50 + '"}\n'
     count = num_bytes // len(line)
     match path.suffix:
@@ -37,18 +44,29 @@ def write(path: Path, num_bytes: int) -> None:
             path.write_text(line * count, encoding="utf-8")
         case _:
             path.write_text((line[10:-3] + "\n\n") * count, encoding="utf-8")
+    return path
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def peaks(action: str, tokenizer: Path, *inputs: Path) -> list[int]:
+    command = [sys.executable, "-c", SCRIPT, action, str(tokenizer), *map(str, inputs)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return [int(line) for line in result.stdout.split()]
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-def test_peak_memory_does_not_grow_with_the_input(
+def test_reading_holds_no_more_of_a_larger_input(
     tmp_path: Path, prepared: Path, suffix: str
 ) -> None:
-    sizes = {f"small{suffix}": 2 * MIB, f"large{suffix}": 18 * MIB}
-    for name, size in sizes.items():
-        write(tmp_path / name, size)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(prepared), *sizes]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    small, large = (int(line) for line in result.stdout.split())
-    # 16 MiB more input; had it been held once, the peak would show it.
-    assert large - small < 6 * MIB
+    small = write(tmp_path / f"small{suffix}", 8 * MIB)
+    large = write(tmp_path / f"large{suffix}", 48 * MIB)
+    before, after = peaks("survey", prepared, small, large)
+    # 40 MiB more input; had it been held once, the peak would show it.
+    assert after - before < 20 * MIB, (before, after)
+
+
+def test_preparing_holds_no_more_of_a_larger_input(tmp_path: Path, prepared: Path) -> None:
+    small = write(tmp_path / "small.jsonl", 2 * MIB)
+    large = write(tmp_path / "large.jsonl", 14 * MIB)
+    before, after = peaks("prepare", prepared, small, large)
+    # One encoding of the 12 MiB more would take about 25 times as much.
+    assert after - before < 10 * MIB, (before, after)

@@ -150,6 +150,30 @@ def test_a_given_tokenizer_is_used(configure: Configure, tmp_path: Path) -> None
     assert again.splits["train"].shards == first.splits["train"].shards
 
 
+def test_limits_in_a_given_tokenizer_are_lifted(configure: Configure, tmp_path: Path) -> None:
+    first = prepare(configure())
+    limited = load_tokenizer(tmp_path / "out")
+    limited.enable_truncation(5)
+    limited.enable_padding(length=500)
+    limited.save(str(tmp_path / "limited.json"))
+    config = configure(tokenizer=tmp_path / "limited.json", vocab_size=8192, out=tmp_path / "again")
+    assert prepare(config).splits["train"].shards == first.splits["train"].shards
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(configure: Configure, tmp_path: Path) -> None:
+    prepare(configure())
+    small = TokenDataset.open(tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"]["far"] = 70_000
+    (tmp_path / "large.json").write_text(json.dumps(content), encoding="utf-8")
+    config = configure(tokenizer=tmp_path / "large.json", vocab_size=8192, out=tmp_path / "large")
+    assert prepare(config).dtype == "uint32"
+    large = TokenDataset.open(config.out)
+    assert large.vocab_size == len(large.token_byte_lengths()) == 70_001
+    assert large.document(0).dtype == "<u4"
+    assert large.document(3).tolist() == small.document(3).tolist()
+
+
 def test_held_out_text_does_not_shape_the_tokenizer(tmp_path: Path, configure: Configure) -> None:
     files = []
     for number, word in enumerate(("zebra ", "quilt ")):

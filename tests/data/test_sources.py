@@ -13,7 +13,7 @@ from sevenfold.config import DataError
 from sevenfold.data import PrepareConfig
 from sevenfold.data.plain_text import split_pieces
 from sevenfold.data.reading import read_documents
-from sevenfold.data.sources import find_sources
+from sevenfold.data.sources import find_sources, hash_source
 
 Configure = Callable[..., PrepareConfig]
 
@@ -158,3 +158,11 @@ def test_unusable_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.pdf").write_text("x", encoding="utf-8")
     with pytest.raises(DataError, match=r"b\.pdf: suffix must be one of \.txt, .*got '\.pdf'"):
         find_sources((tmp_path,))
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
+    (file,) = find_sources((tmp_path,))
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match=r"a\.txt must be readable, got: No such file"):
+        hash_source(file, lambda num_bytes: None)

@@ -138,4 +138,4 @@ def test_sample_is_whole_below_the_cap_and_spread_above_it() -> None:
     sample = list(sample_texts(texts, total_bytes=300, cap_bytes=30))
     assert sample[0] == "000"
     assert len(sample) == 10
-    assert np.diff([int(text) for text in sample]).tolist() == pytest.approx([10] * 9, abs=1)
+    assert set(np.diff([int(text) for text in sample]).tolist()) <= {9, 10, 11}

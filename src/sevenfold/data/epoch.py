@@ -58,14 +58,18 @@ class BlockPlanner:
     def row(self, epoch: int, row: int) -> list[Span]:
         """Return the spans of one row of one epoch, in the order in which they are packed."""
         block, number = divmod(row, self._block_rows)
-        if self._plan is None or self._plan[0] != (epoch, block):
-            self._plan = ((epoch, block), self._plan_block(epoch, block))
-        return self._plan[1][number]
+        # A local name, so that threads that share a loader cannot swap the plan underneath.
+        plan = self._plan
+        if plan is None or plan[0] != (epoch, block):
+            plan = ((epoch, block), self._plan_block(epoch, block))
+            self._plan = plan
+        return plan[1][number]
 
     def _plan_block(self, epoch: int, block: int) -> list[list[Span]]:
-        if self._index is None or self._index.epoch != epoch:
-            self._index = self._index_epoch(epoch)
         index = self._index
+        if index is None or index.epoch != epoch:
+            index = self._index_epoch(epoch)
+            self._index = index
         first, last = index.first_piece[block : block + 2].tolist()
         stop = min(last + 1, self._table.num_pieces)
         spans = self._table.spans(self._order(epoch, np.arange(first, stop)))

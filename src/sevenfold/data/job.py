@@ -130,4 +130,7 @@ def _load_given(path: Path, end_of_text: str) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     require_byte_level(tokenizer, str(path))
     end_of_text_id(tokenizer, end_of_text, str(path))
+    # A tokenizer.json may carry the limits of some other use; here no token may be lost or added.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer

@@ -98,8 +98,17 @@ class PackedLoader:
             table, seq_len=seq_len, block_rows=block_rows, seed=seed if shuffle else None
         )
 
-    def num_samples_per_epoch(self) -> int:
-        """Return the rows that hold every pair once; the same number in every epoch."""
+    def num_samples_per_epoch(self, epoch: int = 0) -> int:
+        """Return the rows of an epoch, which hold every pair once.
+
+        Args:
+            epoch: 0 or more; all epochs have as many rows, which callers need not rely on.
+
+        Raises:
+            ValueError: epoch is negative.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
         return self._planner.num_rows
 
     def num_targets_per_epoch(self) -> int:

@@ -81,6 +81,9 @@ def hash_source(file: SourceFile, advance: Callable[[int], None]) -> str:
     Args:
         file: the file.
         advance: called with the number of bytes just read.
+
+    Raises:
+        DataError: the file cannot be read.
     """
     digest = hashlib.sha256()
     for block in _blocks(file.path):
@@ -90,9 +93,12 @@ def hash_source(file: SourceFile, advance: Callable[[int], None]) -> str:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            yield block
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise DataError(f"{path} must be readable, got: {error.strerror or error}") from error
 
 
 def _expand(path: Path) -> Iterator[Path]:
