@@ -1,0 +1,172 @@
+"""The linear layer: oneDNN against eager under the error rule, and the head's fp32 logits."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sevenfold.config import UnsupportedError
+from sevenfold.ops import Impl, head_logits, linear
+from sevenfold.ops.linear import default_linear_impl, onednn
+from sevenfold.ops.testing import check_error
+
+needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="PyTorch without oneDNN")
+VECTOR_BUG = pytest.mark.xfail(strict=True, reason="onednn: weight_grad cannot flatten a vector")
+EMPTY_BUG = pytest.mark.xfail(strict=True, reason="onednn: no primitive for a product without rows")
+LEADS = [pytest.param((), marks=VECTOR_BUG), (1,), (7,), (2, 3), (2, 1, 5)]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).bfloat16().to(dtype)
+
+
+def with_grads(x: torch.Tensor, weight: torch.Tensor, impl: str | None) -> list[torch.Tensor]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = linear(x, weight, impl=impl)
+    dy = random(*y.shape, dtype=y.dtype, seed=2)
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
+
+
+@needs_onednn
+@pytest.mark.parametrize("lead", LEADS)
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (5, 3), (64, 48)])
+def test_onednn_keeps_the_error_rule(K: int, N: int, lead: tuple[int, ...]) -> None:
+    x, weight = random(*lead, K), random(N, K, seed=1)
+    found, honest = (with_grads(x, weight, impl) for impl in ("onednn", "eager"))
+    exact = with_grads(x.double(), weight.double(), "eager")
+    for name, *three in zip(("y", "dx", "dweight"), found, honest, exact, strict=True):
+        check_error(name, *three)
+
+
+@needs_onednn
+@pytest.mark.parametrize("impl", [None, "eager", pytest.param("onednn", marks=EMPTY_BUG)])
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)])
+def test_no_rows(lead: tuple[int, ...], impl: str | None) -> None:
+    y, dx, dweight = with_grads(random(*lead, 4), random(3, 4), impl)
+    assert (y.shape, dx.shape) == ((*lead, 3), (*lead, 4))
+    assert torch.equal(dweight, torch.zeros(3, 4))
+
+
+@needs_onednn
+def test_transposed_and_expanded_operands() -> None:
+    x, weight = random(4, 6).t(), random(4, 5, seed=1).t()
+    exact = x.double() @ weight.double().t()
+    check_error("y", linear(x, weight, impl="onednn"), linear(x, weight, impl="eager"), exact)
+    x = random(6, 4).requires_grad_()
+    linear(x, weight, impl="onednn").sum().backward()  # dy is one number, expanded
+    rows = weight.double().sum(0).expand(6, 4)
+    check_error("dx", x.grad, weight.sum(0).expand(6, 4), rows)
+
+
+@needs_onednn
+@pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
+def test_onednn_gives_the_gradients_that_are_wanted(wants: tuple[bool, bool]) -> None:
+    x, weight = random(3, 4), random(5, 4, seed=1)
+    _, *both = with_grads(x, weight, "onednn")
+    x.requires_grad_(wants[0])
+    weight.requires_grad_(wants[1])
+    y = linear(x, weight, impl="onednn")
+    assert y.requires_grad == any(wants)
+    if any(wants):
+        y.backward(random(3, 5, seed=2))
+    for leaf, wanted, expected in zip((x, weight), wants, both, strict=True):
+        assert torch.equal(leaf.grad, expected) if wanted else leaf.grad is None
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (random(3, 4).bfloat16(), random(5, 4).bfloat16()),
+        (random(3, 4).double(), random(5, 4).double()),
+        (random(3, 4).to("meta"), random(5, 4).to("meta")),
+        (random(0, 4), random(5, 4)),
+        (random(1, 4), random(5, 4)),
+        (random(4), random(5, 4)),
+    ],
+)
+def test_eager_is_the_default_elsewhere(x: torch.Tensor, weight: torch.Tensor) -> None:
+    assert default_linear_impl(x, weight) is Impl.EAGER
+
+
+def test_onednn_is_the_default_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "AVAILABLE", True)
+    assert default_linear_impl(random(2, 4), random(5, 4)) is Impl.ONEDNN
+    assert default_linear_impl(random(1, 257), random(256, 257)) is Impl.ONEDNN
+    with torch.autocast("cpu", torch.bfloat16):
+        assert default_linear_impl(random(2, 4), random(5, 4)) is Impl.EAGER
+    monkeypatch.setattr(onednn, "AVAILABLE", False)
+    assert default_linear_impl(random(2, 4), random(5, 4)) is Impl.EAGER
+
+
+@needs_onednn
+def test_none_takes_the_default() -> None:
+    x, weight = random(37, 65), random(53, 65, seed=1)
+    assert torch.equal(linear(x, weight), linear(x, weight, impl="onednn"))
+    low = (x.bfloat16(), weight.bfloat16())
+    assert torch.equal(linear(*low), F.linear(*low))
+
+
+def test_autocast_decides_the_product() -> None:
+    x, weight = random(7, 5), random(3, 5, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight)
+    assert torch.equal(y, F.linear(x.bfloat16(), weight.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.float64, torch.float64, r"x must be torch.float32, got torch.float64"),
+        (torch.bfloat16, torch.float32, r"x must be torch.float32, got torch.bfloat16"),
+        (torch.float32, torch.bfloat16, r"weight must be torch.float32, got torch.bfloat16"),
+    ],
+)
+def test_onednn_refuses_other_dtypes(x: torch.dtype, weight: torch.dtype, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        linear(random(2, 3).to(x), random(4, 3).to(weight), impl="onednn")
+
+
+def test_impl_names() -> None:
+    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'mkl'"):
+        linear(random(2, 3), random(4, 3), impl="mkl")
+    with pytest.raises(UnsupportedError, match="linear must use impl eager, onednn, got 'referen"):
+        linear(random(2, 3), random(4, 3), impl="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_accumulates_low_precision_in_fp32(dtype: torch.dtype) -> None:
+    hidden, weight = random(3, 5, 512, dtype=dtype), random(7, 512, dtype=dtype, seed=1)
+    logits = head_logits(hidden, weight)
+    exact = hidden.double() @ weight.double().t()
+    assert logits.dtype == torch.float32
+    check_error("logits", logits, F.linear(hidden.float(), weight.float()), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_head_is_a_plain_product_otherwise(dtype: torch.dtype) -> None:
+    hidden, weight = random(3, 5, 8, dtype=dtype), random(7, 8, dtype=dtype, seed=1)
+    assert torch.equal(head_logits(hidden, weight), linear(hidden, weight))
+    assert head_logits(hidden, weight).dtype == dtype
+
+
+def test_head_takes_gradients_in_bf16() -> None:
+    hidden = random(3, 8, dtype=torch.bfloat16).requires_grad_()
+    weight = random(5, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
+    dz = random(3, 5, seed=2)
+    dhidden, dweight = torch.autograd.grad(head_logits(hidden, weight), (hidden, weight), dz)
+    exact = dz.double() @ weight.detach().double()
+    check_error("dhidden", dhidden, dz.bfloat16() @ weight.detach(), exact)
+    exact = dz.double().t() @ hidden.detach().double()
+    check_error("dweight", dweight, dz.bfloat16().t() @ hidden.detach(), exact)
+
+
+@pytest.mark.xfail(strict=True, reason="head_logits: autocast rounds the product of fp32 inputs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_returns_fp32_under_autocast(dtype: torch.dtype) -> None:
+    hidden, weight = random(3, 64, dtype=dtype), random(7, 64, dtype=dtype, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head_logits(hidden, weight)
+    assert logits.dtype == torch.float32
+    check_error(
+        "logits", logits, head_logits(hidden, weight), hidden.double() @ weight.double().t()
+    )
