@@ -1,0 +1,37 @@
+"""`sevenfold train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sevenfold.train import RunConfig, TrainResult, load_run_config, train
+from sevenfold.train.display import show_run
+
+
+def train_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in optimizer.lr=3e-4."),
+    ] = None,
+) -> None:
+    """Train a model; the same command again goes on where the run stopped."""
+    config = load_run_config(run, set_ or [])
+    console = Console()
+    with show_run(config, console) as show:
+        result = train(config, on_step=show)
+    console.print(_ending(result, config, run), highlight=False, soft_wrap=True)
+
+
+def _ending(result: TrainResult, config: RunConfig, run: Path) -> str:
+    steps = config.run.steps
+    if result.final is None:
+        return (
+            f"Stopped by {result.signal_name} after step {result.progress.step} of {steps}; all is "
+            f"saved in {result.folder}. The same command goes on: sevenfold train {run}"
+        )
+    if result.resumed_step == steps:
+        return f"The run is complete: {steps} steps, model in {result.final}"
+    return f"Done: {steps} steps, model in {result.final}"

@@ -1,0 +1,199 @@
+"""Checkpoints of a run: weights, moments, counters and generators, visible by one rename.
+
+A folder is complete before it gets its name: it is written as `.step-N.tmp`, flushed to the disk
+and renamed. A process killed at any moment leaves whole checkpoints and perhaps a `.tmp`, which the
+next start removes. Tensors are in PyTorch's distributed format, so that a later run may divide them
+otherwise; its metadata is a pickle, so a run directory must come from someone you trust.
+"""
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from sevenfold.config import CheckpointError
+from sevenfold.models import HybridModel
+from sevenfold.train.progress import Progress
+
+_STATE_FILE = "progress.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+def run_tensors(model: HybridModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the tensors of a run by name, as views: saving reads them, loading writes them.
+
+    Args:
+        model: its weights and buffers.
+        optimizer: its state, under the parameters' names.
+
+    Returns:
+        Nested names to tensors; the generators' states are copies.
+    """
+    named = dict(model.named_parameters())
+    moments = {name: dict(optimizer.state[parameter]) for name, parameter in named.items()}
+    generators = {"cpu": torch.get_rng_state()}
+    if model.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(model.device)
+    return {"model": model.state_dict(), "optimizer": moments, "generators": generators}
+
+
+def save_checkpoint(
+    folder: Path, tensors: dict[str, Any], progress: Progress, *, keep: int
+) -> Path:
+    """Write one checkpoint and remove the oldest beyond `keep`; a step that has one keeps it.
+
+    After a skipped step the counters have moved on and the step has not. Its checkpoint still
+    stands for the run: going on from it reads the same samples and skips them again.
+
+    Args:
+        folder: of all checkpoints of the run; created when missing.
+        tensors: as run_tensors returns them.
+        progress: names the checkpoint by its step.
+        keep: number of newest checkpoints that stay, at least 1.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        CheckpointError: it could not be written; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{progress.step}"
+    if final.exists():
+        return final
+    staging = final.with_name(f".{final.name}.tmp")
+    try:
+        staging.mkdir(parents=True)
+        _write_text(staging / _STATE_FILE, progress.model_dump_json(indent=2))
+        _write_tensors(tensors, staging)
+        _sync_folder(staging)
+        staging.rename(final)
+        _sync_folder(folder)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(
+            f"{final} must be writable, got: {_cause(error)}; earlier checkpoints are whole: free "
+            f"space and start the run again"
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        _remove(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first; half-written ones do not show."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-removed."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def read_progress(path: Path) -> Progress:
+    """Read the counters of a checkpoint.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    file = path / _STATE_FILE
+    try:
+        return Progress.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise CheckpointError(
+            f"{file} must be a run's progress, got: {error}; remove {path} to go on from an "
+            f"earlier checkpoint"
+        ) from error
+
+
+def load_checkpoint(path: Path, tensors: dict[str, Any]) -> Progress:
+    """Read a checkpoint into the tensors of a run, and set the generators.
+
+    Args:
+        path: one of list_checkpoints.
+        tensors: as run_tensors returns them; overwritten in place.
+
+    Returns:
+        The counters.
+
+    Raises:
+        CheckpointError: it is damaged, or its tensors are not the run's.
+    """
+    progress = read_progress(path)
+    try:
+        with _single_process():
+            load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(
+            f"{path} must hold this run's tensors, got: {_cause(error)}; remove it to go on from "
+            f"an earlier checkpoint"
+        ) from error
+    _set_generators(tensors["generators"])
+    return progress
+
+
+def _set_generators(generators: dict[str, Tensor]) -> None:
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"])
+
+
+def _write_tensors(tensors: dict[str, Any], folder: Path) -> None:
+    with _single_process():
+        # The writer flushes each file to the disk before it returns.
+        save(tensors, storage_writer=FileSystemWriter(folder), no_dist=True)
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """Silence the remark that there is no process group: that is what no_dist asks for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+        yield
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; killed in between, it is no checkpoint any more."""
+    aside = path.with_name(f".{path.name}.tmp")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _write_text(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cause(error: OSError | CheckpointException) -> str:
+    """What stands behind torch's summary: the system's error if there is one."""
+    if isinstance(error, OSError):
+        return str(error)
+    first = cause = next(iter(error.failures.values()))[0]
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or first)

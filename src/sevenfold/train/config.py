@@ -1,0 +1,197 @@
+"""What a run file can say."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sevenfold.config import ConfigError, StrictModel, parse_config, read_toml
+from sevenfold.models import ModelConfig
+from sevenfold.models.presets import resolve_model
+from sevenfold.optim import AdamWConfig, ScheduleConfig
+
+_Positive = Annotated[int, Field(ge=1)]
+_NonNegative = Annotated[int, Field(ge=0)]
+
+
+class RunSection(StrictModel):
+    """Where, how long, and what to write.
+
+    Args:
+        out: the run directory.
+        steps: updates of the whole run.
+        seed: of the initial weights and the order of the data.
+        device: "cpu", "cuda" or "cuda:N".
+        num_threads: of the CPU; None leaves PyTorch's number.
+        deterministic: refuse operators that are not; bit-identity on a GPU needs it.
+        checkpoint_every_steps: besides the checkpoint at the end of the run.
+        keep_checkpoints: newest checkpoints that are kept.
+        log_every_steps: between plain lines; metrics.jsonl has every step.
+        tensorboard: also write TensorBoard's files (needs the extra).
+        peak_flops: of the device, FLOP/s, for utilisation; None takes it from a table of GPUs.
+    """
+
+    out: Path
+    steps: _Positive
+    seed: _NonNegative = 0
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    num_threads: _Positive | None = None
+    deterministic: bool = False
+    checkpoint_every_steps: _Positive = 500
+    keep_checkpoints: _Positive = 2
+    log_every_steps: _Positive = 10
+    tensorboard: bool = False
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+
+
+class DataSection(StrictModel):
+    """The prepared dataset and the row length.
+
+    Args:
+        path: folder that `sevenfold data prepare` made.
+        seq_len: tokens of a row.
+    """
+
+    path: Path
+    seq_len: _Positive = 1024
+
+
+class RampStage(StrictModel):
+    """From the step that begins after from_tokens, a step has tokens_per_step."""
+
+    from_tokens: _Positive
+    tokens_per_step: _Positive
+
+
+class BatchSection(StrictModel):
+    """How many tokens make a step.
+
+    Args:
+        tokens_per_step: tokens of a step, a multiple of seq_len.
+        micro_batch_rows: rows that go through the model at once, gradients accumulating; the
+            last micro-batch of a step may have fewer. None takes a whole step at once.
+        ramp: later sizes of a step, by tokens read so far, rising.
+    """
+
+    tokens_per_step: _Positive
+    micro_batch_rows: _Positive | None = None
+    ramp: tuple[RampStage, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        starts = [stage.from_tokens for stage in self.ramp]
+        if any(b <= a for a, b in pairwise(starts)):
+            raise ValueError(f"ramp must have rising from_tokens, got {starts}")
+        return self
+
+    def tokens_at(self, tokens_read: int) -> int:
+        """Return the tokens of the step that begins after tokens_read tokens."""
+        reached = [stage for stage in self.ramp if stage.from_tokens <= tokens_read]
+        return reached[-1].tokens_per_step if reached else self.tokens_per_step
+
+
+class PrecisionSection(StrictModel):
+    """Products in bf16 by autocast, or all in fp32 (None); weights and moments are always fp32."""
+
+    autocast: Literal["bf16"] | None = None
+
+
+class CompileSection(StrictModel):
+    """Whether torch.compile fuses norms and dense feed-forwards.
+
+    Mixers stay eager: they see where documents end, and each new packing would compile anew.
+    """
+
+    enabled: bool = False
+
+
+class CheckpointingSection(StrictModel):
+    """Recompute every k-th block in the backward instead of keeping its activations; None: none."""
+
+    every_layers: _Positive | None = None
+
+
+class GuardSection(StrictModel):
+    """How many steps in a row may be skipped for a loss or gradient that is not finite."""
+
+    max_skipped_steps: _NonNegative = 10
+
+
+class ValidationSection(StrictModel):
+    """Evaluate on the first num_samples rows of the validation split every so many steps."""
+
+    every_steps: _Positive
+    num_samples: _Positive = 16
+
+
+class RunConfig(StrictModel):
+    """One training run, complete and frozen; load_run_config reads it from a file."""
+
+    run: RunSection
+    data: DataSection
+    model: ModelConfig
+    optimizer: AdamWConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchSection
+    precision: PrecisionSection = PrecisionSection()
+    compile: CompileSection = CompileSection()
+    checkpointing: CheckpointingSection = CheckpointingSection()
+    guard: GuardSection = GuardSection()
+    validation: ValidationSection | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.schedule.check_fits(self.run.steps)
+        seq_len = self.data.seq_len
+        sizes = [self.batch.tokens_per_step, *(s.tokens_per_step for s in self.batch.ramp)]
+        for size in sizes:
+            if size % seq_len:
+                raise ValueError(
+                    f"tokens_per_step must be a multiple of seq_len = {seq_len}, got {size}"
+                )
+        rows = self.batch.micro_batch_rows
+        if rows is not None and rows * seq_len > max(sizes):
+            raise ValueError(
+                f"micro_batch_rows must not exceed the {max(sizes) // seq_len} rows of a step, "
+                f"got {rows}"
+            )
+        every = self.checkpointing.every_layers
+        if every is not None and every > self.model.num_hidden_layers:
+            raise ValueError(
+                f"every_layers must not exceed the model's {self.model.num_hidden_layers} layers, "
+                f"got {every}"
+            )
+        return self
+
+    def rows_at(self, next_sample: int) -> int:
+        """Return the rows of the step that begins with a sample."""
+        seq_len = self.data.seq_len
+        return self.batch.tokens_at(next_sample * seq_len) // seq_len
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file.
+
+    Args:
+        path: TOML; its [model] may name a `preset` with ModelConfig's fields laid over it.
+        overrides: each `dotted.key=value`.
+
+    Returns:
+        The configuration, the model resolved.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest is named) or missing, or a value breaks a rule.
+    """
+    values = read_toml(path, overrides)
+    table = values.get("model")
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{path}: model must be a table, got {table!r}")
+    resolved = dict(values)
+    resolved["model"] = _plain(resolve_model(table, f"{path}: model"))
+    return parse_config(RunConfig, resolved, str(path))
+
+
+def _plain(config: ModelConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")

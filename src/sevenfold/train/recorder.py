@@ -1,0 +1,86 @@
+"""What happens after each step: record, validation, checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sevenfold.train.checkpoint import run_tensors, save_checkpoint
+from sevenfold.train.loop import StepOutcome, Trainer
+from sevenfold.train.metrics import MetricsFile, StepRecord, finite
+from sevenfold.train.progress import Progress
+from sevenfold.train.run_folder import CHECKPOINTS
+from sevenfold.train.speed import FlopsCounter, peak_memory_bytes
+from sevenfold.train.validation import ValidationResult, bits_per_byte
+
+OnStep = Callable[[StepRecord], None]
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Called after every step.
+
+    Args:
+        trainer: the run.
+        metrics: where every record goes.
+        listeners: called with every record.
+        validate: evaluates the model; None without validation.
+        flops: counts model FLOPs.
+        peak_flops: of the device, FLOP/s; None if unknown.
+    """
+
+    trainer: Trainer
+    metrics: MetricsFile
+    listeners: tuple[OnStep, ...]
+    validate: Callable[[], ValidationResult] | None
+    flops: FlopsCounter
+    peak_flops: float | None
+
+    def __call__(self, outcome: StepOutcome) -> None:
+        """Validate and record; save where a checkpoint is due."""
+        record = self._record(outcome, self._validation(outcome))
+        self.metrics.write(record)
+        for listener in self.listeners:
+            listener(record)
+        every = self.trainer.config.run.checkpoint_every_steps
+        if outcome.fault is None and outcome.progress.step % every == 0:
+            self.save(outcome.progress)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint, after the record that leads up to it."""
+        self.metrics.sync()
+        run = self.trainer.config.run
+        tensors = run_tensors(self.trainer.model, self.trainer.optimizer)
+        save_checkpoint(run.out / CHECKPOINTS, tensors, progress, keep=run.keep_checkpoints)
+
+    def _validation(self, outcome: StepOutcome) -> ValidationResult | None:
+        settings, run = self.trainer.config.validation, self.trainer.config.run
+        if settings is None or self.validate is None or outcome.fault is not None:
+            return None
+        step = outcome.progress.step
+        due = step % settings.every_steps == 0 or step == run.steps
+        return self.validate() if due else None
+
+    def _record(self, outcome: StepOutcome, found: ValidationResult | None) -> StepRecord:
+        values, batch, config = outcome.values, outcome.batch, self.trainer.config
+        seq_len, has_experts = config.data.seq_len, config.model.moe is not None
+        flops_per_s = self.flops.count(batch.lengths) / outcome.time_s
+        summed_nats = values.loss * batch.num_labels
+        return StepRecord(
+            step=outcome.progress.step,
+            next_sample=outcome.progress.next_sample,
+            tokens=outcome.progress.next_sample * seq_len,
+            loss=finite(values.loss),
+            bits_per_byte=finite(bits_per_byte(summed_nats, batch.num_bytes)),
+            balance_loss=finite(values.balance_loss) if has_experts else None,
+            z_loss=finite(values.z_loss) if has_experts else None,
+            dropped=finite(values.dropped) if has_experts else None,
+            grad_norm=finite(values.grad_norm),
+            lr=outcome.lr,
+            skipped=outcome.fault,
+            step_time_s=outcome.time_s,
+            tokens_per_s=batch.num_rows * seq_len / outcome.time_s,
+            flops_per_s=flops_per_s,
+            mfu=flops_per_s / self.peak_flops if self.peak_flops else None,
+            peak_memory_bytes=peak_memory_bytes(self.trainer.model.device),
+            validation_loss=finite(found.loss) if found else None,
+            validation_bits_per_byte=finite(found.bits_per_byte) if found else None,
+        )

@@ -1,0 +1,175 @@
+"""A whole run: open its folder, resume, train, save, export."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sevenfold.config import ConfigError
+from sevenfold.data import PackedLoader, TokenDataset
+from sevenfold.models import HybridModel, init_weights
+from sevenfold.models.checkpoint import save_model
+from sevenfold.optim import build_adamw
+from sevenfold.train.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    read_progress,
+    remove_unfinished,
+    run_tensors,
+)
+from sevenfold.train.config import RunConfig
+from sevenfold.train.loop import Trainer, train_steps
+from sevenfold.train.metrics import METRICS_FILE, MetricsFile, truncate_metrics
+from sevenfold.train.progress import Progress
+from sevenfold.train.recorder import OnStep, Recorder
+from sevenfold.train.run_folder import CHECKPOINTS, FINAL, open_run_folder
+from sevenfold.train.setting import run_setting
+from sevenfold.train.signals import stop_on_signals
+from sevenfold.train.speed import FlopsCounter, known_peak_flops
+from sevenfold.train.tensorboard import tensorboard_listener
+from sevenfold.train.transform import compile_parts, recompute_blocks
+from sevenfold.train.validation import ValidationResult, validate
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        folder: the run directory.
+        final: the exported checkpoint; None if the run was stopped before its end.
+        progress: where it stands.
+        resumed_step: the step that it went on from; None if it began anew.
+        signal_name: of the signal that stopped it; None without one.
+    """
+
+    folder: Path
+    final: Path | None
+    progress: Progress
+    resumed_step: int | None
+    signal_name: str | None
+
+
+def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
+    """Train, from the beginning or from the newest checkpoint in config.run.out.
+
+    Nothing is printed. SIGTERM and Ctrl-C finish the step, save and return (in the main thread; in
+    another one signals keep their meaning). Calling again goes on; a run that is complete is
+    only exported again.
+
+    Args:
+        config: as load_run_config returns it.
+        on_step: called with each step's record, after it is written to metrics.jsonl.
+
+    Returns:
+        Where the run stands, and where its model is if it is complete.
+
+    Raises:
+        ConfigError: the folder holds another run, or the model does not fit the data.
+        DataError: the dataset cannot be read.
+        TrainingError: too many steps in a row had no finite loss or gradient.
+        CheckpointError: a checkpoint could not be read or written; earlier ones are whole.
+        UnsupportedError: the device or TensorBoard is not there.
+    """
+    data = _open_data(config)
+    open_run_folder(config, data.manifest.fingerprint)
+    checkpoints = config.run.out / CHECKPOINTS
+    remove_unfinished(checkpoints)
+    newest = next(reversed(list_checkpoints(checkpoints)), None)
+    begun = None if newest is None else read_progress(newest).step
+    if begun is not None and begun > config.run.steps:
+        raise ConfigError(
+            f"run.steps must be at least the {begun} steps that {config.run.out} has done, "
+            f"got {config.run.steps}"
+        )
+    with run_setting(config.run) as device, stop_on_signals() as request:
+        trainer = _build(config, data, device)
+        progress = _resume(trainer, newest)
+        progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
+        final = _export(trainer) if progress.step == config.run.steps else None
+    stopped_by = None if request.received is None else request.received.name
+    return TrainResult(config.run.out, final, progress, begun, stopped_by)
+
+
+def _open_data(config: RunConfig) -> TokenDataset:
+    data = TokenDataset.open(config.data.path, "train")
+    if data.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size must be at least the {data.vocab_size} of {config.data.path}, "
+            f"got {config.model.vocab_size}"
+        )
+    return data
+
+
+def _build(config: RunConfig, data: TokenDataset, device: torch.device) -> Trainer:
+    model = HybridModel(config.model)
+    init_weights(model, seed=config.run.seed)
+    model.to(device)
+    if config.checkpointing.every_layers is not None:
+        recompute_blocks(model, config.checkpointing.every_layers)
+    if config.compile.enabled:
+        compile_parts(model)
+    optimizer = build_adamw(model.named_parameters(), config.optimizer)
+    loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
+    return Trainer(config, model, optimizer, loader)
+
+
+def _resume(trainer: Trainer, checkpoint: Path | None) -> Progress:
+    progress = Progress()
+    if checkpoint is not None:
+        progress = load_checkpoint(checkpoint, run_tensors(trainer.model, trainer.optimizer))
+    truncate_metrics(trainer.config.run.out / METRICS_FILE, progress.next_sample)
+    return progress
+
+
+def _continue(
+    trainer: Trainer, progress: Progress, on_step: OnStep | None, stop: Callable[[], bool]
+) -> Progress:
+    config, device = trainer.config, trainer.model.device
+    listeners = () if on_step is None else (on_step,)
+    peak_flops = config.run.peak_flops or known_peak_flops(device, config.precision.autocast)
+    with (
+        MetricsFile(config.run.out / METRICS_FILE) as metrics,
+        tensorboard_listener(config.run, progress.step) as written,
+    ):
+        recorder = Recorder(
+            trainer=trainer,
+            metrics=metrics,
+            listeners=(*listeners, *written),
+            validate=_validation(trainer),
+            flops=FlopsCounter(config.model),
+            peak_flops=peak_flops,
+        )
+        progress = train_steps(trainer, progress, after_step=recorder, stop=stop)
+        recorder.save(progress)
+    return progress
+
+
+def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
+    config = trainer.config
+    if config.validation is None:
+        return None
+    data = TokenDataset.open(config.data.path, "validation")
+    loader = PackedLoader(data, seq_len=config.data.seq_len, seed=0, shuffle=False)
+    num_samples = config.validation.num_samples
+    if num_samples > loader.num_samples_per_epoch():
+        raise ConfigError(
+            f"validation.num_samples must not exceed the {loader.num_samples_per_epoch()} rows of "
+            f"the validation split, got {num_samples}"
+        )
+    return partial(
+        validate,
+        trainer.model,
+        loader,
+        num_samples,
+        micro_batch_rows=config.batch.micro_batch_rows,
+        autocast=config.precision.autocast,
+    )
+
+
+def _export(trainer: Trainer) -> Path:
+    final = trainer.config.run.out / FINAL
+    save_model(trainer.model, final, tokenizer=trainer.config.data.path, overwrite=True)
+    return final

@@ -1,0 +1,110 @@
+"""One training step: loss and gradients over micro-batches, clipping, update."""
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sevenfold.models import HiddenResult, HybridModel
+from sevenfold.ops import linear_cross_entropy
+from sevenfold.train.batch import MicroBatch, StepBatch
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What a step computed, on the host.
+
+    loss: mean cross-entropy over the step's labels, nats; grad_norm: before clipping.
+    balance_loss, z_loss, dropped: mean over layers with experts, 0 without; dropped is a share.
+    """
+
+    loss: float
+    grad_norm: float
+    balance_loss: float
+    z_loss: float
+    dropped: float
+
+
+def autocast_context(device: torch.device, autocast: str | None) -> AbstractContextManager[object]:
+    """Return the context in which the model's forward runs: bf16 products, or as they are."""
+    if autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def forward_backward(model: HybridModel, step: StepBatch, *, autocast: str | None) -> Tensor:
+    """Accumulate the gradients of one step.
+
+        loss = sum over micro-batches of (sum_t CE_t + n_m R_m) / n
+        R_m = aux_coef * mean_l balance_lm + z_coef * mean_l z_lm
+
+    n_m labels are in micro-batch m and n in the step, so tokens weigh alike wherever they lie. The
+    balance of experts is taken within a micro-batch: it is no sum over tokens, and the one number
+    that depends on how a step is divided.
+
+    Args:
+        model: in training mode; gradients are added to its parameters'.
+        step: the micro-batches.
+        autocast: "bf16" or None.
+
+    Returns:
+        [4] fp32 on the device: loss, balance_loss, z_loss, dropped; losses without coefficients.
+    """
+    parts = []
+    for micro in step.micro_batches:
+        share = micro.num_labels / step.num_labels
+        with autocast_context(model.device, autocast):
+            result = model.hidden(micro.input_ids, micro.batch)
+            summed = linear_cross_entropy(result.hidden, model.lm_head.weight, micro.labels)
+            router = _router_means(result, summed)
+        loss = summed / step.num_labels
+        (loss + share * _auxiliary(model, router)).backward()
+        parts.append(torch.cat([loss.detach()[None], share * router.detach()]))
+    return torch.stack(parts).sum(0)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the global 2-norm of the gradients, a scalar on the device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def to_host(losses: Tensor, grad_norm: Tensor) -> StepValues:
+    """Read a step's numbers back: the one synchronisation with the device in a step."""
+    loss, balance_loss, z_loss, dropped, norm = torch.cat([losses, grad_norm[None]]).tolist()
+    return StepValues(loss, norm, balance_loss, z_loss, dropped)
+
+
+def _router_means(result: HiddenResult, like: Tensor) -> Tensor:
+    """[3]: balance_loss, z_loss and dropped, mean over the layers with experts."""
+    if not result.router:
+        return like.new_zeros(3)
+    rows = [torch.stack([s.balance_loss, s.z_loss, s.dropped]) for s in result.router]
+    return torch.stack(rows).mean(0)
+
+
+def _auxiliary(model: HybridModel, router: Tensor) -> Tensor | float:
+    moe = model.config.moe
+    if moe is None:
+        return 0.0
+    weighted = ((moe.router_aux_loss_coef, router[0]), (moe.router_z_loss_coef, router[1]))
+    # A coefficient of 0 must spare the backward, and 0 * inf would be NaN.
+    return sum((coefficient * loss for coefficient, loss in weighted if coefficient), start=0.0)
+
+
+def fault_of(values: StepValues) -> str | None:
+    """Say which number of a step is not finite; None if all are."""
+    for name in ("loss", "grad_norm", "balance_loss", "z_loss"):
+        value = getattr(values, name)
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    return None
+
+
+def micro_batch_loss(model: HybridModel, micro: MicroBatch, *, autocast: str | None) -> Tensor:
+    """Return the summed cross-entropy of one micro-batch, without a gradient."""
+    with torch.no_grad(), autocast_context(model.device, autocast):
+        hidden = model.hidden(micro.input_ids, micro.batch).hidden
+        return linear_cross_entropy(hidden, model.lm_head.weight, micro.labels)

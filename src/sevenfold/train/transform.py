@@ -1,0 +1,41 @@
+"""What is applied to a plain model from outside: recomputation and compilation."""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sevenfold.models import HybridModel
+from sevenfold.models.feed_forward import SwiGLU
+from sevenfold.models.layers import RMSNorm
+
+
+def recompute_blocks(model: HybridModel, every_layers: int) -> None:
+    """Keep only the input of every k-th block, and run the block again in the backward.
+
+    Router statistics are outputs of the first run, so recomputation does not count them twice.
+
+    Args:
+        model: changed in place; parameters and their names stay.
+        every_layers: k; blocks 0, k, 2 k ... are recomputed, so 1 is all of them.
+    """
+    for block in list(model.layers)[::every_layers]:
+        # Nothing in a block draws random numbers, so there is no generator to restore.
+        block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+def compile_parts(model: HybridModel) -> int:
+    """Compile each norm and each dense feed-forward.
+
+    Args:
+        model: changed in place; parameters and their names stay.
+
+    Returns:
+        How many modules were compiled, at least 1.
+    """
+    parts: list[nn.Module] = [m for m in model.modules() if isinstance(m, RMSNorm | SwiGLU)]
+    for part in parts:
+        part.compile()
+    return len(parts)
