@@ -91,7 +91,7 @@ def write_config(config: ModelConfig, to: CheckpointFormat, dtype: torch.dtype) 
 
 
 def _config_file(path: Path) -> Path:
-    return path / CONFIG_FILE if path.is_dir() else path
+    return path if path.is_file() else path / CONFIG_FILE
 
 
 def _format_of(document: Mapping[str, Any], file: Path) -> CheckpointFormat:
