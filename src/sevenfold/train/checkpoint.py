@@ -6,6 +6,7 @@ next start removes. Tensors are in PyTorch's distributed format, so that a later
 otherwise; its metadata is a pickle, so a run directory must come from someone you trust.
 """
 
+import json
 import os
 import re
 import shutil
@@ -16,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sevenfold.config import CheckpointError
+from sevenfold.config import CheckpointError, parse_config
 from sevenfold.models import HybridModel
 from sevenfold.train.progress import Progress
 
@@ -113,8 +113,8 @@ def read_progress(path: Path) -> Progress:
     """
     file = path / _STATE_FILE
     try:
-        return Progress.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        return parse_config(Progress, json.loads(file.read_text(encoding="utf-8")), file.name)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} must be a run's progress, got: {error}; remove {path} to go on from an "
             f"earlier checkpoint"

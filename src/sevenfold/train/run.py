@@ -74,17 +74,8 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
         UnsupportedError: the device or TensorBoard is not there.
     """
     data = _open_data(config)
-    open_run_folder(config, data.manifest.fingerprint)
-    checkpoints = config.run.out / CHECKPOINTS
-    remove_unfinished(checkpoints)
-    newest = next(reversed(list_checkpoints(checkpoints)), None)
-    begun = None if newest is None else read_progress(newest).step
-    if begun is not None and begun > config.run.steps:
-        raise ConfigError(
-            f"run.steps must be at least the {begun} steps that {config.run.out} has done, "
-            f"got {config.run.steps}"
-        )
     with run_setting(config.run) as device, stop_on_signals() as request:
+        newest, begun = _open_folder(config, data)
         trainer = _build(config, data, device)
         progress = _resume(trainer, newest)
         progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
@@ -101,6 +92,23 @@ def _open_data(config: RunConfig) -> TokenDataset:
             f"got {config.model.vocab_size}"
         )
     return data
+
+
+def _open_folder(config: RunConfig, data: TokenDataset) -> tuple[Path | None, int | None]:
+    """The newest checkpoint and its step, None in a new run."""
+    open_run_folder(config, data.manifest.fingerprint)
+    checkpoints = config.run.out / CHECKPOINTS
+    remove_unfinished(checkpoints)
+    newest = next(reversed(list_checkpoints(checkpoints)), None)
+    if newest is None:
+        return None, None
+    done = read_progress(newest).step
+    if done > config.run.steps:
+        raise ConfigError(
+            f"run.steps must be at least the {done} steps that {config.run.out} has done, "
+            f"got {config.run.steps}"
+        )
+    return newest, done
 
 
 def _build(config: RunConfig, data: TokenDataset, device: torch.device) -> Trainer:

@@ -66,7 +66,7 @@ def _require_same_run(folder: Path, config: RunConfig, data_fingerprint: str) ->
     before = _flat(load_run_config(folder / CONFIG_FILE).model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
     faults = [
-        f"{name} must stay {before.get(name)!r}, got {now.get(name)!r}"
+        f"{name} must stay {_said(before, name)}, got {_said(now, name)}"
         for name in sorted(before.keys() | now.keys())
         if not _may_change(name) and before.get(name) != now.get(name)
     ]
@@ -78,6 +78,10 @@ def _require_same_run(folder: Path, config: RunConfig, data_fingerprint: str) ->
             f"{folder} holds another run: {'; '.join(faults)}; give run.out another folder to "
             f"start a new one"
         )
+
+
+def _said(values: Mapping[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "unset"
 
 
 def _may_change(name: str) -> bool:

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from train_helpers import MOE, HandLoader, hand_sample, tiny_model
+
+from sevenfold.models.layers import RMSNorm
+from sevenfold.ops.testing import check_error
+from sevenfold.train.batch import read_step
+from sevenfold.train.step import forward_backward
+from sevenfold.train.transform import compile_parts, recompute_blocks
+
+FOUR = {"layer_types": ["linear_attention", "full_attention"] * 2}
+STEP = read_step(
+    HandLoader([hand_sample(0), hand_sample(1, lengths=(5, 11), num_ignored=2)]),
+    0,
+    2,
+    micro_batch_rows=1,
+    device=torch.device("cpu"),
+)
+
+
+def results(model, autocast=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    losses = forward_backward(model.train(), STEP, autocast=autocast)
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("every_layers", [1, 2, 4])
+@pytest.mark.parametrize("autocast", [None, "bf16"])
+def test_recomputation_changes_no_bit(every_layers: int, autocast: str | None) -> None:
+    plain, recomputed = (tiny_model(moe=MOE, **FOUR) for _ in range(2))
+    recompute_blocks(recomputed, every_layers)
+    losses, gradients = results(plain, autocast)
+    losses_again, gradients_again = results(recomputed, autocast)
+    assert torch.equal(losses, losses_again)
+    assert [n for n, g in gradients.items() if not torch.equal(g, gradients_again[n])] == []
+
+
+@pytest.mark.parametrize(
+    ("every_layers", "runs"), [(1, [4] * 4), (2, [4, 2, 4, 2]), (4, [4, 2, 2, 2])]
+)
+def test_every_kth_block_runs_again_in_the_backward(every_layers: int, runs: list[int]) -> None:
+    model = tiny_model(**FOUR)
+    counts = [0] * 4
+    for i, block in enumerate(model.layers):
+        block.input_layernorm.register_forward_hook(
+            lambda *_, i=i: counts.__setitem__(i, counts[i] + 1)
+        )
+    recompute_blocks(model, every_layers)
+    results(model)
+    assert counts == runs  # two micro-batches
+
+
+def test_names_of_parameters_stay() -> None:
+    model = tiny_model(**FOUR)
+    names = list(model.state_dict())
+    recompute_blocks(model, 1)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("autocast", [None, "bf16"])
+def test_compiled_parts_keep_loss_and_gradients(autocast: str | None) -> None:
+    exact_losses, exact = results(tiny_model(dtype=torch.float64, **FOUR))
+    plain, compiled = tiny_model(**FOUR), tiny_model(**FOUR)
+    num_norms = sum(isinstance(m, RMSNorm) for m in compiled.modules())
+    assert compile_parts(compiled) == num_norms + 4
+    losses, gradients = results(plain, autocast)
+    losses_again, gradients_again = results(compiled, autocast)
+    dtype = torch.float32 if autocast is None else torch.bfloat16
+    check_error("loss", losses_again[:1], losses[:1].to(dtype), exact_losses[:1])
+    for name, gradient in gradients.items():
+        check_error(name, gradients_again[name], gradient.to(dtype), exact[name])
