@@ -64,6 +64,14 @@ class Experts(nn.Module):
         hidden = swiglu(grouped_linear(rows, gate_up_proj, rows_per_expert))
         return grouped_linear(hidden, down_proj, rows_per_expert)
 
+    def one_token(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Transform x [1, D] by its experts [1, k] one after another, without sorting any rows."""
+        rows = [
+            linear(swiglu(linear(x, self.gate_up_proj[e])), self.down_proj[e])
+            for e in experts[0].tolist()
+        ]
+        return weights.to(x.dtype) @ torch.cat(rows)
+
 
 class Router(nn.Module):
     """p = softmax(W x) in fp32; the k most probable experts, their weights summing to 1."""
@@ -103,16 +111,22 @@ class MixtureOfExperts(nn.Module):
         """Transform x [B, T, D]; statistics, and dropping, in training only."""
         tokens = x.reshape(-1, x.shape[-1])
         logits, weights, experts = self.gate(tokens)
-        capacity = self._capacity(len(tokens)) if self.training else None
-        dispatch = plan_dispatch(experts, self.moe.num_local_experts, capacity)
-        rows = self.experts(gather_rows(tokens, dispatch), dispatch.rows_per_expert)
-        y = combine(rows, weights.to(rows.dtype), dispatch)
+        y, kept = self._routed(tokens, weights, experts)
         if self.shared_mlp is not None and self.coefficient is not None:
             share = torch.sigmoid(self.coefficient(tokens))
             y = (1 - share) * y + share * self.shared_mlp(tokens)
         if not self.training:
             return y.view_as(x), None
-        return y.view_as(x), self._stats(logits, experts, len(dispatch.token))
+        return y.view_as(x), self._stats(logits, experts, kept)
+
+    def _routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, int]:
+        """The experts' weighted sum, and how many choices were kept."""
+        if len(tokens) == 1 and tokens.device.type == "cpu" and not self.training:
+            return self.experts.one_token(tokens, weights, experts), experts.numel()
+        capacity = self._capacity(len(tokens)) if self.training else None
+        dispatch = plan_dispatch(experts, self.moe.num_local_experts, capacity)
+        rows = self.experts(gather_rows(tokens, dispatch), dispatch.rows_per_expert)
+        return combine(rows, weights.to(rows.dtype), dispatch), len(dispatch.token)
 
     def _capacity(self, num_tokens: int) -> int | None:
         factor = self.moe.capacity_factor

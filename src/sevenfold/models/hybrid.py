@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
+from sevenfold.models.block import Block
+from sevenfold.models.chunked import pays_by_chunks, run_by_chunks
 from sevenfold.models.config import ModelConfig
-from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats, SwiGLU
+from sevenfold.models.feed_forward import RouterStats
 from sevenfold.models.layers import Linear, RMSNorm
-from sevenfold.models.mixers import build_mixer
 from sevenfold.models.state import LayerState
 from sevenfold.ops import head_logits
 
@@ -25,44 +26,6 @@ class HiddenResult(NamedTuple):
     hidden: Tensor
     state: tuple[LayerState, ...] | None
     router: tuple[RouterStats, ...]
-
-
-class Block(nn.Module):
-    """A mixer and a feed-forward, each with its norm and residual (see ModelConfig)."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.post_norm = config.norm_placement == "post_norm"
-        self.mixer_factors = config.residual_factors(config.layer_types[layer])
-        self.mlp_factors = (config.mlp_alpha_factor, config.mlp_beta_factor)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = build_mixer(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: MixtureOfExperts | SwiGLU
-        if config.moe is not None:
-            self.mlp = MixtureOfExperts(config, config.moe)
-        else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self, x: Tensor, batch: Batch, state: LayerState | None
-    ) -> tuple[Tensor, LayerState | None, RouterStats | None]:
-        """Run the block on x [B, T, hidden_size]."""
-        u = self.input_layernorm(x)
-        mixed, state = self.self_attn(u, batch, state)
-        x = self._residual(x, u, mixed, self.mixer_factors)
-        u = self.post_attention_layernorm(x)
-        stats = None
-        if isinstance(self.mlp, MixtureOfExperts):
-            fed, stats = self.mlp(u)
-        else:
-            fed = self.mlp(u)
-        return self._residual(x, u, fed, self.mlp_factors), state, stats
-
-    def _residual(self, x: Tensor, u: Tensor, f: Tensor, factors: tuple[float, float]) -> Tensor:
-        alpha, beta = factors
-        stream = u if self.post_norm else x
-        return torch.add(f if beta == 1.0 else beta * f, stream, alpha=alpha)
 
 
 class HybridModel(nn.Module):
@@ -132,7 +95,11 @@ class HybridModel(nn.Module):
         x = self.embed_tokens(input_ids)
         states: list[LayerState | None] = []
         router = []
+        by_chunks = state is None and not self.training and pays_by_chunks(x, batch)
         for i, layer in enumerate(self.layers):
+            if by_chunks:
+                x = run_by_chunks(layer, x)
+                continue
             x, after, stats = layer(x, batch, None if state is None else state[i])
             states.append(after)
             router += [] if stats is None else [stats]

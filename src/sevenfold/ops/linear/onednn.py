@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def is_available() -> bool:
-    """Whether this build of PyTorch has the oneDNN linear operator."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Whether this build of PyTorch has the oneDNN linear operator.
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
