@@ -1,0 +1,154 @@
+"""Cached equals uncached: prefill in chunks and decoding give what the whole row gives."""
+
+import pytest
+import torch
+from model_cases import CPU, MOE, by_other_products, furthest, tiny_model, tokens
+from torch import Tensor
+
+from sevenfold.models import Batch, HybridModel, empty_state, select_sequences
+from sevenfold.ops.testing import check_error
+
+MIXES = {
+    "linear": {"layers": "ll"},
+    "full": {"layers": "ff"},
+    "sliding": {"layers": "ss"},
+    "mixed": {"layers": "lfs"},
+    "mixed, pre-norm": {"layers": "slf", "norm_placement": "pre_norm"},
+    "mixed, experts": {"layers": "lsf", "moe": MOE},
+    "7:1": {"layers": "lllllllf"},
+    "window of one": {"layers": "ls", "window": 1},
+}
+DTYPES = [torch.float64, torch.float32]
+PROMPTS = [11, 3, 7]
+NEW = 3
+ROOM = max(PROMPTS) + NEW
+
+
+def uncached(model: HybridModel, ids: list[Tensor]) -> Tensor:
+    return torch.cat([model(row[None])[0] for row in ids])
+
+
+def prefilled(model: HybridModel, ids: list[Tensor], chunk: int):
+    """Logits of each prompt, chunk by chunk, packed at unequal lengths, and the state."""
+    state = empty_state(model.config, len(ids), ROOM, device=CPU, dtype=model.dtype)
+    past, logits = [0] * len(ids), [[] for _ in ids]
+    while any(p < n for p, n in zip(past, PROMPTS, strict=True)):
+        lengths = [min(chunk, n - p) for p, n in zip(past, PROMPTS, strict=True)]
+        parts = [row[p : p + n] for row, p, n in zip(ids, past, lengths, strict=True)]
+        batch = Batch.packed(lengths, past=past, device=CPU)
+        hidden, state, _ = model.hidden(torch.cat(parts)[None], batch, state)
+        for found, part in zip(logits, model.logits(hidden)[0].split(lengths), strict=True):
+            found.append(part)
+        past = [p + n for p, n in zip(past, lengths, strict=True)]
+    return logits, state
+
+
+def cached(model: HybridModel, ids: list[Tensor], chunk: int, rows: bool) -> Tensor:
+    """Prefill in chunks, then decode the rest, as rows or packed."""
+    logits, state = prefilled(model, ids, chunk)
+    for step in range(NEW):
+        past = [n + step for n in PROMPTS]
+        new = torch.stack([row[p] for row, p in zip(ids, past, strict=True)])
+        if rows:
+            batch, new = Batch.rows(len(ids), 1, past=past, device=CPU), new[:, None]
+        else:
+            batch, new = Batch.packed([1] * len(ids), past=past, device=CPU), new[None]
+        hidden, state, _ = model.hidden(new, batch, state)
+        for found, part in zip(logits, model.logits(hidden).flatten(0, 1), strict=True):
+            found.append(part[None])
+    return torch.cat([torch.cat(found) for found in logits])
+
+
+def honestly(model: HybridModel, ids: list[Tensor], exact: Tensor) -> Tensor:
+    """The whole rows' error by two orders of summation."""
+    other = torch.cat([by_other_products(model, row[None])[0] for row in ids])
+    return furthest(exact, uncached(model, ids), other)
+
+
+def row_by_row(model: HybridModel, ids: list[Tensor]) -> Tensor:
+    """Token by token with a state: an honest run of the same mathematics in another order."""
+    outputs = []
+    for row in ids:
+        state = empty_state(model.config, 1, ROOM, device=CPU, dtype=model.dtype)
+        for t, token in enumerate(row):
+            batch = Batch.rows(1, 1, past=[t], device=CPU)
+            hidden, state, _ = model.hidden(token.view(1, 1), batch, state)
+            outputs.append(model.logits(hidden)[0])
+    return torch.cat(outputs)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Tensor]:
+    return [tokens(n + NEW, seed=n) for n in PROMPTS]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_token_by_token_equals_whole_rows(mix: str, prompts: list[Tensor]) -> None:
+    exact = uncached(tiny_model(**MIXES[mix]), prompts)
+    single = tiny_model(dtype=torch.float32, **MIXES[mix])
+    check_error("logits", row_by_row(single, prompts), honestly(single, prompts, exact), exact)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 11])
+@pytest.mark.parametrize("mix", MIXES)
+def test_chunks_and_decoding_equal_whole_rows(mix: str, chunk: int, prompts: list[Tensor]) -> None:
+    exactly = tiny_model(**MIXES[mix])
+    single = tiny_model(dtype=torch.float32, **MIXES[mix])
+    exact = uncached(exactly, prompts)
+    honest = honestly(single, prompts, exact)
+    for rows in (True, False):
+        check_error("fp32", cached(single, prompts, chunk, rows), honest, exact)
+    # In fp64 the same comparison, against the error of a row by single tokens.
+    honest = furthest(exact, row_by_row(exactly, prompts), honestly(exactly, prompts, exact))
+    check_error("fp64", cached(exactly, prompts, chunk, True), honest, exact)
+
+
+@pytest.mark.parametrize("mix", ["linear", "mixed", "sliding"])
+def test_bf16_keeps_the_error_rule(mix: str, prompts: list[Tensor]) -> None:
+    exact = uncached(tiny_model(**MIXES[mix]), prompts)
+    low = tiny_model(dtype=torch.bfloat16, **MIXES[mix])
+    found = cached(low, prompts, 3, rows=True)
+    assert found.dtype == torch.float32
+    check_error("logits", found.bfloat16(), uncached(low, prompts).bfloat16(), exact)
+
+
+@pytest.mark.parametrize("mix", ["linear", "sliding", "mixed"])
+def test_a_whole_prompt_in_equal_rows(mix: str) -> None:
+    ids = tokens(3, 9)
+    exactly, single = tiny_model(**MIXES[mix]), tiny_model(dtype=torch.float32, **MIXES[mix])
+    state = empty_state(single.config, 3, 9, device=CPU, dtype=torch.float32)
+    batch = Batch.rows(3, 9, device=CPU)
+    found, advanced, _ = single.hidden(ids, batch, state)
+    assert len(advanced) == len(state)
+    check_error("logits", single.logits(found), single(ids), exactly(ids))
+
+
+def test_a_packed_forward_equals_its_rows(prompts: list[Tensor]) -> None:
+    exactly, single = (tiny_model("lsf", dtype=dtype) for dtype in (torch.float64, torch.float32))
+    batch = Batch.packed([len(row) for row in prompts], device=CPU)
+    found = single.logits(single.hidden(torch.cat(prompts)[None], batch).hidden)[0]
+    exact = uncached(exactly, prompts)
+    check_error("logits", found, honestly(single, prompts, exact), exact)
+
+
+def test_a_selected_sequence_decodes_on_its_own(prompts: list[Tensor]) -> None:
+    model = tiny_model("lsf", dtype=torch.float32)
+    _, state = prefilled(model, prompts, 4)
+    before = [layer.kv.clone() for layer in state[:1]]
+    alone = select_sequences(state, torch.tensor([1]))
+    batch = Batch.rows(1, 1, past=[PROMPTS[1]], device=CPU)
+    row = prompts[1][: PROMPTS[1] + 1]
+    hidden = model.hidden(row[None, -1:], batch, alone).hidden
+    exact = tiny_model("lsf")(row[None])[:, -1:]
+    honest = furthest(exact, model(row[None])[:, -1:], by_other_products(model, row[None])[:, -1:])
+    check_error("logits", model.logits(hidden), honest, exact)
+    assert torch.equal(state[0].kv, before[0])
+
+
+def test_sequences_of_a_cached_batch_never_see_each_other(prompts: list[Tensor]) -> None:
+    model = tiny_model("lsf", dtype=torch.float32)
+    other = [prompts[0], tokens(len(prompts[1]), seed=99), prompts[2]]
+    lengths = [n + NEW for n in PROMPTS]
+    before, after = (cached(model, ids, 3, True).split(lengths) for ids in (prompts, other))
+    same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert same == [True, False, True]
