@@ -113,11 +113,18 @@ class MixtureOfExperts(nn.Module):
         logits, weights, experts = self.gate(tokens)
         y, kept = self._routed(tokens, weights, experts)
         if self.shared_mlp is not None and self.coefficient is not None:
-            share = torch.sigmoid(self.coefficient(tokens))
+            share = self._share(tokens, self.coefficient.weight)
             y = (1 - share) * y + share * self.shared_mlp(tokens)
         if not self.training:
             return y.view_as(x), None
         return y.view_as(x), self._stats(logits, experts, kept)
+
+    @staticmethod
+    def _share(tokens: Tensor, weight: Tensor) -> Tensor:
+        """The shared expert's share; its weight is fp32 in the published files, as the router's."""
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        with full_precision(tokens.device):
+            return torch.sigmoid(linear(tokens.to(dtype), weight.to(dtype))).to(tokens.dtype)
 
     def _routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, int]:
         """The experts' weighted sum, and how many choices were kept."""

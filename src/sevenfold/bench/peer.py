@@ -1,0 +1,54 @@
+"""The peer: transformers' MiniMaxForCausalLM with the weights of one of our models."""
+
+import tempfile
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sevenfold.config import UnsupportedError
+from sevenfold.models import HybridModel
+from sevenfold.models.checkpoint import save_model
+
+
+def load_peer(model: HybridModel) -> Any:
+    """Return transformers' model with the same weights.
+
+    Raises:
+        UnsupportedError: transformers is not installed.
+    """
+    if find_spec("transformers") is None:
+        raise UnsupportedError(
+            "the benchmark must have its peer, got no transformers; pip install sevenfold[bench]"
+        )
+    from transformers import MiniMaxForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/peer"
+        save_model(model, path, format="hf")
+        return MiniMaxForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def peer_logits(peer: Any, input_ids: Tensor) -> Tensor:
+    """Run the peer on whole rows."""
+    return peer(input_ids, use_cache=False).logits
+
+
+def peer_loss(peer: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Run the peer's training forward, its balance loss included."""
+    # Its labels are the inputs themselves: it shifts them by one.
+    return peer(input_ids, labels=labels, use_cache=False, output_router_logits=True).loss
+
+
+def peer_generate(peer: Any, input_ids: Tensor, num_tokens: int) -> Tensor:
+    """Generate greedily with the peer's own loop; the new tokens."""
+    out = peer.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[0, input_ids.shape[1] :]

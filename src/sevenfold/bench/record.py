@@ -1,0 +1,52 @@
+"""A benchmark's record: figures with the device, versions and commit that they belong to."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_record(path: Path, command: str, cases: Sequence[Mapping[str, Any]]) -> None:
+    """Write a benchmark's cases as JSON.
+
+    Args:
+        path: the file.
+        command: what a reader runs to repeat it.
+        cases: one flat table row each.
+    """
+    record = {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": _device(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("sevenfold", "torch", "transformers")},
+        "commit": _commit(),
+        "cases": list(cases),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _device() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the working tree, with + if it has changes; None outside a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,1 @@
+"""The `sevenfold` program: the place where the packages are put together."""

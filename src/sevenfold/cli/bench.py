@@ -1,0 +1,43 @@
+"""`sevenfold bench`: speed against peers and against the machine's floor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sevenfold.bench.cpu import run_cpu_benchmark
+from sevenfold.bench.record import write_record
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against peers.")
+
+
+@bench_app.callback()
+def _group() -> None:
+    """Measure speed against peers."""
+
+
+@bench_app.command("cpu")
+def cpu_command(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path(
+        "benchmarks/results/cpu.json"
+    ),
+) -> None:
+    """Compare with transformers' MiniMax on this CPU: forward, decoding, training, memory."""
+    console = Console()
+
+    def report(row: Mapping[str, Any]) -> None:
+        console.print(
+            f"{row['case']:>24}: ours {row['ours_s']:.3f} s, transformers "
+            f"{row['transformers_s']:.3f} s, ratio {row['ratio']:.2f} (target "
+            f"{row['target_ratio']}), floor {row['floor_s']:.3f} s; memory "
+            f"{row['ours_peak_bytes'] / 1e6:.0f} against "
+            f"{row['transformers_peak_bytes'] / 1e6:.0f} MB",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    rows = run_cpu_benchmark(report)
+    write_record(out, "sevenfold bench cpu", rows)
+    console.print(f"written to {out}", highlight=False, soft_wrap=True)
