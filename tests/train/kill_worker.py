@@ -2,9 +2,9 @@
 
 A child shares the imports of this process, which has run no tensor operation, so a start is quick.
     python kill_worker.py RUN.toml MOMENT...
-A moment is `line:N:S` (S seconds after the N-th line of metrics.jsonl), `saving` (as a checkpoint's
-temporary folder appears), `metadata` (as its last file appears, just before the rename) or `removing`
-(as an old checkpoint goes). The last child ends the run.
+A moment is `line:N:S` (S seconds after line N of metrics.jsonl), `saving` (as a checkpoint's folder
+begins), `metadata` (as its last file appears, just before the rename) or `removing` (as an old
+checkpoint goes). The last child ends the run.
 """
 
 import multiprocessing

@@ -57,7 +57,8 @@ def test_names_of_parameters_stay() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo hides its own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's of PyTorch
 @pytest.mark.parametrize("autocast", [None, "bf16"])
 def test_compiled_parts_keep_loss_and_gradients(autocast: str | None) -> None:
     exact_losses, exact = results(tiny_model(dtype=torch.float64, **FOUR))

@@ -79,8 +79,11 @@ def parameter_table(config: ModelConfig) -> Table:
 
 def context_table(config: ModelConfig) -> Table:
     """Return cost and memory of one sequence against its length, keys and values in bf16."""
-    columns = ("context", "prefill", "one more token", "training", "KV", "state", "read a token")
-    table = _table("One sequence, bf16 weights and KV, fp32 state", *columns)
+    columns = ("context", "prefill", "next token", "training", "KV", "state", "moved")
+    table = _table(
+        "One sequence; bf16 weights and KV, fp32 state; moved: bytes for the next token at batch 1",
+        *columns,
+    )
     for context in CONTEXTS:
         table.add_row(
             f"{context:,}",
@@ -129,7 +132,7 @@ def _layers_line(target: str, config: ModelConfig) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
+        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
     return table
 
 

@@ -80,8 +80,10 @@ def merge_tables(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, A
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        both_tables = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge_tables(below, value) if both_tables else value
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge_tables(below, value)
+        else:
+            merged[key] = value
     return merged
 
 
