@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _describe(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "versions": {
-            "sevenfold": _version(),
+            "sevenfold": version("sevenfold"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
@@ -127,14 +127,6 @@ def _describe(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
         "seed": config.run.seed,
         "data_fingerprint": data_fingerprint,
     }
-
-
-def _version() -> str | None:
-    """The installed package's version, None where it runs from a checkout."""
-    try:
-        return version("sevenfold")
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -1,0 +1,106 @@
+"""What surrounds a run: TensorBoard, signals, the command line."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import typer
+from train_helpers import config_of
+from typer.testing import CliRunner
+
+from sevenfold.cli.train import train_command
+from sevenfold.config import ConfigError, UnsupportedError
+from sevenfold.train import read_metrics, train
+from sevenfold.train.signals import stop_on_signals
+from sevenfold.train.toml import to_toml
+
+
+def test_tensorboard_gets_every_number_of_every_step(run_values: dict) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = train(config_of(run_values, run={"tensorboard": True, "steps": 3}))
+    accumulator = events.EventAccumulator(str(result.folder / "tensorboard"))
+    accumulator.Reload()
+    found = [(event.step, event.value) for event in accumulator.Scalars("grad_norm")]
+    lines = read_metrics(result.folder / "metrics.jsonl")
+    assert found == [(line["step"], line["grad_norm"]) for line in lines]
+    assert "skipped" not in accumulator.Tags()["scalars"]
+
+
+def test_tensorboard_missing_is_an_error_with_its_remedy(
+    run_values: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UnsupportedError, match=r"pip install sevenfold\[tensorboard\]"):
+        train(config_of(run_values, run={"tensorboard": True}))
+
+
+def test_a_signal_becomes_a_request() -> None:
+    with stop_on_signals() as request:
+        assert request.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.received is signal.SIGTERM
+
+
+def test_another_thread_trains_and_leaves_signals_alone(run_values: dict) -> None:
+    results = []
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(
+        target=lambda: results.append(train(config_of(run_values, run={"steps": 2})))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].progress.step == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    program = typer.Typer()
+    program.command("train")(train_command)
+    return program
+
+
+@pytest.fixture
+def run_file(run_values: dict, tmp_path: Path) -> Path:
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(run_values), encoding="utf-8")
+    return file
+
+
+def test_the_command_trains_and_says_where_the_model_is(app, run_file: Path) -> None:
+    done = CliRunner().invoke(app, [str(run_file), "--set", "run.steps=3", "--set=run.seed=2"])
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[:-1]] == ["step 1/3", "step 3/3"]
+    final = run_file.parent / "run" / "final"
+    assert lines[-1] == f"Done: 3 steps, model in {final}"
+    again = CliRunner().invoke(app, [str(run_file), "--set", "run.steps=3", "--set=run.seed=2"])
+    assert again.stdout == f"The run is complete: 3 steps, model in {final}\n"
+
+
+def test_a_stopped_command_says_how_to_go_on(app, run_file: Path, monkeypatch) -> None:
+    def stopping(config, *, on_step):
+        def stop(record) -> None:
+            on_step(record)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        return train(config, on_step=stop)
+
+    monkeypatch.setattr("sevenfold.cli.train.train", stopping)
+    done = CliRunner().invoke(app, [str(run_file)])
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[-1] == (
+        f"Stopped by SIGINT after step 1 of 8; all is saved in {run_file.parent / 'run'}. "
+        f"The same command goes on: sevenfold train {run_file}"
+    )
+
+
+def test_a_typo_in_a_run_file_names_the_nearest_key(app, run_file: Path) -> None:
+    done = CliRunner().invoke(app, [str(run_file), "--set", "optimizer.learning=1"])
+    assert isinstance(done.exception, ConfigError)
+    done = CliRunner().invoke(app, [str(run_file), "--set", "optimizer.weight_dcay=0.1"])
+    assert str(done.exception).endswith("did you mean optimizer.weight_decay?")
