@@ -88,9 +88,6 @@ def test_each_fault_is_named(values: dict, message: str) -> None:
     assert str(caught.value).startswith("run.toml: ")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="strict._fields_at stops at a list index: wrong hint below it"
-)
 def test_a_key_nested_below_a_list_gets_the_hint_of_its_own_table() -> None:
     values = {"steps": 1, "items": [{"name": "x", "schedule": {"kind": "linear", "warmup": 4}}]}
     message = (

@@ -141,7 +141,9 @@ def _fault(cls: type[BaseModel], fault: Any) -> str:
 
 def _fields_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     for part in loc:
-        field = cls.model_fields.get(str(part))
+        if isinstance(part, int):
+            continue  # an item of a list: its model was found in the list's own annotation
+        field = cls.model_fields.get(part)
         below = _model_in(field.annotation) if field else None
         if below is None:
             break
@@ -150,7 +152,6 @@ def _fields_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    for option in (annotation, *get_args(annotation)):
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)

@@ -147,18 +147,13 @@ def test_gradients_carry_the_outer_factor() -> None:
     assert all(torch.equal(-0.5 * a, b) for a, b in zip(once[1:], twice[1:], strict=True))
 
 
-LOSS_SCALE_BUG = pytest.mark.xfail(
-    strict=True, reason="eager: the outer gradient is cast to hidden's dtype and overflows in fp16"
-)
-
-
 @pytest.mark.parametrize(
     ("dtype", "factor"),
     [
         (torch.bfloat16, 1 / 3),
         (torch.float16, 1 / 3),
         (torch.bfloat16, 2.0**-20),
-        pytest.param(torch.float16, 2.0**17, marks=LOSS_SCALE_BUG),
+        (torch.float16, 2.0**17),
     ],
 )
 def test_error_rule_under_a_loss_scale(dtype: torch.dtype, factor: float) -> None:
@@ -228,7 +223,6 @@ def test_wrong_arguments(error: type[Exception], changes: dict, message: str) ->
         linear_cross_entropy(**arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="linear_cross_entropy does not check the labels' dtype")
 def test_labels_of_another_dtype() -> None:
     hidden, weight, labels = inputs(3)
     with pytest.raises(TypeError, match=r"labels must be torch.int64, got torch.int32"):

@@ -17,8 +17,6 @@ from sevenfold.ops.testing import check_error
 
 IMPLS = ["reference", "eager"]
 LENGTHS = [0, 1, 2, 63, 64, 65, 130]
-NAN_BUG = pytest.mark.xfail(strict=True, reason="eager: -inf * 0 is NaN in _Scan.power")
-LAYOUT_BUG = pytest.mark.xfail(strict=True, reason="eager: empty_like keeps strides; view fails")
 LONG = 1090  # more than one block of 1,024 tokens
 
 
@@ -113,7 +111,7 @@ def test_the_fastest_decays_leave_the_current_token_alone(impl: str, dtype: torc
     assert torch.equal(found.final_state, outer)
 
 
-@pytest.mark.parametrize("impl", ["reference", pytest.param("eager", marks=NAN_BUG)])
+@pytest.mark.parametrize("impl", ["reference", "eager"])
 def test_a_head_that_forgets_everything_at_once(impl: str) -> None:
     x = make_inputs([float("-inf")], 70)
     own = (x.q * x.k).sum(-1, keepdim=True) * x.v
@@ -135,7 +133,7 @@ def test_no_rows_or_no_tokens(shape: tuple[int, int], impl: str) -> None:
     ("impl", "layout"),
     [
         ("reference", "heads first"),
-        pytest.param("eager", "heads first", marks=LAYOUT_BUG),
+        ("eager", "heads first"),
         ("eager", "slices"),
         ("eager", "broadcast heads"),
     ],

@@ -11,7 +11,6 @@ from sevenfold.ops import lightning_attention, lightning_attention_step
 from sevenfold.ops.testing import check_error
 
 NAMES = ("dq", "dk", "dv", "dinitial_state")
-SCALE_BUG = pytest.mark.xfail(strict=True, reason="eager: do * scale is rounded to do's dtype")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -102,8 +101,8 @@ def test_error_rule_in_training_dtypes(decay: str, dtype: torch.dtype) -> None:
         (-2.0, torch.bfloat16),
         (-2.0, torch.float16),
         (0.3, torch.float32),
-        pytest.param(0.3, torch.bfloat16, marks=SCALE_BUG),
-        pytest.param(0.3, torch.float16, marks=SCALE_BUG),
+        (0.3, torch.bfloat16),
+        (0.3, torch.float16),
     ],
 )
 def test_error_rule_with_a_scale(scale: float, dtype: torch.dtype) -> None:

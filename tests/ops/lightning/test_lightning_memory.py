@@ -85,12 +85,7 @@ def test_autocast_rounds_nothing(impl: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-REFERENCE_BUG = pytest.mark.xfail(
-    strict=True, reason="api: the reference step runs outside full_precision"
-)
-
-
-@pytest.mark.parametrize("impl", [pytest.param("reference", marks=REFERENCE_BUG), "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager"])
 def test_autocast_does_not_round_the_step(impl: str) -> None:
     x = make_inputs("mixed", 1, B=2, K=8, dtype=torch.float32)
     x = x._replace(initial_state=torch.randn(x.initial_state.shape, generator=generator()))

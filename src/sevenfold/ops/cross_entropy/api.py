@@ -1,5 +1,6 @@
 """Cross-entropy of a linear head: the public operator, its checks and the implementation."""
 
+import torch
 from torch import Tensor
 
 from sevenfold.ops.checks import check_dtype, check_shape, choose_impl
@@ -35,6 +36,7 @@ def linear_cross_entropy(
     check_shape("weight", weight, (len(weight), D), "[vocab_size, D]")
     check_shape("labels", labels, hidden.shape[:-1], "hidden's without D")
     check_dtype("weight", weight, (hidden.dtype,))
+    check_dtype("labels", labels, (torch.int64,))
     chosen = choose_impl("linear_cross_entropy", impl, Impl.EAGER, (Impl.REFERENCE, Impl.EAGER))
     hidden, weight = autocast(hidden, weight)
     run = reference.forward if chosen is Impl.REFERENCE else eager.forward

@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden, dweight = ctx.saved_tensors
         (dloss,) = grads
         if dhidden is not None:
-            dhidden = dhidden * dloss.to(dhidden.dtype)
+            dhidden = dhidden * dloss
         if dweight is not None:
             dweight = (dweight * dloss).to(ctx.weight_dtype)
         return dhidden, dweight, None

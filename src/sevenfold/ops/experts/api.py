@@ -47,6 +47,7 @@ def grouped_linear(
     E, _, K = weight.shape
     check_shape("x", x, (len(x), K), "[R, K]")
     check_shape("rows_per_expert", rows_per_expert, (E,), "[E]")
+    check_dtype("weight", weight, (x.dtype,))
     check_dtype("rows_per_expert", rows_per_expert, (torch.int32,))
     default = default_grouped_impl(x.device.type)
     chosen = choose_impl("grouped_linear", impl, default, (Impl.EAGER, Impl.GROUPED_MM))

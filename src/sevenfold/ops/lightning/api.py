@@ -111,7 +111,8 @@ def lightning_attention_step(
     if chosen is Impl.REFERENCE:
         decay = torch.exp(log_decay.to(state.dtype))
         q_, k_, v_ = (x.to(state.dtype) for x in (q, k, v))
-        o, state = reference.step(q_, k_, v_, decay, state, scale)
+        with full_precision(q.device):
+            o, state = reference.step(q_, k_, v_, decay, state, scale)
         return OpResult(o.to(v.dtype), state)
     with full_precision(q.device):
         return OpResult(*eager.step(q, k, v, log_decay, scale=scale, state=state))
@@ -151,9 +152,11 @@ def _lengths(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
     if B != 1:
         raise ValueError(f"cu_seqlens needs a packed batch: B must be 1, got {B}")
+    if cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seqlens must run from 0 to T = {T}, got {cu_seqlens.tolist()}")
     borders = cu_seqlens.tolist()
     lengths = tuple(b - a for a, b in pairwise(borders))
-    if cu_seqlens.dim() != 1 or not lengths or borders[0] != 0 or borders[-1] != T:
+    if not lengths or borders[0] != 0 or borders[-1] != T:
         raise ValueError(f"cu_seqlens must run from 0 to T = {T}, got {borders}")
     if min(lengths) < 0:
         raise ValueError(f"cu_seqlens must never fall, got {borders}")

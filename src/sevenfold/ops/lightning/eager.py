@@ -21,6 +21,8 @@ from sevenfold.ops.lightning.plan import Block, plan_blocks
 CHUNK_TOKENS = 64
 BLOCK_CHUNKS = 16  # 1,024 tokens at once: bounds the memory for chunk states
 
+_CONTIGUOUS = torch.contiguous_format
+
 
 def forward(
     q: Tensor,
@@ -70,7 +72,7 @@ class _LightningAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, log_decay, initial_state)
         ctx.scale, ctx.lengths = scale, lengths
         scan = _Scan(log_decay, q.dtype, lengths)
-        o = torch.empty_like(v)
+        o = torch.empty_like(v, memory_format=_CONTIGUOUS)
         for block, kc, vc, P in scan.run(k, v, scan.met_first(initial_state)):
             oc = scan.attend(_chunks(q, block, scan.dtype), kc, vc, P, block)
             _write(o, oc if scale == 1.0 else oc.mul_(scale), block)
@@ -80,9 +82,9 @@ class _LightningAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         do, dfinal = grads
         q, k, v, log_decay, initial_state = ctx.saved_tensors
-        do = do if ctx.scale == 1.0 else do * ctx.scale
         scan = _Scan(log_decay, q.dtype, ctx.lengths)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        do = do if ctx.scale == 1.0 else do.to(scan.dtype) * ctx.scale
+        dq, dk, dv = (torch.empty_like(x, memory_format=_CONTIGUOUS) for x in (q, k, v))
         for block, kc, vc, P in scan.run(k, v, scan.met_first(initial_state)):
             doc = _chunks(do, block, scan.dtype)
             _write(dq, scan.attend(doc, vc, kc, P.mT, block), block)
@@ -108,7 +110,8 @@ class _Scan:
         reverse: bool = False,
     ) -> None:
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self.log_decay = log_decay.to(self.dtype)
+        # Finite, so that an infinite decay times no distance is 1 and not NaN.
+        self.log_decay = log_decay.to(self.dtype).clamp(min=torch.finfo(self.dtype).min)
         self.blocks = plan_blocks(
             lengths, CHUNK_TOKENS, BLOCK_CHUNKS, reverse, torch.device(log_decay.device)
         )
@@ -175,7 +178,7 @@ def _chunks(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     if block.token_index is not None:
         tokens = tokens[block.token_index] * block.filled.view(-1, 1, 1)
     chunks = tokens.view(-1, CHUNK_TOKENS, H, D)  # [n, C, H, D]
-    return chunks.permute(2, 0, 1, 3).to(dtype, memory_format=torch.contiguous_format)
+    return chunks.permute(2, 0, 1, 3).to(dtype, memory_format=_CONTIGUOUS)
 
 
 def _write(o: Tensor, oc: Tensor, block: Block) -> None:

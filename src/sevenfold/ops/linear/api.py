@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from sevenfold.ops.checks import check_dtype, choose_impl
 from sevenfold.ops.linear import onednn
+from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl
 
 # Below this MKL's matrix-vector product beats a call of oneDNN (9 against 22 us, 256 x 256).
@@ -48,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tens
         chosen = default_linear_impl(x, weight)
     else:
         chosen = choose_impl("linear", impl, Impl.EAGER, (Impl.EAGER, Impl.ONEDNN))
-    if chosen is Impl.EAGER:
+    if chosen is Impl.EAGER or x.numel() == 0:
         return F.linear(x, weight)
     check_dtype("x", x, (torch.float32,))
     check_dtype("weight", weight, (torch.float32,))
@@ -70,6 +71,11 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     Source: arXiv 2506.13585 (MiniMax-M1) section 3.2: an LM head below fp32 made training and
         inference probabilities disagree.
     """
+    with full_precision(hidden.device):
+        return _at_least_fp32(hidden, weight)
+
+
+def _at_least_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.dtype in (torch.float32, torch.float64):
         return linear(hidden, weight)
     if hidden.device.type == "cuda":

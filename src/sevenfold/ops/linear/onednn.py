@@ -42,4 +42,4 @@ class _Linear(torch.autograd.Function):
 
 def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     """dy^T x, [N, K]."""
-    return matmul_nt(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
+    return matmul_nt(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
