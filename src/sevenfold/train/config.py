@@ -99,7 +99,7 @@ class PrecisionSection(StrictModel):
 
 
 class CompileSection(StrictModel):
-    """Whether torch.compile fuses norms and dense feed-forwards.
+    """Whether torch.compile fuses norms and dense feed-forwards (on a CPU in fp32 norms alone).
 
     Mixers stay eager: they see where documents end, and each new packing would compile anew.
     """

@@ -118,7 +118,7 @@ def _build(config: RunConfig, data: TokenDataset, device: torch.device) -> Train
     if config.checkpointing.every_layers is not None:
         recompute_blocks(model, config.checkpointing.every_layers)
     if config.compile.enabled:
-        compile_parts(model)
+        compile_parts(model, autocast=config.precision.autocast)
     optimizer = build_adamw(model.named_parameters(), config.optimizer)
     loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
     return Trainer(config, model, optimizer, loader)

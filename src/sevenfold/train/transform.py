@@ -26,16 +26,21 @@ def recompute_blocks(model: HybridModel, every_layers: int) -> None:
         )
 
 
-def compile_parts(model: HybridModel) -> int:
-    """Compile each norm and each dense feed-forward.
+def compile_parts(model: HybridModel, *, autocast: str | None) -> int:
+    """Compile each norm and each dense feed-forward; on a CPU in fp32 the norms alone.
+
+    There the products are oneDNN's, and Inductor (2.13) lowers those for constant weights only.
 
     Args:
         model: changed in place; parameters and their names stay.
+        autocast: "bf16" or None.
 
     Returns:
         How many modules were compiled, at least 1.
     """
-    parts: list[nn.Module] = [m for m in model.modules() if isinstance(m, RMSNorm | SwiGLU)]
+    onednn = model.device.type == "cpu" and autocast is None
+    kinds = (RMSNorm,) if onednn else (RMSNorm, SwiGLU)
+    parts: list[nn.Module] = [part for part in model.modules() if isinstance(part, kinds)]
     for part in parts:
         part.compile()
     return len(parts)
