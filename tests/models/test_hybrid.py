@@ -6,11 +6,10 @@ import pytest
 import torch
 from model_cases import CPU, MOE, by_other_products, furthest, tiny_config, tiny_model, tokens
 from torch import Tensor
-from torch.nn import functional as F
 
 from sevenfold.models import Batch, HybridModel, empty_state
 from sevenfold.models.block import Block
-from sevenfold.ops import layer_log_decay
+from sevenfold.ops import head_logits, layer_log_decay
 from sevenfold.ops.testing import check_error
 
 FACTORS = {
@@ -58,7 +57,7 @@ def test_the_head_follows_the_final_norm() -> None:
     x = model.embed_tokens.weight[ids]
     for block in model.layers:
         x = block(x, batch, None)[0]
-    assert torch.equal(model(ids), F.linear(model.norm(x), model.lm_head.weight))
+    assert torch.equal(model(ids), head_logits(model.norm(x), model.lm_head.weight))
     assert torch.equal(model.hidden(ids).hidden, model.norm(x))
 
 

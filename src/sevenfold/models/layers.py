@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sevenfold.ops import linear
+from sevenfold.ops import linear, rms_norm
 
 
 class Linear(nn.Linear):
@@ -28,10 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., size]; the result has x's dtype."""
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-        normed = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
-        return self.weight.to(x.dtype) * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tensor:

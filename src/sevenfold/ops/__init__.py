@@ -11,6 +11,7 @@ from sevenfold.ops.lightning import (
 )
 from sevenfold.ops.linear import head_logits, linear
 from sevenfold.ops.precision import autocast, full_precision
+from sevenfold.ops.rms_norm import rms_norm
 from sevenfold.ops.swiglu import swiglu
 from sevenfold.ops.types import Impl, OpResult
 
@@ -34,5 +35,6 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "plan_dispatch",
+    "rms_norm",
     "swiglu",
 ]

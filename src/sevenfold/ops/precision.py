@@ -1,12 +1,16 @@
 """Where autocast applies: operators decide for themselves, and say so by these two."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves every product's precision alone."""
-    return torch.autocast(device.type, enabled=False)
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

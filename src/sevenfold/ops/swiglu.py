@@ -49,5 +49,5 @@ class _SwiGLU(torch.autograd.Function):
         dgate_up = torch.empty_like(gate_up)
         dgate, dup = dgate_up.chunk(2, -1)
         torch.mul(dy, F.silu(gate), out=dup)
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
         return dgate_up

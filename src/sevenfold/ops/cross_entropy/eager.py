@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sevenfold.ops.linear import head_logits, linear
+from sevenfold.ops.linear import head_logits, linear, weight_product
 
-CHUNK_TOKENS = 1024  # with a vocabulary of 200,064 a chunk of fp32 logits is 0.8 GB
+# fp32 logits of a chunk: 8 MB stay in a processor's cache, 1 GB fills a GPU.
+_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -21,6 +22,11 @@ def forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels)
+
+
+def chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """How many tokens' logits exist at once."""
+    return max(1, _CHUNK_ELEMENTS[device.type] // vocab_size)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -31,8 +37,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        for at in range(0, len(hidden), CHUNK_TOKENS):
-            part = slice(at, at + CHUNK_TOKENS)
+        step = chunk_tokens(len(weight), hidden.device)
+        for at in range(0, len(hidden), step):
+            part = slice(at, at + step)
             loss += _chunk(
                 hidden[part],
                 weight,
@@ -77,5 +84,5 @@ def _chunk(
     if dhidden is not None:
         dhidden.copy_(linear(dlogits, weight.t()))
     if dweight is not None:
-        dweight += head_logits(dlogits.t(), hidden.t())
+        dweight += weight_product(dlogits, hidden)
     return loss

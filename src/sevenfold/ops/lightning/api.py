@@ -105,7 +105,7 @@ def lightning_attention_step(
     """
     if q.dim() != 3:
         raise ValueError(f"q must have shape [B, H, K], got {list(q.shape)}")
-    _check_tokens(q[:, None], k[:, None], v[:, None], log_decay)
+    _check_tokens(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), log_decay)
     _check_state("state", state, q, (*q.shape, v.shape[-1]))
     chosen = choose_impl("lightning_attention_step", impl, Impl.EAGER, _IMPLS)
     if chosen is Impl.REFERENCE:

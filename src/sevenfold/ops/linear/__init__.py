@@ -1,5 +1,5 @@
 """Linear layer: x W^T through the fastest matrix product of the device."""
 
-from sevenfold.ops.linear.api import default_linear_impl, head_logits, linear
+from sevenfold.ops.linear.api import default_linear_impl, head_logits, linear, weight_product
 
-__all__ = ["default_linear_impl", "head_logits", "linear"]
+__all__ = ["default_linear_impl", "head_logits", "linear", "weight_product"]

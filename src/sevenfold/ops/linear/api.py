@@ -82,3 +82,20 @@ def _at_least_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
         z = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
         return z.view(*hidden.shape[:-1], -1)
     return linear(hidden.float(), weight.float())
+
+
+def weight_product(dy: Tensor, x: Tensor) -> Tensor:
+    """Multiply for a weight's gradient, accumulating and returning at least fp32.
+
+        dW = dy^T x
+
+    Args:
+        dy: [T, N], bf16, fp16, fp32 or fp64.
+        x: [T, K], dtype of dy.
+
+    Returns:
+        [N, K] fp32 (fp64 with fp64 inputs).
+    """
+    if default_linear_impl(dy, x) is Impl.ONEDNN:
+        return onednn.weight_grad(dy, x)
+    return head_logits(dy.t(), x.t())

@@ -1,0 +1,64 @@
+"""RMSNorm with its statistic in fp32, and a backward that saves its input only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sevenfold.ops.checks import check_shape
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide by the root mean square over the last dimension, and scale each channel.
+
+        y = x * r * weight        r = (mean(x^2) + eps)^(-1/2)
+
+    Args:
+        x: [..., D], any floating dtype.
+        weight: [D], any floating dtype.
+        eps: > 0.
+
+    Returns:
+        [..., D] in x's dtype; computed in fp32 at least.
+
+    Raises:
+        ValueError: weight's shape is not [D].
+
+    Source: arXiv 1910.07467.
+    """
+    check_shape("weight", weight, x.shape[-1:], "[D]")
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)
+    return _forward(x, weight, eps)
+
+
+def _root(x: Tensor, eps: float) -> Tensor:
+    """r of x [..., D] in fp32 at least, [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * _root(wide, eps)).mul_(weight).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _forward(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (dy,) = grads
+        x, weight = ctx.saved_tensors
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = _root(wide, ctx.eps)
+        normed = wide * r
+        dweight = torch.einsum("td,td->d", dy.flatten(0, -2).to(wide.dtype), normed.flatten(0, -2))
+        scaled = dy * weight  # the gradient of normed
+        shared = torch.linalg.vecdot(scaled, normed).unsqueeze(-1).div_(x.shape[-1])
+        dx = torch.addcmul(scaled, normed, shared, value=-1).mul_(r)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None
