@@ -4,12 +4,13 @@ import re
 import shlex
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+
+from sevenfold.train import load_run_config
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -109,10 +110,18 @@ def test_commands_exist(page: Path) -> None:
     ours = [words[1:] for words in commands if words[0] == "sevenfold"]
     if not ours:
         return
-    if find_spec("sevenfold.cli") is None:
-        pytest.skip("sevenfold.cli does not exist yet")
     program = typer.main.get_command(import_module("sevenfold.cli.main").app)
     assert [(words, bad) for words in ours if (bad := unknown_words(program, words))] == []
+
+
+@pytest.mark.parametrize("page", pages_with("toml"))
+def test_run_files_are_valid(page: Path, tmp_path: Path) -> None:
+    whole = [b.code for b in blocks(page) if b.language == "toml" and b.code.startswith("[run]")]
+    assert whole, "a page with TOML must show a whole run file, from its [run] table on"
+    for number, code in enumerate(whole):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(code)
+        assert load_run_config(path).run.steps > 0
 
 
 def test_few_blocks_are_skipped() -> None:
