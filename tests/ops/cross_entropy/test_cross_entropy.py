@@ -18,7 +18,7 @@ VOCAB, D = 11, 6
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(eager, "_CHUNK_ELEMENTS", {"cpu": 4 * VOCAB + 3})
 
 
 def inputs(T: int, dtype: torch.dtype = torch.float64, ignored: bool = True):
@@ -133,7 +133,8 @@ def test_only_the_wanted_gradients(wants: tuple[bool, bool]) -> None:
 def test_no_gradient_is_taken_under_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = inputs(9)
     expected = linear_cross_entropy(hidden, weight, labels)
-    monkeypatch.setattr(eager, "linear", None)  # the gradient's product
+    monkeypatch.setattr(eager, "linear", None)  # the gradients' products
+    monkeypatch.setattr(eager, "weight_product", None)
     with torch.no_grad():
         found = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels)
     assert torch.equal(found, expected)
@@ -175,9 +176,21 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(eager, "head_logits", recorded)
     with_grads(by("eager"), hidden, weight, labels)
-    logits = [rows for rows, columns in shapes if columns == VOCAB]
-    assert logits == [4, 4, 4, 4, 4, 4, 4, 2]
-    assert {shape for shape in shapes if shape[1] != VOCAB} == {(VOCAB, D)}
+    assert shapes == [*[(4, VOCAB)] * 7, (2, VOCAB)]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tokens"),
+    [(VOCAB, 4), (4 * VOCAB + 3, 1), (4 * VOCAB + 4, 1), (1, 4 * VOCAB + 3)],
+)
+def test_a_chunk_has_as_many_tokens_as_fit_and_one_at_least(vocab_size: int, tokens: int) -> None:
+    assert eager.chunk_tokens(vocab_size, torch.device("cpu")) == tokens
+
+
+def test_a_chunk_takes_8_mb_on_a_cpu_and_1_gb_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for device, size in (("cpu", 2**23), ("cuda", 2**30)):
+        assert eager.chunk_tokens(2**16, torch.device(device)) * 2**16 * 4 == size
 
 
 def test_nothing_is_read_unwritten() -> None:

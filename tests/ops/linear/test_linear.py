@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sevenfold.config import UnsupportedError
 from sevenfold.ops import Impl, head_logits, linear
-from sevenfold.ops.linear import default_linear_impl, onednn
+from sevenfold.ops.linear import default_linear_impl, onednn, weight_product
 from sevenfold.ops.testing import check_error
 
 needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="PyTorch without oneDNN")
@@ -167,3 +167,18 @@ def test_head_returns_fp32_under_autocast(dtype: torch.dtype) -> None:
     check_error(
         "logits", logits, head_logits(hidden, weight), hidden.double() @ weight.double().t()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K"), [(3, 8), (8, 3), (5, 5), (1, 4), (4, 1)])
+def test_weight_product_in_fp32_whichever_size_is_smaller(
+    N: int, K: int, dtype: torch.dtype
+) -> None:
+    dy, x = random(40, N, dtype=dtype), random(40, K, dtype=dtype, seed=1)
+    exact = dy.double().t() @ x.double()
+    found = weight_product(dy, x)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert found.dtype == wide
+    assert found.is_contiguous()
+    check_error("dweight", found, dy.to(wide).t() @ x.to(wide), exact)
+    assert torch.equal(weight_product(dy[:0], x[:0]), torch.zeros(N, K, dtype=wide))
