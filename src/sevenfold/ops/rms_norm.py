@@ -57,7 +57,8 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         r = _root(wide, ctx.eps)
         normed = wide * r
-        dweight = torch.einsum("td,td->d", dy.flatten(0, -2).to(wide.dtype), normed.flatten(0, -2))
+        dy = dy.to(wide.dtype)
+        dweight = (dy * normed).flatten(0, -2).sum(0)
         scaled = dy * weight  # the gradient of normed
         shared = torch.linalg.vecdot(scaled, normed).unsqueeze(-1).div_(x.shape[-1])
         dx = torch.addcmul(scaled, normed, shared, value=-1).mul_(r)

@@ -188,7 +188,7 @@ def _write(o: Tensor, oc: Tensor, block: Block) -> None:
     if block.token_index is None:
         target.view(-1, CHUNK_TOKENS, H, D).copy_(chunks)
     else:
-        target.copy_(chunks[block.filled])
+        target.copy_(chunks.reshape(-1, H, D)[block.slot_index])
 
 
 def _keep_empty(states: Tensor, unchanged: Tensor | None, lengths: tuple[int, ...]) -> Tensor:

@@ -29,6 +29,7 @@ class Block:
     first_token: int
     num_tokens: int
     token_index: Tensor | None  # [n * C] token of each slot; None when every slot is filled
+    slot_index: Tensor  # [num_tokens] slot of each token
     filled: Tensor  # [n, C] bool
     sequences: Tensor  # [n]
     rows: Tensor  # [n, C] from the chunk's first token to each slot
@@ -106,6 +107,7 @@ def _block(
         first_token=first_token,
         num_tokens=int(sum(chunk.size for chunk in row)),
         token_index=None if bool(filled.all()) else _slot_tokens(row, chunk_tokens).to(device),
+        slot_index=filled.flatten().nonzero().squeeze(1).to(device),
         filled=filled.to(device),
         sequences=sequences.to(device),
         rows=(to_end if reverse else from_start).to(device),
