@@ -34,7 +34,7 @@ class SamplingParams(StrictModel):
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     ignore_eos: bool = False
 
     @model_validator(mode="after")
