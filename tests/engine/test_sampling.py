@@ -1,0 +1,186 @@
+"""The choice of a token against an independent statement of its distribution, and its rules."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from sevenfold.config import ConfigError, parse_config
+from sevenfold.engine import SamplingParams, choose_token
+
+VOCAB = 12
+NOTHING_SEEN = torch.tensor([], dtype=torch.int64)
+SEEN = torch.tensor([0, 3, 7])
+JUST_BELOW_ONE = math.nextafter(1, 0)
+
+
+def random_logits(seed: int = 0) -> torch.Tensor:
+    return 2 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def distribution(logits: torch.Tensor, seen: torch.Tensor, params: SamplingParams) -> list[float]:
+    """Each token's probability: penalty, temperature, top_k, top_p, min_p, then renormalised."""
+    values = logits.tolist()
+    for token in seen.tolist():
+        up = values[token] > 0
+        values[token] *= 1 / params.repetition_penalty if up else params.repetition_penalty
+    weights = {token: math.exp(z / params.temperature) for token, z in enumerate(values)}
+    ranked = sorted(weights, key=lambda token: -weights[token])[: params.top_k]
+    if params.top_p is not None:
+        total, reached, kept = sum(weights[token] for token in ranked), 0.0, []
+        for token in ranked:
+            if reached >= params.top_p * total:
+                break
+            kept.append(token)
+            reached += weights[token]
+        ranked = kept
+    if params.min_p is not None:
+        least = params.min_p * weights[ranked[0]]
+        ranked = [token for token in ranked if weights[token] >= least]
+    total = sum(weights[token] for token in ranked)
+    return [weights[token] / total if token in ranked else 0.0 for token in weights]
+
+
+CASES = {
+    "plain": {},
+    "cold": {"temperature": 0.4},
+    "hot": {"temperature": 3.0},
+    "top_k": {"top_k": 4},
+    "top_k above the vocabulary": {"top_k": 50},
+    "top_p": {"top_p": 0.7},
+    "a small top_p keeps one": {"top_p": 1e-6},
+    "min_p": {"min_p": 0.2},
+    "min_p of one": {"min_p": 1.0},
+    "penalty": {"repetition_penalty": 1.7},
+    "reward": {"repetition_penalty": 0.6},
+    "top_p within top_k": {"top_k": 5, "top_p": 0.8},
+    "all": {
+        "temperature": 1.3,
+        "top_k": 8,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "repetition_penalty": 1.3,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_share_of_draws_is_the_probability(case: str) -> None:
+    logits, params, grid = random_logits(), SamplingParams(**CASES[case]), 2048
+    draws = ((i + 0.5) / grid for i in range(grid))
+    counts = Counter(choose_token(logits, SEEN, params, draw) for draw in draws)
+    wanted = distribution(logits, SEEN, params)
+    for token, probability in enumerate(wanted):
+        assert abs(counts[token] / grid - probability) <= 1 / grid, (token, probability)
+        assert probability or not counts[token]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_ends_of_the_draw(case: str) -> None:
+    params = SamplingParams(**CASES[case])
+    for seed in range(5):
+        logits = random_logits(seed)
+        wanted = distribution(logits, SEEN, params)
+        kept = [token for token in range(VOCAB) if wanted[token]]
+        best = max(kept, key=wanted.__getitem__)
+        last = min(kept, key=wanted.__getitem__)
+        assert choose_token(logits, SEEN, params, 0.0) == best
+        assert choose_token(logits, SEEN, params, JUST_BELOW_ONE) == last
+
+
+def test_rules_act_in_their_order() -> None:
+    """Half, a quarter, an eighth, an eighth: each rule sees what the rule before it left."""
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+
+    def kept(**options: float) -> set[int]:
+        params = SamplingParams(**options)
+        draws = (i / 64 for i in range(64))
+        return {choose_token(logits, NOTHING_SEEN, params, draw) for draw in draws}
+
+    assert kept() == {0, 1, 2, 3}
+    # Of the two best, the first has 2/3: enough for 0.6, though it has half of all.
+    assert kept(top_p=0.6) == {0, 1}
+    assert kept(top_p=0.6, top_k=2) == {0}
+    # The temperature comes before top_p: at 1/2 the first has 0.727.
+    assert kept(top_p=0.7) == {0, 1}
+    assert kept(top_p=0.7, temperature=0.5) == {0}
+    # And before min_p: at 1/2 the second has a quarter of the first's.
+    assert kept(min_p=0.4) == {0, 1}
+    assert kept(min_p=0.4, temperature=0.5) == {0}
+
+
+def test_the_penalty_comes_before_the_temperature_zero() -> None:
+    logits = torch.tensor([3.0, 2.5, -1.0])
+    greedy = SamplingParams(temperature=0.0)
+    penalised = SamplingParams(temperature=0.0, repetition_penalty=1.5)
+    for draw in (0.0, JUST_BELOW_ONE):
+        assert choose_token(logits, torch.tensor([0]), greedy, draw) == 0
+        assert choose_token(logits, torch.tensor([0]), penalised, draw) == 1
+        assert choose_token(logits, torch.tensor([0, 1]), penalised, draw) == 0
+        assert choose_token(logits, NOTHING_SEEN, penalised, draw) == 0
+    negative = torch.tensor([-2.0, -2.5])
+    assert choose_token(negative, torch.tensor([0]), penalised, 0.5) == 1  # -3, not -1.33
+
+
+def test_logits_stay_as_they_were() -> None:
+    logits = random_logits()
+    before = logits.clone()
+    choose_token(logits, SEEN, SamplingParams(**CASES["all"]), 0.3)
+    assert torch.equal(logits, before)
+
+
+def test_an_impossible_token_is_never_drawn() -> None:
+    logits = torch.tensor([0.0, -math.inf, 0.0])
+    params = SamplingParams()
+    found = {choose_token(logits, NOTHING_SEEN, params, i / 32) for i in range(32)}
+    found.add(choose_token(logits, NOTHING_SEEN, params, JUST_BELOW_ONE))
+    assert found == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_k", 3), ("top_p", 0.9), ("min_p", 0.1), ("seed", 0)]
+)
+def test_what_temperature_zero_would_ignore_is_refused(name: str, value: float) -> None:
+    rule = f"{name} must be left out at temperature 0, where it has no effect"
+    with pytest.raises(ConfigError, match=rule):
+        parse_config(SamplingParams, {"temperature": 0, name: value}, "request")
+    with pytest.raises(ValueError, match=rule):
+        SamplingParams(temperature=0, **{name: value})
+    assert getattr(SamplingParams(temperature=0.1, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 0.0),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("stop", ("a", "")),
+        ("max_tokens", 1.5),
+        ("seed", "1"),
+        ("seed", -1),
+        ("seed", 2**64),
+    ],
+)
+def test_ranges_and_types(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_the_limits_of_the_ranges_hold() -> None:
+    params = SamplingParams(max_tokens=1, top_k=1, top_p=1.0, min_p=1.0, seed=2**64 - 1)
+    assert (params.max_tokens, params.top_k, params.top_p, params.min_p) == (1, 1, 1.0, 1.0)
+    assert torch.Generator().manual_seed(2**64 - 1).initial_seed() == params.seed
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    rule = "request: temprature is not a known key; did you mean temperature"
+    with pytest.raises(ConfigError, match=rule):
+        parse_config(SamplingParams, {"temprature": 1.0}, "request")
