@@ -32,8 +32,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _forward(x, weight, eps)
 
 
-def _root(x: Tensor, eps: float) -> Tensor:
-    """r of x [..., D] in fp32 at least, [..., 1]."""
+def _root(x: Tensor, eps: float) -> Tensor | float:
+    """r of x [..., D] in fp32 at least: [..., 1], or a number for one row on a CPU (decoding)."""
+    if x.numel() == x.shape[-1] and x.device.type == "cpu":
+        row = x.flatten()
+        return (float(row.dot(row)) / len(row) + eps) ** -0.5
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
