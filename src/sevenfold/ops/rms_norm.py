@@ -61,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
         r = _root(wide, ctx.eps)
         normed = wide * r
         dy = dy.to(wide.dtype)
-        dweight = (dy * normed).flatten(0, -2).sum(0)
+        dweight = (dy * normed).sum_to_size(weight.shape)
         scaled = dy * weight  # the gradient of normed
         shared = torch.linalg.vecdot(scaled, normed).unsqueeze(-1).div_(x.shape[-1])
         dx = torch.addcmul(scaled, normed, shared, value=-1).mul_(r)
