@@ -52,7 +52,7 @@ def test_alphas_are_deepnorms(name: str) -> None:
     assert config.norm_placement == "post_norm"
 
 
-@pytest.mark.parametrize("size", ("nano", *LADDER))
+@pytest.mark.parametrize("size", ["nano", *LADDER])
 def test_the_three_forms_differ_in_their_layers_alone(size: str) -> None:
     hybrid, softmax, lightning = (preset(f"{size}-{form}") for form in FORMS)
     number = hybrid.num_hidden_layers
