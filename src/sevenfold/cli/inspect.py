@@ -130,7 +130,8 @@ def _layers_line(target: str, config: ModelConfig) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    # Without its frame the widest table fits into 80 columns.
+    table = Table(title=title, title_justify="left", caption_justify="left", show_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
     return table
@@ -138,7 +139,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _unit(number: float, unit: str) -> str:
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(number) < 1000 or prefix == "E":
+        if abs(number) < 999.5 or prefix == "E":  # which three digits round to 1e+03
             return f"{number:,.3g} {prefix}{unit}"
         number /= 1000
     raise AssertionError("the last prefix always returns")
