@@ -242,6 +242,13 @@ def test_a_folder_with_other_files_is_not_touched(run_values: dict, tmp_path: Pa
         train(config)
 
 
+def test_the_model_ends_a_text_by_the_datas_token(run_values: dict, data_path: Path) -> None:
+    final = train(config_of(run_values)).final
+    assert final is not None
+    end = TokenDataset.open(data_path, "train").end_of_text_id
+    assert load_model(final).config.eos_token_id == end
+
+
 def test_a_vocabulary_too_small_for_the_data_is_refused(run_values: dict) -> None:
     config = config_of(run_values, model=model_table(vocab_size=100))
     with pytest.raises(

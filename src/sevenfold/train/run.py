@@ -9,7 +9,7 @@ import torch
 
 from sevenfold.config import ConfigError
 from sevenfold.data import PackedLoader, TokenDataset
-from sevenfold.models import HybridModel, init_weights
+from sevenfold.models import HybridModel, ModelConfig, init_weights
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_adamw
 from sevenfold.train.checkpoint import (
@@ -112,7 +112,7 @@ def _open_folder(config: RunConfig, data: TokenDataset) -> tuple[Path | None, in
 
 
 def _build(config: RunConfig, data: TokenDataset, device: torch.device) -> Trainer:
-    model = HybridModel(config.model)
+    model = HybridModel(_with_end_of_text(config.model, data))
     init_weights(model, seed=config.run.seed)
     model.to(device)
     if config.checkpointing.every_layers is not None:
@@ -122,6 +122,13 @@ def _build(config: RunConfig, data: TokenDataset, device: torch.device) -> Train
     optimizer = build_adamw(model.named_parameters(), config.optimizer)
     loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
     return Trainer(config, model, optimizer, loader)
+
+
+def _with_end_of_text(config: ModelConfig, data: TokenDataset) -> ModelConfig:
+    """The model learns to end a text by the data's token, unless the run file names another."""
+    if config.eos_token_id is not None:
+        return config
+    return config.model_copy(update={"eos_token_id": data.end_of_text_id})
 
 
 def _resume(trainer: Trainer, checkpoint: Path | None) -> Progress:

@@ -50,7 +50,7 @@ def run_table(form: str, out: Path, steps: int) -> dict[str, Any]:
         "run": {"out": str(out / "runs" / form), "steps": steps, "log_every_steps": 25},
         "data": {"path": str(out / "data"), "seq_len": SEQ_LEN},
         "model": preset(f"nano-{form}").model_dump(mode="json"),
-        "optimizer": {"lr": 4e-3},
+        "optimizer": {"lr": 2e-3},
         "schedule": {"kind": "cosine", "warmup_steps": max(1, steps // 10), "min_ratio": 0.1},
         "batch": {"tokens_per_step": TOKENS_PER_STEP},
         "validation": {"every_steps": max(1, steps // 5), "num_samples": 16},

@@ -161,7 +161,8 @@ class _Scan:
     def _met(self, local: Tensor, state: Tensor, met: Tensor | None, block: Block) -> Tensor:
         H, n, K, V = local.shape
         P = (self.power(block.between) @ local.view(H, n, K * V)).view(H, n, K, V)
-        P = P.addcmul_(self.power(block.carried)[..., None, None], state[:, None])
+        if block.continues:
+            P.addcmul_(self.power(block.carried)[..., None, None], state[:, None])
         if met is None:
             return P
         entered = self.power(block.entered)[..., None, None]

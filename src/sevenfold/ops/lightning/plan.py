@@ -35,6 +35,7 @@ class Block:
     rows: Tensor  # [n, C] from the chunk's first token to each slot
     to_end: Tensor  # [n, C] from each slot to the chunk's last token
     between: Tensor  # [n, n] from the last token of a chunk before (column) to the first of a chunk
+    continues: bool  # the scan comes to this block in the middle of a sequence
     carried: Tensor  # [n] from the last token of the block before
     entered: Tensor  # [n] from the first token of its sequence, where that lies in this block
     spans: Tensor  # [n] from the first to the last token of the chunk
@@ -113,6 +114,7 @@ def _block(
         rows=(to_end if reverse else from_start).to(device),
         to_end=(torch.where(filled, from_start, -1) if reverse else to_end).to(device),
         between=torch.where(same & before, passed[:, None] - (passed + sizes) + 1, -1).to(device),
+        continues=bool(from_edge.any()),
         carried=torch.where(from_edge, passed - passed[first] + 1, -1).to(device),
         entered=torch.where(from_edge, -1, passed).to(device),
         spans=(sizes - 1).to(device),
