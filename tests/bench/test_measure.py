@@ -1,0 +1,158 @@
+"""How the benchmark measures, by a clock made by hand, and what it writes down."""
+
+import json
+import platform
+import re
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from sevenfold.bench import measure, record
+from sevenfold.bench.measure import (
+    interleaved_median_s,
+    matmul_flops_per_s,
+    memory_bytes,
+    read_bytes_per_s,
+)
+
+
+class Clock:
+    """Stands still but for what the sides take; remembers who ran."""
+
+    def __init__(self, **durations: list[float]) -> None:
+        self.now, self.ran = 100.0, []
+        self.left = {name: iter(values) for name, values in durations.items()}
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def side(self, name: str):
+        def run() -> None:
+            self.ran.append(name)
+            self.now += next(self.left[name])
+
+        return run
+
+    def sides(self) -> dict:
+        return {name: self.side(name) for name in self.left}
+
+
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    def use(**durations: list[float]) -> Clock:
+        clock = Clock(**durations)
+        monkeypatch.setattr(measure.time, "perf_counter", clock.perf_counter)
+        return clock
+
+    return use
+
+
+def test_sides_take_turns_after_one_call_each(clocked) -> None:
+    # Powers of two and sums of few: the clock's differences are exact.
+    clock = clocked(a=[64.0, 4.0, 1.0, 2.0], b=[32.0, 0.5, 8.0, 16.0])
+    assert interleaved_median_s(clock.sides(), 3) == {"a": 2.0, "b": 8.0}
+    assert clock.ran == ["a", "b"] * 4
+
+
+def test_the_median_of_an_even_number(clocked) -> None:
+    clock = clocked(a=[64.0, 1.0, 8.0, 2.0, 4.0])
+    assert interleaved_median_s(clock.sides(), 4) == {"a": 3.0}
+
+
+def test_the_matmul_rate_is_that_of_the_best_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of operands [M, K] and [N, K], later ones in half the time."""
+    shapes, took = [], []
+
+    def operand(*shape: int) -> torch.Tensor:
+        shapes.append(shape)
+        return torch.ones(1, 1)
+
+    def fake(sides: dict, repeats: int) -> dict[str, float]:
+        [(name, run)] = sides.items()
+        assert (repeats, run().item()) == (3, 1.0)
+        took.append(2.0 ** -(2 + len(took)))
+        return {name: took[-1]}
+
+    monkeypatch.setattr(torch, "randn", operand)
+    monkeypatch.setattr(measure, "interleaved_median_s", fake)
+    found = matmul_flops_per_s(repeats=3)
+    pairs = zip(shapes[::2], shapes[1::2], took, strict=True)
+    assert found == max(2 * M * K * N / seconds for (M, K), (N, _), seconds in pairs)
+
+
+def test_the_rate_of_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(sides: dict, repeats: int) -> dict[str, float]:
+        [(name, run)] = sides.items()
+        assert (repeats, run()) == (5, 1024)  # ones, four bytes each
+        return {name: 0.25}
+
+    monkeypatch.setattr(measure, "interleaved_median_s", fake)
+    assert read_bytes_per_s(num_bytes=4096, repeats=5) == 4096 / 0.25
+
+
+def test_memory_is_the_processs_own() -> None:
+    before = memory_bytes("VmRSS")
+    held = torch.ones(2**24)  # 64 MB
+    grown = memory_bytes("VmRSS") - before
+    assert grown > held.nbytes // 2
+    assert memory_bytes("VmHWM") >= memory_bytes("VmRSS")
+    with pytest.raises(KeyError, match="/proc/self/status must have VmNope"):
+        memory_bytes("VmNope")
+
+
+def test_a_record_says_what_its_figures_belong_to(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "cpu.json"
+    cases = [{"case": "a", "ours_s": 0.5}, {"case": "b", "ours_s": 0.25}]
+    before = datetime.now(UTC).date()
+    record.write_record(path, "sevenfold bench cpu", cases)
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("}\n")
+    written = json.loads(text)
+    assert list(written) == [
+        *("command", "date", "device", "threads", "python", "versions", "commit", "cases"),
+    ]
+    assert written["command"] == "sevenfold bench cpu"
+    assert before <= date.fromisoformat(written["date"]) <= datetime.now(UTC).date()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    assert written["device"] == [*names, platform.processor() or platform.machine()][0]
+    assert written["threads"] == torch.get_num_threads()
+    assert written["python"] == platform.python_version()
+    packages = ("sevenfold", "torch", "transformers")
+    assert written["versions"] == {name: version(name) for name in packages}
+    assert written["cases"] == cases
+
+
+def test_a_records_commit_is_none_outside_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    record.write_record(tmp_path / "a.json", "x", [])
+    assert json.loads((tmp_path / "a.json").read_text())["commit"] is None
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
+    record.write_record(tmp_path / "b.json", "x", [])
+    assert json.loads((tmp_path / "b.json").read_text())["commit"] is None
+
+
+def test_a_records_commit_names_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        record.subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
+
+    monkeypatch.chdir(tmp_path)
+    git("init")
+    Path("file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    commits = []
+    for text in ("one", "two"):
+        Path("file").write_text(text)
+        record.write_record(tmp_path / "out.json", "x", [])
+        commits.append(json.loads((tmp_path / "out.json").read_text())["commit"])
+    assert re.fullmatch("[0-9a-f]{7,}", commits[0])
+    assert commits[1] == commits[0] + "+"
