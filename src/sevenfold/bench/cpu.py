@@ -14,6 +14,7 @@ from sevenfold.bench.measure import (
     matmul_flops_per_s,
     memory_bytes,
     read_bytes_per_s,
+    reset_peak_memory,
 )
 from sevenfold.bench.peer import load_peer, peer_generate, peer_logits, peer_loss
 from sevenfold.engine import Decoder
@@ -215,12 +216,15 @@ def _peak_in_own_process(side: str, case_name: str) -> int:
 
 
 def peak_bytes(side: str, case_name: str) -> int:
-    """Return what two runs of a case add to this process's memory, at its peak."""
+    """Return what a run of a case adds to this process's memory, at its peak.
+
+    A first run comes before: what it loads of the libraries themselves is no need of the case.
+    """
     torch.set_num_threads(THREADS)
     case, model = cases()[case_name], build_model()
     run = case.ours(model) if side == "ours" else case.peer(load_peer(model))
     del model
-    before = memory_bytes("VmRSS")
     run()
+    before = reset_peak_memory()
     run()
     return memory_bytes("VmHWM") - before
