@@ -1,7 +1,7 @@
 """The CPU benchmark: no side is timed that is wrong, and its floors are accounting's."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +30,13 @@ SMALL = preset("bench-19m").model_copy(
 
 
 @pytest.fixture(autouse=True)
-def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
     monkeypatch.setattr(cpu, "preset", lambda _name: SMALL)
     monkeypatch.setattr(cpu, "THREADS", 1)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class FakePeer:
@@ -54,7 +58,6 @@ class FakePeer:
 
 @pytest.fixture
 def model() -> HybridModel:
-    torch.set_num_threads(1)
     return cpu.build_model()
 
 
