@@ -131,6 +131,9 @@ def test_generate_prints_prompt_and_continuation(tiny_run: TinyRun) -> None:
         ("--seed", "3", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.1"): SamplingParams(
             max_tokens=12, temperature=0.8, seed=3, top_k=5, top_p=0.9, min_p=0.1
         ),
+        ("--temperature", "9", "--seed", "3", "--min-p", "0.9"): SamplingParams(
+            max_tokens=12, temperature=9.0, seed=3, min_p=0.9
+        ),
         ("--seed", "3", "--stop", "e", "--stop", "o"): SamplingParams(
             max_tokens=12, temperature=0.8, seed=3, stop=("e", "o")
         ),

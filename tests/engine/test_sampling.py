@@ -123,6 +123,16 @@ def test_the_penalty_comes_before_the_temperature_zero() -> None:
     assert choose_token(negative, torch.tensor([0]), penalised, 0.5) == 1  # -3, not -1.33
 
 
+def test_equal_tokens_share_the_draws_equally() -> None:
+    """A quarter each, exactly: a draw on a border belongs to the token that begins there."""
+    logits = torch.zeros(4)
+    for params in (SamplingParams(), SamplingParams(min_p=1.0), SamplingParams(top_p=1.0)):
+        chosen = [choose_token(logits, NOTHING_SEEN, params, quarter / 4) for quarter in range(4)]
+        assert sorted(chosen) == [0, 1, 2, 3]
+        below = [math.nextafter(quarter / 4, 0) for quarter in range(1, 5)]
+        assert [choose_token(logits, NOTHING_SEEN, params, draw) for draw in below] == chosen
+
+
 def test_logits_stay_as_they_were() -> None:
     logits = random_logits()
     before = logits.clone()
