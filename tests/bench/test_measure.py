@@ -17,6 +17,7 @@ from sevenfold.bench.measure import (
     matmul_flops_per_s,
     memory_bytes,
     read_bytes_per_s,
+    reset_peak_memory,
 )
 
 
@@ -102,6 +103,16 @@ def test_memory_is_the_processs_own() -> None:
     assert memory_bytes("VmHWM") >= memory_bytes("VmRSS")
     with pytest.raises(KeyError, match="/proc/self/status must have VmNope"):
         memory_bytes("VmNope")
+
+
+def test_the_peak_is_forgotten() -> None:
+    held = torch.ones(2**24)  # 64 MB
+    del held
+    before = memory_bytes("VmHWM")
+    in_use = reset_peak_memory()
+    assert memory_bytes("VmHWM") - in_use < 2**24 < before
+    grown = torch.ones(2**24)
+    assert memory_bytes("VmHWM") - in_use > grown.nbytes // 2
 
 
 def test_a_record_says_what_its_figures_belong_to(tmp_path: Path) -> None:
