@@ -48,8 +48,9 @@ def alone(llm: LLM, params: SamplingParams) -> list[Completion]:
 def test_greedy_tokens_whatever_the_cache_the_chunks_and_the_batch(
     mix: str, tokenizer: Tokenizer
 ) -> None:
-    # In fp64, where no two logits of a random model tie to within rounding on any machine.
-    llm = LLM(tiny_model(**MIXES[mix]).double(), tokenizer)
+    model = tiny_model(**MIXES[mix])
+    # Experts in fp64: on another machine two of a random model tied to within fp32's rounding.
+    llm = LLM(model.double() if "moe" in MIXES[mix] else model, tokenizer)
     prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
     assert sorted(len(prompt) > 4 for prompt in prompts) == [False, False, True]
     expected = [tuple(uncached(llm.model, prompt, 10)) for prompt in prompts]

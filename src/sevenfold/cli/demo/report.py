@@ -34,7 +34,8 @@ footer {{ color: #666; font-size: .85rem; margin-top: 2rem; }}
 <h1>Three small models, six novels</h1>
 <p>The same model three times, trained from the same seed on the same tokens in the same order:
 <b>hybrid</b> has seven lightning-attention layers and one softmax layer, <b>softmax</b> has eight
-softmax layers, <b>lightning</b> has eight lightning-attention layers.</p>
+softmax layers, <b>lightning</b> has eight lightning-attention layers. One learning rate serves all
+three and is tuned for none: this shows how they begin to learn, not which is best in the end.</p>
 <h2>How they learn</h2>
 {losses}
 {results}
