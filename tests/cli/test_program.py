@@ -193,7 +193,7 @@ def test_failures_are_one_line_and_exit_1(
     shutil.copytree(tiny_run.checkpoint, bare)
     (bare / "tokenizer.json").unlink()
     failing = {
-        ("generate", tmp_path / "missing", PROMPT): "tokenizer.json must exist",
+        ("generate", tmp_path / "missing", PROMPT): "missing must be a checkpoint folder",
         ("generate", bare, PROMPT): "tokenizer.json must exist to generate text; copy the tokeniz",
         ("convert", tmp_path / "missing", tmp_path / "a", "--to", "hf"): "missing",
         ("inspect", tmp_path): "config.json",

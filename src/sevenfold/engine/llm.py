@@ -67,6 +67,8 @@ class LLM:
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
         """
+        if not Path(path).is_dir():
+            raise CheckpointError(f"{path} must be a checkpoint folder, got none of that name")
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{file} must exist to generate text; copy the tokenizer there")
