@@ -13,6 +13,8 @@ class Impl(StrEnum):
     EAGER = "eager"
     ONEDNN = "onednn"
     GROUPED_MM = "grouped_mm"
+    TRITON = "triton"
+    NUMBA = "numba"
 
 
 class OpResult(NamedTuple):

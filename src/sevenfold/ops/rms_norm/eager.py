@@ -5,28 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sevenfold.ops.checks import check_shape
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Divide by the root mean square over the last dimension, and scale each channel.
-
-        y = x * r * weight        r = (mean(x^2) + eps)^(-1/2)
-
-    Args:
-        x: [..., D], any floating dtype.
-        weight: [D], any floating dtype.
-        eps: > 0.
-
-    Returns:
-        [..., D] in x's dtype; computed in fp32 at least.
-
-    Raises:
-        ValueError: weight's shape is not [D].
-
-    Source: arXiv 1910.07467.
-    """
-    check_shape("weight", weight, x.shape[-1:], "[D]")
+    """The norm; arguments and result as in the public operator."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
     return _forward(x, weight, eps)
