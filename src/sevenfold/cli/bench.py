@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from sevenfold.bench.cpu import run_cpu_benchmark
+from sevenfold.bench.kernels.command import run_kernel_benchmark
 from sevenfold.bench.record import write_record
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against peers.")
@@ -41,3 +42,22 @@ def cpu_command(
     rows = run_cpu_benchmark(report)
     write_record(out, "sevenfold bench cpu", rows)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+@bench_app.command("kernels")
+def kernels_command(
+    cases: Annotated[
+        list[str] | None, typer.Option(help="Groups of cases; may be given again. Default: all.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file; default: the GPU's in benchmarks/results/kernels/."),
+    ] = None,
+) -> None:
+    """Compare the kernels with every installed peer and the floor, on this GPU."""
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    run_kernel_benchmark(cases or (), out, say)
