@@ -1,0 +1,60 @@
+"""One token a sequence, the state read and written in place: the Triton form."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sevenfold.ops.lightning.triton_decode_common import (
+    check_runnable,
+    contiguous_widths,
+    load_log_decay,
+    power,
+    tuning,
+)
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, log_decay, pool, slots, o, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """A program owns BV value columns of one sequence's head."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    bh = tl.program_id(0) // tiles
+    b, h = (bh // H).to(tl.int64), bh % H
+    slot = tl.load(slots + b).to(tl.int64)
+    ik, iv = tl.arange(0, BK), (tl.program_id(0) % tiles) * BV + tl.arange(0, BV)
+    in_k, in_v = ik < K, iv < V
+    if slot < 0:
+        tl.store(o + bh.to(tl.int64) * V + iv, tl.zeros([BV], o.dtype.element_ty), mask=in_v)
+        return
+    at = pool + (slot * H + h) * K * V + ik[:, None] * V + iv[None, :]
+    inside = in_k[:, None] & in_v[None, :]
+    S = tl.load(at, mask=inside, other=0.0)
+    query = tl.load(q + b * q_row + h * q_head + ik, mask=in_k, other=0.0).to(tl.float32)
+    key = tl.load(k + b * k_row + h * k_head + ik, mask=in_k, other=0.0).to(tl.float32)
+    value = tl.load(v + b * v_row + h * v_head + iv, mask=in_v, other=0.0).to(tl.float32)
+    S = power(load_log_decay(log_decay, h), 1.0) * S + key[:, None] * value[None, :]
+    tl.store(at, S, mask=inside)
+    out = scale * tl.sum(query[:, None] * S, axis=0)
+    tl.store(o + bh.to(tl.int64) * V + iv, out.to(o.dtype.element_ty), mask=in_v)
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, pool: Tensor, slots: Tensor, scale: float
+) -> Tensor:
+    """Run one token of every sequence; arguments and result as in the public operator."""
+    (B, H, K), V = q.shape, v.shape[-1]
+    check_runnable(_decode_kernel, q, V)
+    o = q.new_empty(B, H, V)
+    q, k, v = (contiguous_widths(x) for x in (q, k, v))
+    config = tuning("lightning_decode", B * H, K, q.device)
+    BV = min(config["BV"], triton.next_power_of_2(V))
+    if o.numel():
+        _decode_kernel[(B * H * triton.cdiv(V, BV),)](
+            q, k, v, log_decay, pool, slots, o, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            H, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
+        )  # fmt: skip
+    return o

@@ -1,0 +1,99 @@
+"""One token a sequence with recent keys and values beside the state: the Triton form."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sevenfold.ops.lightning.triton_decode_common import (
+    check_runnable,
+    contiguous_widths,
+    fold,
+    load_log_decay,
+    power,
+    tuning,
+)
+
+
+@triton.jit
+def _replay_kernel(
+    q, k, v, log_decay, state, ring_k, ring_v, count, slots, o, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, H,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program owns one head of one slot, its ring and its cursor: nobody else touches them."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    slot = tl.load(slots + b).to(tl.int64)
+    ik, iv, rows = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR)
+    in_k, out = ik < K, o + tl.program_id(0).to(tl.int64) * V
+    if slot < 0:
+        for start in range(0, V, BV):
+            nothing = tl.zeros([BV], o.dtype.element_ty)
+            tl.store(out + start + iv, nothing, mask=start + iv < V)
+        return
+    place = slot * H + h
+    P = tl.load(count + place)
+    rate = load_log_decay(log_decay, h)
+    live, full = rows < P, P >= R
+    state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
+    query = tl.load(q + b * q_row + h * q_head + ik, mask=in_k, other=0.0).to(tl.float32)
+    key = tl.load(k + b * k_row + h * k_head + ik, mask=in_k, other=0.0)
+    inside = in_k[:, None] & live[None, :]
+    keys = tl.load(ring_k + rows[None, :] * K + ik[:, None], mask=inside, other=0.0)
+    seen = tl.sum(query[:, None] * keys.to(tl.float32), axis=0)
+    seen = tl.where(live, power(rate, tl.where(live, P - rows, 0).to(tl.float32)), 0.0) * seen
+    own = tl.sum(query * key.to(tl.float32))
+    met = power(rate, (P + 1).to(tl.float32))
+    for start in tl.range(0, V, BV, num_stages=STAGES):
+        in_v = start + iv < V
+        at = state + ik[:, None] * V + start + iv[None, :]
+        S = tl.load(at, mask=in_k[:, None] & in_v[None, :], other=0.0)
+        at_values = ring_v + rows[:, None] * V + start + iv[None, :]
+        values = tl.load(at_values, mask=live[:, None] & in_v[None, :], other=0.0)
+        value = tl.load(v + b * v_row + h * v_head + start + iv, mask=in_v, other=0.0)
+        got = met * tl.sum(query[:, None] * S, axis=0) + own * value.to(tl.float32)
+        got = scale * (got + tl.sum(seen[:, None] * values.to(tl.float32), axis=0))
+        tl.store(out + start + iv, got.to(o.dtype.element_ty), mask=in_v)
+        if full:
+            S = fold(S, keys, values, rows, P, rate)
+            tl.store(at, S, mask=in_k[:, None] & in_v[None, :])
+    tl.debug_barrier()  # every row has been read before one is written
+    row = tl.where(full, 0, P)
+    tl.store(ring_k + row * K + ik, key, mask=in_k)
+    for start in range(0, V, BV):
+        in_v = start + iv < V
+        value = tl.load(v + b * v_row + h * v_head + start + iv, mask=in_v, other=0.0)
+        tl.store(ring_v + row * V + start + iv, value, mask=in_v)
+    tl.store(count + place, row + 1)
+
+
+def replay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    pool: Sequence[Tensor],
+    slots: Tensor,
+    scale: float,
+) -> Tensor:
+    """Run one token of every sequence; arguments and result as in the public operator.
+
+    Args:
+        pool: state, ring_k, ring_v and count of the ReplayPool.
+    """
+    (B, H, K), V, R = q.shape, v.shape[-1], pool[1].shape[2]
+    check_runnable(_replay_kernel, q, V)
+    o = q.new_empty(B, H, V)
+    q, k, v = (contiguous_widths(x) for x in (q, k, v))
+    config = tuning("lightning_replay", B * H, K, q.device)
+    if o.numel():
+        _replay_kernel[(B * H,)](
+            q, k, v, log_decay, *pool, slots, o, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            H, K=K, V=V, R=R, BK=triton.next_power_of_2(K),
+            BV=min(config["BV"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
+            STAGES=config["num_stages"], num_warps=config["num_warps"],
+        )  # fmt: skip
+    return o

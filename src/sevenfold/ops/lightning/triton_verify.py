@@ -1,0 +1,205 @@
+"""Draft tokens verified from the state before the draft: the Triton form."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sevenfold.ops.lightning.triton_decode_common import (
+    check_runnable,
+    contiguous_widths,
+    fold,
+    load_log_decay,
+    power,
+    tuning,
+)
+
+DRAFT_ROWS = 16  # the least that a tensor core's product takes
+
+
+@triton.jit
+def _rows_to_keep(count, accepted, place, b, A, R: tl.constexpr, BR: tl.constexpr):
+    """Where the ring holds the i-th token that the state lacks, and how many there are."""
+    i = tl.arange(0, BR)
+    held = tl.load(count + place)
+    picked = (i >= held) & (i - held < A)
+    drafted = tl.load(accepted + b * A + i - held, mask=picked, other=-1)
+    chosen = picked & (drafted >= 0) & (held + drafted < R)
+    source = tl.where(i < held, i, tl.where(chosen, held + drafted, 0))
+    return source, held + tl.sum(chosen.to(tl.int32))
+
+
+@triton.jit
+def _visible(ancestors, b, T, BT: tl.constexpr, TREE: tl.constexpr):
+    """[BT, BT] whether row t sees draft token s, and from how many tokens away; depth [BT]."""
+    t = tl.arange(0, BT)
+    if TREE:
+        at = ancestors + (b * T + t[:, None]) * T + t[None, :]
+        sees = tl.load(at, mask=(t[:, None] < T) & (t[None, :] < T), other=0) != 0
+    else:
+        sees = (t[None, :] <= t[:, None]) & (t[:, None] < T)
+    depth = tl.sum(sees.to(tl.int32), axis=1) - 1
+    column = tl.sum(tl.where(t[:, None] == t[None, :], depth[:, None], 0), axis=0)
+    return sees, tl.where(sees, depth[:, None] - column[None, :], 0), tl.maximum(depth, 0)
+
+
+@triton.jit
+def _verify_kernel(
+    q, k, v, log_decay, state, ring_k, ring_v, count, slots, accepted, ancestors, o, scale,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, A, H,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    WV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, TREE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program owns one head of one slot, its ring and its cursor: nobody else touches them."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    slot = tl.load(slots + b).to(tl.int64)
+    ik, iv, i, t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR), tl.arange(0, BT)
+    in_k, in_t = ik < K, t < T
+    out = o + (b * T + t[:, None]) * H * V + h * V + iv[None, :]
+    if slot < 0:
+        for start in range(0, V, BV):
+            nothing = tl.zeros([BT, BV], o.dtype.element_ty)
+            tl.store(out + start, nothing, mask=in_t[:, None] & (start + iv < V)[None, :])
+        return
+    place, rate = slot * H + h, load_log_decay(log_decay, h)
+    state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
+    source, P = _rows_to_keep(count, accepted, place, b, A, R, BR)
+    live, full = i < P, P + T > R
+    exact: tl.constexpr = "ieee" if k.dtype.element_ty == tl.float32 else "tf32"
+    q_at = q + b * q_row + h * q_head + t[:, None] * q_token + ik[None, :]
+    query = tl.load(q_at, mask=in_t[:, None] & in_k[None, :], other=0.0)
+    k_at = k + b * k_row + h * k_head + t[None, :] * k_token + ik[:, None]
+    draft = tl.load(k_at, mask=in_k[:, None] & in_t[None, :], other=0.0)
+    inside = in_k[:, None] & live[None, :]
+    keys = tl.load(ring_k + source[None, :] * K + ik[:, None], mask=inside, other=0.0)
+    sees, distance, depth = _visible(ancestors, b, T, BT, TREE)
+    near = tl.dot(query, draft, input_precision="ieee")
+    near = tl.where(sees, power(rate, distance.to(tl.float32)), 0.0) * near
+    distance = tl.where(live[None, :], P + depth[:, None] - i[None, :], 0).to(tl.float32)
+    past = tl.dot(query, keys, input_precision="ieee")
+    past = tl.where(live[None, :], power(rate, distance), 0.0) * past
+    met = power(rate, (P + 1 + depth).to(tl.float32))
+    for start in tl.range(0, V, BV, num_stages=STAGES):
+        in_v = (start + iv < V)[None, :]
+        at = state + ik[:, None] * V + start + iv[None, :]
+        S = tl.load(at, mask=in_k[:, None] & in_v, other=0.0)
+        at_values = ring_v + source[:, None] * V + start + iv[None, :]
+        values = tl.load(at_values, mask=live[:, None] & in_v, other=0.0)
+        v_at = v + b * v_row + h * v_head + t[:, None] * v_token + start + iv[None, :]
+        drafted = tl.load(v_at, mask=in_t[:, None] & in_v, other=0.0).to(tl.float32)
+        got = met[:, None] * tl.dot(query.to(tl.float32), S, input_precision=exact)
+        got = tl.dot(past, values.to(tl.float32), got, input_precision=exact)
+        got = scale * tl.dot(near, drafted, got, input_precision=exact)
+        tl.store(out + start, got.to(o.dtype.element_ty), mask=in_t[:, None] & in_v)
+        if full:
+            S = fold(S, keys, values, i, P, rate)
+            tl.store(at, S, mask=in_k[:, None] & in_v)
+    base = tl.where(full, 0, P)
+    moved = live & (source != i) & (base > 0)
+    _write_rows(ring_k, k + b * k_row + h * k_head, k_token, source, moved, base, T, K, BK, BR, BT)
+    _write_rows(ring_v, v + b * v_row + h * v_head, v_token, source, moved, base, T, V, WV, BR, BT)
+    tl.store(count + place, base)
+
+
+@triton.jit
+def _write_rows(
+    ring, x, x_token, source, moved, base, T,
+    W: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Close the gaps that rejected tokens left in the ring, and put the draft behind."""
+    i, t, iw = tl.arange(0, BR), tl.arange(0, BT), tl.arange(0, BW)
+    in_w = (iw < W)[None, :]
+    kept = tl.load(ring + source[:, None] * W + iw[None, :], mask=moved[:, None] & in_w)
+    tl.debug_barrier()  # every row has been read before one is written
+    tl.store(ring + i[:, None] * W + iw[None, :], kept, mask=moved[:, None] & in_w)
+    inside = (t < T)[:, None] & in_w
+    draft = tl.load(x + t[:, None] * x_token + iw[None, :], mask=inside)
+    tl.store(ring + (base + t)[:, None] * W + iw[None, :], draft, mask=inside)
+
+
+@triton.jit
+def _commit_kernel(
+    log_decay, state, ring_k, ring_v, count, slots, accepted, A, H,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BR: tl.constexpr,
+):  # fmt: skip
+    """A program owns one head of one slot, its ring and its cursor: nobody else touches them."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    slot = tl.load(slots + b).to(tl.int64)
+    if slot < 0:
+        return
+    ik, iv, i = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR)
+    place, rate = slot * H + h, load_log_decay(log_decay, h)
+    source, P = _rows_to_keep(count, accepted, place, b, A, R, BR)
+    state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
+    in_k, live = (ik < K)[:, None], i < P
+    at_keys = ring_k + source[None, :] * K + ik[:, None]
+    keys = tl.load(at_keys, mask=in_k & live[None, :], other=0.0)
+    for start in range(0, V, BV):
+        in_v = (start + iv < V)[None, :] & (P > 0)
+        at = state + ik[:, None] * V + start + iv[None, :]
+        S = tl.load(at, mask=in_k & in_v, other=0.0)
+        at_values = ring_v + source[:, None] * V + start + iv[None, :]
+        values = tl.load(at_values, mask=live[:, None] & in_v, other=0.0)
+        tl.store(at, fold(S, keys, values, i, P, rate), mask=in_k & in_v)
+    tl.debug_barrier()  # the cursor has been read by all before it is written
+    tl.store(count + place, 0)
+
+
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    pool: Sequence[Tensor],
+    slots: Tensor,
+    accepted: Tensor | None,
+    ancestors: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Run a draft of every sequence; arguments and result as in the public operator.
+
+    Args:
+        pool: state, ring_k, ring_v and count of the ReplayPool.
+    """
+    (B, T, H, K), V, R = q.shape, v.shape[-1], pool[1].shape[2]
+    check_runnable(_verify_kernel, q, V)
+    o = q.new_empty(B, T, H, V)
+    q, k, v = (contiguous_widths(x) for x in (q, k, v))
+    config = tuning("lightning_verify", B * H, K, q.device)
+    BK, WV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    if o.numel():
+        _verify_kernel[(B * H,)](
+            q, k, v, log_decay, *pool, slots,
+            slots if accepted is None else accepted.contiguous(),
+            slots if ancestors is None else ancestors.contiguous(),
+            o, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            T, 0 if accepted is None else accepted.shape[1], H,
+            K=K, V=V, R=R, BK=BK, BV=min(config["BV"], WV), WV=WV,
+            BR=max(16, triton.next_power_of_2(R)), BT=DRAFT_ROWS, TREE=ancestors is not None,
+            STAGES=config["num_stages"], num_warps=config["num_warps"],
+        )  # fmt: skip
+    return o
+
+
+def commit(
+    log_decay: Tensor,
+    pool: Sequence[Tensor],
+    slots: Tensor,
+    accepted: Tensor | None,
+) -> None:
+    """Fold every accepted token into its state; arguments as in the public operator."""
+    state, ring_k = pool[:2]
+    H, K, V, R = *state.shape[1:], ring_k.shape[2]
+    check_runnable(_commit_kernel, ring_k, V)
+    config = tuning("lightning_commit", len(slots) * H, K, state.device)
+    if len(slots) * H:
+        _commit_kernel[(len(slots) * H,)](
+            log_decay, *pool, slots,
+            slots if accepted is None else accepted.contiguous(),
+            0 if accepted is None else accepted.shape[1],
+            H, K=K, V=V, R=R, BK=triton.next_power_of_2(K),
+            BV=min(config["BV"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
+            num_warps=config["num_warps"],
+        )  # fmt: skip

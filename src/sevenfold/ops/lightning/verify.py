@@ -1,0 +1,204 @@
+"""Verification of draft tokens: the public operators, their checks and their registration."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
+from sevenfold.ops.lightning import replay_eager, replay_reference
+from sevenfold.ops.lightning.decode_checks import (
+    IMPLS,
+    check_log_decay,
+    check_slots,
+    check_tokens,
+    default_impl,
+)
+from sevenfold.ops.lightning.replay import ReplayPool, check_pool
+from sevenfold.ops.precision import full_precision
+from sevenfold.ops.types import Impl
+
+MAX_DRAFT_TOKENS = 16
+
+
+def lightning_attention_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    pool: ReplayPool,
+    slots: Tensor,
+    *,
+    accepted: Tensor | None = None,
+    ancestors: Tensor | None = None,
+    scale: float = 1.0,
+    impl: Impl | str | None = None,
+) -> Tensor:
+    """Run a draft of T tokens of each sequence, a chain or a tree, without a state for each.
+
+    The tokens accepted of the slot's previous draft join those pending in its ring. With S the state
+    and P tokens pending then, and d_t the number of t's ancestors in the draft:
+
+        o_t = scale * (a^(P + d_t + 1) S^T q_t + sum_{i < P} a^(P + d_t - i) (k_i . q_t) v_i
+                       + sum_{s ancestor of t, or t} a^(d_t - d_s) (k_s . q_t) v_s)
+
+    The draft's keys and values go into the ring behind them, and count only if the next call on the
+    slot accepts them. Where the ring is too short, what is pending is folded into the state first.
+    At most one state is read and one written. A CUDA graph can hold the call (impl "triton"). It
+    takes no gradient.
+
+    Args:
+        q, k: [B, T, H, K] with 1 <= T <= 16, bf16, fp16, fp32, or fp64 for verification.
+        v: [B, T, H, V], dtype of q.
+        log_decay: [H] fp32, <= 0, natural log of the decay of one token; its sign is not checked.
+        pool: S slots of H heads of K, V, in the dtype of q, R >= T; changed in place.
+        slots: [B] int32 or int64, each sequence's slot, no two alike, less than S, not checked; -1
+            skips a row: its outputs are zero, and no slot is touched.
+        accepted: [B, A] int32, for each sequence the indices into its slot's previous draft of the
+            tokens accepted, from the first to the last, then -1; None accepts none. The same call
+            after a rejected draft takes a row of -1.
+        ancestors: [B, T, T] bool, ancestors[b, t, s] says that s is t or an ancestor of t; an ancestor
+            stands before its descendants. None is a chain: all s <= t.
+        scale: multiplies the output; MiniMax uses 1.
+        impl: as lightning_attention_decode.
+
+    Returns:
+        o [B, T, H, V] in v's dtype.
+
+    Raises:
+        ValueError, TypeError, UnsupportedError: as lightning_attention_decode.
+
+    Source: KVBuffer (arXiv 2605.19049) and STree (NeurIPS 2025), for a decay that is known.
+    """
+    check_tokens(q, k, v, log_decay, "BTH")
+    B, T = q.shape[:2]
+    check_pool(pool, q, v)
+    most = min(MAX_DRAFT_TOKENS, pool.ring_k.shape[2])
+    if not 1 <= T <= most:
+        raise ValueError(f"T must lie in 1 to {most}, got {T}")
+    check_slots(slots, B, q.device)
+    _check_accepted(accepted, B, q.device)
+    if ancestors is not None:
+        check_shape("ancestors", ancestors, (B, T, T), "[B, T, T]")
+        check_dtype("ancestors", ancestors, (torch.bool,))
+        check_device("ancestors", ancestors, q.device)
+    chosen = choose_impl("lightning_attention_verify", impl, default_impl(q, v.shape[-1]), IMPLS)
+    pools = pool.tensors()
+    return _verify(q, k, v, log_decay, pools, slots, accepted, ancestors, scale, str(chosen))
+
+
+def lightning_attention_commit(
+    log_decay: Tensor,
+    pool: ReplayPool,
+    slots: Tensor,
+    *,
+    accepted: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> None:
+    """Bring states up to date: fold all that is pending, and the accepted tokens of the last draft.
+
+        S = a^P S + sum_{i < P} a^(P - 1 - i) k_i v_i^T        count = 0
+
+    Afterwards `pool.state[slot]` is the state after the sequence's last token.
+
+    Args:
+        log_decay: [H] fp32, <= 0, natural log of the decay of one token; its sign is not checked.
+        pool: changed in place.
+        slots: [B] int32 or int64, no two alike, less than S, not checked; -1 skips a row.
+        accepted: [B, A] int32 as lightning_attention_verify; None accepts none.
+        impl: as lightning_attention_decode.
+
+    Raises:
+        ValueError, TypeError, UnsupportedError: as lightning_attention_decode.
+    """
+    check_pool(pool, pool.ring_k.transpose(1, 2), pool.ring_v.transpose(1, 2))
+    check_log_decay(log_decay, pool.state.shape[1])
+    check_device("log_decay", log_decay, pool.state.device)
+    check_slots(slots, len(slots), pool.state.device)
+    _check_accepted(accepted, len(slots), pool.state.device)
+    default = default_impl(pool.ring_k, pool.ring_v.shape[-1])
+    chosen = choose_impl("lightning_attention_commit", impl, default, IMPLS)
+    _commit(log_decay, pool.tensors(), slots, accepted, str(chosen))
+
+
+def _check_accepted(accepted: Tensor | None, B: int, device: torch.device) -> None:
+    if accepted is None:
+        return
+    if accepted.dim() != 2:
+        raise ValueError(f"accepted must have shape [B, A], got {list(accepted.shape)}")
+    check_shape("accepted", accepted, (B, accepted.shape[1]), "[B, A]")
+    check_dtype("accepted", accepted, (torch.int32,))
+    check_device("accepted", accepted, device)
+
+
+@torch.library.custom_op("sevenfold::lightning_verify", mutates_args=("pool",))
+def _verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    pool: Sequence[Tensor],
+    slots: Tensor,
+    accepted: Tensor | None,
+    ancestors: Tensor | None,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    with full_precision(q.device):
+        match impl:
+            case Impl.REFERENCE:
+                run = replay_reference.verify
+            case Impl.EAGER:
+                run = replay_eager.verify
+            case _:
+                from sevenfold.ops.lightning import triton_verify
+
+                run = triton_verify.verify
+        return run(q, k, v, log_decay, pool, slots, accepted, ancestors, scale)
+
+
+@_verify.register_fake
+def _fake_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    pool: Sequence[Tensor],
+    slots: Tensor,
+    accepted: Tensor | None,
+    ancestors: Tensor | None,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("sevenfold::lightning_commit", mutates_args=("pool",))
+def _commit(
+    log_decay: Tensor,
+    pool: Sequence[Tensor],
+    slots: Tensor,
+    accepted: Tensor | None,
+    impl: str,
+) -> None:
+    match impl:
+        case Impl.REFERENCE:
+            run = replay_reference.commit
+        case Impl.EAGER:
+            run = replay_eager.commit
+        case _:
+            from sevenfold.ops.lightning import triton_verify
+
+            run = triton_verify.commit
+    run(log_decay, pool, slots, accepted)
+
+
+@_commit.register_fake
+def _fake_commit(
+    log_decay: Tensor,
+    pool: Sequence[Tensor],
+    slots: Tensor,
+    accepted: Tensor | None,
+    impl: str,
+) -> None:
+    return None
