@@ -1,13 +1,26 @@
-"""Mixture-of-experts pieces: who goes where, moving rows there and back, the grouped products."""
+"""Mixture-of-experts pieces: routing, who goes where, the grouped products, the whole mixture."""
 
 from sevenfold.ops.experts.api import default_grouped_impl, grouped_linear
-from sevenfold.ops.experts.dispatch import Dispatch, combine, gather_rows, plan_dispatch
+from sevenfold.ops.experts.dispatch import (
+    Dispatch,
+    combine,
+    default_dispatch_impl,
+    gather_rows,
+    plan_dispatch,
+)
+from sevenfold.ops.experts.mixture import default_mixture_impl, mixture
+from sevenfold.ops.experts.routing import default_route_impl, route
 
 __all__ = [
     "Dispatch",
     "combine",
+    "default_dispatch_impl",
     "default_grouped_impl",
+    "default_mixture_impl",
+    "default_route_impl",
     "gather_rows",
     "grouped_linear",
+    "mixture",
     "plan_dispatch",
+    "route",
 ]

@@ -1,72 +1,104 @@
-"""Which token goes to which expert's rows, and the way back; both ways are gathers, so both are
-deterministic on any device.
-"""
+"""Which token goes to which expert's rows, and the way back: the public operators."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
+
+from sevenfold.config import UnsupportedError
+from sevenfold.ops.checks import choose_impl
+from sevenfold.ops.experts import dispatch_eager
+from sevenfold.ops.triton_rules import check_on_gpu, runs_on_gpu
+from sevenfold.ops.types import Impl
+
+_KNOWN = (Impl.EAGER, Impl.TRITON)
 
 
 @dataclass(frozen=True)
 class Dispatch:
     """The rows of all experts, sorted by expert; T tokens with k choices each, R rows.
 
-    token [R]: the token that each row comes from.
+    choice [R]: the choice t k + j that each row comes from.
     row [T, k]: where each choice stands among the rows, R for a choice that was dropped.
-    rows_per_expert [E]: int32; they sum to R.
+    rows_per_expert [E]: int32. They sum to R, or to less on a GPU, where R is the most that a
+        capacity lets through and no count is read: the rows beyond the sum belong to nobody.
     """
 
-    token: Tensor
+    choice: Tensor
     row: Tensor
     rows_per_expert: Tensor
 
+    @property
+    def token(self) -> Tensor:
+        """[R]: the token that each row comes from."""
+        return self.choice // self.row.shape[1]
 
-def plan_dispatch(experts: Tensor, num_experts: int, capacity: int | None) -> Dispatch:
+
+def default_dispatch_impl(x: Tensor) -> Impl:
+    """Return what gather_rows and combine take: triton for bf16, fp16, fp32 on a GPU."""
+    return Impl.TRITON if runs_on_gpu(x) else Impl.EAGER
+
+
+def plan_dispatch(
+    experts: Tensor, num_experts: int, capacity: int | None, *, impl: Impl | str | None = None
+) -> Dispatch:
     """Sort the tokens' choices by expert, and drop what exceeds the capacity.
 
     Choices keep the order of the tokens within an expert, so a choice is dropped because of earlier
     tokens only.
 
     Args:
-        experts: [T, k] int64, the experts that each token chose.
+        experts: [T, k] int64, the experts that each token chose, 0 to E - 1.
         num_experts: E.
         capacity: rows that one expert takes at most; None drops nothing.
+        impl: "eager" or "triton" (a GPU; it waits for nothing and can be captured); None takes
+            triton on a GPU. A named one never falls back.
 
     Returns:
         The plan.
 
+    Raises:
+        UnsupportedError: triton is asked for on another device, or there is no implementation of
+            that name.
+
     Source: token drop as in arXiv 2006.16668 (GShard).
     """
-    T, k = experts.shape
-    flat = experts.flatten()
-    order = torch.argsort(flat, stable=True)  # [T k] choices by expert
-    chosen = torch.bincount(flat, minlength=num_experts)
-    if capacity is not None:
-        first = torch.cumsum(chosen, 0) - chosen
-        place = torch.arange(T * k, device=flat.device) - first[flat[order]]
-        order = order[place < capacity]
-        chosen = chosen.clamp(max=capacity)
-    row = torch.full((T * k,), len(order), device=flat.device)
-    row[order] = torch.arange(len(order), device=flat.device)
-    return Dispatch(order // k, row.view(T, k), chosen.to(torch.int32))
+    on_gpu = experts.device.type == "cuda"
+    default = Impl.TRITON if on_gpu else Impl.EAGER
+    if choose_impl("plan_dispatch", impl, default, _KNOWN) is Impl.EAGER:
+        return Dispatch(*dispatch_eager.plan(experts, num_experts, capacity))
+    if not on_gpu:
+        raise UnsupportedError(f"experts must lie on a GPU for impl triton, got {experts.device}")
+    from sevenfold.ops.experts import triton_dispatch
+
+    return Dispatch(*triton_dispatch.plan_dispatch(experts, num_experts, capacity))
 
 
-def gather_rows(x: Tensor, dispatch: Dispatch) -> Tensor:
+def gather_rows(x: Tensor, dispatch: Dispatch, *, impl: Impl | str | None = None) -> Tensor:
     """Copy each token to the rows of its experts.
 
     Args:
         x: [T, D].
         dispatch: the plan.
+        impl: "eager" or "triton" (reads each token once); None takes default_dispatch_impl.
 
     Returns:
-        [R, D].
+        [R, D]; rows that belong to nobody are zero.
+
+    Raises:
+        UnsupportedError: triton is asked for on another device or dtype, or there is no
+            implementation of that name.
     """
-    return _GatherRows.apply(x, dispatch)
+    if choose_impl("gather_rows", impl, default_dispatch_impl(x), _KNOWN) is Impl.EAGER:
+        return dispatch_eager.gather_rows(x, dispatch.token, dispatch.row)
+    check_on_gpu("x", x)
+    from sevenfold.ops.experts import triton_rows
+
+    return triton_rows.gather_rows(x, dispatch.row, len(dispatch.choice))
 
 
-def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+def combine(
+    rows: Tensor, weights: Tensor, dispatch: Dispatch, *, impl: Impl | str | None = None
+) -> Tensor:
     """Sum each token's rows by weight; a dropped choice adds nothing.
 
         y_t = sum over choices j of weights_tj * rows[row_tj]
@@ -75,54 +107,18 @@ def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
         rows: [R, D].
         weights: [T, k] in the dtype of rows.
         dispatch: the plan.
+        impl: "eager" or "triton" (sums in fp32); None takes default_dispatch_impl.
 
     Returns:
         [T, D] in the dtype of rows.
+
+    Raises:
+        UnsupportedError: triton is asked for on another device or dtype, or there is no
+            implementation of that name.
     """
-    return _Combine.apply(rows, weights, dispatch)
+    if choose_impl("combine", impl, default_dispatch_impl(rows), _KNOWN) is Impl.EAGER:
+        return dispatch_eager.combine(rows, weights, dispatch.token, dispatch.row)
+    check_on_gpu("rows", rows)
+    from sevenfold.ops.experts import triton_rows
 
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dispatch: Dispatch) -> Tensor:
-        ctx.dispatch = dispatch
-        return x[dispatch.token]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        parts = _choices(grads[0], ctx.dispatch)
-        return (parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0])), None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
-        ctx.save_for_backward(rows, weights)
-        ctx.dispatch = dispatch
-        first, *others = _choices(rows, dispatch)
-        y = first.mul_(weights[:, :1])
-        for j, choice in enumerate(others, start=1):
-            y = torch.addcmul(y, choice, weights[:, j : j + 1])
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (dy,) = grads
-        rows, weights = ctx.saved_tensors
-        dispatch = ctx.dispatch
-        R, k = len(rows), weights.shape[1]
-        row_weight = weights.new_zeros(R + 1)
-        row_weight[dispatch.row.flatten()] = weights.flatten()
-        drows = dy[dispatch.token].mul_(row_weight[:R, None])
-        choices = _choices(rows, dispatch)
-        dweights = torch.stack([(choices[j] * dy).sum(-1) for j in range(k)], dim=1)
-        return drows, dweights, None
-
-
-def _choices(rows: Tensor, dispatch: Dispatch) -> list[Tensor]:
-    """The row of each token's first choice, second choice, ...; zeros for a dropped one."""
-    R, k = len(rows), dispatch.row.shape[1]
-    if dispatch.row.numel() == R:
-        return [rows[dispatch.row[:, j]] for j in range(k)]
-    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    return [padded[dispatch.row[:, j]] for j in range(k)]
+    return triton_rows.combine(rows, weights, dispatch.row)

@@ -1,0 +1,88 @@
+"""A whole mixture of SwiGLU experts: the public operator."""
+
+import torch
+from torch import Tensor
+
+from sevenfold.config import UnsupportedError
+from sevenfold.ops.checks import check_dtype, check_shape, choose_impl
+from sevenfold.ops.experts.api import grouped_linear
+from sevenfold.ops.experts.dispatch import Dispatch, combine, gather_rows
+from sevenfold.ops.swiglu import swiglu
+from sevenfold.ops.types import Impl
+
+# torch.nn.functional.grouped_mm takes rows of whole 16 bytes: 8 values of bf16.
+_MULTIPLE = 8
+
+
+def default_mixture_impl(x: Tensor, gate_up_proj: Tensor) -> Impl:
+    """Return what mixture takes: triton for bf16 on a GPU with widths that 8 divides."""
+    return Impl.EAGER if _refusal(x, gate_up_proj) else Impl.TRITON
+
+
+def mixture(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    dispatch: Dispatch,
+    *,
+    impl: Impl | str | None = None,
+) -> Tensor:
+    """Send each token through its experts, and sum what they make of it by weight.
+
+        y_t = sum over choices j of w_tj * W_down,e (silu(W_gate,e x_t) * W_up,e x_t),  e = e_tj
+
+    Args:
+        x: [T, D], any floating dtype.
+        weights: [T, k], any floating dtype.
+        gate_up_proj: [E, 2 F, D] in the dtype of x, W_gate above W_up.
+        down_proj: [E, D, F] in the dtype of x.
+        dispatch: the plan of the tokens' choices.
+        impl: "eager" (gather_rows, grouped_linear, swiglu and combine, each with its default) or
+            "triton" (one operator that waits for nothing, bf16 on a GPU); None takes
+            default_mixture_impl. A named one never falls back.
+
+    Returns:
+        [T, D] in the dtype of x; a dropped choice adds nothing.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype breaks the rules above.
+        UnsupportedError: triton is asked for on another device, dtype or width, or there is no
+            implementation of that name.
+    """
+    E, F2, D = gate_up_proj.shape
+    check_shape("x", x, (len(x), D), "[T, D]")
+    check_shape("weights", weights, dispatch.row.shape, "[T, k]")
+    check_shape("down_proj", down_proj, (E, D, F2 // 2), "[E, D, F]")
+    for name, projection in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        check_dtype(name, projection, (x.dtype,))
+    default = default_mixture_impl(x, gate_up_proj)
+    if choose_impl("mixture", impl, default, (Impl.EAGER, Impl.TRITON)) is Impl.EAGER:
+        return _eager(x, weights, gate_up_proj, down_proj, dispatch)
+    refusal = _refusal(x, gate_up_proj)
+    if refusal:
+        raise UnsupportedError(refusal)
+    from sevenfold.ops.experts import triton_mixture
+
+    plan = (dispatch.choice, dispatch.row, dispatch.rows_per_expert)
+    return triton_mixture.mixture(x, weights, gate_up_proj, down_proj, *plan)[0]
+
+
+def _eager(
+    x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, dispatch: Dispatch
+) -> Tensor:
+    rows = gather_rows(x, dispatch)
+    hidden = swiglu(grouped_linear(rows, gate_up_proj, dispatch.rows_per_expert))
+    rows = grouped_linear(hidden, down_proj, dispatch.rows_per_expert)
+    return combine(rows, weights.to(rows.dtype), dispatch)
+
+
+def _refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:
+    """Why triton cannot compute this, if it cannot."""
+    if x.device.type != "cuda" or x.dtype is not torch.bfloat16:
+        return f"x must be bf16 on a GPU for impl triton, got {x.dtype} on {x.device}"
+    _, F2, D = gate_up_proj.shape
+    for name, size in (("D", D), ("F", F2 // 2)):
+        if size % _MULTIPLE:
+            return f"{name} must be a multiple of {_MULTIPLE} for impl triton, got {size}"
+    return None

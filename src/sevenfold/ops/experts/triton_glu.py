@@ -1,0 +1,83 @@
+"""SwiGLU of the experts' rows, times the weight of the choice that each row serves.
+
+A weight on the hidden rows is a weight on what the down projection makes of them, so the sum over a
+token's choices needs none, and the weight's gradient is a sum over F here instead of one over the
+experts' output, which nobody has to keep. Rows of nobody are skipped.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS, _COLUMNS, _WARPS = 4, 512, 4
+
+
+@triton.jit
+def _forward_kernel(
+    gate_up_ptr, weights_ptr, choice_ptr, ends_ptr, hidden_ptr, F,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    used = row < tl.load(ends_ptr)
+    inside = used & (column < F)
+    weight = tl.load(weights_ptr + tl.load(choice_ptr + row, used, 0), used, 0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + row * 2 * F + column, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * F + F + column, inside, 0.0).to(tl.float32)
+    hidden = gate * tl.sigmoid(gate) * up * weight
+    tl.store(hidden_ptr + row * F + column, hidden, inside)
+
+
+@triton.jit
+def _backward_kernel(  # noqa: PLR0913
+    dhidden_ptr, gate_up_ptr, weights_ptr, choice_ptr, ends_ptr,
+    dgate_up_ptr, hidden_ptr, dweights_ptr, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    used = row < tl.load(ends_ptr)
+    choice = tl.load(choice_ptr + row, used, 0)
+    weight = tl.load(weights_ptr + choice, used, 0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, F, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        inside = used & (column < F)
+        gate = tl.load(gate_up_ptr + row * 2 * F + column, inside, 0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + row * 2 * F + F + column, inside, 0.0).to(tl.float32)
+        dhidden = tl.load(dhidden_ptr + row * F + column, inside, 0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        product = gate * share * up
+        dweight += dhidden * product
+        dproduct = dhidden * weight
+        dgate = dproduct * up * share * (1 + gate * (1 - share))
+        tl.store(dgate_up_ptr + row * 2 * F + column, dgate, inside)
+        tl.store(dgate_up_ptr + row * 2 * F + F + column, dproduct * gate * share, inside)
+        tl.store(hidden_ptr + row * F + column, product * weight, inside)
+    tl.store(dweights_ptr + choice, tl.sum(dweight, 1, keep_dims=True), used)
+
+
+def weighted_swiglu(gate_up: Tensor, weights: Tensor, choice: Tensor, used: Tensor) -> Tensor:
+    """w_r silu(gate) up for the rows r below used, a scalar on the device; [R, F]."""
+    R, F = gate_up.shape[0], gate_up.shape[1] // 2
+    hidden = torch.empty(R, F, dtype=gate_up.dtype, device=gate_up.device)
+    if hidden.numel():
+        _forward_kernel[(triton.cdiv(R, _ROWS), triton.cdiv(F, _COLUMNS))](
+            gate_up, weights, choice, used, hidden, F,
+            ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        )  # fmt: skip
+    return hidden
+
+
+def weighted_swiglu_backward(
+    dhidden: Tensor, gate_up: Tensor, weights: Tensor, choice: Tensor, used: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate_up and weights, and the forward's result once more."""
+    dgate_up, hidden = torch.empty_like(gate_up), torch.empty_like(dhidden)
+    dweights = torch.zeros_like(weights)
+    R, F = dhidden.shape
+    if dhidden.numel():
+        _backward_kernel[(triton.cdiv(R, _ROWS),)](
+            dhidden, gate_up, weights, choice, used, dgate_up, hidden, dweights, F,
+            ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        )  # fmt: skip
+    return dgate_up, dweights, hidden

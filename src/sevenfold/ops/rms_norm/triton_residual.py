@@ -1,0 +1,131 @@
+"""A residual sum and the RMSNorm that follows it, in one pass each way.
+
+The sum is rounded to its dtype before it is normalised, so that the backward, which reads the sum,
+sees the same numbers.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sevenfold.ops.row_launch import as_rows, num_programs, row_tile
+
+
+@triton.jit
+def _forward_kernel(  # noqa: PLR0913
+    stream_ptr, update_ptr, weight_ptr, y_ptr, x_ptr, stream_stride, update_stride,
+    num_rows, D, eps, alpha, beta, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < num_rows) & (column < D)
+    stream = tl.load(stream_ptr + row * stream_stride + column, inside, 0.0).to(tl.float32)
+    update = tl.load(update_ptr + row * update_stride + column, inside, 0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, column < D, 0.0).to(tl.float32)
+    rounded = (alpha * stream + beta * update).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + row * D + column, rounded, inside)
+    x = rounded.to(tl.float32)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + eps))
+    tl.store(y_ptr + row * D + column, x * r * weight, inside)
+
+
+@triton.jit
+def _backward_kernel(  # noqa: PLR0913
+    dy_ptr, dsum_ptr, x_ptr, weight_ptr, dstream_ptr, dupdate_ptr, partial_ptr,
+    dy_stride, dsum_stride, num_rows, D, eps, alpha, beta,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, COLUMNS)[None, :]
+    weight = tl.load(weight_ptr + column, column < D, 0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        inside = (row < num_rows) & (column < D)
+        x = tl.load(x_ptr + row * D + column, inside, 0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + column, inside, 0.0).to(tl.float32)
+        r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + eps))
+        normed = x * r
+        dweight += dy * normed
+        scaled = dy * weight  # the gradient of normed
+        shared = tl.sum(scaled * normed, 1, keep_dims=True) / D
+        dx = (scaled - normed * shared) * r
+        if dsum_ptr is not None:
+            dx += tl.load(dsum_ptr + row * dsum_stride + column, inside, 0.0).to(tl.float32)
+        tl.store(dstream_ptr + row * D + column, alpha * dx, inside)
+        tl.store(dupdate_ptr + row * D + column, beta * dx, inside)
+    total = tl.sum(dweight, 0, keep_dims=True)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, column < D)
+
+
+@torch.library.custom_op("sevenfold::residual_rms_norm", mutates_args=())
+def residual_rms_norm(
+    stream: Tensor, update: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """The norm and the sum; arguments and results as in the public operator."""
+    dtype = torch.promote_types(stream.dtype, update.dtype)
+    x = torch.empty(stream.shape, dtype=dtype, device=stream.device)
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y, x
+    streams, updates, tile = as_rows(stream), as_rows(update), row_tile(x.shape[-1])
+    _forward_kernel[(triton.cdiv(len(streams), tile.rows),)](
+        streams, updates, weight.contiguous(), y, x, streams.stride(0), updates.stride(0),
+        *streams.shape, eps, alpha, beta,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    return y, x
+
+
+@torch.library.custom_op("sevenfold::residual_rms_norm_backward", mutates_args=())
+def residual_rms_norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, like: list[Tensor],
+    eps: float, alpha: float, beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of stream, update and weight; like is (stream, update), empty, for dtypes."""
+    dstream, dupdate = (torch.empty(x.shape, dtype=t.dtype, device=x.device) for t in like)
+    if x.numel() == 0:
+        return dstream, dupdate, torch.zeros_like(weight)
+    tile, rows, dys = row_tile(x.shape[-1]), as_rows(x), as_rows(dy)
+    dsums = None if dsum is None else as_rows(dsum)
+    programs = num_programs(x.device, triton.cdiv(len(rows), tile.rows))
+    partial = torch.empty(programs, len(weight), dtype=torch.float32, device=x.device)
+    _backward_kernel[(programs,)](
+        dys, dsums, rows, weight.contiguous(), dstream, dupdate, partial,
+        dys.stride(0), 0 if dsums is None else dsums.stride(0), *rows.shape, eps, alpha, beta,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    return dstream, dupdate, partial.sum(0).to(weight.dtype)
+
+
+@residual_rms_norm.register_fake
+def _(stream, update, weight, eps, alpha, beta):
+    dtype = torch.promote_types(stream.dtype, update.dtype)
+    x = torch.empty(stream.shape, dtype=dtype, device=stream.device)
+    return torch.empty_like(x), x
+
+
+@residual_rms_norm_backward.register_fake
+def _(dy, dsum, x, weight, like, eps, alpha, beta):
+    grads = (torch.empty(x.shape, dtype=t.dtype, device=x.device) for t in like)
+    return *grads, torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    stream, update, weight, *ctx.factors = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight)
+    ctx.like = [stream.new_empty(0), update.new_empty(0)]
+
+
+def _grads(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    grads = residual_rms_norm_backward(dy, dsum, x, weight, ctx.like, *ctx.factors)
+    return *grads, None, None, None
+
+
+residual_rms_norm.register_autograd(_grads, setup_context=_save)

@@ -1,0 +1,154 @@
+"""RMSNorm, with or without a sigmoid gate, in one pass each way.
+
+A program holds whole rows in registers, so the backward takes the statistic from the input again
+and saves nothing for it. The weight's gradient is summed by a fixed number of programs, each over
+its own rows, and then over the programs: the same bits in every run on one kind of device.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sevenfold.ops.row_launch import as_rows, num_programs, row_tile
+
+
+@triton.jit
+def _forward_kernel(  # noqa: PLR0913
+    x_ptr, gate_ptr, weight_ptr, y_ptr, x_stride, gate_stride, num_rows, D, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < num_rows) & (column < D)
+    x = tl.load(x_ptr + row * x_stride + column, inside, 0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, column < D, 0.0).to(tl.float32)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + eps))
+    y = x * r * weight
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + row * gate_stride + column, inside, 0.0)
+        y *= tl.sigmoid(gate.to(tl.float32))
+    tl.store(y_ptr + row * D + column, y, inside)
+
+
+@triton.jit
+def _backward_kernel(  # noqa: PLR0913
+    dy_ptr, x_ptr, gate_ptr, weight_ptr, dx_ptr, dgate_ptr, partial_ptr,
+    dy_stride, x_stride, gate_stride, num_rows, D, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, COLUMNS)[None, :]
+    weight = tl.load(weight_ptr + column, column < D, 0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        inside = (row < num_rows) & (column < D)
+        x = tl.load(x_ptr + row * x_stride + column, inside, 0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + column, inside, 0.0).to(tl.float32)
+        r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + eps))
+        normed = x * r
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + row * gate_stride + column, inside, 0.0).to(tl.float32)
+            share = tl.sigmoid(gate)
+            dgate = dy * normed * weight * share * (1 - share)
+            tl.store(dgate_ptr + row * D + column, dgate, inside)
+            dy *= share
+        dweight += dy * normed
+        scaled = dy * weight  # the gradient of normed
+        shared = tl.sum(scaled * normed, 1, keep_dims=True) / D
+        tl.store(dx_ptr + row * D + column, (scaled - normed * shared) * r, inside)
+    total = tl.sum(dweight, 0, keep_dims=True)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, column < D)
+
+
+def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows, gates = as_rows(x), None if gate is None else as_rows(gate)
+    tile = row_tile(x.shape[-1])
+    gate_stride = 0 if gates is None else gates.stride(0)
+    _forward_kernel[(triton.cdiv(len(rows), tile.rows),)](
+        rows, gates, weight.contiguous(), y, rows.stride(0), gate_stride, *rows.shape, eps,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    return y
+
+
+def _backward(
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dgate = None if gate is None else torch.empty_like(dx)
+    if dx.numel() == 0:
+        return dx, dgate, torch.zeros_like(weight)
+    tile, rows, dys = row_tile(x.shape[-1]), as_rows(x), as_rows(dy)
+    gates = None if gate is None else as_rows(gate)
+    programs = num_programs(x.device, triton.cdiv(len(rows), tile.rows))
+    partial = torch.empty(programs, len(weight), dtype=torch.float32, device=x.device)
+    _backward_kernel[(programs,)](
+        dys, rows, gates, weight.contiguous(), dx, dgate, partial,
+        dys.stride(0), rows.stride(0), 0 if gates is None else gates.stride(0), *rows.shape, eps,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    return dx, dgate, partial.sum(0).to(weight.dtype)
+
+
+@torch.library.custom_op("sevenfold::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm; arguments and result as in the public operator."""
+    return _forward(x, None, weight, eps)
+
+
+@torch.library.custom_op("sevenfold::rms_norm_backward", mutates_args=())
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight."""
+    dx, _, dweight = _backward(dy, x, None, weight, eps)
+    return dx, dweight
+
+
+@torch.library.custom_op("sevenfold::gated_rms_norm", mutates_args=())
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gated norm; arguments and result as in the public operator."""
+    return _forward(x, gate, weight, eps)
+
+
+@torch.library.custom_op("sevenfold::gated_rms_norm_backward", mutates_args=())
+def gated_rms_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, gate and weight."""
+    dx, dgate, dweight = _backward(dy, x, gate, weight, eps)
+    assert dgate is not None
+    return dx, dgate, dweight
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+rms_norm.register_fake(lambda x, weight, eps: _like(x))
+gated_rms_norm.register_fake(lambda x, gate, weight, eps: _like(x))
+rms_norm_backward.register_fake(lambda dy, x, weight, eps: (_like(x), _like(weight)))
+gated_rms_norm_backward.register_fake(
+    lambda dy, x, gate, weight, eps: (_like(x), _like(x), _like(weight))
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _rms_norm_grads(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+def _gated_rms_norm_grads(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *gated_rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+rms_norm.register_autograd(_rms_norm_grads, setup_context=_save)
+gated_rms_norm.register_autograd(_gated_rms_norm_grads, setup_context=_save)
