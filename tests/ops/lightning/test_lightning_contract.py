@@ -63,7 +63,7 @@ WRONG_VALUES = [
         packed([0, 1, 3]) | {"initial_state": torch.zeros(1, H, K, V)},
         "initial_state must have shape [N, H, K, V] = [2, 4, 5, 6], got [1, 4, 5, 6]",
     ),
-    ({"impl": "fast"}, "impl must be one of reference, eager, onednn, grouped_mm, got 'fast'"),
+    ({"impl": "fast"}, "impl must be one of reference, eager, onednn, grouped_mm, triton, numba, got 'fast'"),
 ]
 WRONG_TYPES = [
     (
@@ -111,7 +111,7 @@ def test_borders_of_another_rank(borders: object) -> None:
 
 @pytest.mark.parametrize("impl", ["onednn", "grouped_mm"])
 def test_an_impl_of_other_operators_is_refused(impl: str) -> None:
-    message = f"lightning_attention must use impl reference, eager, got '{impl}'"
+    message = f"lightning_attention must use impl reference, eager, triton, got '{impl}'"
     with pytest.raises(UnsupportedError, match=message):
         call({"impl": impl})
 
@@ -139,7 +139,7 @@ def step(changes: dict):
         (ValueError, {"state": STATE.to(META)}, "state must lie on cpu, got meta"),
         (TypeError, {"state": STATE.bfloat16()}, "state must be torch.float32"),
         (TypeError, {"v": torch.zeros(B, H, V).half()}, "v must be torch.float32"),
-        (ValueError, {"impl": "triton"}, "impl must be one of"),
+        (ValueError, {"impl": "fast"}, "impl must be one of"),
         (UnsupportedError, {"impl": "onednn"}, "lightning_attention_step must use impl"),
     ],
     ids=lambda x: str(x)[:60],

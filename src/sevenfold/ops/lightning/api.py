@@ -1,17 +1,18 @@
 """Lightning attention: the public operator, its checks and the choice of implementation."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
-from sevenfold.ops.lightning import eager, reference
+from sevenfold.ops.lightning import eager, reference, triton_op
+from sevenfold.ops.lightning.lengths import read_lengths
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl, OpResult
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_IMPLS = (Impl.REFERENCE, Impl.EAGER)
+_IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.TRITON)
+_STEP_IMPLS = (Impl.REFERENCE, Impl.EAGER)
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def lightning_attention(
@@ -44,7 +45,8 @@ def lightning_attention(
         return_final_state: return the state after each sequence's last token.
         cu_seqlens: [N + 1] int32, cumulative lengths of packed sequences, 0 first, T last, never
             falling; needs B == 1. Read on the host: keep it on the CPU to spare a synchronisation.
-        impl: "reference" or "eager"; None takes eager. A named one never falls back.
+        impl: "reference", "eager" or "triton"; None takes default_impl. A named one never falls
+            back.
 
     Returns:
         OpResult(o [B, T, H, V] in v's dtype, final_state [N, H, K, V] fp32 or None).
@@ -52,7 +54,8 @@ def lightning_attention(
     Raises:
         ValueError: a shape, device or value breaks the rules above; the message names both.
         TypeError: a dtype breaks them.
-        UnsupportedError: the operator has no implementation of that name.
+        UnsupportedError: the operator has no implementation of that name, or the named one does not
+            serve such a device, dtype or width.
 
     Source: arXiv 2501.08313 (MiniMax-01), 2401.04658 (Lightning Attention-2).
     """
@@ -60,17 +63,46 @@ def lightning_attention(
     # Only where it costs no synchronisation with a device.
     if log_decay.device.type == "cpu" and len(log_decay) and not bool((log_decay <= 0).all()):
         raise ValueError(f"log_decay must be <= 0, got {log_decay.max().item()}")
-    lengths = _lengths(q, cu_seqlens)
-    N, (H, K), V = len(lengths), q.shape[2:], v.shape[-1]
+    N, (H, K), V = _num_sequences(q, cu_seqlens), q.shape[2:], v.shape[-1]
     _check_state("initial_state", initial_state, q, (N, H, K, V))
-    forward = {Impl.REFERENCE: reference.forward, Impl.EAGER: eager.forward}[
-        choose_impl("lightning_attention", impl, Impl.EAGER, _IMPLS)
-    ]
+    default = default_impl(q.device, q.dtype, K, V)
+    chosen = choose_impl("lightning_attention", impl, default, _IMPLS)
+    if chosen is Impl.TRITON:
+        o, final = triton_op.forward(
+            q,
+            k,
+            v,
+            log_decay,
+            scale=scale,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            with_final=return_final_state,
+        )
+        return OpResult(o, final)
+    forward = reference.forward if chosen is Impl.REFERENCE else eager.forward
+    lengths = read_lengths(*q.shape[:2], cu_seqlens)
     with full_precision(q.device):
         o, final = forward(
             q, k, v, log_decay, scale=scale, initial_state=initial_state, lengths=lengths
         )
     return OpResult(o, final if return_final_state else None)
+
+
+def default_impl(device: torch.device, dtype: torch.dtype, K: int, V: int) -> Impl:
+    """Return the implementation that runs when none is named.
+
+    Args:
+        device: where the tokens lie.
+        dtype: the tokens' dtype.
+        K, V: widths.
+
+    Returns:
+        TRITON for bf16 and fp16 on a GPU where both widths lie in 1 to 256, else EAGER.
+    """
+    widths_fit = 1 <= min(K, V) and max(K, V) <= triton_op.MAX_WIDTH
+    if device.type == "cuda" and dtype in _LOW_PRECISION and widths_fit:
+        return Impl.TRITON
+    return Impl.EAGER
 
 
 def lightning_attention_step(
@@ -107,7 +139,7 @@ def lightning_attention_step(
         raise ValueError(f"q must have shape [B, H, K], got {list(q.shape)}")
     _check_tokens(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), log_decay)
     _check_state("state", state, q, (*q.shape, v.shape[-1]))
-    chosen = choose_impl("lightning_attention_step", impl, Impl.EAGER, _IMPLS)
+    chosen = choose_impl("lightning_attention_step", impl, Impl.EAGER, _STEP_IMPLS)
     if chosen is Impl.REFERENCE:
         decay = torch.exp(log_decay.to(state.dtype))
         q_, k_, v_ = (x.to(state.dtype) for x in (q, k, v))
@@ -145,19 +177,13 @@ def _check_state(name: str, state: Tensor | None, q: Tensor, shape: tuple[int, .
     check_device(name, state, q.device)
 
 
-def _lengths(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     B, T = q.shape[:2]
     if cu_seqlens is None:
-        return (T,) * B
+        return B
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
     if B != 1:
         raise ValueError(f"cu_seqlens needs a packed batch: B must be 1, got {B}")
     if cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens must run from 0 to T = {T}, got {cu_seqlens.tolist()}")
-    borders = cu_seqlens.tolist()
-    lengths = tuple(b - a for a, b in pairwise(borders))
-    if not lengths or borders[0] != 0 or borders[-1] != T:
-        raise ValueError(f"cu_seqlens must run from 0 to T = {T}, got {borders}")
-    if min(lengths) < 0:
-        raise ValueError(f"cu_seqlens must never fall, got {borders}")
-    return lengths
+    return len(cu_seqlens) - 1

@@ -1,0 +1,285 @@
+"""Lightning attention as one persistent, warp-specialised Gluon kernel for Hopper GPUs.
+
+The mathematics is triton_scan's, transposed, so that the state is never moved: a matrix unit reads
+its first operand from registers, and there the state stays, V x K in fp32.
+
+    P = (Q K^T) * M        O^T = (S^T Q^T) diag(a) + V^T P^T        S^T = decay^r S^T + (V^T diag(b)) K
+
+One warp loads chunks by bulk tensor copies as far ahead as shared memory reaches, also those of the
+next segment; V / 16 warps compute. A program takes segments until none is left.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sevenfold.ops.lightning.triton_scan import bounds, power, rate, window
+
+
+@gluon.jit
+def _segment(table, work, H, log_decay, C: gl.constexpr):
+    """What both roles know of a piece of work: head, first token, sizes of the two passes."""
+    row = table + (work // H) * 7
+    head = work % H
+    start, stop = gl.load(row + 1), gl.load(row + 2)
+    log2_decay = rate(log_decay, head)
+    reach = window(log2_decay, stop - start, C)
+    begin, end = bounds(stop - start, gl.load(row + 3), gl.load(row + 4), reach, C)
+    warm = gl.minimum(reach, begin)
+    return row, head, log2_decay, start, stop, begin, end, warm
+
+
+@gluon.jit
+def _load(descriptors, buffers, bars, at, row, columns, WITH_Q: gl.constexpr, STAGES: gl.constexpr):
+    """Copy one chunk into the next stage, when the warps that compute have left it."""
+    q_desc, k_desc, v_desc = descriptors
+    q_buf, k_buf, v_buf = buffers
+    ready, empty = bars
+    stage, phase = at % STAGES, (at // STAGES) & 1
+    full = ready.index(stage)
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    size: gl.constexpr = k_desc.block_type.nbytes + v_desc.block_type.nbytes
+    mbarrier.expect(full, size + q_desc.block_type.nbytes if WITH_Q else size)
+    tma.async_copy_global_to_shared(k_desc, [row, columns[1]], full, k_buf.index(stage))
+    if WITH_Q:
+        tma.async_copy_global_to_shared(q_desc, [row, columns[0]], full, q_buf.index(stage))
+    tma.async_copy_global_to_shared(v_desc, [row, columns[2]], full, v_buf.index(stage))
+    return at + 1
+
+
+@gluon.jit
+def _next_stop(row, stops, done, end, at, HAS_STOPS: gl.constexpr):
+    """Tokens, from where the scan entered, at which the next state is kept, or the end."""
+    until = end
+    if HAS_STOPS:
+        if at < gl.load(row + 6):
+            until = gl.minimum(end, gl.load(stops + 2 * at))
+    return until
+
+
+@gluon.jit
+def _first_stop(row, stops, begin, HAS_STOPS: gl.constexpr):
+    """Index of the first state to keep after the tokens before `begin`."""
+    at = gl.load(row + 5)
+    if HAS_STOPS:
+        last = gl.load(row + 6)
+        while (at < last) & (gl.load(stops + 2 * at) <= begin):
+            at += 1
+    return at
+
+
+@gluon.jit
+def _load_all(
+    descriptors, buffers, bars, table, stops, log_decay, works, H, heads,
+    C: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    at = 0
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        row, head, _, start, stop, begin, end, warm = _segment(table, work, H, log_decay, C)
+        columns = (head * heads[0], head * heads[1], head * heads[2])
+        done = begin - warm
+        while done < begin:
+            first = stop - done - C if REVERSE else start + done
+            at = _load(descriptors, buffers, bars, at, first, columns, False, STAGES)
+            done += C
+        kept = _first_stop(row, stops, begin, HAS_STOPS)
+        while done < end:
+            until = _next_stop(row, stops, done, end, kept, HAS_STOPS)
+            first = stop - done - C if REVERSE else start + done
+            at = _load(descriptors, buffers, bars, at, first, columns, True, STAGES)
+            done = gl.minimum(done + C, until)
+            if HAS_STOPS:
+                while (done == until) & (kept < gl.load(row + 6)) & (until < end):
+                    kept += 1
+                    until = _next_stop(row, stops, done, end, kept, HAS_STOPS)
+
+
+@gluon.jit
+def _ages(log2_decay, size, gain, layout: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr):
+    """b: the weight of each token of a chunk in the state after it, 0 beyond its tokens."""
+    ar = gl.arange(0, C, layout=layout)
+    to_exit = size - (C - 1 - ar) if REVERSE else size - 1 - ar
+    outside = (C - 1 - ar >= size) if REVERSE else (ar >= size)
+    return gl.where(outside, 0.0, power(log2_decay, to_exit) * gain)
+
+
+@gluon.jit
+def _within(log2_decay, scale, layout: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr):
+    i = gl.arange(0, C, layout=gl.SliceLayout(1, layout))[:, None]
+    j = gl.arange(0, C, layout=gl.SliceLayout(0, layout))[None, :]
+    return power(log2_decay, j - i if REVERSE else i - j) * scale
+
+
+@gluon.jit
+def _entered(log2_decay, scale, layout: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr):
+    ar = gl.arange(0, C, layout=layout)
+    if REVERSE:
+        return power(log2_decay, C - 1 - ar)
+    return power(log2_decay, ar + 1) * scale
+
+
+@gluon.jit
+def _cells(matrix, state_k, state_v, K: gl.constexpr, V: gl.constexpr, layout: gl.constexpr):
+    v = gl.arange(0, V, layout=gl.SliceLayout(1, layout))[:, None]
+    k = gl.arange(0, K, layout=gl.SliceLayout(0, layout))[None, :]
+    return matrix.to(gl.int64) * (K * V) + v * state_v + k * state_k
+
+
+@gluon.jit
+def _values(v_buf, ages, layout: gl.constexpr, dtype: gl.constexpr):
+    """V^T as a register operand, and the same by age."""
+    vt = v_buf.permute((1, 0)).load(layout)
+    return vt, (vt.to(gl.float32) * ages[None, :]).to(dtype)
+
+
+@gluon.jit
+def _store(o_desc, o_ptr, o_buf, o, row, column, o_token, size, C: gl.constexpr,
+           V: gl.constexpr, REVERSE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
+    """Write O^T of a chunk: whole chunks by a bulk copy, others row by row."""
+    ob = o.to(dtype)
+    if size == C:
+        o_buf.permute((1, 0)).store(ob)
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(o_desc, [row, column], o_buf)
+    else:
+        layout: gl.constexpr = o.type.layout
+        token = gl.arange(0, C, layout=gl.SliceLayout(0, layout))
+        value = gl.arange(0, V, layout=gl.SliceLayout(1, layout))
+        inside = (token >= C - size) if REVERSE else (token < size)
+        at = (row + token).to(gl.int64)[None, :] * o_token + (column + value)[:, None]
+        gl.store(o_ptr + at, ob, mask=inside[None, :] & (value >= 0)[:, None])
+
+
+@gluon.jit
+def _compute_all(
+    o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale,
+    state_in, state_out, pool, works, H, o_token, o_head, state_k, state_v,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
+    HAS_IN: gl.constexpr, HAS_OUT: gl.constexpr, HAS_STOPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_buf, k_buf, v_buf = buffers
+    ready, empty = bars
+    dtype: gl.constexpr = q_buf.dtype
+    groups: gl.constexpr = V // 64
+    S_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, K, 16])
+    O_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, C, 16])
+    P_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, C // groups, 16])
+    S_operand: gl.constexpr = gl.DotOperandLayout(0, O_layout, 2)
+    V_operand: gl.constexpr = gl.DotOperandLayout(0, S_layout, 2)
+    gain = scale if REVERSE else 1.0
+    at = 0
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        row, head, log2_decay, start, stop, begin, end, warm = _segment(table, work, H, log_decay, C)
+        matrix = gl.load(row) * H + head
+        within = _within(log2_decay, scale, P_layout, C, REVERSE)
+        entered = _entered(log2_decay, scale, gl.SliceLayout(0, O_layout), C, REVERSE)
+        ages = _ages(log2_decay, C, gain, gl.SliceLayout(0, V_operand), C, REVERSE)
+        chunk_decay = gl.exp2(log2_decay * C)
+        S = gl.zeros([V, K], gl.float32, S_layout)
+        if HAS_IN:
+            if warm == begin:
+                S = gl.load(state_in + _cells(matrix, state_k, state_v, K, V, S_layout))
+        done = begin - warm
+        while done < begin:
+            stage = at % STAGES
+            mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
+            vt, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
+            S = warpgroup_mma(vs, k_buf.index(stage), S * chunk_decay, is_async=True)
+            S = warpgroup_mma_wait(0, deps=(S,))
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
+            done += C
+            at += 1
+        kept = _first_stop(row, stops, begin, HAS_STOPS)
+        while done < end:
+            until = _next_stop(row, stops, done, end, kept, HAS_STOPS)
+            size = gl.minimum(C, until - done)
+            if HAS_STOPS:
+                ages = _ages(log2_decay, size, gain, gl.SliceLayout(0, V_operand), C, REVERSE)
+                chunk_decay = gl.exp2(log2_decay * size)
+            else:
+                if size < C:
+                    ages = _ages(log2_decay, size, gain, gl.SliceLayout(0, V_operand), C, REVERSE)
+                    chunk_decay = gl.exp2(log2_decay * size)
+            stage = at % STAGES
+            mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
+            q, k = q_buf.index(stage), k_buf.index(stage)
+            P = gl.zeros([C, C], gl.float32, P_layout)
+            P = warpgroup_mma(q, k.permute((1, 0)), P, use_acc=False, is_async=True)
+            Sb = gl.convert_layout(S.to(dtype), S_operand)
+            o = gl.zeros([V, C], gl.float32, O_layout)
+            o = warpgroup_mma(Sb, q.permute((1, 0)), o, use_acc=False, is_async=True)
+            vt, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
+            S = S * chunk_decay
+            P = warpgroup_mma_wait(1, deps=(P,))
+            p_buf.store((P * within).to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            o = warpgroup_mma_wait(0, deps=(o,))
+            o = o * entered[None, :]
+            o = warpgroup_mma(gl.convert_layout(vt, S_operand), p_buf.permute((1, 0)), o, is_async=True)
+            S = warpgroup_mma(vs, k, S, is_async=True)
+            o = warpgroup_mma_wait(1, deps=(o,))
+            first = stop - done - C if REVERSE else start + done
+            tma.store_wait(1)
+            _store(o_desc, o_ptr, o_bufs.index(at % 2), o, first, head * o_head, o_token, size, C, V, REVERSE, dtype)
+            S = warpgroup_mma_wait(0, deps=(S,))
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
+            done += size
+            at += 1
+            if HAS_STOPS:
+                while (done == until) & (kept < gl.load(row + 6)) & (_next_stop(row, stops, done, end, kept, HAS_STOPS) == done):
+                    slot = gl.load(stops + 2 * kept + 1) * H + head
+                    gl.store(pool + _cells(slot, state_k, state_v, K, V, S_layout), S)
+                    kept += 1
+        if HAS_OUT:
+            if gl.load(row + 3) == gl.load(row + 4) - 1:
+                gl.store(state_out + _cells(matrix, state_k, state_v, K, V, S_layout), S)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_scan_kernel(
+    q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, state_in, state_out, pool,
+    table, stops, works, H, q_head, k_head, v_head, o_token, o_head, state_k, state_v,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
+    HAS_IN: gl.constexpr, HAS_OUT: gl.constexpr, HAS_STOPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Arguments as triton_scan.scan_kernel; descriptors are of [tokens, columns] by C x width."""
+    dtype: gl.constexpr = q_desc.dtype
+    q_buf = gl.allocate_shared_memory(dtype, [STAGES, C, K], q_desc.layout)
+    k_buf = gl.allocate_shared_memory(dtype, [STAGES, C, K], k_desc.layout)
+    v_buf = gl.allocate_shared_memory(dtype, [STAGES, C, V], v_desc.layout)
+    o_bufs = gl.allocate_shared_memory(dtype, [2, C, V], o_desc.layout)
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
+    p_buf = gl.allocate_shared_memory(dtype, [C, C], p_layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    buffers = (q_buf, k_buf, v_buf)
+    bars = (ready, empty)
+    gl.warp_specialize(
+        [
+            (_compute_all, (
+                o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale,
+                state_in, state_out, pool, works, H, o_token, o_head, state_k, state_v,
+                K, V, C, REVERSE, HAS_IN, HAS_OUT, HAS_STOPS, STAGES,
+            )),
+            (_load_all, (
+                (q_desc, k_desc, v_desc), buffers, bars, table, stops, log_decay, works, H,
+                (q_head, k_head, v_head), C, REVERSE, HAS_STOPS, STAGES,
+            )),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""Lightning attention by Triton kernels, as operators that torch knows: compiled and captured.
+
+Importing this file imports no Triton; the kernels are imported by the first run.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sevenfold.config import UnsupportedError
+from sevenfold.ops.lightning.lengths import read_lengths
+from sevenfold.ops.lightning.segments import Stop
+
+MAX_WIDTH = 256
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    with_final: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Run every sequence; arguments and result as in the public operator."""
+    check_supported(q, v)
+    o, final = lightning_scan(
+        q, k, v, log_decay, float(scale), initial_state, cu_seqlens, with_final
+    )
+    return o, final if with_final else None
+
+
+def check_supported(q: Tensor, v: Tensor) -> None:
+    """Raise UnsupportedError unless the kernels take such widths and dtype."""
+    if q.dtype not in _DTYPES:
+        raise UnsupportedError(f"q must be bf16, fp16 or fp32 for impl triton, got {q.dtype}")
+    for name, x in (("K", q), ("V", v)):
+        if not 1 <= x.shape[-1] <= MAX_WIDTH:
+            raise UnsupportedError(
+                f"{name} must lie in 1 to {MAX_WIDTH} for impl triton, got {x.shape[-1]}"
+            )
+
+
+@torch.library.custom_op("sevenfold::lightning_scan", mutates_args=())
+def lightning_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    with_final: bool,
+) -> tuple[Tensor, Tensor]:
+    """o, and the final states, of which there are none unless with_final."""
+    from sevenfold.ops.lightning.triton_launch import Scan, run_scan
+
+    lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
+    final = _states(q, v, len(lengths) if with_final else 0)
+    state_in = None if initial_state is None else initial_state.contiguous()
+    scan = Scan(log_decay, scale, lengths, state_in, final if with_final else None)
+    return run_scan(q, k, v, scan), final
+
+
+@lightning_scan.register_fake
+def _(q, k, v, log_decay, scale, initial_state, cu_seqlens, with_final):
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return v.new_empty(v.shape), _states(q, v, N if with_final else 0)
+
+
+@torch.library.custom_op("sevenfold::lightning_scan_backward", mutates_args=())
+def lightning_scan_backward(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and the gradient of the initial states, of which there is none without them.
+
+    With the scan LA(q, k, v) and LA' in reversed time, dq = LA(do, v, k), dv = LA'(k, q, do),
+    dk = LA'(v, do, q).
+    """
+    from sevenfold.ops.lightning.triton_launch import Scan, run_scan
+
+    lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
+    dinitial = _states(q, v, 0 if initial_state is None else len(lengths))
+    state_in = None if initial_state is None else initial_state.contiguous()
+    dstate = None if dfinal is None else dfinal.contiguous()
+    dstate_out = None if initial_state is None else dinitial
+    ahead = Scan(log_decay, scale, lengths, state_in, transposed=True)
+    back = Scan(log_decay, scale, lengths, dstate, dstate_out, reverse=True)
+    dq = run_scan(do, v, k, ahead)
+    dv = run_scan(k, q, do, back)
+    dk = run_scan(v, do, q, back._replace(state_out=None, transposed=True))
+    return dq, dk, dv, dinitial
+
+
+@lightning_scan_backward.register_fake
+def _(do, dfinal, q, k, v, log_decay, scale, initial_state, cu_seqlens):
+    N = 0 if initial_state is None else initial_state.shape[0]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _states(q, v, N)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, log_decay, scale, initial_state, cu_seqlens, with_final = inputs
+    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
+    ctx.scale, ctx.with_final = scale, with_final
+
+
+def _backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    dq, dk, dv, dinitial = lightning_scan_backward(
+        do,
+        dfinal if ctx.with_final else None,
+        q,
+        k,
+        v,
+        log_decay,
+        ctx.scale,
+        initial_state,
+        cu_seqlens,
+    )
+    dstate = None if initial_state is None else dinitial
+    return dq, dk, dv, None, None, dstate, None, None
+
+
+lightning_scan.register_autograd(_backward, setup_context=_save)
+
+
+def _states(q: Tensor, v: Tensor, N: int) -> Tensor:
+    return q.new_empty(N, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
