@@ -64,14 +64,6 @@ class Experts(nn.Module):
         hidden = swiglu(grouped_linear(rows, gate_up_proj, rows_per_expert))
         return grouped_linear(hidden, down_proj, rows_per_expert)
 
-    def one_token(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Transform x [1, D] by its experts [1, k] one after another, without sorting any rows."""
-        rows = [
-            linear(swiglu(linear(x, self.gate_up_proj[e])), self.down_proj[e])
-            for e in experts[0].tolist()
-        ]
-        return weights.to(x.dtype) @ torch.cat(rows)
-
 
 class Router(nn.Module):
     """p = softmax(W x) in fp32; the k most probable experts, their weights summing to 1."""
@@ -128,8 +120,6 @@ class MixtureOfExperts(nn.Module):
 
     def _routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, int]:
         """The experts' weighted sum, and how many choices were kept."""
-        if len(tokens) == 1 and tokens.device.type == "cpu" and not self.training:
-            return self.experts.one_token(tokens, weights, experts), experts.numel()
         capacity = self._capacity(len(tokens)) if self.training else None
         dispatch = plan_dispatch(experts, self.moe.num_local_experts, capacity)
         rows = self.experts(gather_rows(tokens, dispatch), dispatch.rows_per_expert)

@@ -12,6 +12,7 @@ from sevenfold.models.config import ModelConfig
 from sevenfold.models.feed_forward import RouterStats
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import LayerState
+from sevenfold.models.stepping import pays_by_rows, run_by_rows
 from sevenfold.ops import head_logits
 
 
@@ -96,9 +97,14 @@ class HybridModel(nn.Module):
         states: list[LayerState | None] = []
         router = []
         by_chunks = state is None and not self.training and pays_by_chunks(x, batch)
+        by_rows = state is not None and not self.training and pays_by_rows(x, batch)
         for i, layer in enumerate(self.layers):
             if by_chunks:
                 x = run_by_chunks(layer, x)
+                continue
+            if by_rows and state is not None:
+                x, after = run_by_rows(layer, x, batch, state[i])
+                states.append(after)
                 continue
             x, after, stats = layer(x, batch, None if state is None else state[i])
             states.append(after)

@@ -2,7 +2,24 @@
 
 from sevenfold.ops.attention import attention, attention_cached
 from sevenfold.ops.cross_entropy import IGNORED_LABEL, linear_cross_entropy
-from sevenfold.ops.experts import Dispatch, combine, gather_rows, grouped_linear, plan_dispatch
+from sevenfold.ops.experts import (
+    Dispatch,
+    combine,
+    gather_rows,
+    grouped_linear,
+    mixture,
+    plan_dispatch,
+    route,
+)
+from sevenfold.ops.few_rows import (
+    LightningWeights,
+    Norm,
+    Residual,
+    dense_rows,
+    expert_rows,
+    lightning_rows,
+    suits_few_rows,
+)
 from sevenfold.ops.lightning import (
     head_slopes,
     layer_log_decay,
@@ -11,7 +28,8 @@ from sevenfold.ops.lightning import (
 )
 from sevenfold.ops.linear import head_logits, linear
 from sevenfold.ops.precision import autocast, full_precision
-from sevenfold.ops.rms_norm import rms_norm
+from sevenfold.ops.rms_norm import gated_rms_norm, residual_rms_norm, rms_norm
+from sevenfold.ops.silu_qkv import silu_qkv
 from sevenfold.ops.swiglu import swiglu
 from sevenfold.ops.types import Impl, OpResult
 
@@ -19,12 +37,18 @@ __all__ = [
     "IGNORED_LABEL",
     "Dispatch",
     "Impl",
+    "LightningWeights",
+    "Norm",
     "OpResult",
+    "Residual",
     "attention",
     "attention_cached",
     "autocast",
     "combine",
+    "dense_rows",
+    "expert_rows",
     "full_precision",
+    "gated_rms_norm",
     "gather_rows",
     "grouped_linear",
     "head_logits",
@@ -32,9 +56,15 @@ __all__ = [
     "layer_log_decay",
     "lightning_attention",
     "lightning_attention_step",
+    "lightning_rows",
     "linear",
     "linear_cross_entropy",
+    "mixture",
     "plan_dispatch",
+    "residual_rms_norm",
     "rms_norm",
+    "route",
+    "silu_qkv",
+    "suits_few_rows",
     "swiglu",
 ]

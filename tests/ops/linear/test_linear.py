@@ -1,4 +1,4 @@
-"""The linear layer: oneDNN against eager under the error rule, and the head's fp32 logits."""
+"""The linear layer: oneDNN and numba against eager under the error rule, and the head's fp32 logits."""
 
 import pytest
 import torch
@@ -78,8 +78,6 @@ def test_onednn_gives_the_gradients_that_are_wanted(wants: tuple[bool, bool]) ->
         (random(3, 4).double(), random(5, 4).double()),
         (random(3, 4).to("meta"), random(5, 4).to("meta")),
         (random(0, 4), random(5, 4)),
-        (random(1, 4), random(5, 4)),
-        (random(4), random(5, 4)),
     ],
 )
 def test_eager_is_the_default_elsewhere(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -88,12 +86,39 @@ def test_eager_is_the_default_elsewhere(x: torch.Tensor, weight: torch.Tensor) -
 
 def test_onednn_is_the_default_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "AVAILABLE", True)
-    assert default_linear_impl(random(2, 4), random(5, 4)) is Impl.ONEDNN
-    assert default_linear_impl(random(1, 257), random(256, 257)) is Impl.ONEDNN
+    assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.ONEDNN
+    assert default_linear_impl(random(1, 4).requires_grad_(), random(5, 4)) is Impl.ONEDNN
     with torch.autocast("cpu", torch.bfloat16):
-        assert default_linear_impl(random(2, 4), random(5, 4)) is Impl.EAGER
+        assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.EAGER
     monkeypatch.setattr(onednn, "AVAILABLE", False)
-    assert default_linear_impl(random(2, 4), random(5, 4)) is Impl.EAGER
+    assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.EAGER
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 4, 4), (8, 4)])
+def test_numba_is_the_default_for_a_few_rows(shape: tuple[int, ...]) -> None:
+    x, weight = random(*shape), random(5, 4, seed=1)
+    assert default_linear_impl(x, weight) is Impl.NUMBA
+    assert torch.equal(linear(x, weight), linear(x, weight, impl="numba"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert default_linear_impl(x, weight) is Impl.EAGER
+    with torch.no_grad():
+        assert default_linear_impl(x, weight.requires_grad_()) is Impl.NUMBA
+
+
+@pytest.mark.parametrize("lead", LEADS)
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (5, 3), (64, 48)])
+def test_numba_keeps_the_error_rule(K: int, N: int, lead: tuple[int, ...]) -> None:
+    x, weight = random(*lead, K), random(N, K, seed=1)
+    exact = F.linear(x.double(), weight.double())
+    check_error("y", linear(x, weight, impl="numba"), F.linear(x, weight), exact)
+    strided = weight.t().contiguous().t()
+    assert torch.equal(linear(x, strided, impl="numba"), linear(x, weight, impl="numba"))
+
+
+def test_numba_refuses_what_needs_a_gradient() -> None:
+    x, weight = random(2, 4), random(5, 4, seed=1).requires_grad_()
+    with pytest.raises(UnsupportedError, match="impl numba must run without a gradient"):
+        linear(x, weight, impl="numba")
 
 
 @needs_onednn
@@ -119,15 +144,18 @@ def test_autocast_decides_the_product() -> None:
         (torch.float32, torch.bfloat16, r"weight must be torch.float32, got torch.bfloat16"),
     ],
 )
-def test_onednn_refuses_other_dtypes(x: torch.dtype, weight: torch.dtype, message: str) -> None:
+@pytest.mark.parametrize("impl", ["onednn", "numba"])
+def test_fp32_products_refuse_other_dtypes(
+    impl: str, x: torch.dtype, weight: torch.dtype, message: str
+) -> None:
     with pytest.raises(TypeError, match=message):
-        linear(random(2, 3).to(x), random(4, 3).to(weight), impl="onednn")
+        linear(random(2, 3).to(x), random(4, 3).to(weight), impl=impl)
 
 
 def test_impl_names() -> None:
     with pytest.raises(ValueError, match=r"impl must be one of .*, got 'mkl'"):
         linear(random(2, 3), random(4, 3), impl="mkl")
-    with pytest.raises(UnsupportedError, match="linear must use impl eager, onednn, got 'referen"):
+    with pytest.raises(UnsupportedError, match="linear must use impl eager, onednn, numba, got 'referen"):
         linear(random(2, 3), random(4, 3), impl="reference")
 
 

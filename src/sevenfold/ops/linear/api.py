@@ -4,27 +4,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sevenfold.config.errors import UnsupportedError
 from sevenfold.ops.checks import check_dtype, choose_impl
 from sevenfold.ops.linear import onednn
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl
 
-# Below this MKL's matrix-vector product beats a call of oneDNN (9 against 22 us, 256 x 256).
-_SMALL_WEIGHT_ELEMENTS = 65_536
+_IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.NUMBA)
+_MATVEC_ROWS = 8  # more rows than these are faster as a matrix product
 
 
 def default_linear_impl(x: Tensor, weight: Tensor) -> Impl:
-    """Return the implementation that linear takes: oneDNN for fp32 on a CPU, else eager.
+    """Return the implementation that linear takes, on a CPU in fp32; elsewhere it is eager.
 
-    Eager too where autocast is on, which works on PyTorch's own operators, and for one row with a
-    small weight.
+    numba for a few rows without a gradient, oneDNN for more. Eager too where autocast is on, which
+    works on PyTorch's own operators.
     """
-    if x.dtype is not torch.float32 or x.device.type != "cpu" or not onednn.AVAILABLE:
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return Impl.EAGER
-    one_row = x.numel() == x.shape[-1] and weight.numel() <= _SMALL_WEIGHT_ELEMENTS
-    if one_row or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu"):
         return Impl.EAGER
-    return Impl.ONEDNN
+    if x.numel() <= _MATVEC_ROWS * x.shape[-1] and not _needs_gradient(x, weight):
+        return Impl.NUMBA
+    return Impl.ONEDNN if onednn.AVAILABLE else Impl.EAGER
 
 
 def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tensor:
@@ -35,25 +37,38 @@ def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tens
     Args:
         x: [..., K], any floating dtype.
         weight: [N, K], dtype of x (under autocast both are cast).
-        impl: "eager" (torch.nn.functional.linear) or "onednn" (fp32 on a CPU); None takes
-            default_linear_impl. A named one never falls back.
+        impl: "eager" (torch.nn.functional.linear), "onednn" (fp32 on a CPU) or "numba" (fp32 on
+            a CPU, without a gradient); None takes default_linear_impl. A named one never falls
+            back.
 
     Returns:
         [..., N] in x's dtype.
 
     Raises:
-        TypeError: onednn is asked for with another dtype than fp32.
-        UnsupportedError: there is no implementation of that name.
+        TypeError: onednn or numba is asked for with another dtype than fp32.
+        UnsupportedError: numba is asked for where a gradient is needed, or there is no
+            implementation of that name.
     """
     if impl is None:
         chosen = default_linear_impl(x, weight)
     else:
-        chosen = choose_impl("linear", impl, Impl.EAGER, (Impl.EAGER, Impl.ONEDNN))
+        chosen = choose_impl("linear", impl, Impl.EAGER, _IMPLS)
     if chosen is Impl.EAGER or x.numel() == 0:
         return F.linear(x, weight)
     check_dtype("x", x, (torch.float32,))
     check_dtype("weight", weight, (torch.float32,))
-    return onednn.linear(x, weight)
+    if chosen is Impl.ONEDNN:
+        return onednn.linear(x, weight)
+    if _needs_gradient(x, weight):
+        raise UnsupportedError("impl numba must run without a gradient, got tensors that need one")
+    # numba takes half a second to import: only who decodes on a CPU waits for it.
+    from sevenfold.ops.linear import matvec
+
+    return matvec.linear(x, weight)
+
+
+def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
