@@ -1,4 +1,4 @@
-"""The linear layer: oneDNN and numba against eager under the error rule, and the head's fp32 logits."""
+"""The linear layer: each product under the error rule, and the head's fp32 logits."""
 
 import pytest
 import torch
@@ -155,7 +155,7 @@ def test_fp32_products_refuse_other_dtypes(
 def test_impl_names() -> None:
     with pytest.raises(ValueError, match=r"impl must be one of .*, got 'mkl'"):
         linear(random(2, 3), random(4, 3), impl="mkl")
-    with pytest.raises(UnsupportedError, match="linear must use impl eager, onednn, numba, got 'referen"):
+    with pytest.raises(UnsupportedError, match="linear must use impl eager, onednn, numba"):
         linear(random(2, 3), random(4, 3), impl="reference")
 
 
