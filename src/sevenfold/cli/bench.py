@@ -53,6 +53,9 @@ def kernels_command(
         Path | None,
         typer.Option(help="JSON file; default: the GPU's in benchmarks/results/kernels/."),
     ] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to record where the code is a copy without git.")
+    ] = None,
 ) -> None:
     """Compare the kernels with every installed peer and the floor, on this GPU."""
     console = Console()
@@ -60,4 +63,4 @@ def kernels_command(
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    run_kernel_benchmark(cases or (), out, say)
+    run_kernel_benchmark(cases or (), out, commit, say)

@@ -10,19 +10,22 @@ from sevenfold.bench.kernels.cases import cases_of
 from sevenfold.bench.kernels.record import build_record, default_path, write_json
 from sevenfold.bench.kernels.run import run_sides
 from sevenfold.bench.kernels.sides import all_sides
-from sevenfold.bench.kernels.table import origin, quantity, summary
+from sevenfold.bench.kernels.table import origin, quantity, summary, value_of
 from sevenfold.bench.record import _commit
 from sevenfold.config import SevenfoldError, UnsupportedError
 
 Say = Callable[[str], None]
 
 
-def run_kernel_benchmark(groups: Sequence[str], out: Path | None, say: Say) -> None:
+def run_kernel_benchmark(
+    groups: Sequence[str], out: Path | None, commit: str | None, say: Say
+) -> None:
     """Measure ours and every installed peer; write JSON, and the sweep's figure beside it.
 
     Args:
         groups: of cases; none takes all.
         out: the JSON file; None takes the device's own in benchmarks/results/kernels/.
+        commit: what the record names; None asks git.
         say: prints a line.
 
     Raises:
@@ -37,7 +40,7 @@ def run_kernel_benchmark(groups: Sequence[str], out: Path | None, say: Say) -> N
         if not side.is_installed():
             say(f"{side.name}: not installed, left out")
     rows, ceilings = run_sides(cases, sides, lambda row: say(progress(row)))
-    record = build_record(rows, ceilings, cases, sides, _commit())
+    record = build_record(rows, ceilings, cases, sides, commit or _commit())
     path = out or default_path(record["device"])
     write_json(path, record)
     for line in (*origin(record), *summary(rows), f"written to {path}"):
@@ -52,10 +55,9 @@ def progress(row: Mapping[str, Any]) -> str:
     name = f"{row['side']:>20} | {row['case']:<36} | {row['status']}"
     if row["status"] in ("failed", "unsupported"):
         return f"{name}: {row['note']}"
-    value = row["extra_bytes"] if "extra_bytes" in row else row["median_s"]
     error = "none" if row["error"] is None else f"{row['error']:.1e}"
     rule = "" if row["error_rule"] is None else f", {row['error_rule']:.2f} of the error rule"
-    return f"{name} {quantity(row, value)}, relative error {error}{rule}"
+    return f"{name} {quantity(row, value_of(row))}, relative error {error}{rule}"
 
 
 def check_ours(rows: Sequence[Mapping[str, Any]]) -> None:

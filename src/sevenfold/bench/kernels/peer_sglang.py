@@ -74,7 +74,7 @@ def _verify(inputs: DecodeInputs) -> Work:
         pool.index_copy_(0, inputs.slots[turn], caches[:, S // 2])
 
     pool = inputs.new_pool()
-    return steps_work(inputs, check, step)
+    return steps_work(inputs, check, step, draft_bytes=caches.nbytes)
 
 
 def _meta(lengths: Tensor, slots: Tensor, *, continued: bool) -> Any:

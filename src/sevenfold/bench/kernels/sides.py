@@ -35,8 +35,10 @@ class Work:
 class Side:
     """One implementation.
 
-    module is what must be importable for it to be installed, package the distribution whose version
-    counts, build ("file:function" in this package) takes (case, inputs) and returns its Work.
+    tasks are those it has, packed whether it takes packed documents, sweep whether it is in the
+    figure over the length, softmax whether it computes softmax attention. module is what must be
+    importable for it to be installed, package the distribution whose version counts, build
+    ("file:function" in this package) takes (case, inputs) and returns its Work.
     """
 
     name: str
@@ -45,12 +47,15 @@ class Side:
     build: str
     tasks: tuple[Task, ...]
     packed: bool = False
+    sweep: bool = False
     softmax: bool = False
     ours: bool = False
 
     def takes(self, case: Case) -> bool:
-        """Whether this side has the operator of a case at all."""
+        """Whether this side has the operator of a case, and is to run it."""
         if self.softmax and case.T > SOFTMAX_MAX_TOKENS:
+            return False
+        if case.group == "sweep" and not self.sweep:
             return False
         return case.task in self.tasks and (self.packed or case.lengths is None)
 
@@ -88,7 +93,7 @@ def _ours() -> list[Side]:
     ours = ("sevenfold.ops", "sevenfold")
     operator = (*_OPERATOR, Task.MEMORY, *_DECODING)
     return [
-        Side("sevenfold", *ours, "ours:build", operator, packed=True, ours=True),
+        Side("sevenfold", *ours, "ours:build", operator, packed=True, sweep=True, ours=True),
         Side("sevenfold ring", *ours, "ours:build_ring", (Task.DECODE,), ours=True),
     ]
 
@@ -96,10 +101,12 @@ def _ours() -> list[Side]:
 def _fla() -> list[Side]:
     fla = ("fla.ops.simple_gla", "fla-core")
     operator = (*_OPERATOR, Task.MEMORY)
+    # These two are slower than the first, and tune themselves for a minute for each pass.
+    forward = (Task.FORWARD,)
     return [
-        Side("fla chunk", *fla, "peer_fla:build_chunk", operator, packed=True),
-        Side("fla chunk 128", *fla, "peer_fla:build_chunk_128", _OPERATOR, packed=True),
-        Side("fla fused_chunk", *fla, "peer_fla:build_fused_chunk", _OPERATOR, packed=True),
+        Side("fla chunk", *fla, "peer_fla:build_chunk", operator, packed=True, sweep=True),
+        Side("fla chunk 128", *fla, "peer_fla:build_chunk_128", forward, packed=True),
+        Side("fla fused_chunk", *fla, "peer_fla:build_fused_chunk", forward, packed=True),
         Side("fla fused_recurrent", *fla, "peer_fla:build_recurrent", (Task.DECODE,)),
     ]
 
@@ -115,6 +122,7 @@ def _others() -> list[Side]:
             "peer_jax:build",
             (*_OPERATOR, Task.MEMORY),
             packed=True,
+            sweep=True,
         ),
         Side("lightning-attn", *lightning, "peer_lightning_attn:build", _OPERATOR),
         Side(
@@ -126,6 +134,10 @@ def _others() -> list[Side]:
 def _softmax() -> list[Side]:
     torch = ("torch", "torch")
     return [
-        Side("softmax flash", *torch, "peer_softmax:build_flash", _OPERATOR, softmax=True),
-        Side("softmax cuDNN", *torch, "peer_softmax:build_cudnn", _OPERATOR, softmax=True),
+        Side(
+            "softmax flash", *torch, "peer_softmax:build_flash", _OPERATOR, sweep=True, softmax=True
+        ),
+        Side(
+            "softmax cuDNN", *torch, "peer_softmax:build_cudnn", _OPERATOR, sweep=True, softmax=True
+        ),
     ]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sevenfold.bench.kernels.cases import Task
 from sevenfold.bench.kernels.crossover import crossover, sweep_curves
 
 Row = Mapping[str, Any]
@@ -14,7 +15,7 @@ TITLES = {
     "memory": "Extra memory of forward and backward",
     "decode": "Decoding: one token a sequence, one layer",
     "verify": "Verification of a draft, one layer",
-    "layers": "The fastest (0) and the slowest (79) layer of 80",
+    "layers": "The fastest layer (0 of 80) and the slowest (78, 79)",
     "packed": "Packed documents",
     "sweep": "Length sweep, 4 heads",
 }
@@ -27,8 +28,7 @@ def render(record: Mapping[str, Any]) -> list[str]:
     for group in dict.fromkeys(row["group"] for row in rows):
         of_group = [row for row in rows if row["group"] == group]
         lines += [f"### {TITLES[group]}", "", *group_table(of_group), ""]
-    lines += [*_crossover_lines(rows), *_notes(rows)]
-    return lines
+    return [*lines, *_crossover_lines(rows), *_draft_lines(rows), *_notes(rows)]
 
 
 def group_table(rows: Sequence[Row]) -> list[str]:
@@ -58,11 +58,11 @@ def summary(rows: Sequence[Row]) -> list[str]:
         peers = [row for row in of_case if not row["ours"]]
         parts = [*(_own_part(row) for row in ours)]
         if peers:
-            best = min(peers, key=_value)
-            parts.append(f"best peer {best['side']} {quantity(best, _value(best))}")
+            best = min(peers, key=value_of)
+            parts.append(f"best peer {best['side']} {quantity(best, value_of(best))}")
             if ours:
                 parts.append(
-                    f"{_value(best) / max(_value(min(ours, key=_value)), 1e-12):.2f}x ours"
+                    f"{value_of(best) / max(value_of(min(ours, key=value_of)), 1e-12):.2f}x ours"
                 )
         lines.append(f"{case}: {', '.join(parts) or 'no right result'}")
     return lines
@@ -87,8 +87,8 @@ def origin(record: Mapping[str, Any]) -> list[str]:
 def quantity(row: Row, value: float | None) -> str:
     """Return a time in ms or µs, or bytes where the case weighs memory."""
     if value is None:
-        return "0" if "memory" in row["task"] else "–"
-    if "memory" in row["task"]:
+        return "0" if row["task"] == Task.MEMORY else "–"
+    if row["task"] == Task.MEMORY:
         return f"{value / 1e9:.2f} GB"
     if value < 1e-4:
         return f"{value * 1e6:.1f} µs"
@@ -96,8 +96,9 @@ def quantity(row: Row, value: float | None) -> str:
     return f"{value * 1e3:,.{digits}f} ms"
 
 
-def _value(row: Row) -> float:
-    return row["extra_bytes"] if row.get("extra_bytes") is not None else row["median_s"]
+def value_of(row: Row) -> float:
+    """Return what a row is ranked by: its time, or its bytes where the case weighs memory."""
+    return row["extra_bytes"] if row["task"] == Task.MEMORY else row["median_s"]
 
 
 def _cell(row: Row | None, ours: Row | None) -> str:
@@ -105,12 +106,12 @@ def _cell(row: Row | None, ours: Row | None) -> str:
         return ""
     if row["status"] in ("failed", "unsupported"):
         return row["status"]
-    text = quantity(row, _value(row))
+    text = quantity(row, value_of(row))
     if row["ours"]:
         over = "" if row["over_floor"] is None else f" ({row['over_floor']:.2f} x floor)"
         text = f"**{text}**{over}"
-    elif ours is not None and ours["status"] in ("ok", "wrong") and _value(ours) > 0:
-        text += f" ({_value(row) / _value(ours):.2f}x)"
+    elif ours is not None and ours["status"] in ("ok", "wrong") and value_of(ours) > 0:
+        text += f" ({value_of(row) / value_of(ours):.2f}x)"
     return text if row["status"] == "ok" else f"wrong: {text}"
 
 
@@ -121,7 +122,7 @@ def _target(row: Row) -> str:
 def _own_part(row: Row) -> str:
     target = "" if row["target"] is None else f", target {quantity(row, row['target'])}"
     over = "" if row["over_floor"] is None else f", {row['over_floor']:.2f} x floor"
-    return f"{row['side']} {quantity(row, _value(row))}{over}{target}"
+    return f"{row['side']} {quantity(row, value_of(row))}{over}{target}"
 
 
 def _crossover_lines(rows: Iterable[Row]) -> list[str]:
@@ -137,6 +138,12 @@ def _crossover_lines(rows: Iterable[Row]) -> list[str]:
                 f"- Ours is faster than {side} {where}; at {last:,} tokens {ratio:,.0f} times."
             )
     return [*lines, ""] if lines else []
+
+
+def _draft_lines(rows: Iterable[Row]) -> list[str]:
+    drafts = [row for row in rows if row["task"] == Task.VERIFY and "extra_bytes" in row]
+    sizes = (f"{row['side']} {row['extra_bytes'] / 1e6:,.1f} MB" for row in drafts)
+    return [f"- Memory of the draft in verification: {', '.join(sizes)}.", ""] if drafts else []
 
 
 def _notes(rows: Iterable[Row]) -> list[str]:

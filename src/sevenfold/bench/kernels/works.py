@@ -1,7 +1,7 @@
 """How most sides do a case: a function of q, k, v, its gradient, its memory, its captured steps."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ def steps_work(
     check: Callable[[], Tensor],
     step: Callable[[int], object],
     rounds: int = 1,
+    draft_bytes: int | None = None,
 ) -> Work:
     """Build the work of decoding steps, captured in a CUDA graph so that no host time counts.
 
@@ -71,6 +72,7 @@ def steps_work(
         check: computes o of all of inputs' tokens, from a fresh pool.
         step: does one step over the slots of a turn, whose number it takes.
         rounds: steps that each turn takes in one run.
+        draft_bytes: of memory that a verification needs for its draft.
     """
     turns = [turn for _ in range(rounds) for turn in range(inputs.turns)]
 
@@ -78,12 +80,25 @@ def steps_work(
         for turn in turns:
             step(turn)
 
-    timed = captured(run) if inputs.q.device.type == "cuda" else run
-    return Work(lambda: {"o": check()}, timed, calls=len(turns))
+    timed = capture(run) if inputs.q.device.type == "cuda" else run
+    weigh = None if draft_bytes is None else lambda: draft_bytes
+    return Work(lambda: {"o": check()}, timed, calls=len(turns), extra_bytes=weigh)
 
 
-def captured(run: Callable[[], object]) -> Callable[[], Any]:
-    """Return a function that replays one capture of run."""
+@dataclass(frozen=True)
+class Replay:
+    """A captured graph, with the function whose tensors it reads and writes: they must live on."""
+
+    graph: torch.cuda.CUDAGraph
+    captured: Callable[[], object]
+
+    def __call__(self) -> None:
+        """Run what was captured."""
+        self.graph.replay()
+
+
+def capture(run: Callable[[], object]) -> Replay:
+    """Run a function once, then capture it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
@@ -92,7 +107,7 @@ def captured(run: Callable[[], object]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.no_grad():
         run()
-    return graph.replay
+    return Replay(graph, run)
 
 
 def _as_it_is(x: Tensor) -> Tensor:
