@@ -4,7 +4,15 @@ import pytest
 import torch
 from model_cases import CPU, tiny_config
 
-from sevenfold.models import KVState, LinearState, empty_state, select_sequences
+from sevenfold.models import (
+    KVState,
+    LinearState,
+    PagedKV,
+    PageTable,
+    PooledState,
+    empty_state,
+    select_sequences,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,3 +48,14 @@ def test_selected_sequences_are_copies() -> None:
     picked[0].kv.fill_(9)
     picked[1].k.fill_(9)
     assert (state[0].kv.max(), state[1].k.max()) == (2, 12)
+
+
+def test_selecting_pools_and_pages() -> None:
+    pool, slots = torch.zeros(4, 1, 2, 2), torch.tensor([3, 0, 2])
+    (selected,) = select_sequences((PooledState(pool, slots),), torch.tensor([2, 0]))
+    assert selected.pool is pool
+    assert selected.slots.tolist() == [2, 3]
+    pages = torch.zeros(1, 2, 1, 2)
+    table = PageTable(torch.zeros(1, 1, dtype=torch.int64), slots, slots)
+    with pytest.raises(TypeError, match="state must own its keys to be selected from, got pages"):
+        select_sequences((PagedKV(pages, pages, table),), torch.tensor([0]))

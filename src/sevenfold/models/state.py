@@ -1,7 +1,7 @@
 """What a layer carries from one call to the next: a value, handed in and handed out.
 
-Whoever allocates it owns it. A KVState's storage is written in place, so the value that went into a
-call must not be used again after it.
+Whoever allocates it owns it. Storage that sequences share (PooledState, PagedKV), and KVState's, is
+written in place, so the value that went into a call must not be used again after it.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,40 @@ class KVState:
         return self.k.shape[1]
 
 
-LayerState = LinearState | KVState
+@dataclass(frozen=True)
+class PooledState:
+    """States of lightning attention in a pool [S, H, K, V] fp32: sequence n's in slots[n].
+
+    slots: [N] int64 on the pool's device, no two alike.
+    """
+
+    pool: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Where the tokens of a batch's sequences lie in pages; one for all layers.
+
+    pages: [N, M] int64, sequence n's pages in the order of its tokens; unused ones are any page.
+    page, place: [tokens] int64, where each new token goes.
+    """
+
+    pages: Tensor
+    page: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """Keys and values of softmax attention in pages [P, page_tokens, G, D]."""
+
+    k: Tensor
+    v: Tensor
+    table: PageTable
+
+
+LayerState = LinearState | KVState | PooledState | PagedKV
 
 
 def empty_state(
@@ -74,12 +107,19 @@ def select_sequences(state: tuple[LayerState, ...], sequences: Tensor) -> tuple[
     Returns:
         The state of M sequences.
     """
-    return tuple(
-        LinearState(layer.kv[sequences])
-        if isinstance(layer, LinearState)
-        else KVState(layer.k[sequences], layer.v[sequences])
-        for layer in state
-    )
+    return tuple(_selected(layer, sequences) for layer in state)
+
+
+def _selected(layer: LayerState, sequences: Tensor) -> LayerState:
+    match layer:
+        case LinearState():
+            return LinearState(layer.kv[sequences])
+        case KVState():
+            return KVState(layer.k[sequences], layer.v[sequences])
+        case PooledState():
+            return PooledState(layer.pool, layer.slots[sequences])
+        case PagedKV():
+            raise TypeError("state must own its keys to be selected from, got pages")
 
 
 def _layer_state(

@@ -6,7 +6,7 @@ from sevenfold.models.batch import Batch
 from sevenfold.models.block import Block
 from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.models.mixers import LightningAttention
-from sevenfold.models.state import LayerState, LinearState
+from sevenfold.models.state import LayerState, LinearState, PooledState
 from sevenfold.ops import (
     LightningWeights,
     Norm,
@@ -29,17 +29,20 @@ def run_by_rows(
     """Run a block on one token of each sequence; the result is Block.forward's."""
     if not isinstance(layer, Block):
         raise TypeError(f"layer must be a Block, got {type(layer).__name__}")
-    if isinstance(layer.self_attn, LightningAttention) and isinstance(state, LinearState):
-        x, state = _mix(layer, layer.self_attn, x, state)
+    mixer = layer.self_attn
+    if isinstance(mixer, LightningAttention) and isinstance(state, LinearState):
+        x, kv = _mix(layer, mixer, x, state.kv)
+        state = LinearState(kv)
+    elif isinstance(mixer, LightningAttention) and isinstance(state, PooledState):
+        x, kv = _mix(layer, mixer, x, state.pool[state.slots])
+        state.pool[state.slots] = kv
     else:
         x, after = layer.mix(x, batch, state)
         state = state if after is None else after
     return _feed(layer, x), state
 
 
-def _mix(
-    layer: Block, mixer: LightningAttention, x: Tensor, state: LinearState
-) -> tuple[Tensor, LinearState]:
+def _mix(layer: Block, mixer: LightningAttention, x: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
     weights = LightningWeights(
         mixer.qkv_proj.weight,
         mixer.output_gate.weight,
@@ -49,8 +52,8 @@ def _mix(
     )
     norm = Norm(layer.input_layernorm.weight, layer.input_layernorm.eps)
     residual = Residual(*layer.mixer_factors, layer.post_norm)
-    y, kv = lightning_rows(x.flatten(0, 1), norm, weights, residual, state.kv)
-    return y.view_as(x), LinearState(kv)
+    y, kv = lightning_rows(x.flatten(0, 1), norm, weights, residual, kv)
+    return y.view_as(x), kv
 
 
 def _feed(layer: Block, x: Tensor) -> Tensor:

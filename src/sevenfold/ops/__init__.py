@@ -1,6 +1,6 @@
 """Operators: functions of tensors, each with one meaning and one or more implementations."""
 
-from sevenfold.ops.attention import attention, attention_cached
+from sevenfold.ops.attention import attention, attention_cached, attention_paged
 from sevenfold.ops.cross_entropy import IGNORED_LABEL, linear_cross_entropy
 from sevenfold.ops.experts import (
     Dispatch,
@@ -21,10 +21,15 @@ from sevenfold.ops.few_rows import (
     suits_few_rows,
 )
 from sevenfold.ops.lightning import (
+    ReplayPool,
     head_slopes,
     layer_log_decay,
     lightning_attention,
+    lightning_attention_commit,
+    lightning_attention_decode,
+    lightning_attention_replay,
     lightning_attention_step,
+    lightning_attention_verify,
 )
 from sevenfold.ops.linear import head_logits, linear
 from sevenfold.ops.precision import autocast, full_precision
@@ -40,9 +45,11 @@ __all__ = [
     "LightningWeights",
     "Norm",
     "OpResult",
+    "ReplayPool",
     "Residual",
     "attention",
     "attention_cached",
+    "attention_paged",
     "autocast",
     "combine",
     "dense_rows",
@@ -55,7 +62,11 @@ __all__ = [
     "head_slopes",
     "layer_log_decay",
     "lightning_attention",
+    "lightning_attention_commit",
+    "lightning_attention_decode",
+    "lightning_attention_replay",
     "lightning_attention_step",
+    "lightning_attention_verify",
     "lightning_rows",
     "linear",
     "linear_cross_entropy",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
 from sevenfold.models.layers import Linear, RMSNorm
-from sevenfold.models.state import LinearState
+from sevenfold.models.state import LinearState, PooledState
 from sevenfold.ops import layer_log_decay, lightning_attention, lightning_attention_step
 
 
@@ -43,8 +43,8 @@ class LightningAttention(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, batch: Batch, state: LinearState | None
-    ) -> tuple[Tensor, LinearState | None]:
+        self, x: Tensor, batch: Batch, state: LinearState | PooledState | None
+    ) -> tuple[Tensor, LinearState | PooledState | None]:
         """Mix x [B, T, hidden_size]; the state comes back advanced, or None if none came in."""
         B, T, _ = x.shape
         qkv = F.silu(self.qkv_proj(x)).view(B, T, self.num_heads, 3 * self.head_dim)
@@ -54,23 +54,38 @@ class LightningAttention(nn.Module):
         return self.out_proj(self.norm(o.reshape(B, T, -1)) * gate), state
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: LinearState | None
-    ) -> tuple[Tensor, LinearState | None]:
-        log_decay = self.log_decay
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        state: LinearState | PooledState | None,
+    ) -> tuple[Tensor, LinearState | PooledState | None]:
         if state is None:
-            o = lightning_attention(q, k, v, log_decay, cu_seqlens=batch.cu_seqlens).o
+            o = lightning_attention(q, k, v, self.log_decay, cu_seqlens=batch.cu_seqlens).o
             return o, None
+        if isinstance(state, LinearState):
+            o, kv = self._advance(q, k, v, batch, state.kv)
+            return o, LinearState(kv)
+        o, kv = self._advance(q, k, v, batch, state.pool[state.slots])
+        state.pool[state.slots] = kv
+        return o, state
+
+    def _advance(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The output, and the states [N, H, K, V] after the batch."""
         if batch.is_step:
             q, k, v = (x.reshape(batch.num_sequences, *x.shape[2:]) for x in (q, k, v))
-            o, kv = lightning_attention_step(q, k, v, log_decay, state.kv)
-            return o, LinearState(kv)  # pyright: ignore[reportArgumentType]
-        o, kv = lightning_attention(
-            q,
-            k,
-            v,
-            log_decay,
-            initial_state=state.kv,
-            return_final_state=True,
-            cu_seqlens=batch.cu_seqlens,
-        )
-        return o, LinearState(kv)  # pyright: ignore[reportArgumentType]
+            result = lightning_attention_step(q, k, v, self.log_decay, kv)
+        else:
+            result = lightning_attention(
+                q,
+                k,
+                v,
+                self.log_decay,
+                initial_state=kv,
+                return_final_state=True,
+                cu_seqlens=batch.cu_seqlens,
+            )
+        return result  # pyright: ignore[reportReturnType]

@@ -1,0 +1,85 @@
+"""States in pools and keys in pages that sequences share: the same tokens as with states alone."""
+
+import pytest
+import torch
+from model_cases import CPU, MOE, tiny_model, tokens
+
+from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
+from sevenfold.models import empty_state as empty_values
+from sevenfold.ops import attention_paged
+from sevenfold.ops.testing import check_error
+
+PAGE_TOKENS, NUM_PAGES = 4, 24
+SLOTS = torch.tensor([5, 2, 7])
+PAGES = torch.tensor([[3, 17, 9, 20], [11, 4, 22, 0], [8, 1, 15, 6]])
+MIXES = [{"layers": "lf"}, {"layers": "lsf"}, {"layers": "llf", "moe": MOE}]
+
+
+def storage(model: HybridModel) -> list[tuple[torch.Tensor, ...]]:
+    """Pools and pages full of what other requests left, the slots in use zeroed."""
+    config, layers = model.config, []
+    H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    for kind in config.layer_types:
+        if kind == "linear_attention":
+            pool = torch.full((8, H, D, D), 7.0, dtype=model.dtype)
+            pool[SLOTS] = 0
+            layers.append((pool,))
+        else:
+            shape = (NUM_PAGES, PAGE_TOKENS, G, D)
+            layers.append(tuple(torch.full(shape, 7.0, dtype=model.dtype) for _ in "kv"))
+    return layers
+
+
+def values(layers: list[tuple[torch.Tensor, ...]], batch: Batch) -> tuple[LayerState, ...]:
+    row = torch.repeat_interleave(torch.arange(3), torch.tensor(batch.lengths))
+    position = batch.positions.flatten()
+    page = PAGES[row, position // PAGE_TOKENS]
+    table = PageTable(PAGES, page, position % PAGE_TOKENS)
+    return tuple(
+        PooledState(*layer, SLOTS) if len(layer) == 1 else PagedKV(*layer, table)
+        for layer in layers
+    )
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: mix["layers"])
+def test_shared_storage_equals_states_of_one_s_own(mix: dict) -> None:
+    model, exact_model = tiny_model(dtype=torch.float32, **mix), tiny_model(**mix)
+    layers = storage(model)
+    untouched = [storage.clone() for layer in layers for storage in layer]
+    own, exact = (
+        empty_values(m.config, 3, 16, device=CPU, dtype=m.dtype) for m in (model, exact_model)
+    )
+    past = [0, 0, 0]
+    for i, lengths in enumerate([(5, 0, 2), (3, 7, 1), (1, 1, 1), (1, 1, 1), (6, 3, 5)]):
+        ids = tokens(1, sum(lengths), seed=i)
+        batch = Batch.packed(lengths, past=past, device=CPU)
+        with torch.no_grad():
+            alone = model.hidden(ids, batch, own)
+            shared = model.hidden(ids, batch, values(layers, batch))
+            single = exact_model.hidden(ids, batch, exact)
+        check_error("hidden", shared.hidden, alone.hidden, single.hidden)
+        own, exact = alone.state, single.state
+        past = [p + n for p, n in zip(past, lengths, strict=True)]
+    others = [n for n in range(8) if n not in SLOTS]
+    pages = [n for n in range(NUM_PAGES) if n not in PAGES]
+    for before, now in zip(untouched, [s for layer in layers for s in layer], strict=True):
+        rest = others if len(now) == 8 else pages
+        assert torch.equal(now[rest], before[rest]), "storage of others must stay as it is"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pages": torch.zeros(2, 4, dtype=torch.int64)}, r"pages must have shape \[N, M\]"),
+        ({"key_lengths": (17, 1, 1)}, "pages must have room for 17 keys, got 4 pages"),
+        ({"v_pages": torch.zeros(NUM_PAGES, 3, 1, 6)}, "v_pages must have shape"),
+    ],
+)
+def test_paged_attention_refuses(change: dict, message: str) -> None:
+    pages = torch.zeros(NUM_PAGES, PAGE_TOKENS, 1, 6)
+    case = {"k_pages": pages, "v_pages": pages, "pages": PAGES} | change
+    keys = case.pop("key_lengths", (3, 1, 1))
+    with pytest.raises(ValueError, match=message):
+        attention_paged(
+            torch.zeros(1, 3, 2, 6), **case, lengths=(1, 1, 1), key_lengths=keys, scale=1.0
+        )
