@@ -58,9 +58,7 @@ def lightning_attention_decode(
     check_tokens(q, k, v, log_decay, "BH")
     check_state("pool", pool, q, (*q.shape[1:], v.shape[-1]))
     check_slots(slots, len(q), q.device)
-    chosen = choose_impl(
-        "lightning_attention_decode", impl, default_impl(q, v.shape[-1]), IMPLS
-    )
+    chosen = choose_impl("lightning_attention_decode", impl, default_impl(q, v.shape[-1]), IMPLS)
     return _decode(q, k, v, log_decay, pool, slots, scale, str(chosen))
 
 

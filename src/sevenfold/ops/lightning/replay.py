@@ -76,7 +76,9 @@ class ReplayPool:
         K, V = widths
         heads = (num_slots, num_heads)
         return cls(
-            torch.zeros(*heads, K, V, dtype=torch.promote_types(dtype, torch.float32), device=device),
+            torch.zeros(
+                *heads, K, V, dtype=torch.promote_types(dtype, torch.float32), device=device
+            ),
             torch.zeros(*heads, ring_tokens, K, dtype=dtype, device=device),
             torch.zeros(*heads, ring_tokens, V, dtype=dtype, device=device),
             torch.zeros(heads, dtype=torch.int32, device=device),

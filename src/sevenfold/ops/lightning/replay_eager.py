@@ -15,7 +15,7 @@ class _Pending(NamedTuple):
 
     k: Tensor  # [n, H, R, K]
     v: Tensor  # [n, H, R, V]
-    num: Tensor  # [n] P; the rows from P on mean nothing
+    num: Tensor  # [n] P; the rows from P on are zero
 
 
 def replay(
@@ -78,33 +78,42 @@ def commit(
 
 def _pending(pool: Sequence[Tensor], taken: Tensor, accepted: Tensor | None) -> _Pending:
     _, ring_k, ring_v, count = pool
-    held = count[taken, 0]
-    source = torch.arange(ring_k.shape[2], device=held.device).expand(len(taken), -1)
-    if accepted is None or accepted.shape[1] == 0:
-        return _Pending(ring_k[taken], ring_v[taken], held)
-    j = source - held[:, None]
-    A = accepted.shape[1]
-    chosen = torch.where((j >= 0) & (j < A), accepted.long().gather(1, j.clamp(0, A - 1)), -1)
-    source = torch.where(chosen >= 0, held[:, None] + chosen, source)
-    k, v = (ring[taken].transpose(1, 2) for ring in (ring_k, ring_v))  # [n, R, H, K or V]
-    at = torch.arange(len(taken), device=held.device)[:, None]
-    num = held + (chosen >= 0).sum(1)
-    return _Pending(k[at, source].transpose(1, 2), v[at, source].transpose(1, 2), num)
+    num = count[taken, 0]
+    i = torch.arange(ring_k.shape[2], device=num.device).expand(len(taken), -1)
+    source = i
+    if accepted is not None and accepted.shape[1] > 0:
+        drafted = i - num[:, None]  # the i-th pending token is the accepted one of this index
+        A = accepted.shape[1]
+        chosen = accepted.long().gather(1, drafted.clamp(0, A - 1))
+        chosen = torch.where((drafted >= 0) & (drafted < A), chosen, -1)
+        source = torch.where(chosen >= 0, num[:, None] + chosen, i)
+        num = num + (chosen >= 0).sum(1)
+    # What a slot's last user left behind may be a NaN, which no weight of zero removes.
+    stale = (i >= num[:, None])[:, None, :, None]
+    at = torch.arange(len(taken), device=num.device)[:, None]
+    k, v = (
+        ring[taken].transpose(1, 2)[at, source].transpose(1, 2).masked_fill(stale, 0)
+        for ring in (ring_k, ring_v)
+    )
+    return _Pending(k, v, num)
 
 
 def _fold(state: Tensor, taken: Tensor, pending: _Pending, log_decay: Tensor) -> None:
     """Write the states after what is pending."""
     k, v = (x.to(state.dtype) for x in pending[:2])
     P, i = pending.num[:, None], torch.arange(k.shape[2], device=k.device)
-    # A row that means nothing is left out by its weight, and may hold a NaN that its key must lose.
-    k = torch.where((i < P)[:, None, :, None], k, 0)
     left = _power(log_decay, P - 1 - i, state.dtype).unsqueeze(-1)
     decay = _power(log_decay, P, state.dtype).unsqueeze(-1)
     state[taken] = decay * state[taken] + (left * k).mT @ v
 
 
 def _append(
-    pool: Sequence[Tensor], taken: Tensor, pending: _Pending, log_decay: Tensor, k: Tensor, v: Tensor
+    pool: Sequence[Tensor],
+    taken: Tensor,
+    pending: _Pending,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
 ) -> None:
     """Put the draft k, v [n, T, H, K or V] behind what is pending; fold first where it is too long."""
     state, ring_k, ring_v, count = pool

@@ -30,18 +30,22 @@ def load_log_decay(log_decay, h):
 
 
 @triton.jit
-def fold(S, keys, values, rows, P, rate):
-    """The state [BK, BV] P tokens later, with keys [BK, BR] and values [BR, BV] added to it.
+def weigh(keys, P, rate, BR: tl.constexpr):
+    """What each of P pending keys [BK, BR] weighs in the state after the last: decay^(P - 1 - i)."""
+    i = tl.arange(0, BR)
+    left = tl.where(i < P, power(rate, tl.where(i < P, P - 1 - i, 0).to(tl.float32)), 0.0)
+    return keys.to(tl.float32) * left[None, :]
 
-        decay^P S + sum_i decay^(P - 1 - i) k_i v_i^T
 
-    A weighted key has 24 bits and a tensor core takes 11, so the product is split in three.
+@triton.jit
+def fold(S, decay, weighted, values):
+    """The state [BK, BV] with weighted keys [BK, BR] and values [BR, BV] added to it.
+
+    A weighted key has 24 bits and a tensor core takes 11, so the product is split in three; a value
+    of 16 bits is exact.
     """
-    precision: tl.constexpr = "ieee" if keys.dtype == tl.float32 else "tf32x3"
-    left = tl.where(rows < P, power(rate, tl.where(rows < P, P - 1 - rows, 0).to(tl.float32)), 0.0)
-    weighted = keys.to(tl.float32) * left[None, :]
-    added = tl.dot(weighted, values.to(tl.float32), input_precision=precision)
-    return power(rate, P.to(tl.float32)) * S + added
+    precision: tl.constexpr = "ieee" if values.dtype == tl.float32 else "tf32x3"
+    return decay * S + tl.dot(weighted, values.to(tl.float32), input_precision=precision)
 
 
 def check_runnable(kernel: object, q: torch.Tensor, V: int) -> None:

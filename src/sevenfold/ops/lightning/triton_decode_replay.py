@@ -13,7 +13,37 @@ from sevenfold.ops.lightning.triton_decode_common import (
     load_log_decay,
     power,
     tuning,
+    weigh,
 )
+
+
+@triton.jit
+def _columns(
+    state, ring_v, v, out, query, keys, seen, own, P, rate, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    FOLD: tl.constexpr,
+):  # fmt: skip
+    """The output, BV columns at a time; with FOLD the state's also become those P tokens later.
+
+    A fold reads the state once too, and needs more registers for a column than its absence does.
+    """
+    ik, iv, rows = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR)
+    met, decay = power(rate, (P + 1).to(tl.float32)), power(rate, P.to(tl.float32))
+    if FOLD:
+        weighted = weigh(keys, P, rate, BR)
+    for start in range(0, V, BV):
+        in_v = start + iv < V
+        at = state + ik[:, None] * V + start + iv[None, :]
+        inside = (ik < K)[:, None] & in_v[None, :]
+        S = tl.load(at, mask=inside, other=0.0)
+        at_values = ring_v + rows[:, None] * V + start + iv[None, :]
+        values = tl.load(at_values, mask=(rows < P)[:, None] & in_v[None, :], other=0.0)
+        value = tl.load(v + start + iv, mask=in_v, other=0.0)
+        got = met * tl.sum(query[:, None] * S, axis=0) + own * value.to(tl.float32)
+        got = scale * (got + tl.sum(seen[:, None] * values.to(tl.float32), axis=0))
+        tl.store(out + start + iv, got.to(out.dtype.element_ty), mask=in_v)
+        if FOLD:
+            tl.store(at, fold(S, decay, weighted, values), mask=inside)
 
 
 @triton.jit
@@ -21,7 +51,7 @@ def _replay_kernel(
     q, k, v, log_decay, state, ring_k, ring_v, count, slots, o, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of one slot, its ring and its cursor: nobody else touches them."""
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
@@ -45,26 +75,19 @@ def _replay_kernel(
     seen = tl.sum(query[:, None] * keys.to(tl.float32), axis=0)
     seen = tl.where(live, power(rate, tl.where(live, P - rows, 0).to(tl.float32)), 0.0) * seen
     own = tl.sum(query * key.to(tl.float32))
-    met = power(rate, (P + 1).to(tl.float32))
-    for start in tl.range(0, V, BV, num_stages=STAGES):
-        in_v = start + iv < V
-        at = state + ik[:, None] * V + start + iv[None, :]
-        S = tl.load(at, mask=in_k[:, None] & in_v[None, :], other=0.0)
-        at_values = ring_v + rows[:, None] * V + start + iv[None, :]
-        values = tl.load(at_values, mask=live[:, None] & in_v[None, :], other=0.0)
-        value = tl.load(v + b * v_row + h * v_head + start + iv, mask=in_v, other=0.0)
-        got = met * tl.sum(query[:, None] * S, axis=0) + own * value.to(tl.float32)
-        got = scale * (got + tl.sum(seen[:, None] * values.to(tl.float32), axis=0))
-        tl.store(out + start + iv, got.to(o.dtype.element_ty), mask=in_v)
-        if full:
-            S = fold(S, keys, values, rows, P, rate)
-            tl.store(at, S, mask=in_k[:, None] & in_v[None, :])
+    v += b * v_row + h * v_head
+    if full:
+        _columns(state, ring_v, v, out, query, keys, seen, own, P, rate, scale,
+                 K, V, BK, BF, BR, True)  # fmt: skip
+    else:
+        _columns(state, ring_v, v, out, query, keys, seen, own, P, rate, scale,
+                 K, V, BK, BV, BR, False)  # fmt: skip
     tl.debug_barrier()  # every row has been read before one is written
     row = tl.where(full, 0, P)
     tl.store(ring_k + row * K + ik, key, mask=in_k)
     for start in range(0, V, BV):
         in_v = start + iv < V
-        value = tl.load(v + b * v_row + h * v_head + start + iv, mask=in_v, other=0.0)
+        value = tl.load(v + start + iv, mask=in_v, other=0.0)
         tl.store(ring_v + row * V + start + iv, value, mask=in_v)
     tl.store(count + place, row + 1)
 
@@ -93,7 +116,8 @@ def replay(
             q, k, v, log_decay, *pool, slots, o, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             H, K=K, V=V, R=R, BK=triton.next_power_of_2(K),
-            BV=min(config["BV"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
-            STAGES=config["num_stages"], num_warps=config["num_warps"],
+            BV=min(config["BV"], triton.next_power_of_2(V)),
+            BF=min(config["BF"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
+            num_warps=config["num_warps"],
         )  # fmt: skip
     return o

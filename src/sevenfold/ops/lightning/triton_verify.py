@@ -13,6 +13,7 @@ from sevenfold.ops.lightning.triton_decode_common import (
     load_log_decay,
     power,
     tuning,
+    weigh,
 )
 
 DRAFT_ROWS = 16  # the least that a tensor core's product takes
@@ -45,28 +46,62 @@ def _visible(ancestors, b, T, BT: tl.constexpr, TREE: tl.constexpr):
 
 
 @triton.jit
+def _columns(
+    state, ring_v, v, out, query, keys, past, near, source, depth, P, rate, scale, v_token, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    BT: tl.constexpr, STAGES: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """The outputs, BV columns at a time; with FOLD the state's also become those P tokens later.
+
+    A fold reads the state once too, and needs more registers for a column than its absence does.
+    """
+    ik, iv, i, t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR), tl.arange(0, BT)
+    # Queries of 16 bits are exact in tf32, which keeps more of a state than the output does.
+    exact: tl.constexpr = "ieee" if v.dtype.element_ty == tl.float32 else "tf32"
+    met, decay = power(rate, (P + 1 + depth).to(tl.float32)), power(rate, P.to(tl.float32))
+    query = query.to(tl.float32)
+    if FOLD:
+        weighted = weigh(keys, P, rate, BR)
+    for start in tl.range(0, V, BV, num_stages=STAGES):
+        in_v = (start + iv < V)[None, :]
+        at = state + ik[:, None] * V + start + iv[None, :]
+        S = tl.load(at, mask=(ik < K)[:, None] & in_v, other=0.0)
+        at_values = ring_v + source[:, None] * V + start + iv[None, :]
+        values = tl.load(at_values, mask=(i < P)[:, None] & in_v, other=0.0)
+        v_at = v + t[:, None] * v_token + start + iv[None, :]
+        drafted = tl.load(v_at, mask=(t < T)[:, None] & in_v, other=0.0).to(tl.float32)
+        got = met[:, None] * tl.dot(query, S, input_precision=exact)
+        got = tl.dot(past, values.to(tl.float32), got, input_precision=exact)
+        got = scale * tl.dot(near, drafted, got, input_precision=exact)
+        out_at = out + t[:, None] * H * V + start + iv[None, :]
+        tl.store(out_at, got.to(out.dtype.element_ty), mask=(t < T)[:, None] & in_v)
+        if FOLD:
+            tl.store(at, fold(S, decay, weighted, values), mask=(ik < K)[:, None] & in_v)
+
+
+@triton.jit
 def _verify_kernel(
     q, k, v, log_decay, state, ring_k, ring_v, count, slots, accepted, ancestors, o, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, A, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    WV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, TREE: tl.constexpr, STAGES: tl.constexpr,
+    BF: tl.constexpr, WV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, TREE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of one slot, its ring and its cursor: nobody else touches them."""
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     slot = tl.load(slots + b).to(tl.int64)
     ik, iv, i, t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR), tl.arange(0, BT)
     in_k, in_t = ik < K, t < T
-    out = o + (b * T + t[:, None]) * H * V + h * V + iv[None, :]
+    out = o + b * T * H * V + h * V
     if slot < 0:
         for start in range(0, V, BV):
             nothing = tl.zeros([BT, BV], o.dtype.element_ty)
-            tl.store(out + start, nothing, mask=in_t[:, None] & (start + iv < V)[None, :])
+            at = out + t[:, None] * H * V + start + iv[None, :]
+            tl.store(at, nothing, mask=in_t[:, None] & (start + iv < V)[None, :])
         return
     place, rate = slot * H + h, load_log_decay(log_decay, h)
     state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
     source, P = _rows_to_keep(count, accepted, place, b, A, R, BR)
     live, full = i < P, P + T > R
-    exact: tl.constexpr = "ieee" if k.dtype.element_ty == tl.float32 else "tf32"
     q_at = q + b * q_row + h * q_head + t[:, None] * q_token + ik[None, :]
     query = tl.load(q_at, mask=in_t[:, None] & in_k[None, :], other=0.0)
     k_at = k + b * k_row + h * k_head + t[None, :] * k_token + ik[:, None]
@@ -79,26 +114,17 @@ def _verify_kernel(
     distance = tl.where(live[None, :], P + depth[:, None] - i[None, :], 0).to(tl.float32)
     past = tl.dot(query, keys, input_precision="ieee")
     past = tl.where(live[None, :], power(rate, distance), 0.0) * past
-    met = power(rate, (P + 1 + depth).to(tl.float32))
-    for start in tl.range(0, V, BV, num_stages=STAGES):
-        in_v = (start + iv < V)[None, :]
-        at = state + ik[:, None] * V + start + iv[None, :]
-        S = tl.load(at, mask=in_k[:, None] & in_v, other=0.0)
-        at_values = ring_v + source[:, None] * V + start + iv[None, :]
-        values = tl.load(at_values, mask=live[:, None] & in_v, other=0.0)
-        v_at = v + b * v_row + h * v_head + t[:, None] * v_token + start + iv[None, :]
-        drafted = tl.load(v_at, mask=in_t[:, None] & in_v, other=0.0).to(tl.float32)
-        got = met[:, None] * tl.dot(query.to(tl.float32), S, input_precision=exact)
-        got = tl.dot(past, values.to(tl.float32), got, input_precision=exact)
-        got = scale * tl.dot(near, drafted, got, input_precision=exact)
-        tl.store(out + start, got.to(o.dtype.element_ty), mask=in_t[:, None] & in_v)
-        if full:
-            S = fold(S, keys, values, i, P, rate)
-            tl.store(at, S, mask=in_k[:, None] & in_v)
+    v += b * v_row + h * v_head
+    if full:
+        _columns(state, ring_v, v, out, query, keys, past, near, source, depth, P, rate, scale,
+                 v_token, T, H, K, V, BK, BF, BR, BT, STAGES, True)  # fmt: skip
+    else:
+        _columns(state, ring_v, v, out, query, keys, past, near, source, depth, P, rate, scale,
+                 v_token, T, H, K, V, BK, BV, BR, BT, STAGES, False)  # fmt: skip
     base = tl.where(full, 0, P)
     moved = live & (source != i) & (base > 0)
     _write_rows(ring_k, k + b * k_row + h * k_head, k_token, source, moved, base, T, K, BK, BR, BT)
-    _write_rows(ring_v, v + b * v_row + h * v_head, v_token, source, moved, base, T, V, WV, BR, BT)
+    _write_rows(ring_v, v, v_token, source, moved, base, T, V, WV, BR, BT)
     tl.store(count + place, base)
 
 
@@ -121,7 +147,7 @@ def _write_rows(
 @triton.jit
 def _commit_kernel(
     log_decay, state, ring_k, ring_v, count, slots, accepted, A, H,
-    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of one slot, its ring and its cursor: nobody else touches them."""
@@ -129,20 +155,20 @@ def _commit_kernel(
     slot = tl.load(slots + b).to(tl.int64)
     if slot < 0:
         return
-    ik, iv, i = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR)
     place, rate = slot * H + h, load_log_decay(log_decay, h)
     source, P = _rows_to_keep(count, accepted, place, b, A, R, BR)
     state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
-    in_k, live = (ik < K)[:, None], i < P
-    at_keys = ring_k + source[None, :] * K + ik[:, None]
-    keys = tl.load(at_keys, mask=in_k & live[None, :], other=0.0)
-    for start in range(0, V, BV):
-        in_v = (start + iv < V)[None, :] & (P > 0)
-        at = state + ik[:, None] * V + start + iv[None, :]
-        S = tl.load(at, mask=in_k & in_v, other=0.0)
-        at_values = ring_v + source[:, None] * V + start + iv[None, :]
-        values = tl.load(at_values, mask=live[:, None] & in_v, other=0.0)
-        tl.store(at, fold(S, keys, values, i, P, rate), mask=in_k & in_v)
+    ik, iv, live = tl.arange(0, BK)[:, None], tl.arange(0, BF)[None, :], tl.arange(0, BR) < P
+    at_keys = ring_k + source[None, :] * K + ik
+    keys = tl.load(at_keys, mask=(ik < K) & live[None, :], other=0.0)
+    weighted, decay = weigh(keys, P, rate, BR), power(rate, P.to(tl.float32))
+    for start in range(0, V, BF):
+        at = state + ik * V + start + iv
+        inside = (ik < K) & (start + iv < V) & (P > 0)
+        S = tl.load(at, mask=inside, other=0.0)
+        at_values = ring_v + source[:, None] * V + start + iv
+        values = tl.load(at_values, mask=live[:, None] & (start + iv < V), other=0.0)
+        tl.store(at, fold(S, decay, weighted, values), mask=inside)
     tl.debug_barrier()  # the cursor has been read by all before it is written
     tl.store(count + place, 0)
 
@@ -176,7 +202,7 @@ def verify(
             slots if ancestors is None else ancestors.contiguous(),
             o, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             T, 0 if accepted is None else accepted.shape[1], H,
-            K=K, V=V, R=R, BK=BK, BV=min(config["BV"], WV), WV=WV,
+            K=K, V=V, R=R, BK=BK, BV=min(config["BV"], WV), BF=min(config["BF"], WV), WV=WV,
             BR=max(16, triton.next_power_of_2(R)), BT=DRAFT_ROWS, TREE=ancestors is not None,
             STAGES=config["num_stages"], num_warps=config["num_warps"],
         )  # fmt: skip
@@ -200,6 +226,6 @@ def commit(
             slots if accepted is None else accepted.contiguous(),
             0 if accepted is None else accepted.shape[1],
             H, K=K, V=V, R=R, BK=triton.next_power_of_2(K),
-            BV=min(config["BV"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
+            BF=min(config["BF"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
             num_warps=config["num_warps"],
         )  # fmt: skip

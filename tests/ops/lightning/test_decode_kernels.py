@@ -1,0 +1,62 @@
+"""The decoding kernels keep to the error rule, on a GPU or under Triton's interpreter."""
+
+import pytest
+import torch
+from decode_cases import DEVICE, GPU_UNLESS_INTERPRETED, INTERPRETED, KERNEL_DTYPES, Course, Sizes
+from lightning_statements import make_inputs, recurrence
+
+from sevenfold.ops import lightning_attention_decode
+from sevenfold.ops.testing import check_error
+
+pytestmark = [
+    *([GPU_UNLESS_INTERPRETED] if GPU_UNLESS_INTERPRETED else []),
+    pytest.mark.filterwarnings("ignore:.*has no tuning"),
+]
+
+WIDTHS = [(16, 24)] if INTERPRETED else [(64, 64), (96, 96), (128, 128), (256, 256), (128, 64)]
+DECAY_NAMES = ["mixed"] if INTERPRETED else ["zero", "5e-5", "first", "middle", "last", "fast"]
+CALLS = 15 if INTERPRETED else 40
+
+
+@pytest.mark.parametrize("decay", DECAY_NAMES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
+def test_steps_agree_with_the_recurrence(K: int, V: int, dtype: torch.dtype, decay: str) -> None:
+    T, slots = 2 if INTERPRETED else 64, torch.tensor([2, -1, 0], device=DEVICE)
+    x = make_inputs(decay, T, B=3, K=K, V=V, dtype=dtype)
+    start = torch.randn(3, *x.initial_state.shape[1:], generator=torch.Generator().manual_seed(1))
+    x = x._replace(initial_state=start[[2, 1, 0]])
+    exact = recurrence(x._replace(initial_state=x.initial_state).to(torch.float64), scale=0.5)
+    honest = recurrence(x.to(torch.float32), scale=0.5)
+    pool = start.to(DEVICE)
+    q, k, v, log_decay = (y.to(DEVICE) for y in x[:4])
+    found = torch.stack(
+        [
+            lightning_attention_decode(
+                q[:, t], k[:, t], v[:, t], log_decay, pool, slots, scale=0.5, impl="triton"
+            )
+            for t in range(T)
+        ],
+        dim=1,
+    ).cpu()
+    check_error("o", found[::2], honest[0][::2].to(dtype), exact[0][::2])
+    assert not found[1].any()
+    check_error("pool", pool.cpu()[[2, 0]], honest[1][::2], exact[1][::2])
+    assert torch.equal(pool[1].cpu(), start[1])
+
+
+@pytest.mark.parametrize("decay", DECAY_NAMES)
+@pytest.mark.parametrize("R", [5] if INTERPRETED else [4, 16, 20])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
+def test_any_course_of_calls(K: int, V: int, dtype: torch.dtype, R: int, decay: str) -> None:
+    sizes = Sizes(K, V, R, min(R, 16), decay, slots=2 if INTERPRETED else 4)
+    Course("triton", sizes, dtype, str(DEVICE), seed=R).run(CALLS).check()
+
+
+def test_rings_that_are_full_and_drafts_that_are_long() -> None:
+    sizes = Sizes(16, 16, 16, 16, "mixed", slots=1)
+    course = Course("triton", sizes, torch.float32, str(DEVICE), seed=3)
+    for tree in (True, False, True):
+        course.verify(tree)
+    course.check()
