@@ -244,3 +244,42 @@ def test_load(llm: LLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
     ours = dict(low.model.named_parameters())
     for name, parameter in llm.model.named_parameters():
         assert torch.equal(ours[name], parameter.to(ours[name].dtype))
+
+
+def test_logprobs_come_with_each_token(tokenizer: Tokenizer) -> None:
+    llm = LLM(tiny_model().double(), tokenizer)
+    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=3)
+    asked = llm.generate(PROMPTS, params)
+    plain = llm.generate(PROMPTS, params.model_copy(update={"logprobs": None}))
+    for one, other in zip(asked, plain, strict=True):
+        assert one.token_ids == other.token_ids
+        assert other.logprobs is None
+        assert one.logprobs is not None
+        assert len(one.logprobs) == 4
+        for token, logprobs in zip(one.token_ids, one.logprobs, strict=True):
+            assert logprobs.top[0] == (token, logprobs.chosen)
+            assert len(logprobs.top) == 3
+    with torch.no_grad():
+        row = torch.tensor([[*asked[0].prompt_token_ids, *asked[0].token_ids]])
+        z = llm.model(row)[0].log_softmax(-1)
+    first = len(asked[0].prompt_token_ids) - 1
+    for n, logprobs in enumerate(asked[0].logprobs or ()):
+        assert logprobs.chosen == pytest.approx(float(z[first + n, asked[0].token_ids[n]]))
+
+
+def test_stop_tokens_and_biases(llm: LLM) -> None:
+    greedy = SamplingParams(max_tokens=6, temperature=0.0)
+    (usual,) = llm.generate(PROMPTS[:1], greedy)
+    third = usual.token_ids[2]
+    (stopped,) = llm.generate(
+        PROMPTS[:1], SamplingParams(**(greedy.model_dump() | {"stop_token_ids": (third,)}))
+    )
+    at = usual.token_ids.index(third)
+    assert stopped.token_ids == usual.token_ids[: at + 1]
+    assert stopped.finish_reason == "stop"
+    biased = SamplingParams(max_tokens=3, temperature=0.0, logit_bias={third: 100.0})
+    assert llm.generate(PROMPTS[:1], biased)[0].token_ids == (third,) * 3
+    with pytest.raises(
+        ValueError, match=f"logit_bias must name tokens below vocab_size = {VOCAB_SIZE}"
+    ):
+        llm.generate(PROMPTS[:1], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}))

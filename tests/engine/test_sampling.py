@@ -7,12 +7,35 @@ import pytest
 import torch
 
 from sevenfold.config import ConfigError, parse_config
-from sevenfold.engine import SamplingParams, choose_token
+from sevenfold.engine import SamplingParams
+from sevenfold.engine.sampling import (
+    Output,
+    Penalties,
+    Sampler,
+    build_rules,
+    choose_tokens,
+    read_logprobs,
+    uniform,
+)
 
 VOCAB = 12
 NOTHING_SEEN = torch.tensor([], dtype=torch.int64)
 SEEN = torch.tensor([0, 3, 7])
 JUST_BELOW_ONE = math.nextafter(1, 0)
+
+
+CPU = torch.device("cpu")
+
+
+def choose_token(
+    logits: torch.Tensor, seen: torch.Tensor, params: SamplingParams, draw: float
+) -> int:
+    """One row of a batch, its prompt being what was seen."""
+    size = len(logits)
+    penalties = Penalties([params], [seen.tolist()], [[]], size, CPU)
+    rules = build_rules([params], size, CPU)
+    draws = torch.tensor([draw], dtype=torch.float64)
+    return int(choose_tokens(penalties.apply(logits[None]), rules, draws))
 
 
 def random_logits(seed: int = 0) -> torch.Tensor:
@@ -194,3 +217,123 @@ def test_an_unknown_key_names_the_nearest() -> None:
     rule = "request: temprature is not a known key; did you mean temperature"
     with pytest.raises(ConfigError, match=rule):
         parse_config(SamplingParams, {"temprature": 1.0}, "request")
+
+
+def test_a_batch_chooses_as_each_row_alone() -> None:
+    """Rows with every set of rules, greedy ones between them, and each its own penalties."""
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.4}
+    params = [SamplingParams(**options) for options in [*CASES.values(), greedy, {}]]
+    N = len(params)
+    logits = torch.stack([random_logits(n) for n in range(N)])
+    prompts = [[n % VOCAB, (3 * n) % VOCAB] for n in range(N)]
+    penalties = Penalties(params, prompts, [[]] * N, VOCAB, CPU)
+    draws = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chosen = choose_tokens(penalties.apply(logits), build_rules(params, VOCAB, CPU), draws)
+    alone = [
+        choose_token(logits[n], torch.tensor(prompts[n]), params[n], float(draws[n]))
+        for n in range(N)
+    ]
+    assert chosen.tolist() == alone
+    assert len(set(alone)) > 2
+
+
+def test_presence_and_frequency_count_the_output_only() -> None:
+    logits = torch.zeros(1, 4)
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.5})
+    penalties = Penalties([params], [[0]], [[1]], 4, CPU)
+    assert penalties.apply(logits).tolist() == [[0.0, -0.75, 0.0, 1.5]]
+    for token in (1, 2):
+        penalties.record(torch.tensor([token]))
+    assert penalties.apply(logits).tolist() == [[0.0, -1.0, -0.75, 1.5]]
+    assert not logits.any()
+
+
+def test_only_the_rows_that_ask_are_changed() -> None:
+    params = [SamplingParams(), SamplingParams(presence_penalty=1.0), SamplingParams()]
+    penalties = Penalties(params, [[0]] * 3, [[0]] * 3, 2, CPU)
+    penalties.record(torch.tensor([1, 1, 1]))
+    assert penalties.apply(torch.zeros(3, 2)).tolist() == [[0, 0], [-1, -1], [0, 0]]
+
+
+def test_min_tokens_holds_the_ends_back() -> None:
+    output = Output(SamplingParams(temperature=0, min_tokens=2), [0], end_ids=(1, 3))
+    sampler = Sampler([output], 4, CPU)
+    logits = torch.tensor([[0.0, 9.0, 1.0, 8.0]])
+    chosen = []
+    for _ in range(3):
+        chosen.append(int(sampler.choose(logits)))
+        output.tokens.append(chosen[-1])
+    assert chosen == [2, 2, 1]
+
+
+def test_draws_are_uniform_and_depend_on_seed_and_place_alone() -> None:
+    places = torch.arange(4096)
+    u = uniform(torch.full((4096,), 7), places)
+    assert u.dtype == torch.float64
+    assert float(u.min()) >= 0
+    assert float(u.max()) < 1
+    # Pearson's chi-squared over 64 cells: 63 degrees of freedom, 6 standard deviations.
+    counts = torch.histc(u.float(), 64, 0, 1)
+    assert abs(float(((counts - 64) ** 2 / 64).sum()) - 63) < 6 * math.sqrt(2 * 63)
+    pairs = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()
+    counts = torch.bincount(pairs, minlength=64).double()
+    mean = len(pairs) / 64
+    assert abs(float(((counts - mean) ** 2 / mean).sum()) - 63) < 6 * math.sqrt(2 * 63)
+    seeds = torch.tensor([-1, 7, 2**62])
+    assert torch.equal(uniform(seeds, torch.tensor([5, 9, 2]))[1], u[9])
+    first = uniform(torch.arange(4096), torch.zeros(4096, dtype=torch.int64))
+    assert len(first.unique()) == 4096
+
+
+def test_the_same_draws_as_splitmix64() -> None:
+    """The first number of the published generator started at mix(0)."""
+    mask = (1 << 64) - 1
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    for seed, place in [(0, 0), (7, 3), (2**64 - 1, 12345)]:
+        exact = mix((mix(seed) + (place + 1) * 0x9E3779B97F4A7C15) & mask) >> 11
+        signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+        assert float(uniform(torch.tensor([signed]), torch.tensor([place]))) == exact / 2**53
+
+
+def test_a_seed_draws_the_same_after_a_new_start() -> None:
+    """A sampler built anew in the middle of an output goes on as the old one would have."""
+    logits = random_logits()[None]
+    params = SamplingParams(seed=2**64 - 3, presence_penalty=0.3)
+    whole, parted = (Output(params, [0], ()) for _ in range(2))
+    sampler = Sampler([whole], VOCAB, CPU)
+    for _ in range(12):
+        whole.tokens.append(int(sampler.choose(logits)))
+    for _ in range(12):
+        parted.tokens.append(int(Sampler([parted], VOCAB, CPU).choose(logits)))
+    assert whole.tokens == parted.tokens
+    assert len(set(whole.tokens)) > 1
+
+
+def test_without_a_seed_draws_differ() -> None:
+    assert Output(SamplingParams(), [0], ()).seed != Output(SamplingParams(), [0], ()).seed
+
+
+def test_more_tokens_at_least_than_at_most() -> None:
+    with pytest.raises(ValueError, match="min_tokens must be at most max_tokens = 3, got 4"):
+        SamplingParams(max_tokens=3, min_tokens=4)
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = torch.stack([random_logits(n) for n in range(3)])
+    params = [SamplingParams(logprobs=n, temperature=0.3) for n in (2, 0)] + [SamplingParams()]
+    two, none, nothing = read_logprobs(logits, torch.tensor([5, 1, 2]), params)
+    assert nothing is None
+    assert none is not None and none.top == ()  # noqa: PT018
+    total = [math.log(sum(math.exp(z) for z in row)) for row in logits.tolist()]
+    assert none.chosen == pytest.approx(float(logits[1, 1]) - total[1])
+    ranked = sorted(range(VOCAB), key=lambda token: -float(logits[0, token]))
+    assert two is not None
+    assert [token for token, _ in two.top] == ranked[:2]
+    wanted = [float(logits[0, token]) - total[0] for token in ranked[:2]]
+    assert [value for _, value in two.top] == pytest.approx(wanted)
+    assert read_logprobs(logits, torch.tensor([0, 0, 0]), [SamplingParams()] * 3) == [None] * 3

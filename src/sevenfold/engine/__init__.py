@@ -2,7 +2,7 @@
 
 from sevenfold.engine.decoding import Decoder
 from sevenfold.engine.llm import LLM, Completion, Delta
-from sevenfold.engine.sampling import SamplingParams, choose_token
+from sevenfold.engine.sampling import SamplingParams
 from sevenfold.engine.text import TextStream
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "Delta",
     "SamplingParams",
     "TextStream",
-    "choose_token",
 ]

@@ -10,7 +10,13 @@ from tokenizers import Tokenizer
 
 from sevenfold.config import CheckpointError
 from sevenfold.engine.decoding import Decoder
-from sevenfold.engine.sampling import SamplingParams, choose_token
+from sevenfold.engine.sampling import (
+    Logprobs,
+    Output,
+    Sampler,
+    SamplingParams,
+    read_logprobs,
+)
 from sevenfold.engine.text import TextStream
 from sevenfold.models import HybridModel
 from sevenfold.models.checkpoint import load_model
@@ -20,12 +26,16 @@ PREFILL_CHUNK_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Completion:
-    """One prompt's output; finish_reason is "stop" for an end-of-sequence token or stop string."""
+    """One prompt's output; finish_reason is "stop" for a token or string that ends it.
+
+    logprobs: one entry for each token, if they were asked for.
+    """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
     finish_reason: Literal["stop", "length"]
+    logprobs: tuple[Logprobs, ...] | None
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Delta:
     text: str
     token_id: int
     finish_reason: Literal["stop", "length"] | None
+    logprobs: Logprobs | None
 
 
 class LLM:
@@ -99,13 +110,21 @@ class LLM:
         prompt_ids = [self._encode(prompt, params) for prompt in prompts]
         tokens: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
+        logprobs: list[list[Logprobs]] = [[] for _ in prompts]
         reasons: list[Literal["stop", "length"]] = ["length"] * len(prompts)
         for delta in self._deltas(prompt_ids, params, prefill_chunk_tokens):
             tokens[delta.index].append(delta.token_id)
             texts[delta.index] += delta.text
+            logprobs[delta.index] += [] if delta.logprobs is None else [delta.logprobs]
             reasons[delta.index] = delta.finish_reason or "length"
         return [
-            Completion(tuple(prompt_ids[n]), tuple(tokens[n]), texts[n], reasons[n])
+            Completion(
+                tuple(prompt_ids[n]),
+                tuple(tokens[n]),
+                texts[n],
+                reasons[n],
+                None if params.logprobs is None else tuple(logprobs[n]),
+            )
             for n in range(len(prompts))
         ]
 
@@ -129,6 +148,12 @@ class LLM:
     def _encode(self, prompt: str, params: SamplingParams) -> list[int]:
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         limit = self.model.config.max_position_embeddings
+        beyond = [t for t in params.logit_bias if t >= self.model.config.vocab_size]
+        if beyond:
+            raise ValueError(
+                f"logit_bias must name tokens below vocab_size = {self.model.config.vocab_size}, "
+                f"got {beyond[0]}"
+            )
         if not ids:
             raise ValueError(f"prompt must have at least one token, got {prompt!r}")
         if len(ids) + params.max_tokens > limit:
@@ -145,11 +170,14 @@ class LLM:
             return
         capacity = max(len(prompt) for prompt in prompts) + params.max_tokens
         decoder = Decoder(self.model, prompts, capacity_tokens=capacity)
-        running = [_Output(n, ids, self.tokenizer, params) for n, ids in enumerate(prompts)]
-        logits = decoder.prefill(chunk_tokens).cpu()
-        eos = None if params.ignore_eos else self.model.config.eos_token_id
+        running = [_Running(n, ids, self, params) for n, ids in enumerate(prompts)]
+        sampler = self._sampler(running)
+        logits = decoder.prefill(chunk_tokens)
         while True:
-            deltas = [out.advance(row, eos) for out, row in zip(running, logits, strict=True)]
+            tokens = sampler.choose(logits)
+            logprobs = read_logprobs(logits, tokens, [params] * len(running))
+            rows = zip(running, tokens.tolist(), logprobs, strict=True)
+            deltas = [one.advance(token, logprob) for one, token, logprob in rows]
             yield from deltas
             alive = [n for n, delta in enumerate(deltas) if delta.finish_reason is None]
             if not alive:
@@ -157,40 +185,40 @@ class LLM:
             if len(alive) < len(running):
                 decoder.keep(alive)
                 running = [running[n] for n in alive]
-            logits = decoder.step([out.last_token for out in running]).cpu()
+                sampler = self._sampler(running)
+            logits = decoder.step([one.output.tokens[-1] for one in running])
+
+    def _sampler(self, running: "list[_Running]") -> Sampler:
+        outputs = [one.output for one in running]
+        return Sampler(outputs, self.model.config.vocab_size, self.model.device)
+
+    def end_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end an output."""
+        eos = self.model.config.eos_token_id
+        return (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
 
 
-class _Output:
+class _Running:
     """One sequence being generated."""
 
-    def __init__(
-        self, index: int, prompt: list[int], tokenizer: Tokenizer, params: SamplingParams
-    ) -> None:
+    def __init__(self, index: int, prompt: list[int], llm: LLM, params: SamplingParams) -> None:
         self.index, self.params = index, params
-        self.text = TextStream(tokenizer, params.stop)
-        self.num_tokens, self.last_token = 0, prompt[-1]
-        self._seen = set(prompt)
-        self._random = torch.Generator("cpu")
-        if params.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(params.seed)
+        self.text = TextStream(llm.tokenizer, params.stop)
+        self.output = Output(params, prompt, llm.end_ids(params))
 
-    def advance(self, logits: torch.Tensor, eos_token_id: int | None) -> Delta:
-        """Choose the next token and say what it added."""
-        draw = float(torch.rand((), generator=self._random, dtype=torch.float64))
-        seen = torch.tensor(sorted(self._seen))
-        token = choose_token(logits, seen, self.params, draw)
-        self.last_token = token
-        self.num_tokens += 1
-        self._seen.add(token)
-        if token == eos_token_id:
-            return Delta(self.index, self.text.finish(), token, "stop")
+    def advance(self, token: int, logprobs: Logprobs | None) -> Delta:
+        """Take the next token, and say what it added."""
+        self.output.tokens.append(token)
+        text, reason = self._shown(token)
+        return Delta(self.index, text, token, reason, logprobs)
+
+    def _shown(self, token: int) -> tuple[str, Literal["stop", "length"] | None]:
+        if token in self.output.end_ids:
+            return self.text.finish(), "stop"
         shown = self.text.push(token)
         if self.text.stopped:
-            return Delta(self.index, shown, token, "stop")
-        if self.num_tokens == self.params.max_tokens:
-            shown += self.text.finish()
-            reason = "stop" if self.text.stopped else "length"
-            return Delta(self.index, shown, token, reason)
-        return Delta(self.index, shown, token, None)
+            return shown, "stop"
+        if len(self.output.tokens) < self.params.max_tokens:
+            return shown, None
+        shown += self.text.finish()
+        return shown, "stop" if self.text.stopped else "length"

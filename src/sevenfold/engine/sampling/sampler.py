@@ -1,0 +1,66 @@
+"""The sampler of a batch: rules, penalties and random numbers of each request together."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sevenfold.engine.sampling.draws import uniform
+from sevenfold.engine.sampling.params import SamplingParams
+from sevenfold.engine.sampling.penalties import Penalties
+from sevenfold.engine.sampling.rules import build_rules, choose_tokens
+
+
+@dataclass
+class Output:
+    """What the sampler must know of one request: what it asks, and its tokens so far.
+
+    end_ids: tokens that would end it, which min_tokens holds back.
+    """
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    end_ids: Sequence[int]
+    tokens: list[int] = field(default_factory=list)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+
+
+class Sampler:
+    """Chooses the next token of N requests; build a new one when they change."""
+
+    def __init__(self, outputs: Sequence[Output], vocab_size: int, device: torch.device) -> None:
+        params = [output.params for output in outputs]
+        prompts, tokens = ([getattr(o, name) for o in outputs] for name in ("prompt", "tokens"))
+        self._outputs = list(outputs)
+        self._rules = build_rules(params, vocab_size, device)
+        self._penalties = Penalties(params, prompts, tokens, vocab_size, device)
+        seeds = [o.seed - (1 << 64) if o.seed >= 1 << 63 else o.seed for o in outputs]
+        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
+        self._places = torch.tensor([len(t) for t in tokens], dtype=torch.int64, device=device)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Choose each request's next token, [N] int64, from logits [N, vocab_size] fp32.
+
+        The caller appends it to the outputs; nothing here waits for the device.
+        """
+        logits = self._penalties.apply(self._without_ends(logits))
+        draws = uniform(self._seeds, self._places)
+        tokens = choose_tokens(logits, self._rules, draws)
+        self._penalties.record(tokens)
+        self._places = self._places + 1
+        return tokens
+
+    def _without_ends(self, logits: Tensor) -> Tensor:
+        early = [n for n, o in enumerate(self._outputs) if len(o.tokens) < o.params.min_tokens]
+        if not early:
+            return logits
+        logits = logits.clone()
+        for n in early:
+            logits[n, list(self._outputs[n].end_ids)] = -math.inf
+        return logits
