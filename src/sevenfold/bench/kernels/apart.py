@@ -33,25 +33,26 @@ class Apart:
     def ask(self, item: object, timeout_s: float) -> Any:
         """Return the answer to an item, or a Failure.
 
-        After a failure the process is another one: CUDA does not outlive its errors.
+        The item after a failure meets a new process: CUDA does not outlive its errors.
         """
+        if not self._process.is_alive():
+            self._start()
         try:
             self._connection.send(item)
-            if not self._connection.poll(timeout_s):
-                return self._restart(f"no answer in {timeout_s:.0f} s")
-            answer = self._connection.recv()
+            if self._connection.poll(timeout_s):
+                answer = self._connection.recv()
+            else:
+                answer = Failure(f"no answer in {timeout_s:.0f} s")
         except (EOFError, OSError):
             self._process.join(_EXIT_S)
-            return self._restart(f"the process died, exit code {self._process.exitcode}")
-        return self._restart(answer.reason) if isinstance(answer, Failure) else answer
+            answer = Failure(f"the process died, exit code {self._process.exitcode}")
+        if isinstance(answer, Failure):
+            self._end(0)
+        return answer
 
     def close(self) -> None:
         """End the process."""
-        self._connection.close()
-        self._process.join(_EXIT_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._end(_EXIT_S)
 
     def _start(self) -> None:
         self._connection, theirs = _CONTEXT.Pipe()
@@ -59,11 +60,11 @@ class Apart:
         self._process.start()
         theirs.close()  # so that its death ends the pipe
 
-    def _restart(self, reason: str) -> Failure:
+    def _end(self, patience_s: float) -> None:
+        self._connection.close()
+        self._process.join(patience_s)
         self._process.kill()
-        self.close()
-        self._start()
-        return Failure(reason)
+        self._process.join()
 
 
 def _serve(opener: Callable[[], Callable[[Any], Any]], connection: Connection) -> None:

@@ -11,9 +11,11 @@ NUM_LAYERS = 80
 MIDDLE_LAYER = 40
 STATE_BYTES = WIDTH * WIDTH * 4  # of one sequence and head, fp32
 
+_MILLION = 2**20
+
 SWEEP_HEADS = 4  # one slope per head at every length; the published million-token shape
-SWEEP_TOKENS = 2**20  # of one sweep case up to a million; longer ones have one sequence
-SOFTMAX_MAX_TOKENS = 2**20  # one run at a million takes 3.7 s, and four times that at two
+SWEEP_TOKENS = _MILLION  # of one sweep case up to a million; longer ones have one sequence
+SOFTMAX_MAX_TOKENS = _MILLION  # one run at a million takes 3.7 s, and four times that at two
 
 
 class Task(StrEnum):
@@ -30,13 +32,14 @@ class Task(StrEnum):
 class Case:
     """One row of the benchmark's table, before anyone has run it.
 
-    B is the batch, T the tokens of a row (in decoding 1, in verification the draft), H the heads.
+    groups are the tables that it is in. B is the batch, T the tokens of a row (in decoding 1, in
+    verification the draft), H the heads.
     lengths, where given, are the documents packed into the one row. A target is a time in seconds,
     of MEMORY bytes.
     """
 
     name: str
-    group: str
+    groups: tuple[str, ...]
     task: Task
     B: int
     T: int
@@ -53,7 +56,7 @@ def all_cases() -> list[Case]:
 
 def group_names() -> list[str]:
     """Return the names by which groups of cases are picked, in the order of the table."""
-    return list(dict.fromkeys(case.group for case in all_cases()))
+    return list(dict.fromkeys(name for case in all_cases() for name in case.groups))
 
 
 def cases_of(groups: Sequence[str]) -> list[Case]:
@@ -66,7 +69,7 @@ def cases_of(groups: Sequence[str]) -> list[Case]:
     for group in groups:
         if group not in known:
             raise ConfigError(f"cases must be of {', '.join(known)}, got {group}")
-    return [case for case in all_cases() if not groups or case.group in groups]
+    return [case for case in all_cases() if not groups or {*groups} & {*case.groups}]
 
 
 def _named(task: Task, B: int, T: int, H: int) -> str:
@@ -79,31 +82,38 @@ def _forward() -> list[Case]:
         (8, 4096, 64, 0.58e-3),
         (64, 512, 64, 0.60e-3),
         (1, 131_072, 8, 0.33e-3),
-        (1, 1_048_576, 4, 1.20e-3),
+        (1, _MILLION, 4, 1.20e-3),
     )
     return [
-        Case(_named(Task.FORWARD, B, T, H), "forward", Task.FORWARD, B, T, H, target=target)
+        Case(
+            _named(Task.FORWARD, B, T, H),
+            ("forward", "sweep") if T == _MILLION else ("forward",),
+            Task.FORWARD,
+            *(B, T, H),
+            target=target,
+        )
         for B, T, H, target in shapes
     ]
 
 
 def _backward() -> list[Case]:
+    task, shapes = Task.BACKWARD, ((1, 32_768, 64, 2.2e-3), (64, 512, 64, None))
     timed = [
-        Case(_named(Task.BACKWARD, B, T, H), "backward", Task.BACKWARD, B, T, H, target=target)
-        for B, T, H, target in ((1, 32_768, 64, 2.2e-3), (64, 512, 64, None))
+        Case(_named(task, B, T, H), ("backward",), task, B, T, H, target=target)
+        for B, T, H, target in shapes
     ]
-    weighed = Case("extra memory B1 T65536 H64", "memory", Task.MEMORY, 1, 65_536, 64, target=1e8)
-    return [*timed, weighed]
+    name = "extra memory B1 T65536 H64"
+    return [*timed, Case(name, ("memory",), Task.MEMORY, 1, 65_536, 64, target=1e8)]
 
 
 def _decoding() -> list[Case]:
     targets = {1: 6e-6, 128: 0.19e-3}
     steps = [
-        Case(f"decode B{B} H64", "decode", Task.DECODE, B, 1, 64, target=targets.get(B))
+        Case(f"decode B{B} H64", ("decode",), Task.DECODE, B, 1, 64, target=targets.get(B))
         for B in (1, 16, 64, 128, 256)
     ]
-    verify = Case("verify 4 tokens B64 H64", "verify", Task.VERIFY, 64, 4, 64, target=0.17e-3)
-    return [*steps, verify]
+    name = "verify 4 tokens B64 H64"
+    return [*steps, Case(name, ("verify",), Task.VERIFY, 64, 4, 64, target=0.17e-3)]
 
 
 def _layers() -> list[Case]:
@@ -111,9 +121,9 @@ def _layers() -> list[Case]:
 
     78 is the last lightning layer of the released model; the rule gives layer 79 all but no decay.
     """
-    shapes = ((1, 32_768, 64), (1, 131_072, 8))
+    task, shapes = Task.FORWARD, ((1, 32_768, 64), (1, 131_072, 8))
     return [
-        Case(f"{_named(Task.FORWARD, *shape)} layer {layer}", "layers", Task.FORWARD, *shape, layer)
+        Case(f"{_named(task, *shape)} layer {layer}", ("layers",), task, *shape, layer)
         for shape in shapes
         for layer in (0, NUM_LAYERS - 2, NUM_LAYERS - 1)
     ]
@@ -126,22 +136,18 @@ def _packed() -> list[Case]:
         # From 16,384 down to 1, halving, and one more token.
         "skewed": (*(2**n for n in range(14, -1, -1)), 1),
     }
+    shape = (1, 32_768, 64)
     return [
-        Case(f"packed {kind} T32768 H64", "packed", Task.FORWARD, 1, 32_768, 64, lengths=lengths)
+        Case(f"packed {kind} T32768 H64", ("packed",), Task.FORWARD, *shape, lengths=lengths)
         for kind, lengths in packings.items()
     ]
 
 
 def _sweep() -> list[Case]:
-    lengths = (2**n for n in range(9, 23))
+    """The length at all but a million tokens, which `forward` has."""
+    shapes = ((max(1, SWEEP_TOKENS // 2**n), 2**n, SWEEP_HEADS) for n in range(7, 23))
     return [
-        Case(
-            f"sweep T{T}",
-            "sweep",
-            Task.FORWARD,
-            max(1, SWEEP_TOKENS // T),
-            T,
-            SWEEP_HEADS,
-        )
-        for T in lengths
+        Case(f"sweep T{shape[1]}", ("sweep",), Task.FORWARD, *shape)
+        for shape in shapes
+        if shape[1] != _MILLION
     ]

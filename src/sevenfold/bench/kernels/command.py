@@ -45,7 +45,7 @@ def run_kernel_benchmark(
     write_json(path, record)
     for line in (*origin(record), *summary(rows), f"written to {path}"):
         say(line)
-    if any(case.group == "sweep" for case in cases):
+    if any("sweep" in case.groups for case in cases):
         say(f"drawn in {_draw(record, path.with_suffix('.svg'))}")
     check_ours(rows)
 

@@ -16,7 +16,7 @@ def sweep_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """
     curves: dict[str, Curve] = {}
     for row in rows:
-        if row["group"] == "sweep" and row["status"] == "ok":
+        if "sweep" in row["groups"] and row["status"] == "ok":
             share = SWEEP_TOKENS / (row["B"] * row["T"])
             curves.setdefault(row["side"], {})[row["T"]] = row["median_s"] * share
     return {side: dict(sorted(curve.items())) for side, curve in curves.items()}

@@ -35,7 +35,8 @@ def draw(
     """
     curves = sweep_curves(rows)
     # The same figure from the same record: no random names, no date.
-    with mpl.rc_context({"svg.hashsalt": "sevenfold", "font.size": 9}):
+    settings = {"svg.hashsalt": "sevenfold", "svg.fonttype": "none", "font.size": 9}
+    with mpl.rc_context(settings):
         figure = Figure(figsize=(7.5, 4.5), layout="constrained")
         axes = figure.subplots()
         for side, (label, colour, style) in STYLES.items():
@@ -43,7 +44,7 @@ def draw(
                 axes.plot(
                     *_points(curves[side]), style, color=colour, marker="o", ms=3, label=label
                 )
-        case = Case("", "sweep", Task.FORWARD, 1, SWEEP_TOKENS, SWEEP_HEADS)
+        case = Case("", ("sweep",), Task.FORWARD, 1, SWEEP_TOKENS, SWEEP_HEADS)
         floor = floor_s(case, copy_bytes_per_s)
         assert floor is not None
         axes.axhline(floor * 1e3, color="#666", lw=0.8, ls=":", label="floor: bytes at copy speed")
@@ -55,11 +56,11 @@ def draw(
             ylabel=f"ms per {SWEEP_TOKENS:,} tokens",
             title=f"Forward, {SWEEP_HEADS} heads of 128, bf16, {device}",
         )
-        ticks = [2**n for n in range(9, 23)]
+        ticks = [2**n for n in range(7, 23)]
         axes.set_xticks(ticks, [_short(T) for T in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside lower center", ncols=3)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
 

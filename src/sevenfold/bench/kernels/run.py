@@ -34,10 +34,10 @@ def run_sides(
     Raises:
         SevenfoldError: the device cannot be measured.
     """
-    before = _ceilings()
-    rows = []
+    machine, rows = Apart(open_ceilings), []
     taking = [side for side in sides if side.is_installed() and any(map(side.takes, cases))]
     following = [_open(side) for side in taking[:1]]
+    before = _ceilings(machine)
     for number, side in enumerate(taking):
         apart = following.pop()
         # The next one imports what it needs in the meantime.
@@ -47,7 +47,8 @@ def run_sides(
             report(row)
             rows.append(row)
         apart.close()
-    after = _ceilings()
+    after = _ceilings(machine)
+    machine.close()
     highest = {name: max(before[name], after[name]) for name in before}
     add_floors(rows, cases, highest["copy_bytes_per_s"])
     return rows, highest
@@ -59,7 +60,7 @@ def measured_row(case: Case, side: Side, result: Any) -> Row:
         result = {"status": "failed", "note": result.reason}
     return {
         "case": case.name,
-        "group": case.group,
+        "groups": case.groups,
         "task": str(case.task),
         "B": case.B,
         "T": case.T,
@@ -87,10 +88,8 @@ def _open(side: Side) -> Apart:
     return Apart(partial(open_side, side.name))
 
 
-def _ceilings() -> dict[str, float]:
-    apart = Apart(open_ceilings)
-    found = apart.ask(None, CASE_TIMEOUT_S)
-    apart.close()
+def _ceilings(machine: Apart) -> dict[str, float]:
+    found = machine.ask(None, CASE_TIMEOUT_S)
     if isinstance(found, Failure):
         raise SevenfoldError(f"the device must copy and multiply, got {found.reason}")
     return found

@@ -9,10 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sevenfold.bench.kernels.cases import SOFTMAX_MAX_TOKENS, Case, Task
-
-_OPERATOR = (Task.FORWARD, Task.BACKWARD)
-_DECODING = (Task.DECODE, Task.VERIFY)
+from sevenfold.bench.kernels.cases import SOFTMAX_MAX_TOKENS, Case, group_names
 
 
 @dataclass(frozen=True)
@@ -35,29 +32,24 @@ class Work:
 class Side:
     """One implementation.
 
-    tasks are those it has, packed whether it takes packed documents, sweep whether it is in the
-    figure over the length, softmax whether it computes softmax attention. module is what must be
-    importable for it to be installed, package the distribution whose version counts, build
-    ("file:function" in this package) takes (case, inputs) and returns its Work.
+    groups are those of the cases that it runs. module is what must be importable for it to be
+    installed, package the distribution whose version counts, build ("file:function" in this
+    package) takes (case, inputs) and returns its Work. softmax says that it computes softmax
+    attention.
     """
 
     name: str
     module: str
-    package: str | None
+    package: str
     build: str
-    tasks: tuple[Task, ...]
-    packed: bool = False
-    sweep: bool = False
+    groups: tuple[str, ...]
     softmax: bool = False
     ours: bool = False
 
     def takes(self, case: Case) -> bool:
-        """Whether this side has the operator of a case, and is to run it."""
-        if self.softmax and case.T > SOFTMAX_MAX_TOKENS:
-            return False
-        if case.group == "sweep" and not self.sweep:
-            return False
-        return case.task in self.tasks and (self.packed or case.lengths is None)
+        """Whether this side runs a case."""
+        too_long = self.softmax and case.T > SOFTMAX_MAX_TOKENS
+        return bool({*self.groups} & {*case.groups}) and not too_long
 
     def is_installed(self) -> bool:
         """Whether its module can be imported; nothing is loaded but the packages above it."""
@@ -72,9 +64,9 @@ class Side:
         return getattr(import_module(f"sevenfold.bench.kernels.{file}"), function)
 
     def version(self) -> str | None:
-        """Return its distribution's version; None for a side that has none or is not installed."""
+        """Return its distribution's version; None where its files alone are on the path."""
         try:
-            return None if self.package is None else version(self.package)
+            return version(self.package)
         except PackageNotFoundError:
             return None
 
@@ -91,53 +83,40 @@ def side_named(name: str) -> Side:
 
 def _ours() -> list[Side]:
     ours = ("sevenfold.ops", "sevenfold")
-    operator = (*_OPERATOR, Task.MEMORY, *_DECODING)
     return [
-        Side("sevenfold", *ours, "ours:build", operator, packed=True, sweep=True, ours=True),
-        Side("sevenfold ring", *ours, "ours:build_ring", (Task.DECODE,), ours=True),
+        Side("sevenfold", *ours, "ours:build", tuple(group_names()), ours=True),
+        Side("sevenfold ring", *ours, "ours:build_ring", ("decode",), ours=True),
     ]
 
 
 def _fla() -> list[Side]:
     fla = ("fla.ops.simple_gla", "fla-core")
-    operator = (*_OPERATOR, Task.MEMORY)
-    # These two are slower than the first, and tune themselves for a minute for each pass.
-    forward = (Task.FORWARD,)
+    whole = ("forward", "backward", "memory", "packed", "sweep")
+    # The second and the third are slower than the first, and tune themselves for a minute a pass.
     return [
-        Side("fla chunk", *fla, "peer_fla:build_chunk", operator, packed=True, sweep=True),
-        Side("fla chunk 128", *fla, "peer_fla:build_chunk_128", forward, packed=True),
-        Side("fla fused_chunk", *fla, "peer_fla:build_fused_chunk", forward, packed=True),
-        Side("fla fused_recurrent", *fla, "peer_fla:build_recurrent", (Task.DECODE,)),
+        Side("fla chunk", *fla, "peer_fla:build_chunk", whole),
+        Side("fla chunk 128", *fla, "peer_fla:build_chunk_128", ("forward",)),
+        Side("fla fused_chunk", *fla, "peer_fla:build_fused_chunk", ("forward",)),
+        Side("fla fused_recurrent", *fla, "peer_fla:build_recurrent", ("decode",)),
     ]
 
 
 def _others() -> list[Side]:
-    lightning = ("lightning_attn", "lightning-attn")
+    jax = ("jax-linear-attention", "jla", "jax-linear-attention", "peer_jax:build")
+    lightning = ("lightning-attn", "lightning_attn", "lightning-attn", "peer_lightning_attn:build")
     seg_la = "sglang.kernels.ops.attention.linear.seg_la"
+    served = ("forward", "packed", "decode", "verify")
     return [
-        Side(
-            "jax-linear-attention",
-            "jla",
-            "jax-linear-attention",
-            "peer_jax:build",
-            (*_OPERATOR, Task.MEMORY),
-            packed=True,
-            sweep=True,
-        ),
-        Side("lightning-attn", *lightning, "peer_lightning_attn:build", _OPERATOR),
-        Side(
-            "seg_la", seg_la, "sglang", "peer_sglang:build", (Task.FORWARD, *_DECODING), packed=True
-        ),
+        Side(*jax, ("forward", "backward", "memory", "packed", "sweep")),
+        Side(*lightning, ("forward", "backward")),
+        Side("seg_la", seg_la, "sglang", "peer_sglang:build", served),
     ]
 
 
 def _softmax() -> list[Side]:
-    torch = ("torch", "torch")
+    builds = {"softmax flash": "build_flash", "softmax cuDNN": "build_cudnn"}
+    groups = ("forward", "backward", "sweep")
     return [
-        Side(
-            "softmax flash", *torch, "peer_softmax:build_flash", _OPERATOR, sweep=True, softmax=True
-        ),
-        Side(
-            "softmax cuDNN", *torch, "peer_softmax:build_cudnn", _OPERATOR, sweep=True, softmax=True
-        ),
+        Side(name, "torch", "torch", f"peer_softmax:{build}", groups, softmax=True)
+        for name, build in builds.items()
     ]

@@ -25,9 +25,10 @@ def render(record: Mapping[str, Any]) -> list[str]:
     """Return the lines of a record's page."""
     lines = [*origin(record), ""]
     rows = record["rows"]
-    for group in dict.fromkeys(row["group"] for row in rows):
-        of_group = [row for row in rows if row["group"] == group]
-        lines += [f"### {TITLES[group]}", "", *group_table(of_group), ""]
+    for group, title in TITLES.items():
+        of_group = [row for row in rows if group in row["groups"]]
+        if of_group:
+            lines += [f"### {title}", "", *group_table(of_group), ""]
     return [*lines, *_crossover_lines(rows), *_draft_lines(rows), *_notes(rows)]
 
 
@@ -89,7 +90,7 @@ def quantity(row: Row, value: float | None) -> str:
     if value is None:
         return "0" if row["task"] == Task.MEMORY else "–"
     if row["task"] == Task.MEMORY:
-        return f"{value / 1e9:.2f} GB"
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
     if value < 1e-4:
         return f"{value * 1e6:.1f} µs"
     digits = 3 if value < 1e-2 else 2 if value < 0.1 else 1 if value < 1 else 0

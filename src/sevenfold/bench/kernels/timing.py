@@ -11,6 +11,7 @@ BUDGET_S = 0.15  # of timed runs
 WARM_UP_S = 0.05
 MAX_RUNS = 100
 MIN_RUNS = 3
+_QUEUED = 10  # calls of another library between two waits
 _FLUSH_BYTES = 2**28  # four times an H200's L2
 
 _COPY_BYTES = 2**31
@@ -61,10 +62,12 @@ def queued_median_s(run: Callable[[], Any], wait: Callable[[Any], Any]) -> tuple
         wait(result)
         return (time.perf_counter() - began) / calls
 
-    batch(1)
-    took = batch(3)
-    calls = 10 if took < BUDGET_S / 30 else 1
-    batches = max(MIN_RUNS, num_runs(took * calls) // calls)
+    took = batch(1)
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_UP_S:
+        took = batch(_QUEUED)
+    calls = _QUEUED if took < BUDGET_S / _QUEUED else 1
+    batches = max(MIN_RUNS, num_runs(took) // calls)
     return statistics.median(batch(calls) for _ in range(batches)), batches * calls
 
 
