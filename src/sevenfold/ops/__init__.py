@@ -10,6 +10,7 @@ from sevenfold.ops.experts import (
     mixture,
     plan_dispatch,
     route,
+    router_logits,
 )
 from sevenfold.ops.few_rows import (
     LightningWeights,
@@ -75,6 +76,7 @@ __all__ = [
     "residual_rms_norm",
     "rms_norm",
     "route",
+    "router_logits",
     "silu_qkv",
     "suits_few_rows",
     "swiglu",

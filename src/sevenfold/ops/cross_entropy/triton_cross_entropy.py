@@ -7,6 +7,9 @@ takes their place. One program has a row: it reads it once for the sum and once 
 cache, for the gradient.
 """
 
+# Triton's decorator hides how a kernel is launched.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+
 from typing import Any
 
 import torch
@@ -18,7 +21,9 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 2**27
 # Chunks of whole tiles of the matrix product.
 _CHUNK_MULTIPLE = 128
-_MAX_BLOCK, _WARPS = 4096, 8
+# So many threads that the rows in hand, two a multiprocessor, stay in the cache until they are read
+# again: 79% of the copy rate on an H200; 58% with 8 warps and 4,096 columns.
+_MAX_BLOCK, _WARPS = 16_384, 32
 
 
 @triton.jit
@@ -32,7 +37,10 @@ def _loss_kernel(
     column = tl.arange(0, BLOCK)
     largest, total = float("-inf"), 0.0
     for start in range(0, V, BLOCK):
-        z = tl.load(logits_ptr + start + column, start + column < V, float("-inf"))
+        z = tl.load(
+            logits_ptr + start + column, start + column < V, float("-inf"),
+            eviction_policy="evict_last",
+        )  # fmt: skip
         larger = tl.maximum(largest, tl.max(z, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger), 0)
         largest = larger
@@ -43,7 +51,10 @@ def _loss_kernel(
     if dlogits_ptr is not None:
         dlogits_ptr += row * dlogits_stride
         for start in range(0, V, BLOCK):
-            z = tl.load(logits_ptr + start + column, start + column < V, float("-inf"))
+            z = tl.load(
+                logits_ptr + start + column, start + column < V, float("-inf"),
+                eviction_policy="evict_first",
+            )  # fmt: skip
             p = tl.exp(z - normaliser) - tl.where(start + column == label, 1.0, 0.0)
             # What is written lies where all threads have read: at or before this block's start.
             tl.debug_barrier()

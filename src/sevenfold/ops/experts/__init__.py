@@ -9,6 +9,7 @@ from sevenfold.ops.experts.dispatch import (
     plan_dispatch,
 )
 from sevenfold.ops.experts.mixture import default_mixture_impl, mixture
+from sevenfold.ops.experts.router import default_router_impl, router_logits
 from sevenfold.ops.experts.routing import default_route_impl, route
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "default_grouped_impl",
     "default_mixture_impl",
     "default_route_impl",
+    "default_router_impl",
     "gather_rows",
     "grouped_linear",
     "mixture",
     "plan_dispatch",
     "route",
+    "router_logits",
 ]

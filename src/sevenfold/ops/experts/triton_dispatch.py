@@ -5,6 +5,10 @@ block then knows where each of its choices goes. Sizes are those that the host k
 rows that a capacity lets through.
 """
 
+# Triton's decorator hides how a kernel is launched.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

@@ -5,12 +5,17 @@ token's choices needs none, and the weight's gradient is a sum over F here inste
 experts' output, which nobody has to keep. Rows of nobody are skipped.
 """
 
+# Triton's decorator hides how a kernel is launched.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS, _WARPS = 4, 512, 4
+# Measured on an H200, 32,768 rows of 1792: 92% of the copy rate backward with 2 rows of 1,024.
+_FORWARD = {"ROWS": 1, "COLUMNS": 2048, "num_warps": 4}
+_BACKWARD = {"ROWS": 2, "COLUMNS": 1024, "num_warps": 4}
 
 
 @triton.jit
@@ -30,7 +35,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(  # noqa: PLR0913
+def _backward_kernel(
     dhidden_ptr, gate_up_ptr, weights_ptr, choice_ptr, ends_ptr,
     dgate_up_ptr, hidden_ptr, dweights_ptr, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -61,9 +66,9 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor, choice: Tensor, used: Tens
     R, F = gate_up.shape[0], gate_up.shape[1] // 2
     hidden = torch.empty(R, F, dtype=gate_up.dtype, device=gate_up.device)
     if hidden.numel():
-        _forward_kernel[(triton.cdiv(R, _ROWS), triton.cdiv(F, _COLUMNS))](
+        _forward_kernel[(R, triton.cdiv(F, _FORWARD["COLUMNS"]))](
             gate_up, weights, choice, used, hidden, F,
-            ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+            **_FORWARD,
         )  # fmt: skip
     return hidden
 
@@ -76,8 +81,8 @@ def weighted_swiglu_backward(
     dweights = torch.zeros_like(weights)
     R, F = dhidden.shape
     if dhidden.numel():
-        _backward_kernel[(triton.cdiv(R, _ROWS),)](
+        _backward_kernel[(triton.cdiv(R, _BACKWARD["ROWS"]),)](
             dhidden, gate_up, weights, choice, used, dgate_up, hidden, dweights, F,
-            ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+            **_BACKWARD,
         )  # fmt: skip
     return dgate_up, dweights, hidden

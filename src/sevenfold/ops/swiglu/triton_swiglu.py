@@ -1,5 +1,8 @@
 """SwiGLU's elementwise part in one pass each way; the backward reads the input again."""
 
+# Triton's decorator hides how a kernel is launched.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+
 from typing import Any
 
 import torch
@@ -7,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import as_rows
+from sevenfold.ops.row_launch import as_rows, next_power_of_2
 
-# A tile of 4 rows of 512 channels gives each of 128 threads two 16-byte accesses a tensor.
-_ROWS, _COLUMNS, _WARPS = 4, 512, 4
+# Measured on an H200, 32,768 x 1792 bf16: one row of 2,048 columns reaches 95% of the copy rate
+# forward and 98% backward, 4 rows of 512 columns 90% and 94%.
+_TILE_ELEMENTS, _WARPS = 2048, 4
 
 
 @triton.jit
@@ -42,8 +46,14 @@ def _backward_kernel(
     tl.store(dgate_up_ptr + row * 2 * F + F + column, dy * gate * share, inside)
 
 
+def _tile(F: int) -> dict[str, int]:
+    columns = min(_TILE_ELEMENTS, next_power_of_2(F))
+    return {"ROWS": _TILE_ELEMENTS // columns, "COLUMNS": columns}
+
+
 def _grid(num_rows: int, F: int) -> tuple[int, int]:
-    return triton.cdiv(num_rows, _ROWS), triton.cdiv(F, _COLUMNS)
+    tile = _tile(F)
+    return triton.cdiv(num_rows, tile["ROWS"]), triton.cdiv(F, tile["COLUMNS"])
 
 
 @torch.library.custom_op("sevenfold::swiglu", mutates_args=())
@@ -54,7 +64,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         return y
     rows, F = as_rows(gate_up), y.shape[-1]
     _forward_kernel[_grid(len(rows), F)](
-        rows, y, rows.stride(0), len(rows), F, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS
+        rows, y, rows.stride(0), len(rows), F, num_warps=_WARPS, **_tile(F)
     )
     return y
 
@@ -68,7 +78,7 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dys, rows, F = as_rows(dy), as_rows(gate_up), dy.shape[-1]
     _backward_kernel[_grid(len(rows), F)](
         dys, rows, dgate_up, dys.stride(0), rows.stride(0), len(rows), F,
-        ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        num_warps=_WARPS, **_tile(F),
     )  # fmt: skip
     return dgate_up
 

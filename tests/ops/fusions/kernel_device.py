@@ -10,7 +10,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU_UNLESS_INTERPRETED = () if INTERPRETED else pytest.mark.gpu
+GPU_UNLESS_INTERPRETED = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # The interpreter's bf16 is broken.
 LOW_DTYPES = (torch.float16,) if INTERPRETED else (torch.bfloat16, torch.float16)
