@@ -76,6 +76,21 @@ def test_the_relative_error_is_that_of_the_worst_output() -> None:
     assert not expected.relative_error(outputs) <= exact.MAX_RELATIVE_ERROR
 
 
+def test_long_rows_are_compared_at_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "_WHOLE_TOKENS", 50)
+    monkeypatch.setattr(exact, "_LAST_TOKENS", 9)
+    inputs = case_inputs(FORWARD, CPU)
+    expected, outputs = expect_lightning(FORWARD, inputs, with_eager=True), reference(inputs)
+    assert expected.sample.tokens is not None
+    assert expected.sample.tokens.tolist() == list(range(61, 70))
+    assert expected.relative_error(outputs) < torch.finfo(torch.float32).eps
+    share = expected.share_of_bound(outputs)
+    assert share is not None
+    assert share < 1
+    outputs["o"][-1, -9, -1] *= 2
+    assert expected.relative_error(outputs) > exact.MAX_RELATIVE_ERROR
+
+
 def softmax_outputs(inputs: Inputs) -> dict[str, torch.Tensor]:
     leaves = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     q, k, v = (x.transpose(1, 2) for x in leaves)

@@ -14,8 +14,8 @@ from sevenfold.bench.kernels import measure as measuring
 from sevenfold.bench.kernels import timing
 from sevenfold.bench.kernels.cases import Case, Task, all_cases
 from sevenfold.bench.kernels.measure import measure
-from sevenfold.bench.kernels.sides import Side, Work, all_sides, side_named
-from sevenfold.config import UnsupportedError
+from sevenfold.bench.kernels.sides import Side, Work, all_sides, side_named, sides_of
+from sevenfold.config import ConfigError, UnsupportedError
 from sevenfold.ops import lightning_attention
 
 CPU = torch.device("cpu")
@@ -137,6 +137,14 @@ def test_takes() -> None:
         "sevenfold",
         "seg_la",
     }
+
+
+def test_sides_are_picked_by_name() -> None:
+    assert sides_of([]) == all_sides()
+    picked = sides_of(["seg_la", "sevenfold"])
+    assert [side.name for side in picked] == ["sevenfold", "seg_la"]
+    with pytest.raises(ConfigError, match=r"sides must be of sevenfold, .*, got fla$"):
+        sides_of(["fla"])
 
 
 def test_a_side_that_cannot_be_imported_is_not_installed() -> None:

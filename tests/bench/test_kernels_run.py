@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from sevenfold.bench.kernels import command, run
 from sevenfold.bench.kernels.apart import Failure
 from sevenfold.bench.kernels.cases import Case, Task, cases_of
+from sevenfold.bench.kernels.command import Request
 from sevenfold.bench.kernels.record import build_record, default_path, slopes_of, write_json
 from sevenfold.bench.kernels.run import run_sides
 from sevenfold.bench.kernels.sides import side_named
@@ -45,6 +46,8 @@ class FakeApart:
         what = "ceilings" if item is None else item.name
         self.events.append((self.name, what))
         answer = self.answers[self.name, what]
+        if answer is KeyboardInterrupt:
+            raise KeyboardInterrupt
         return answer.pop(0) if isinstance(answer, list) else answer
 
     def close(self) -> None:
@@ -108,6 +111,15 @@ def test_rows_have_floors_and_failures_their_reason(apart: type[FakeApart]) -> N
     assert [ours[key] for key in ("B", "T", "H", "layer", "lengths")] == [1, 32_768, 64, 40, None]
 
 
+def test_after_an_interrupt_what_is_done_counts(apart: type[FakeApart]) -> None:
+    apart.answers["fla chunk", FORWARD.name] = KeyboardInterrupt
+    rows, ceilings = run_sides([FORWARD, MEMORY], [OURS, PEER], lambda row: None)
+    assert [row["case"] for row in rows] == [FORWARD.name, MEMORY.name]
+    # 2^31 bytes at the 2^30 bytes/s from before.
+    assert (rows[0]["floor_s"], ceilings["copy_bytes_per_s"]) == (2.0, 2.0**30)
+    assert apart.events[-1] == ("close", "machine")
+
+
 def test_a_device_that_cannot_be_measured_ends_the_run(apart: type[FakeApart]) -> None:
     apart.answers["machine", "ceilings"] = Failure("RuntimeError: no device")
     with pytest.raises(SevenfoldError, match="the device must copy and multiply, got RuntimeError"):
@@ -153,7 +165,7 @@ def test_a_devices_record_has_its_name() -> None:
 def device(monkeypatch: pytest.MonkeyPatch, apart: type[FakeApart]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(command, "all_sides", lambda: [OURS, ABSENT, PEER])
+    monkeypatch.setattr(command, "sides_of", lambda names: [OURS, ABSENT, PEER])
     monkeypatch.setattr(command, "cases_of", lambda groups: [FORWARD, MEMORY])
 
 
@@ -181,7 +193,7 @@ def test_the_sweep_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     case = replace(FORWARD, groups=("forward", "sweep"))
     monkeypatch.setattr(command, "cases_of", lambda groups: [case])
     lines: list[str] = []
-    command.run_kernel_benchmark((), tmp_path / "a.json", None, lines.append)
+    command.run_kernel_benchmark(Request(out=tmp_path / "a.json"), lines.append)
     assert lines[-1] == f"drawn in {tmp_path / 'a.svg'}"
     assert "<svg" in (tmp_path / "a.svg").read_text()
 
@@ -193,11 +205,11 @@ def test_a_wrong_result_of_ours_is_an_error_after_the_record(
     apart.answers["sevenfold", FORWARD.name]["status"] = "wrong"
     out = tmp_path / "a.json"
     with pytest.raises(SevenfoldError, match=r"must all be right, got forward B1 .*: wrong$"):
-        command.run_kernel_benchmark((), out, None, lambda line: None)
+        command.run_kernel_benchmark(Request(out=out), lambda line: None)
     assert json.loads(out.read_text())["rows"][0]["status"] == "wrong"
 
 
 def test_without_a_gpu_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UnsupportedError, match="must have a CUDA device, got none"):
-        command.run_kernel_benchmark((), None, None, lambda line: None)
+        command.run_kernel_benchmark(Request(), lambda line: None)

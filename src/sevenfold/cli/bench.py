@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from sevenfold.bench.cpu import run_cpu_benchmark
-from sevenfold.bench.kernels.command import run_kernel_benchmark
+from sevenfold.bench.kernels.command import Request, run_kernel_benchmark
 from sevenfold.bench.record import write_record
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against peers.")
@@ -49,6 +49,9 @@ def kernels_command(
     cases: Annotated[
         list[str] | None, typer.Option(help="Groups of cases; may be given again. Default: all.")
     ] = None,
+    sides: Annotated[
+        list[str] | None, typer.Option(help="Sides to run; may be given again. Default: all.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="JSON file; default: the GPU's in benchmarks/results/kernels/."),
@@ -63,4 +66,4 @@ def kernels_command(
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    run_kernel_benchmark(cases or (), out, commit, say)
+    run_kernel_benchmark(Request(cases or (), sides or (), out, commit), say)

@@ -1,6 +1,7 @@
 """What `sevenfold bench kernels` does: run, print, write the record, draw the sweep."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from sevenfold.bench.kernels.cases import cases_of
 from sevenfold.bench.kernels.record import build_record, default_path, write_json
 from sevenfold.bench.kernels.run import run_sides
-from sevenfold.bench.kernels.sides import all_sides
+from sevenfold.bench.kernels.sides import sides_of
 from sevenfold.bench.kernels.table import origin, quantity, summary, value_of
 from sevenfold.bench.record import _commit
 from sevenfold.config import SevenfoldError, UnsupportedError
@@ -17,31 +18,41 @@ from sevenfold.config import SevenfoldError, UnsupportedError
 Say = Callable[[str], None]
 
 
-def run_kernel_benchmark(
-    groups: Sequence[str], out: Path | None, commit: str | None, say: Say
-) -> None:
+@dataclass(frozen=True)
+class Request:
+    """What to run and where to put it.
+
+    cases names groups, sides names sides; none of either takes all. out is the JSON file, None the
+    device's own in benchmarks/results/kernels/. commit is what the record names, None asks git.
+    """
+
+    cases: Sequence[str] = ()
+    sides: Sequence[str] = ()
+    out: Path | None = None
+    commit: str | None = None
+
+
+def run_kernel_benchmark(request: Request, say: Say) -> None:
     """Measure ours and every installed peer; write JSON, and the sweep's figure beside it.
 
     Args:
-        groups: of cases; none takes all.
-        out: the JSON file; None takes the device's own in benchmarks/results/kernels/.
-        commit: what the record names; None asks git.
+        request: what to run.
         say: prints a line.
 
     Raises:
-        ConfigError: a group is unknown.
+        ConfigError: a group or a side is unknown.
         UnsupportedError: there is no CUDA device.
         SevenfoldError: a result of our own is wrong or missing; the record is written all the same.
     """
-    cases, sides = cases_of(groups), all_sides()
+    cases, sides = cases_of(request.cases), sides_of(request.sides)
     if not torch.cuda.is_available():
         raise UnsupportedError("bench kernels must have a CUDA device, got none")
     for side in sides:
         if not side.is_installed():
             say(f"{side.name}: not installed, left out")
     rows, ceilings = run_sides(cases, sides, lambda row: say(progress(row)))
-    record = build_record(rows, ceilings, cases, sides, commit or _commit())
-    path = out or default_path(record["device"])
+    record = build_record(rows, ceilings, cases, sides, request.commit or _commit())
+    path = request.out or default_path(record["device"])
     write_json(path, record)
     for line in (*origin(record), *summary(rows), f"written to {path}"):
         say(line)

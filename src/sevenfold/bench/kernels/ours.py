@@ -7,10 +7,13 @@ from sevenfold.bench.kernels.cases import WIDTH, Case, Task
 from sevenfold.bench.kernels.inputs import DecodeInputs, Inputs
 from sevenfold.bench.kernels.sides import Work
 from sevenfold.bench.kernels.works import operator_work, steps_work
-from sevenfold.ops import lightning_attention
-from sevenfold.ops.lightning.decode import lightning_attention_decode
-from sevenfold.ops.lightning.replay import ReplayPool, lightning_attention_replay
-from sevenfold.ops.lightning.verify import lightning_attention_verify
+from sevenfold.ops import (
+    ReplayPool,
+    lightning_attention,
+    lightning_attention_decode,
+    lightning_attention_replay,
+    lightning_attention_verify,
+)
 
 _RING_TOKENS = 16
 

@@ -35,7 +35,7 @@ def draw(
     """
     curves = sweep_curves(rows)
     # The same figure from the same record: no random names, no date.
-    settings = {"svg.hashsalt": "sevenfold", "svg.fonttype": "none", "font.size": 9}
+    settings: dict[Any, Any] = {"svg.hashsalt": "sevenfold", "svg.fonttype": "none", "font.size": 9}
     with mpl.rc_context(settings):
         figure = Figure(figsize=(7.5, 4.5), layout="constrained")
         axes = figure.subplots()

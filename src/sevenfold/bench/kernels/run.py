@@ -29,7 +29,8 @@ def run_sides(
         report: called with each row as it is done; floors are not in it yet.
 
     Returns:
-        The rows, with floors, and the device's ceilings: the higher of before and after.
+        The rows, with floors, and the device's ceilings: the higher of before and after. After an
+        interrupt, what was done until then.
 
     Raises:
         SevenfoldError: the device cannot be measured.
@@ -37,21 +38,24 @@ def run_sides(
     machine, rows = Apart(open_ceilings), []
     taking = [side for side in sides if side.is_installed() and any(map(side.takes, cases))]
     following = [_open(side) for side in taking[:1]]
-    before = _ceilings(machine)
-    for number, side in enumerate(taking):
-        apart = following.pop()
-        # The next one imports what it needs in the meantime.
-        following = [_open(side) for side in taking[number + 1 : number + 2]]
-        for case in filter(side.takes, cases):
-            row = measured_row(case, side, apart.ask(case, CASE_TIMEOUT_S))
-            report(row)
-            rows.append(row)
-        apart.close()
-    after = _ceilings(machine)
+    ceilings = _ceilings(machine)
+    try:
+        for number, side in enumerate(taking):
+            apart = following.pop()
+            # The next one imports what it needs in the meantime.
+            following = [_open(side) for side in taking[number + 1 : number + 2]]
+            for case in filter(side.takes, cases):
+                row = measured_row(case, side, apart.ask(case, CASE_TIMEOUT_S))
+                report(row)
+                rows.append(row)
+            apart.close()
+        after = _ceilings(machine)
+        ceilings = {name: max(ceilings[name], after[name]) for name in after}
+    except KeyboardInterrupt:
+        pass  # What is done counts: it has cost its time on the device.
     machine.close()
-    highest = {name: max(before[name], after[name]) for name in before}
-    add_floors(rows, cases, highest["copy_bytes_per_s"])
-    return rows, highest
+    add_floors(rows, cases, ceilings["copy_bytes_per_s"])
+    return rows, ceilings
 
 
 def measured_row(case: Case, side: Side, result: Any) -> Row:

@@ -1,6 +1,6 @@
 """Who takes part: ours and the peers, each found by import alone, each with its own calls."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sevenfold.bench.kernels.cases import SOFTMAX_MAX_TOKENS, Case, group_names
+from sevenfold.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,21 @@ class Side:
 
 
 def all_sides() -> list[Side]:
-    """Return every side, ours first, in the order of the table."""
-    return [*_ours(), *_fla(), *_others(), *_softmax()]
+    """Return every side in the order of the table, ours first."""
+    return [*_ours(), *_fla(), *_others(), *_softmax(), *_slow_to_tune()]
+
+
+def sides_of(names: Sequence[str]) -> list[Side]:
+    """Return the sides of some names; all when none is given.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    known = {side.name: side for side in all_sides()}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"sides must be of {', '.join(known)}, got {name}")
+    return [side for side in known.values() if not names or side.name in names]
 
 
 def side_named(name: str) -> Side:
@@ -92,12 +106,18 @@ def _ours() -> list[Side]:
 def _fla() -> list[Side]:
     fla = ("fla.ops.simple_gla", "fla-core")
     whole = ("forward", "backward", "memory", "packed", "sweep")
-    # The second and the third are slower than the first, and tune themselves for a minute a pass.
     return [
         Side("fla chunk", *fla, "peer_fla:build_chunk", whole),
+        Side("fla fused_recurrent", *fla, "peer_fla:build_recurrent", ("decode",)),
+    ]
+
+
+def _slow_to_tune() -> list[Side]:
+    """Forms of fla that are slower than its chunk form, and tune themselves for a minute a pass."""
+    fla = ("fla.ops.simple_gla", "fla-core")
+    return [
         Side("fla chunk 128", *fla, "peer_fla:build_chunk_128", ("forward",)),
         Side("fla fused_chunk", *fla, "peer_fla:build_fused_chunk", ("forward",)),
-        Side("fla fused_recurrent", *fla, "peer_fla:build_recurrent", ("decode",)),
     ]
 
 
