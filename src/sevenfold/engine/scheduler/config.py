@@ -1,0 +1,58 @@
+"""The limits that a scheduler keeps."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from sevenfold.config import SevenfoldError, StrictModel
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class QueueFullError(SevenfoldError, RuntimeError):
+    """As many requests wait as may; the caller should come back later (HTTP 429)."""
+
+
+class SchedulerConfig(StrictModel):
+    """The limits that a scheduler keeps.
+
+    max_step_tokens is no less than max_running + max_prefills * min_chunk_tokens, so that no step
+    has to choose between decoding and prefill.
+
+    max_request_tokens: what memory holds for one request alone, as the memory plan says.
+    page_tokens: tokens of a KV page; a chunk ends on a page's border or at the prompt's end.
+    max_step_tokens: tokens that a step computes at most: chunks, decode rows and their drafts.
+    max_running: requests that hold memory at a time, at most.
+    max_prefills: those among them whose prompts take more than one step to compute, at most.
+    min_chunk_tokens: what each open prompt gets in each step at least; a multiple of page_tokens.
+    max_waiting: requests that may wait; one more is refused.
+    headroom_tokens: output for which a request must find pages to be opened; doubled by each of its
+        preemptions.
+    ageing_s: seconds of waiting that weigh as much as one level of priority.
+    """
+
+    max_request_tokens: Count
+    page_tokens: Count
+    max_step_tokens: Count = 8192
+    max_running: Count = 256
+    max_prefills: Count = 8
+    min_chunk_tokens: Count = 256
+    max_waiting: Count = 1024
+    headroom_tokens: Annotated[int, Field(ge=0)] = 256
+    ageing_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        least = self.max_running + self.max_prefills * self.min_chunk_tokens
+        if self.max_step_tokens < least:
+            raise ValueError(
+                "max_step_tokens must be at least max_running + max_prefills * min_chunk_tokens = "
+                f"{self.max_running} + {self.max_prefills} * {self.min_chunk_tokens} = {least}, "
+                f"got {self.max_step_tokens}"
+            )
+        if self.min_chunk_tokens % self.page_tokens:
+            raise ValueError(
+                f"min_chunk_tokens must be a multiple of page_tokens = {self.page_tokens}, "
+                f"got {self.min_chunk_tokens}"
+            )
+        return self

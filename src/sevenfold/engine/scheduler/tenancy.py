@@ -1,0 +1,97 @@
+"""Requests move in and out of memory: opening, growing, preemption, release."""
+
+from sevenfold.engine.request import FinishReason, Request, Status
+from sevenfold.engine.scheduler.cache import Cache
+from sevenfold.engine.scheduler.config import SchedulerConfig
+from sevenfold.engine.scheduler.roster import Entry, Roster
+
+
+class Tenancy:
+    """Who holds memory, and who must give it up."""
+
+    def __init__(self, cache: Cache, config: SchedulerConfig, roster: Roster) -> None:
+        self._cache, self._config, self._roster = cache, config, roster
+        self._refused: Entry | None = None
+        self._num_releases = 0
+        self.preempted: list[Request] = []
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+
+    def is_hopeless_now(self, entry: Entry) -> bool:
+        """Whether nothing has changed since memory did not suffice for a request.
+
+        Spares matching its prefix anew in each step. A preempted request stays out until another
+        one has ended, or it would push its way in and be pushed out in turn.
+        """
+        barred = entry.barred_until > self._num_releases and self._roster.num_open > 0
+        return barred or entry is self._refused
+
+    def open(self, entry: Entry) -> bool:
+        """Give a waiting request a state, its cached prefix and all pages that its prompt needs."""
+        request = entry.request
+        computed = self._cache.open(request)
+        if computed is None:
+            self._refused = entry
+            return False
+        # The last token that is generated is never computed, and has no place in memory.
+        headroom = self._config.headroom_tokens << min(request.num_preemptions, 32)
+        need = request.num_tokens + min(headroom, request.num_remaining_tokens - 1)
+        if not self.reserve(entry, need):
+            self._cache.close(request, keep=False)
+            self._refused = entry
+            return False
+        request.num_computed_tokens = computed
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = computed
+        self.num_recomputed_tokens += max(0, entry.lost_tokens - computed)
+        entry.lost_tokens = 0
+        self._roster.move(entry, Status.PREFILLING)
+        return True
+
+    def reserve(self, entry: Entry, num_tokens: int) -> bool:
+        """Take pages for that many tokens in all, if memory has them."""
+        if num_tokens <= entry.reserved_tokens:
+            return True
+        # Whole pages: the cache is asked once a page, not once a token.
+        page = self._config.page_tokens
+        whole = -(-num_tokens // page) * page
+        if not self._cache.extend(entry.request, whole):
+            return False
+        entry.reserved_tokens = whole
+        return True
+
+    def grow(self, entry: Entry) -> None:
+        """Take the page of a row's next token, at the cost of the last in rank if need be."""
+        while not self.reserve(entry, entry.request.num_computed_tokens + 1):
+            victim = self._roster.last_open()
+            # Alone, it leaves nothing behind: what it comes back to is all memory there is.
+            self.preempt(victim, keep=self._roster.num_open > 1)
+            if victim is entry:
+                return
+
+    def preempt(self, entry: Entry, *, keep: bool) -> None:
+        """Take a request's memory and let it wait for its turn to be computed anew."""
+        request = entry.request
+        self._cache.close(request, keep=keep)
+        entry.lost_tokens, entry.reserved_tokens = request.num_computed_tokens, 0
+        entry.barred_until = self._num_releases + 1
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._roster.move(entry, Status.WAITING)
+        self._refused = None
+        self.preempted.append(request)
+        self.num_preemptions += 1
+
+    def release(self, entry: Entry, reason: FinishReason) -> None:
+        """End a request; the prefix cache keeps the work of one that came to its own end."""
+        if entry.request.status is not Status.WAITING:
+            self._cache.close(entry.request, keep=reason in ("stop", "length"))
+            self._num_releases += 1
+            self._refused = None
+        elif entry is self._refused:
+            self._refused = None
+        self._roster.remove(entry, reason)
+
+    def retry(self) -> None:
+        """Note that a prompt is computed, so that a waiting request may find more of its own."""
+        self._refused = None

@@ -1,0 +1,39 @@
+"""A request checks what its caller asks for."""
+
+import pytest
+
+from sevenfold.engine.request import Request, Status
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id": ""}, "id must have one character or more, got ''"),
+        ({"prompt": ()}, "prompt must have at least one token"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
+        ({"deadline_s": float("nan")}, "deadline_s must be finite or None, got nan"),
+        ({"draft_tokens": -1}, "draft_tokens must be 0 or more, got -1"),
+        ({"marks": (0, 2)}, r"marks must rise from 1 or more to 3 or fewer, got \(0, 2\)"),
+        ({"marks": (2, 4)}, "marks must rise"),
+        ({"marks": (2, 2)}, "marks must rise"),
+    ],
+)
+def test_faults_are_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Request(**({"id": "a", "prompt": (1, 2, 3), "max_tokens": 1} | fields))
+
+
+def test_a_new_request_has_its_prompt_and_nothing_computed() -> None:
+    request = Request("a", (1, 2, 3), 4, marks=(1, 3))
+    assert (request.tokens, request.num_tokens, request.num_remaining_tokens) == ((1, 2, 3), 3, 4)
+    assert (request.status, request.num_computed_tokens) == (Status.WAITING, 0)
+    request.generated.append(9)
+    assert (request.tokens, request.num_tokens, request.num_remaining_tokens) == (
+        (1, 2, 3, 9),
+        4,
+        3,
+    )
+
+
+def test_equal_requests_are_two() -> None:
+    assert Request("a", (1,), 1) != Request("a", (1,), 1)
