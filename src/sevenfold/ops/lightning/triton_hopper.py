@@ -19,20 +19,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sevenfold.ops.lightning.triton_scan import bounds, power, rate, window
+from sevenfold.ops.lightning.triton_scan import forgotten, power, rate
 
 
 @gluon.jit
-def _segment(table, work, H, log_decay, C: gl.constexpr):
-    """What both roles know of a piece of work: head, first token, sizes of the two passes."""
-    row = table + (work // H) * 7
-    head = work % H
-    start, stop = gl.load(row + 1), gl.load(row + 2)
-    log2_decay = rate(log_decay, head)
-    reach = window(log2_decay, stop - start, C)
-    begin, end = bounds(stop - start, gl.load(row + 3), gl.load(row + 4), reach, C)
-    warm = gl.minimum(reach, begin)
-    return row, head, log2_decay, start, stop, begin, end, warm
+def _work_at(turn, works, IS_EVEN: gl.constexpr):
+    """Number of the segment and head that a program takes in a turn, or `works` for none.
+
+    Segments of different lengths, the longest first, are dealt out to and fro.
+    """
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    if not IS_EVEN:
+        place = gl.where(turn % 2 == 1, programs - 1 - place, place)
+    return gl.minimum(turn * programs + place, works)
 
 
 @gluon.jit
@@ -54,50 +54,40 @@ def _load(descriptors, buffers, bars, at, row, columns, WITH_Q: gl.constexpr, ST
 
 
 @gluon.jit
-def _next_stop(row, stops, done, end, at, HAS_STOPS: gl.constexpr):
+def _until(stops, kept, end_stop, end, HAS_STOPS: gl.constexpr):
     """Tokens, from where the scan entered, at which the next state is kept, or the end."""
     until = end
     if HAS_STOPS:
-        if at < gl.load(row + 6):
-            until = gl.minimum(end, gl.load(stops + 2 * at))
+        if kept < end_stop:
+            until = gl.load(stops + 2 * kept)
     return until
 
 
 @gluon.jit
-def _first_stop(row, stops, begin, HAS_STOPS: gl.constexpr):
-    """Index of the first state to keep after the tokens before `begin`."""
-    at = gl.load(row + 5)
-    if HAS_STOPS:
-        last = gl.load(row + 6)
-        while (at < last) & (gl.load(stops + 2 * at) <= begin):
-            at += 1
-    return at
-
-
-@gluon.jit
 def _load_all(
-    descriptors, buffers, bars, table, stops, log_decay, works, H, heads,
-    C: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, STAGES: gl.constexpr,
+    descriptors, buffers, bars, table, stops, log_decay, horizon, works, H, heads,
+    C: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr,
+    IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     at = 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        row, head, _, start, stop, begin, end, warm = _segment(table, work, H, log_decay, C)
-        columns = (head * heads[0], head * heads[1], head * heads[2])
-        done = begin - warm
-        while done < begin:
-            first = stop - done - C if REVERSE else start + done
-            at = _load(descriptors, buffers, bars, at, first, columns, False, STAGES)
-            done += C
-        kept = _first_stop(row, stops, begin, HAS_STOPS)
-        while done < end:
-            until = _next_stop(row, stops, done, end, kept, HAS_STOPS)
-            first = stop - done - C if REVERSE else start + done
-            at = _load(descriptors, buffers, bars, at, first, columns, True, STAGES)
-            done = gl.minimum(done + C, until)
-            if HAS_STOPS:
-                while (done == until) & (kept < gl.load(row + 6)) & (until < end):
-                    kept += 1
-                    until = _next_stop(row, stops, done, end, kept, HAS_STOPS)
+    for turn in range(gl.cdiv(works, gl.num_programs(0))):
+        work = _work_at(turn, works, IS_EVEN)
+        if work < works:
+            row, head = table + work // H * 7, work % H
+            start, end = gl.load(row), gl.load(row + 1)
+            kept, end_stop = gl.load(row + 5), gl.load(row + 6)
+            columns = (head * heads[0], head * heads[1], head * heads[2])
+            done = 0
+            if not OUTPUT:
+                done = forgotten(rate(log_decay, head), end - start, horizon, C)
+            while done < end - start:
+                until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
+                first = end - done - C if REVERSE else start + done
+                at = _load(descriptors, buffers, bars, at, first, columns, OUTPUT, STAGES)
+                done = gl.minimum(done + C, until)
+                if HAS_STOPS:
+                    while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
+                        kept += 1
 
 
 @gluon.jit
@@ -158,107 +148,159 @@ def _store(o_desc, o_ptr, o_buf, o, row, column, o_token, size, C: gl.constexpr,
 
 
 @gluon.jit
+def _add_only(S, buffers, bars, at, ages, decay, V_operand: gl.constexpr, STAGES: gl.constexpr):
+    """The state after a chunk whose output nobody asks for."""
+    _, k_buf, v_buf = buffers
+    ready, empty = bars
+    stage = at % STAGES
+    mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
+    _, vs = _values(v_buf.index(stage), ages, V_operand, k_buf.dtype)
+    S = warpgroup_mma(vs, k_buf.index(stage), S * decay, is_async=True)
+    S = warpgroup_mma_wait(0, deps=(S,))
+    gl.thread_barrier()
+    mbarrier.arrive(empty.index(stage), count=1)
+    return S
+
+
+@gluon.jit
+def _first_state(
+    state_in, state_between, sequence, slot, head, H, state_k, state_v, K: gl.constexpr,
+    V: gl.constexpr, S_layout: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr,
+):  # fmt: skip
+    S = gl.zeros([V, K], gl.float32, S_layout)
+    if HAS_IN:
+        if slot < 0:
+            matrix = sequence * H + head
+            S = gl.load(state_in + _cells(matrix, state_k, state_v, K, V, S_layout))
+    if HAS_BETWEEN:
+        if slot >= 0:
+            matrix = slot * H + head
+            S = gl.load(state_between + _cells(matrix, state_k, state_v, K, V, S_layout))
+    return S
+
+
+@gluon.jit
 def _compute_all(
-    o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale,
-    state_in, state_out, pool, works, H, o_token, o_head, state_k, state_v,
+    o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale, horizon,
+    state_in, state_between, state_out, pool, works, H, o_token, o_head, state_k, state_v,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
-    HAS_IN: gl.constexpr, HAS_OUT: gl.constexpr, HAS_STOPS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
+    HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_buf, k_buf, v_buf = buffers
     ready, empty = bars
-    dtype: gl.constexpr = q_buf.dtype
+    dtype: gl.constexpr = k_buf.dtype
     groups: gl.constexpr = V // 64
     S_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, K, 16])
     O_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, C, 16])
     P_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, C // groups, 16])
     S_operand: gl.constexpr = gl.DotOperandLayout(0, O_layout, 2)
     V_operand: gl.constexpr = gl.DotOperandLayout(0, S_layout, 2)
+    E_layout: gl.constexpr = gl.SliceLayout(0, O_layout)
+    A_layout: gl.constexpr = gl.SliceLayout(0, V_operand)
     gain = scale if REVERSE else 1.0
     at = 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        row, head, log2_decay, start, stop, begin, end, warm = _segment(table, work, H, log_decay, C)
-        matrix = gl.load(row) * H + head
-        within = _within(log2_decay, scale, P_layout, C, REVERSE)
-        entered = _entered(log2_decay, scale, gl.SliceLayout(0, O_layout), C, REVERSE)
-        ages = _ages(log2_decay, C, gain, gl.SliceLayout(0, V_operand), C, REVERSE)
-        chunk_decay = gl.exp2(log2_decay * C)
-        S = gl.zeros([V, K], gl.float32, S_layout)
-        if HAS_IN:
-            if warm == begin:
-                S = gl.load(state_in + _cells(matrix, state_k, state_v, K, V, S_layout))
-        done = begin - warm
-        while done < begin:
-            stage = at % STAGES
-            mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
-            vt, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
-            S = warpgroup_mma(vs, k_buf.index(stage), S * chunk_decay, is_async=True)
-            S = warpgroup_mma_wait(0, deps=(S,))
-            gl.thread_barrier()
-            mbarrier.arrive(empty.index(stage), count=1)
-            done += C
-            at += 1
-        kept = _first_stop(row, stops, begin, HAS_STOPS)
-        while done < end:
-            until = _next_stop(row, stops, done, end, kept, HAS_STOPS)
-            size = gl.minimum(C, until - done)
-            if HAS_STOPS:
-                ages = _ages(log2_decay, size, gain, gl.SliceLayout(0, V_operand), C, REVERSE)
-                chunk_decay = gl.exp2(log2_decay * size)
+    last_head = _work_at(0, works, IS_EVEN) % H
+    log2_decay = rate(log_decay, last_head)
+    within = _within(log2_decay, scale, P_layout, C, REVERSE)
+    entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
+    for turn in range(gl.cdiv(works, gl.num_programs(0))):
+        work = _work_at(turn, works, IS_EVEN)
+        if work < works:
+            row, head = table + work // H * 7, work % H
+            start, end, sequence = gl.load(row), gl.load(row + 1), gl.load(row + 2)
+            slot, is_last = gl.load(row + 3), gl.load(row + 4)
+            kept, end_stop = gl.load(row + 5), gl.load(row + 6)
+            if head != last_head:
+                log2_decay = rate(log_decay, head)
+                within = _within(log2_decay, scale, P_layout, C, REVERSE)
+                entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
+                last_head = head
+            ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
+            decay = gl.exp2(log2_decay * C)
+            done = 0
+            if OUTPUT:
+                S = _first_state(
+                    state_in, state_between, sequence, slot, head, H, state_k, state_v, K, V,
+                    S_layout, HAS_IN, HAS_BETWEEN,
+                )  # fmt: skip
             else:
-                if size < C:
-                    ages = _ages(log2_decay, size, gain, gl.SliceLayout(0, V_operand), C, REVERSE)
-                    chunk_decay = gl.exp2(log2_decay * size)
-            stage = at % STAGES
-            mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
-            q, k = q_buf.index(stage), k_buf.index(stage)
-            P = gl.zeros([C, C], gl.float32, P_layout)
-            P = warpgroup_mma(q, k.permute((1, 0)), P, use_acc=False, is_async=True)
-            Sb = gl.convert_layout(S.to(dtype), S_operand)
-            o = gl.zeros([V, C], gl.float32, O_layout)
-            o = warpgroup_mma(Sb, q.permute((1, 0)), o, use_acc=False, is_async=True)
-            vt, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
-            S = S * chunk_decay
-            P = warpgroup_mma_wait(1, deps=(P,))
-            p_buf.store((P * within).to(dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            o = warpgroup_mma_wait(0, deps=(o,))
-            o = o * entered[None, :]
-            o = warpgroup_mma(gl.convert_layout(vt, S_operand), p_buf.permute((1, 0)), o, is_async=True)
-            S = warpgroup_mma(vs, k, S, is_async=True)
-            o = warpgroup_mma_wait(1, deps=(o,))
-            first = stop - done - C if REVERSE else start + done
-            tma.store_wait(1)
-            _store(o_desc, o_ptr, o_bufs.index(at % 2), o, first, head * o_head, o_token, size, C, V, REVERSE, dtype)
-            S = warpgroup_mma_wait(0, deps=(S,))
-            gl.thread_barrier()
-            mbarrier.arrive(empty.index(stage), count=1)
-            done += size
-            at += 1
-            if HAS_STOPS:
-                while (done == until) & (kept < gl.load(row + 6)) & (_next_stop(row, stops, done, end, kept, HAS_STOPS) == done):
-                    slot = gl.load(stops + 2 * kept + 1) * H + head
-                    gl.store(pool + _cells(slot, state_k, state_v, K, V, S_layout), S)
-                    kept += 1
-        if HAS_OUT:
-            if gl.load(row + 3) == gl.load(row + 4) - 1:
-                gl.store(state_out + _cells(matrix, state_k, state_v, K, V, S_layout), S)
+                S = gl.zeros([V, K], gl.float32, S_layout)
+                done = forgotten(log2_decay, end - start, horizon, C)
+            while done < end - start:
+                until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
+                size = gl.minimum(C, until - done)
+                if HAS_STOPS:
+                    ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
+                    decay = gl.exp2(log2_decay * size)
+                else:
+                    if size < C:
+                        ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
+                        decay = gl.exp2(log2_decay * size)
+                if OUTPUT:
+                    stage = at % STAGES
+                    mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
+                    q, k = q_buf.index(stage), k_buf.index(stage)
+                    P = gl.zeros([C, C], gl.float32, P_layout)
+                    P = warpgroup_mma(q, k.permute((1, 0)), P, use_acc=False, is_async=True)
+                    Sb = gl.convert_layout(S.to(dtype), S_operand)
+                    o = gl.zeros([V, C], gl.float32, O_layout)
+                    o = warpgroup_mma(Sb, q.permute((1, 0)), o, use_acc=False, is_async=True)
+                    vt, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
+                    S = S * decay
+                    P = warpgroup_mma_wait(1, deps=(P,))
+                    p_buf.store((P * within).to(dtype))
+                    fence_async_shared()
+                    gl.thread_barrier()
+                    o = warpgroup_mma_wait(0, deps=(o,))
+                    o = o * entered[None, :]
+                    vo = gl.convert_layout(vt, S_operand)
+                    o = warpgroup_mma(vo, p_buf.permute((1, 0)), o, is_async=True)
+                    S = warpgroup_mma(vs, k, S, is_async=True)
+                    o = warpgroup_mma_wait(1, deps=(o,))
+                    first = end - done - C if REVERSE else start + done
+                    tma.store_wait(1)
+                    _store(
+                        o_desc, o_ptr, o_bufs.index(at % 2), o, first, head * o_head, o_token,
+                        size, C, V, REVERSE, dtype,
+                    )  # fmt: skip
+                    S = warpgroup_mma_wait(0, deps=(S,))
+                    gl.thread_barrier()
+                    mbarrier.arrive(empty.index(stage), count=1)
+                else:
+                    S = _add_only(S, buffers, bars, at, ages, decay, V_operand, STAGES)
+                done += size
+                at += 1
+                if HAS_STOPS:
+                    while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
+                        matrix = gl.load(stops + 2 * kept + 1) * H + head
+                        gl.store(pool + _cells(matrix, state_k, state_v, K, V, S_layout), S)
+                        kept += 1
+            if HAS_OUT:
+                if is_last == 1:
+                    matrix = sequence * H + head
+                    gl.store(state_out + _cells(matrix, state_k, state_v, K, V, S_layout), S)
+            if not OUTPUT:
+                matrix = slot * H + head
+                gl.store(state_between + _cells(matrix, state_k, state_v, K, V, S_layout), S)
     tma.store_wait(0)
 
 
 @gluon.jit
 def hopper_scan_kernel(
-    q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, state_in, state_out, pool,
-    table, stops, works, H, q_head, k_head, v_head, o_token, o_head, state_k, state_v,
+    q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, horizon, state_in, state_between,
+    state_out, pool, table, stops, works, H, q_head, k_head, v_head, o_token, o_head,
+    state_k, state_v,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
-    HAS_IN: gl.constexpr, HAS_OUT: gl.constexpr, HAS_STOPS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
+    HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Arguments as triton_scan.scan_kernel; descriptors are of [tokens, columns] by C x width."""
-    dtype: gl.constexpr = q_desc.dtype
-    q_buf = gl.allocate_shared_memory(dtype, [STAGES, C, K], q_desc.layout)
+    dtype: gl.constexpr = k_desc.dtype
+    q_buf = gl.allocate_shared_memory(dtype, [STAGES if OUTPUT else 1, C, K], q_desc.layout)
     k_buf = gl.allocate_shared_memory(dtype, [STAGES, C, K], k_desc.layout)
     v_buf = gl.allocate_shared_memory(dtype, [STAGES, C, V], v_desc.layout)
-    o_bufs = gl.allocate_shared_memory(dtype, [2, C, V], o_desc.layout)
+    o_bufs = gl.allocate_shared_memory(dtype, [2 if OUTPUT else 1, C, V], o_desc.layout)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
     p_buf = gl.allocate_shared_memory(dtype, [C, C], p_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -272,12 +314,13 @@ def hopper_scan_kernel(
         [
             (_compute_all, (
                 o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale,
-                state_in, state_out, pool, works, H, o_token, o_head, state_k, state_v,
-                K, V, C, REVERSE, HAS_IN, HAS_OUT, HAS_STOPS, STAGES,
+                horizon, state_in, state_between, state_out, pool, works, H, o_token, o_head,
+                state_k, state_v, K, V, C, REVERSE, HAS_IN, HAS_BETWEEN, HAS_OUT, HAS_STOPS,
+                OUTPUT, IS_EVEN, STAGES,
             )),
             (_load_all, (
-                (q_desc, k_desc, v_desc), buffers, bars, table, stops, log_decay, works, H,
-                (q_head, k_head, v_head), C, REVERSE, HAS_STOPS, STAGES,
+                (q_desc, k_desc, v_desc), buffers, bars, table, stops, log_decay, horizon, works,
+                H, (q_head, k_head, v_head), C, REVERSE, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
             )),
         ],
         [1],

@@ -1,4 +1,4 @@
-"""Launches the scan kernels: layouts, segments, configuration. Imports Triton."""
+"""Launches the scan kernels: cuts, layouts, configurations. Imports Triton."""
 
 from typing import NamedTuple
 
@@ -8,21 +8,33 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sevenfold.ops.lightning.segments import MIN_SEGMENT_TOKENS, Segments, Stop, plan_segments
+from sevenfold.ops.lightning.segments import Plan, Stop, plan_segments
 from sevenfold.ops.lightning.triton_hopper import hopper_scan_kernel
-from sevenfold.ops.lightning.triton_scan import scan_kernel
+from sevenfold.ops.lightning.triton_scan import chain_kernel, scan_kernel
 from sevenfold.ops.tuning import best_config
 
+# A token whose weight is below 2^-horizon is left out of the state between two segments: well below
+# the rounding of its own dtype.
+_HORIZONS = {torch.float32: 26.0, torch.bfloat16: 18.0, torch.float16: 18.0}
 _HOPPER_WIDTHS = (64, 128)
 _HOPPER_CHUNK = 64
+_CHAIN_BLOCK = 1024
 
 
 class Scan(NamedTuple):
-    """What a scan reads besides q, k and v, and where it leaves states.
+    """A scan: its inputs, and where it leaves states.
 
-    state_in, state_out: [N, H, K, V] fp32 contiguous or None; [N, H, V, K] where transposed.
+    q, k: [B, T, H, K]. v: [B, T, H, V]. log_decay: [H] fp32.
+    lengths: tokens of each sequence; they sum to B * T.
+    state_in, state_out: [N, H, K, V] fp32 contiguous, or None.
+    pool, stops: states to keep on the way.
+    reverse: from the last token to the first.
+    transposed: the states' matrices lie in memory as [V, K].
     """
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
     log_decay: Tensor
     scale: float
     lengths: tuple[int, ...]
@@ -33,116 +45,68 @@ class Scan(NamedTuple):
     reverse: bool = False
     transposed: bool = False
 
+    @property
+    def on_hopper(self) -> bool:
+        """Whether the kernel for Hopper GPUs serves this scan."""
+        q, widths = self.q, (self.q.shape[3], self.v.shape[3])
+        fits = q.itemsize == 2 and all(width in _HOPPER_WIDTHS for width in widths)
+        return fits and q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
 
-def run_scan(q: Tensor, k: Tensor, v: Tensor, scan: Scan) -> Tensor:
-    """Return o [B, T, H, V] of one scan; writes the states that `scan` names."""
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if q.shape[2] * q.shape[3] * v.shape[3] * len(scan.lengths) == 0:
+
+def run_scan(scan: Scan, between: Tensor | None = None) -> Tensor:
+    """Return o [B, T, H, V] of a scan; writes the states that it names.
+
+    between: states_between(scan), where it is known already.
+    """
+    o = torch.empty(scan.v.shape, dtype=scan.v.dtype, device=scan.v.device)
+    if o.shape[2] * o.shape[3] * scan.q.shape[3] * len(scan.lengths) == 0:
         return o
-    if takes_hopper_kernel(q, v) and len(q) * q.shape[1] > 0:
-        run_hopper(q, k, v, o, scan)
-    else:
-        run_any(q, k, v, o, scan)
+    if o.numel() == 0:
+        return _keep_states(scan, o)
+    plan = plan_scan(scan)
+    if between is None:
+        between = states_between(scan)
+    _launch(scan, plan, plan.segments, o, between, output=True)
     return o
 
 
-def run_any(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scan: Scan) -> None:
-    """Write o by the kernel that takes any width and dtype."""
-    H, K, V = q.shape[2], q.shape[3], v.shape[3]
-    key = f"K{_padded(K)} {8 * q.itemsize} bits"
-    config = best_config("lightning_scan", key, device_name(q))
-    BV = min(config["value_columns"], _padded(V))
-    tiles = triton.cdiv(V, BV)
-    segments = plan(scan, H * tiles, config["programs_per_sm"], q.device)
-    tensors = [_rows(x) for x in (q, k, v)] + [o.flatten(0, 1)]
-    strides = [stride for x in tensors for stride in x.stride()[:2]]
-    grid = (len(segments.table) * tiles, H)
-    scan_kernel[grid](
-        *tensors,
+def states_between(scan: Scan) -> Tensor | None:
+    """What each segment but a sequence's first meets, [slots, H, K, V]; None without cuts.
+
+    The last tokens of each segment give what it adds; a sequence's sums then run along it.
+    """
+    plan = plan_scan(scan)
+    if plan.num_slots == 0:
+        return None
+    (H, K), V = scan.q.shape[2:], scan.v.shape[3]
+    between = scan.log_decay.new_empty(plan.num_slots, H, K, V)
+    _launch(scan, plan, plan.before, scan.k, between, output=False)
+    grid = (len(plan.chains), H, triton.cdiv(K * V, _CHAIN_BLOCK))
+    chain_kernel[grid](
+        _or(scan.state_in, between),
+        between,
         scan.log_decay,
-        float(scan.scale),
-        _or(scan.state_in, scan.log_decay),
-        _or(scan.state_out, scan.log_decay),
-        _or(scan.pool, scan.log_decay),
-        segments.table,
-        segments.stops,
-        *strides,
-        *((1, K) if scan.transposed else (V, 1)),
-        K=K,
-        V=V,
-        BK=_padded(K),
-        BV=BV,
-        C=config["chunk_tokens"],
-        REVERSE=scan.reverse,
+        plan.chains,
+        CELLS=K * V,
+        BLOCK=_CHAIN_BLOCK,
         HAS_IN=scan.state_in is not None,
-        HAS_OUT=scan.state_out is not None,
-        HAS_STOPS=bool(scan.stops),
-        num_warps=config["warps"],
-        num_stages=config["stages"],
     )
+    return between
 
 
-def takes_hopper_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether the Hopper kernel serves such widths and dtype on this device."""
-    fits = q.itemsize == 2 and q.shape[3] in _HOPPER_WIDTHS and v.shape[3] in _HOPPER_WIDTHS
-    return fits and q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
-
-
-def run_hopper(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scan: Scan, stages: int = 3, slots: int = 0) -> None:
-    """Write o by the kernel for Hopper GPUs."""
-    H, K, V = q.shape[2], q.shape[3], v.shape[3]
-    segments = plan(scan, H, 1, q.device) if not slots else plan_segments(scan.lengths, max(1,slots//H), MIN_SEGMENT_TOKENS, scan.stops, q.device)
-    rows = [_copyable_rows(x) for x in (q, k, v)] + [o.flatten(0, 1)]
-    descriptors = [_descriptor(x) for x in rows]
-    works = len(segments.table) * H
-    hopper_scan_kernel[(min(works, num_sms(q.device)),)](
-        *descriptors,
-        o,
-        scan.log_decay,
-        float(scan.scale),
-        _or(scan.state_in, scan.log_decay),
-        _or(scan.state_out, scan.log_decay),
-        _or(scan.pool, scan.log_decay),
-        segments.table,
-        segments.stops,
-        works,
-        H,
-        *(x.stride(1) for x in rows[:3]),
-        *rows[3].stride()[:2],
-        *((1, K) if scan.transposed else (V, 1)),
-        K=K,
-        V=V,
-        C=_HOPPER_CHUNK,
-        REVERSE=scan.reverse,
-        HAS_IN=scan.state_in is not None,
-        HAS_OUT=scan.state_out is not None,
-        HAS_STOPS=bool(scan.stops),
-        STAGES=stages,
-        num_warps=V // 16,
-    )
-
-
-def _copyable_rows(x: Tensor) -> Tensor:
-    """As _rows, and laid out as bulk tensor copies need it: 16-byte steps from head to head."""
-    rows = _rows(x)
-    steps = [rows.data_ptr()] + [stride * rows.itemsize for stride in rows.stride()[:2]]
-    return rows if all(step % 16 == 0 for step in steps) and rows.stride(1) > 0 else rows.contiguous()
-
-
-def _descriptor(rows: Tensor) -> TensorDescriptor:
-    tokens, H, D = rows.shape
-    block = [_HOPPER_CHUNK, D]
-    dtype = gl.bfloat16 if rows.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    columns = (H - 1) * rows.stride(1) + D
-    return TensorDescriptor(rows, [tokens, columns], [rows.stride(0), 1], block, layout)
-
-
-def plan(scan: Scan, programs: int, programs_per_sm: int, device: torch.device) -> Segments:
-    """Segments that keep the device busy, where each is the given number of programs."""
-    slots = programs_per_sm * num_sms(device)
+def plan_scan(scan: Scan) -> Plan:
+    """The cuts of a scan; they depend on its lengths, its widths and the device alone."""
+    H, device = scan.q.shape[2], scan.q.device
+    if scan.on_hopper:
+        programs, tiles, chunk = num_sms(device), 1, _HOPPER_CHUNK
+    else:
+        config = _config(scan)
+        programs = num_sms(device) * config["programs_per_sm"]
+        # The same for a scan and for its transpose, which share the states between segments.
+        tiles = triton.cdiv(_widest(scan), config["value_columns"])
+        chunk = config["chunk_tokens"]
     return plan_segments(
-        scan.lengths, max(1, slots // programs), MIN_SEGMENT_TOKENS, scan.stops, device
+        scan.lengths, H * tiles, programs, chunk, scan.stops, scan.reverse, device
     )
 
 
@@ -153,9 +117,112 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def device_name(x: Tensor) -> str:
-    """The name by which tuning tables know the device."""
-    return torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "default"
+def _keep_states(scan: Scan, o: Tensor) -> Tensor:
+    """Without a token, states stay as they were."""
+    if scan.state_out is not None:
+        scan.state_out.zero_() if scan.state_in is None else scan.state_out.copy_(scan.state_in)
+    return o
+
+
+def _launch(
+    scan: Scan, plan: Plan, table: Tensor, o: Tensor, between: Tensor | None, *, output: bool
+) -> None:
+    launch = _launch_hopper if scan.on_hopper else _launch_any
+    K, V = scan.q.shape[3], scan.v.shape[3]
+    swapped = scan.transposed and output
+    flags = {
+        "HAS_IN": scan.state_in is not None and output,
+        "HAS_OUT": scan.state_out is not None and output,
+        "HAS_STOPS": bool(scan.stops) and output,
+        "HAS_BETWEEN": between is not None,
+        "OUTPUT": output,
+        "REVERSE": scan.reverse,
+    }
+    states = [scan.state_in, between, scan.state_out, scan.pool]
+    pointers = [_or(state, scan.log_decay) for state in states]
+    launch(scan, (plan, table), o, (*pointers, *((1, K) if swapped else (V, 1))), flags)
+
+
+def _launch_any(scan: Scan, work: tuple[Plan, Tensor], o: Tensor, states: tuple, flags: dict) -> None:
+    K, V, config = scan.q.shape[3], scan.v.shape[3], _config(scan)
+    plan, table = work
+    tile = _tile(scan, config)
+    rows = [_rows(x) for x in (scan.q, scan.k, scan.v, o)]
+    scan_kernel[(len(table) * triton.cdiv(V, tile), scan.q.shape[2])](
+        *rows,
+        scan.log_decay,
+        float(scan.scale),
+        _HORIZONS[scan.q.dtype],
+        *states[:4],
+        table,
+        plan.stops,
+        *(stride for x in rows for stride in x.stride()[:2]),
+        *states[4:],
+        K=K,
+        V=V,
+        BK=_padded(K),
+        BV=tile,
+        C=config["chunk_tokens"],
+        **flags,
+        num_warps=config["warps"],
+        num_stages=config["stages"],
+    )
+
+
+def _launch_hopper(
+    scan: Scan, work: tuple[Plan, Tensor], o: Tensor, states: tuple, flags: dict
+) -> None:
+    H, K, V = scan.q.shape[2], scan.q.shape[3], scan.v.shape[3]
+    plan, table = work
+    rows = [_copyable_rows(x) for x in (scan.q, scan.k, scan.v)]
+    rows.append(o.flatten(0, 1) if flags["OUTPUT"] else rows[2])
+    works = len(table) * H
+    most = num_sms(o.device)
+    programs = _num_programs(works, H, most) if flags["OUTPUT"] else min(works, most)
+    hopper_scan_kernel[(programs,)](
+        *(_descriptor(x) for x in rows),
+        rows[3],
+        scan.log_decay,
+        float(scan.scale),
+        _HORIZONS[scan.q.dtype],
+        *states[:4],
+        table,
+        plan.stops,
+        works,
+        H,
+        *(x.stride(1) for x in rows[:3]),
+        *rows[3].stride()[:2],
+        *states[4:],
+        K=K,
+        V=V,
+        C=_HOPPER_CHUNK,
+        **flags,
+        IS_EVEN=plan.is_even,
+        STAGES=3,
+        num_warps=V // 16,
+    )
+
+
+def _num_programs(works: int, H: int, most: int) -> int:
+    """Programs of a persistent kernel: all, or so many that each one stays with its head."""
+    aligned = most // H * H
+    if 0 < aligned and triton.cdiv(works, aligned) == triton.cdiv(works, most):
+        return min(works, aligned)
+    return min(works, most)
+
+
+def _config(scan: Scan) -> dict[str, int]:
+    q = scan.q
+    name = torch.cuda.get_device_name(q.device) if q.is_cuda else "default"
+    return best_config("lightning_scan", f"{_padded(_widest(scan))} {8 * q.itemsize} bits", name)
+
+
+def _widest(scan: Scan) -> int:
+    return max(scan.q.shape[3], scan.v.shape[3])
+
+
+def _tile(scan: Scan, config: dict[str, int]) -> int:
+    return min(config["value_columns"], _padded(scan.v.shape[3]))
 
 
 def _padded(width: int) -> int:
@@ -166,6 +233,23 @@ def _rows(x: Tensor) -> Tensor:
     """[B, T, H, D] as [B * T, H, D] whose last stride is 1, copying only where it must."""
     rows = x.flatten(0, 1)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _copyable_rows(x: Tensor) -> Tensor:
+    """As _rows, with what bulk tensor copies need: 16-byte steps from token to token and head."""
+    rows = _rows(x)
+    steps = [rows.data_ptr()] + [stride * rows.itemsize for stride in rows.stride()[:2]]
+    fits = all(step % 16 == 0 for step in steps) and rows.stride(1) > 0
+    return rows if fits else rows.contiguous()
+
+
+def _descriptor(rows: Tensor) -> TensorDescriptor:
+    tokens, H, D = rows.shape
+    block = [_HOPPER_CHUNK, D]
+    dtype = gl.bfloat16 if rows.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    columns = (H - 1) * rows.stride(1) + D
+    return TensorDescriptor(rows, [tokens, columns], [rows.stride(0), 1], block, layout)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

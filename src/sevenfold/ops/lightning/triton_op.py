@@ -63,8 +63,8 @@ def lightning_scan(
     lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
     final = _states(q, v, len(lengths) if with_final else 0)
     state_in = None if initial_state is None else initial_state.contiguous()
-    scan = Scan(log_decay, scale, lengths, state_in, final if with_final else None)
-    return run_scan(q, k, v, scan), final
+    state_out = final if with_final else None
+    return run_scan(Scan(q, k, v, log_decay, scale, lengths, state_in, state_out)), final
 
 
 @lightning_scan.register_fake
@@ -90,18 +90,21 @@ def lightning_scan_backward(
     With the scan LA(q, k, v) and LA' in reversed time, dq = LA(do, v, k), dv = LA'(k, q, do),
     dk = LA'(v, do, q).
     """
-    from sevenfold.ops.lightning.triton_launch import Scan, run_scan
+    from sevenfold.ops.lightning.triton_launch import Scan, run_scan, states_between
 
     lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
     dinitial = _states(q, v, 0 if initial_state is None else len(lengths))
     state_in = None if initial_state is None else initial_state.contiguous()
     dstate = None if dfinal is None else dfinal.contiguous()
     dstate_out = None if initial_state is None else dinitial
-    ahead = Scan(log_decay, scale, lengths, state_in, transposed=True)
-    back = Scan(log_decay, scale, lengths, dstate, dstate_out, reverse=True)
-    dq = run_scan(do, v, k, ahead)
-    dv = run_scan(k, q, do, back)
-    dk = run_scan(v, do, q, back._replace(state_out=None, transposed=True))
+    ahead = Scan(q, k, v, log_decay, scale, lengths, state_in)
+    dq = run_scan(ahead._replace(q=do, k=v, v=k, transposed=True), states_between(ahead))
+    back = Scan(k, q, do, log_decay, scale, lengths, dstate, dstate_out, reverse=True)
+    between = states_between(back)
+    dv = run_scan(back, between)
+    dk = run_scan(
+        back._replace(q=v, k=do, v=q, state_out=None, transposed=True), between
+    )
     return dq, dk, dv, dinitial
 
 
