@@ -1,0 +1,18 @@
+"""Memory of requests and the prefix cache: plain Python over indices, without a tensor."""
+
+from sevenfold.engine.cache.arena import Arena, ArenaUsage, StaleReferenceError
+from sevenfold.engine.cache.holding import CacheCounters, Fresh, Placement
+from sevenfold.engine.cache.lookup import Lookup, MissReason
+from sevenfold.engine.cache.manager import CacheManager
+
+__all__ = [
+    "Arena",
+    "ArenaUsage",
+    "CacheCounters",
+    "CacheManager",
+    "Fresh",
+    "Lookup",
+    "MissReason",
+    "Placement",
+    "StaleReferenceError",
+]

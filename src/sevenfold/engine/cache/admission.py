@@ -1,0 +1,64 @@
+"""Where a prompt's prefill should write snapshots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FIRST_SPACED_TOKENS = 1024
+DECODE_INTERVAL_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class PromptPlaces:
+    """What is known about a prompt when it is admitted.
+
+    num_tokens: of the prompt; after a preemption, with the output so far.
+    marks: rising token counts where its caller says that a turn ends.
+    branch_tokens: where other requests have been seen to leave its path; 0 for nowhere.
+    """
+
+    num_tokens: int
+    marks: Sequence[int]
+    branch_tokens: int
+
+
+def wanted_snapshots(places: PromptPlaces, page_tokens: int) -> dict[int, bool]:
+    """Choose token counts, all of them multiples of page_tokens, at which to keep the state.
+
+    Needed ones: the first mark (the system prompt ends), the last (the generation prompt begins),
+    the prompt's end unless the last mark is in the block before it, and the branch. The others are
+    good to have: of the marks the 2nd, 3rd, 5th, 9th, ... from the end, and 1,024 * 2**n tokens
+    where nothing else lies within a quarter of it. So their number grows with the logarithm.
+
+    Args:
+        places: the prompt.
+        page_tokens: of a block.
+
+    Returns:
+        Token count -> whether it is needed.
+    """
+    marks = [mark // page_tokens * page_tokens for mark in places.marks]
+    wanted = dict.fromkeys((marks[-(2**n + 1)] for n in range(32) if 2**n < len(marks)), False)
+    needed = [*marks[:1], *marks[-1:], places.branch_tokens // page_tokens * page_tokens]
+    end = (places.num_tokens - 1) // page_tokens * page_tokens
+    if not marks or end - marks[-1] > page_tokens:
+        needed.append(end)
+    wanted.update(dict.fromkeys(needed, True))
+    spaced = FIRST_SPACED_TOKENS
+    while spaced < places.num_tokens:
+        at = spaced // page_tokens * page_tokens
+        if all(abs(at - other) * 4 > at for other in wanted):
+            wanted[at] = False
+        spaced *= 2
+    wanted.pop(0, None)
+    return wanted
+
+
+def decode_snapshot(first: int, end: int, page_tokens: int) -> int | None:
+    """Return the last token count in (first, end] at which decoding keeps its state, or None.
+
+    Every 64 tokens, or whole pages that come to as many: the end of the output cannot be foreseen,
+    and a state cannot be taken back to a border that lies behind it.
+    """
+    interval = -(-DECODE_INTERVAL_TOKENS // page_tokens) * page_tokens
+    last = end // interval * interval
+    return last if last > first else None

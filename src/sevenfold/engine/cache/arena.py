@@ -1,0 +1,191 @@
+"""Who holds which part of the arena: bookkeeping of slabs and of the items in them, without bytes.
+
+A slab belongs to one tenant from its first item to its last, and is free in between: so states,
+pages and snapshots share one budget at run time.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sevenfold.config import SevenfoldError
+from sevenfold.engine.cache.buckets import FullestFirst
+from sevenfold.engine.memory_layout import ArenaLayout, Tenant
+
+_INDEX_BITS = 32
+_INDEX_MASK = (1 << _INDEX_BITS) - 1
+
+
+class StaleReferenceError(SevenfoldError, LookupError):
+    """An item was used after it had been given back."""
+
+
+def index_of(handle: int) -> int:
+    """Return where an item lies: its row in the strided view of its tenant."""
+    return handle & _INDEX_MASK
+
+
+@dataclass(frozen=True)
+class ArenaUsage:
+    """How the arena is used; the tuples are indexed by Tenant.
+
+    num_pinned_items: those that no eviction can free.
+    """
+
+    num_free_slabs: int
+    num_slabs: tuple[int, ...]
+    num_items: tuple[int, ...]
+    num_pinned_items: tuple[int, ...]
+
+
+class _Slab:
+    """A slab in use: which places are free, and the serial number and pin of each other."""
+
+    __slots__ = ("free", "num_pinned", "pinned", "serials", "tenant")
+
+    def __init__(self, tenant: Tenant, places: int) -> None:
+        self.tenant = tenant
+        self.free = list(range(places - 1, -1, -1))
+        self.serials = [0] * places
+        self.pinned = [False] * places
+        self.num_pinned = 0
+
+
+class Arena:
+    """Gives out items by handles.
+
+    A handle is an item's index and, above it, the serial number of its allocation: a handle of an
+    item that was given back is refused, whoever holds the place now. An item is pinned when it is
+    taken; one that is not pinned counts as one that can be freed at will.
+    """
+
+    def __init__(self, layout: ArenaLayout) -> None:
+        self.layout = layout
+        self._slabs: list[_Slab | None] = [None] * layout.num_slabs
+        self._free = list(range(layout.num_usable_slabs, 0, -1))
+        self._partial = [FullestFirst(places) for places in layout.places]
+        self._serial = 0
+        self._num_slabs, self._num_items = [0, 0, 0], [0, 0, 0]
+        self._pinned_slabs, self._pinned_items = [0, 0, 0], [0, 0, 0]
+
+    def take(self, tenant: Tenant, count: int = 1) -> list[int] | None:
+        """Take items, pinned; None when there are not as many free, and then none is taken."""
+        places = self.layout.places[tenant]
+        in_slabs = self._num_slabs[tenant] * places - self._num_items[tenant]
+        if count > in_slabs + len(self._free) * places:
+            return None
+        handles: list[int] = []
+        while len(handles) < count:
+            self._fill(tenant, count - len(handles), handles)
+        return handles
+
+    def release(self, tenant: Tenant, handles: Iterable[int]) -> None:
+        """Give items back.
+
+        Raises:
+            StaleReferenceError: one of them is not held; those before it are given back.
+        """
+        for handle in handles:
+            slab, number, place = self._find(tenant, handle)
+            if slab.pinned[place]:
+                self._unpin(slab, place)
+            slab.serials[place] = 0
+            self._partial[tenant].remove(number, len(slab.free))
+            slab.free.append(place)
+            self._num_items[tenant] -= 1
+            if len(slab.free) == self.layout.places[tenant]:
+                self._slabs[number] = None
+                self._num_slabs[tenant] -= 1
+                self._free.append(number)
+            else:
+                self._partial[tenant].add(number, len(slab.free))
+
+    def pin(self, tenant: Tenant, handle: int) -> None:
+        """Note that an item must stay; it must not be pinned already."""
+        slab, _, place = self._find(tenant, handle)
+        if slab.pinned[place]:
+            raise AssertionError("an item is pinned once")
+        self._pin(slab, place)
+
+    def unpin(self, tenant: Tenant, handle: int) -> None:
+        """Note that an item may go; it must be pinned."""
+        slab, _, place = self._find(tenant, handle)
+        if not slab.pinned[place]:
+            raise AssertionError("an item is unpinned once")
+        self._unpin(slab, place)
+
+    def check(self, tenant: Tenant, handle: int) -> int:
+        """Return the index of an item that is held.
+
+        Raises:
+            StaleReferenceError: it is not.
+        """
+        self._find(tenant, handle)
+        return index_of(handle)
+
+    def suffices(self, needs: tuple[int, int, int]) -> bool:
+        """Whether the items could be taken (states first, pages, snapshots last) once all that is
+        not pinned were given back."""
+        slabs = self.layout.num_usable_slabs - sum(self._pinned_slabs)
+        for tenant in Tenant:
+            places = self.layout.places[tenant]
+            spare = self._pinned_slabs[tenant] * places - self._pinned_items[tenant]
+            slabs -= self.layout.num_slabs_for(tenant, max(0, needs[tenant] - spare))
+        return slabs >= 0
+
+    def usage(self) -> ArenaUsage:
+        """Return how the arena is used now."""
+        return ArenaUsage(
+            num_free_slabs=len(self._free),
+            num_slabs=tuple(self._num_slabs),
+            num_items=tuple(self._num_items),
+            num_pinned_items=tuple(self._pinned_items),
+        )
+
+    def _fill(self, tenant: Tenant, wanted: int, handles: list[int]) -> None:
+        """Take as many items from one slab as it has, up to the number wanted."""
+        places = self.layout.places[tenant]
+        number = self._partial[tenant].first()
+        if number is None:
+            number = self._free.pop()
+            self._slabs[number] = _Slab(tenant, places)
+            self._num_slabs[tenant] += 1
+        slab = self._slabs[number]
+        if slab is None:
+            raise AssertionError("a partly filled slab is in use")
+        # A slab fresh from the free ones was not among the partly filled.
+        if len(slab.free) < places:
+            self._partial[tenant].remove(number, len(slab.free))
+        count = min(wanted, len(slab.free))
+        for _ in range(count):
+            place = slab.free.pop()
+            self._serial += 1
+            slab.serials[place] = self._serial
+            self._pin(slab, place)
+            handles.append(self._serial << _INDEX_BITS | number * places + place)
+        self._partial[tenant].add(number, len(slab.free))
+        self._num_items[tenant] += count
+
+    def _find(self, tenant: Tenant, handle: int) -> tuple[_Slab, int, int]:
+        places = self.layout.places[tenant]
+        number, place = divmod(handle & _INDEX_MASK, places) if places else (0, 0)
+        slab = self._slabs[number] if number < len(self._slabs) else None
+        serial = handle >> _INDEX_BITS
+        held = slab is not None and slab.tenant is tenant and slab.serials[place] == serial
+        if slab is None or not held:
+            raise StaleReferenceError(
+                f"{tenant.name.lower()} must be held to be used, got place "
+                f"{index_of(handle)} of allocation {serial}, which was given back"
+            )
+        return slab, number, place
+
+    def _pin(self, slab: _Slab, place: int) -> None:
+        self._pinned_slabs[slab.tenant] += slab.num_pinned == 0
+        self._pinned_items[slab.tenant] += 1
+        slab.num_pinned += 1
+        slab.pinned[place] = True
+
+    def _unpin(self, slab: _Slab, place: int) -> None:
+        slab.num_pinned -= 1
+        slab.pinned[place] = False
+        self._pinned_slabs[slab.tenant] -= slab.num_pinned == 0
+        self._pinned_items[slab.tenant] -= 1

@@ -1,0 +1,96 @@
+"""What one open request holds."""
+
+from dataclasses import dataclass, field
+
+from sevenfold.engine.cache.keys import KeyChain
+from sevenfold.engine.cache.lookup import Lookup
+from sevenfold.engine.cache.tree import Anchor, Node
+from sevenfold.engine.request import Request
+
+
+@dataclass(eq=False, slots=True)
+class Holding:
+    """What one open request holds; all but indices are handles of the arena.
+
+    num_prompt_tokens: what was known when it was opened; prefill ends there.
+    wanted: token counts of snapshots to write -> whether they are needed.
+    path: nodes of the tree for its first blocks, which it keeps there.
+    pages: for all blocks in their order. Those of path may be the tree's; a block that another
+        request published first is in the tree with the other's page, and here with its own.
+    restored: the anchor that its state is read from, until that has happened.
+    next_block_tokens: computed tokens with which path grows.
+    pending: token count -> snapshot being written.
+    anchors: those that it has made.
+    rolling: the last of them made while decoding, which the next one replaces.
+    counted: whether its lookup is in the counters.
+    """
+
+    request: Request
+    chain: KeyChain
+    lookup: Lookup
+    num_prompt_tokens: int
+    wanted: dict[int, bool]
+    path: list[Node]
+    pages: list[int]
+    state: int | None
+    restored: Anchor | None
+    next_block_tokens: int
+    pending: dict[int, int] = field(default_factory=dict)
+    anchors: list[Anchor] = field(default_factory=list)
+    rolling: Anchor | None = None
+    counted: bool = False
+
+    @property
+    def last_anchor_tokens(self) -> int:
+        """Where the last state was kept, by this request or the one that it goes on from."""
+        alive = [anchor.node.num_tokens for anchor in self.anchors if anchor.alive]
+        return max(self.lookup.hit_tokens, *alive) if alive else self.lookup.hit_tokens
+
+    @property
+    def own_pages(self) -> list[int]:
+        """Pages that are not the tree's."""
+        shared = len(self.path)
+        differ = [
+            page for node, page in zip(self.path, self.pages, strict=False) if node.page != page
+        ]
+        return differ + self.pages[shared:]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a request lies: indices into the strided views of the arena.
+
+    state: None in a model without linear layers. restore: the snapshot to read the state from
+    before the first token is computed; None for a state of zeros, and once that has happened.
+    snapshots: token count -> snapshot to write when the prefill or the step comes to it.
+    """
+
+    state: int | None
+    restore: int | None
+    snapshots: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Items taken since the last time, to be zeroed before the model runs."""
+
+    states: list[int]
+    pages: list[int]
+
+
+@dataclass
+class CacheCounters:
+    """What the prefix cache has done since it began.
+
+    missed_tokens: tokens that requests computed although they had been seen before.
+    """
+
+    num_hits: int = 0
+    query_tokens: int = 0
+    hit_tokens: int = 0
+    missed_tokens: int = 0
+    num_snapshots: int = 0
+    num_refused_snapshots: int = 0
+    num_evicted: int = 0
+    num_dropped_pages: int = 0
+    misses: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,46 @@
+"""Names of prefixes: SHA-256 chains over blocks of tokens, salted per caller.
+
+    key_0 = SHA-256(SHA-256(tag, salt), block_0)        key_i = SHA-256(key_(i-1), block_i)
+
+Two requests share a key only if salt and all tokens so far are the same. A predictable hash would
+let one caller make another's prefix collide with his own (GHSA-rm76-4mrf-v9r8).
+"""
+
+import struct
+from hashlib import sha256
+
+from sevenfold.engine.request import Request
+
+_TAG = b"sevenfold prefix 1\0"
+_UNSALTED_TAG = b"sevenfold unsalted block 1\0"
+
+
+class KeyChain:
+    """The keys of one request's blocks, computed when they are asked for."""
+
+    def __init__(self, request: Request, page_tokens: int) -> None:
+        self._request = request
+        self._page_tokens = page_tokens
+        self._pack = struct.Struct(f"<{page_tokens}I").pack
+        self._root = sha256(_TAG + request.salt).digest()
+        self._keys: list[bytes] = []
+
+    def key(self, block: int) -> bytes:
+        """Return the key of the prefix that ends with a block, all of whose tokens are known."""
+        keys = self._keys
+        while len(keys) <= block:
+            before = keys[-1] if keys else self._root
+            keys.append(sha256(before + self._block(len(keys))).digest())
+        return keys[block]
+
+    def unsalted(self) -> bytes:
+        """Return a key of the first block that does not depend on the salt."""
+        return sha256(_UNSALTED_TAG + self._block(0)).digest()
+
+    def _block(self, block: int) -> bytes:
+        prompt, generated = self._request.prompt, self._request.generated
+        first, end = block * self._page_tokens, (block + 1) * self._page_tokens
+        inside = len(prompt)
+        if end <= inside:
+            return self._pack(*prompt[first:end])
+        return self._pack(*prompt[first:], *generated[max(0, first - inside) : end - inside])

@@ -1,0 +1,118 @@
+"""Finding the longest prefix that a request need not compute, and why there is none."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+
+from sevenfold.engine.cache.keys import KeyChain
+from sevenfold.engine.cache.tree import Node, PrefixTree
+
+SEEN_KEYS = 1 << 17
+
+
+class MissReason(Enum):
+    """Why a request found nothing to go on from.
+
+    TOO_SHORT: it has too few tokens. NO_KV: nobody has sent its first block. OTHER_SALT: only
+    callers under another salt have. NO_STATE: its blocks are here, but no snapshot on them.
+    EVICTED: they were here, and have been dropped. NO_MEMORY: it found some, which had to make room
+    for it.
+    """
+
+    TOO_SHORT = "too_short"
+    NO_KV = "no_kv"
+    OTHER_SALT = "other_salt"
+    NO_STATE = "no_state"
+    EVICTED = "evicted"
+    NO_MEMORY = "no_memory"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What a request found: seen_tokens are those that it has in common with an earlier one.
+
+    reason: for the operator; a caller must get public_reason, since OTHER_SALT tells what other
+    callers sent.
+    """
+
+    hit_tokens: int
+    seen_tokens: int
+    reason: MissReason | None
+
+    @property
+    def public_reason(self) -> MissReason | None:
+        """The reason as the request's own caller may know it."""
+        return MissReason.NO_KV if self.reason is MissReason.OTHER_SALT else self.reason
+
+
+class SeenKeys:
+    """Keys of blocks that are no longer cached, the latest of them: where paths branch."""
+
+    def __init__(self, capacity: int = SEEN_KEYS) -> None:
+        self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._capacity = capacity
+
+    def add(self, key: bytes) -> None:
+        """Note a key."""
+        self._keys[key] = None
+        self._keys.move_to_end(key)
+        if len(self._keys) > self._capacity:
+            self._keys.popitem(last=False)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys
+
+
+@dataclass(frozen=True)
+class Match:
+    """A lookup and the nodes that it goes on from, first block first."""
+
+    lookup: Lookup
+    path: list[Node]
+
+    def without_path(self) -> "Match":
+        """Return the match of a request for which nothing of what it found can be kept."""
+        return Match(Lookup(0, self.lookup.seen_tokens, MissReason.NO_MEMORY), [])
+
+
+class PrefixIndex:
+    """Looks requests up in a tree.
+
+    Args:
+        tree: what is cached.
+        seen: what was.
+        page_tokens: of a block.
+        any_node: whether a request can go on from any node: in a model without linear layers.
+    """
+
+    def __init__(
+        self, tree: PrefixTree, seen: SeenKeys, page_tokens: int, *, any_node: bool
+    ) -> None:
+        self._tree, self._seen = tree, seen
+        self._page_tokens, self._any_node = page_tokens, any_node
+
+    def match(self, chain: KeyChain, num_tokens: int) -> Match:
+        """Find the longest prefix of at most num_tokens - 1 tokens that can be gone on from."""
+        most = (num_tokens - 1) // self._page_tokens
+        nodes: list[Node] = []
+        while len(nodes) < most and (node := self._tree.get(chain.key(len(nodes)))):
+            nodes.append(node)
+        hit = len(nodes)
+        while hit and not self._any_node and nodes[hit - 1].anchor is None:
+            hit -= 1
+        seen = len(nodes)
+        while seen < most and chain.key(seen) in self._seen:
+            seen += 1
+        reason = None if hit else self._reason(chain, most, len(nodes), seen)
+        lookup = Lookup(hit * self._page_tokens, seen * self._page_tokens, reason)
+        return Match(lookup, nodes[:hit])
+
+    def _reason(self, chain: KeyChain, most: int, cached: int, seen: int) -> MissReason:
+        if not most:
+            return MissReason.TOO_SHORT
+        if cached:
+            return MissReason.NO_STATE
+        if seen:
+            return MissReason.EVICTED
+        known = self._tree.knows_first_block(chain.unsalted())
+        return MissReason.OTHER_SALT if known else MissReason.NO_KV

@@ -1,0 +1,373 @@
+"""The cache manager: memory of open requests and of the prefixes that later ones go on from."""
+
+from dataclasses import replace
+
+from sevenfold.engine.cache.admission import PromptPlaces, decode_snapshot, wanted_snapshots
+from sevenfold.engine.cache.arena import Arena, ArenaUsage, index_of
+from sevenfold.engine.cache.holding import CacheCounters, Fresh, Holding, Placement
+from sevenfold.engine.cache.keys import KeyChain
+from sevenfold.engine.cache.lookup import Lookup, Match, PrefixIndex, SeenKeys
+from sevenfold.engine.cache.tree import Node, PrefixTree
+from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.request import Request
+
+# In a model without linear layers a path may be cut back to each so many blocks.
+_ANCHOR_BLOCKS = 16
+
+
+class CacheManager:
+    """Gives memory to requests and keeps the prefixes that they leave.
+
+    A request's num_computed_tokens says what the model has computed: blocks and snapshots up to it
+    are offered to others, later ones to nobody. It must be 0, or what open returned, before the
+    first chunk has run.
+
+    Args:
+        plan: the budget and how it is cut.
+    """
+
+    def __init__(self, plan: MemoryPlan) -> None:
+        self.plan = plan
+        self._arena = Arena(plan.layout)
+        seen = SeenKeys()
+        self._tree = PrefixTree(self._arena, plan, seen.add)
+        self._index = PrefixIndex(self._tree, seen, plan.page_tokens, any_node=not plan.has_states)
+        self._holdings: dict[str, Holding] = {}
+        self._fresh = Fresh([], [])
+        self._counters = CacheCounters()
+
+    def open(self, request: Request) -> int | None:
+        """Match the longest prefix to go on from; take a state and pages for all known tokens.
+
+        Args:
+            request: not open.
+
+        Returns:
+            The tokens already computed, 0 on a miss; None when memory does not suffice now, and
+            then nothing is taken and nothing evicted.
+
+        Raises:
+            ValueError: the request is open.
+        """
+        if request.id in self._holdings:
+            raise ValueError(f"request must not be open to be opened, got {request.id!r}")
+        self._settle_all()
+        chain = KeyChain(request, self.plan.page_tokens)
+        found = self._index.match(chain, request.num_tokens)
+        holding = self._admit(request, chain, found)
+        if holding is None:
+            return None
+        self._holdings[request.id] = holding
+        return holding.lookup.hit_tokens
+
+    def extend(self, request: Request, num_tokens: int) -> bool:
+        """Take pages until the request has room for that many tokens in all.
+
+        Args:
+            request: open.
+            num_tokens: tokens that will have keys and values.
+
+        Returns:
+            False when memory is out, and then no page is taken and nothing evicted.
+
+        Raises:
+            ValueError: the request is not open.
+        """
+        holding = self._holding(request)
+        self._settle(holding)
+        missing = self.plan.num_pages(num_tokens) - len(holding.pages)
+        if missing <= 0:
+            return True
+        pages = self._obtain(Tenant.PAGE, missing)
+        if pages is None:
+            return False
+        self._give_pages(holding, pages)
+        return True
+
+    def snapshots_due(self, request: Request, first: int, end: int) -> list[int]:
+        """Reserve snapshots for the tokens that a step computes.
+
+        Args:
+            request: open, with pages up to end.
+            first, end: the step computes tokens [first, end); in decoding with drafts, at most.
+
+        Returns:
+            Token counts in (first, end], rising, all of them multiples of page_tokens, after which
+            to write the state into the snapshots that placement names. A count that the step does
+            not come to (rejected drafts) is named again.
+
+        Raises:
+            ValueError: the request is not open.
+        """
+        holding = self._holding(request)
+        if not self.plan.has_states:
+            return []
+        due = []
+        for at, needed in holding.wanted.items():
+            if first < at <= end and self._reserve(holding, at, needed=needed):
+                due.append(at)
+        at = decode_snapshot(max(first, holding.num_prompt_tokens), end, self.plan.page_tokens)
+        if at is not None and self._reserve_rolling(holding, at):
+            due.append(at)
+        return sorted(due)
+
+    def close(self, request: Request, *, keep: bool) -> None:
+        """Give everything back now.
+
+        Args:
+            request: open.
+            keep: let the prefix cache own computed blocks and snapshots that it can use later;
+                False takes back what it got from this request, but for what others already use.
+
+        Raises:
+            ValueError: the request is not open.
+        """
+        holding = self._holding(request)
+        if keep:
+            self._settle(holding)
+            if holding.path and not self.plan.has_states:
+                self._anchor(holding, holding.path[-1], None)
+        del self._holdings[request.id]
+        if holding.restored is not None:
+            self._tree.unpin(holding.restored)
+        if not keep:
+            for anchor in holding.anchors:
+                if anchor.alive and not anchor.pins:
+                    self._tree.drop(anchor)
+        self._arena.release(Tenant.SNAPSHOT, holding.pending.values())
+        own = holding.own_pages
+        self._tree.unlock(holding.path)
+        self._arena.release(Tenant.PAGE, own)
+        if holding.state is not None:
+            self._arena.release(Tenant.STATE, (holding.state,))
+
+    def lookup(self, request: Request) -> Lookup:
+        """Return what an open request found when it was opened."""
+        return self._holding(request).lookup
+
+    def placement(self, request: Request) -> Placement:
+        """Return where an open request's state and snapshots lie."""
+        holding = self._holding(request)
+        self._settle(holding)
+        restored = holding.restored.snapshot if holding.restored else None
+        return Placement(
+            state=None if holding.state is None else index_of(holding.state),
+            restore=None if restored is None else index_of(restored),
+            snapshots={at: index_of(handle) for at, handle in holding.pending.items()},
+        )
+
+    def pages(self, request: Request, first: int = 0) -> list[int]:
+        """Return the indices of an open request's pages, from its page number first on."""
+        return [index_of(page) for page in self._holding(request).pages[first:]]
+
+    def take_fresh(self) -> Fresh:
+        """Return the items to be zeroed before the model runs, once."""
+        fresh, self._fresh = self._fresh, Fresh([], [])
+        return fresh
+
+    def clear(self) -> None:
+        """Forget every prefix that no open request uses."""
+        while self._tree.evict():
+            pass
+
+    def usage(self) -> ArenaUsage:
+        """Return how the arena is used now."""
+        return self._arena.usage()
+
+    def counters(self) -> CacheCounters:
+        """Return what the prefix cache has done, copied."""
+        tree = self._tree
+        return replace(
+            self._counters,
+            misses=dict(self._counters.misses),
+            num_evicted=tree.num_evicted,
+            num_dropped_pages=tree.num_dropped_pages,
+        )
+
+    def _holding(self, request: Request) -> Holding:
+        holding = self._holdings.get(request.id)
+        if holding is None or holding.request is not request:
+            raise ValueError(f"request must be open, got {request.id!r}, which is not")
+        return holding
+
+    def _admit(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
+        """Take memory for a request behind the path that it goes on from."""
+        if self._lock(request, found.path):
+            return self._hold(request, chain, found)
+        if self._holdings or not found.path:
+            return None
+        # Nothing will come free: what was found is in the way of what is needed.
+        if not self._lock(request, []):
+            return None
+        return self._hold(request, chain, found.without_path())
+
+    def _lock(self, request: Request, path: list[Node]) -> bool:
+        """Keep a path and its last state if what the request needs besides can be had."""
+        num_tokens = request.num_tokens
+        if path and not self._holdings:
+            # Alone, it must be able to finish without giving the state that it reads away.
+            num_tokens += request.num_remaining_tokens - 1
+        pages = self.plan.num_pages(num_tokens) - len(path)
+        self._tree.lock(path)
+        anchor = path[-1].anchor if path else None
+        if anchor is not None:
+            self._tree.pin(anchor)
+        if self._arena.suffices((int(self.plan.has_states), pages, 0)):
+            return True
+        if anchor is not None:
+            self._tree.unpin(anchor)
+        self._tree.unlock(path)
+        return False
+
+    def _hold(self, request: Request, chain: KeyChain, found: Match) -> Holding:
+        anchor = found.path[-1].anchor if found.path else None
+        if anchor is not None:
+            self._tree.hit(anchor)
+        seen = found.lookup.seen_tokens
+        places = PromptPlaces(request.num_tokens, request.marks, seen)
+        state = self._take(Tenant.STATE, 1)[0] if self.plan.has_states else None
+        holding = Holding(
+            request=request,
+            chain=chain,
+            lookup=found.lookup,
+            num_prompt_tokens=request.num_tokens,
+            wanted=wanted_snapshots(places, self.plan.page_tokens),
+            path=found.path,
+            pages=[node.page for node in found.path if node.page is not None],
+            state=state,
+            restored=anchor,
+            next_block_tokens=(len(found.path) + 1) * self.plan.page_tokens,
+        )
+        if state is not None and anchor is None:
+            self._fresh.states.append(index_of(state))
+        missing = self.plan.num_pages(request.num_tokens) - len(holding.pages)
+        if missing > 0:
+            self._give_pages(holding, self._take(Tenant.PAGE, missing))
+        return holding
+
+    def _give_pages(self, holding: Holding, pages: list[int]) -> None:
+        holding.pages.extend(pages)
+        self._fresh.pages.extend(map(index_of, pages))
+
+    def _obtain(self, tenant: Tenant, count: int) -> list[int] | None:
+        """Take items, evicting what must go; None when that would not be enough."""
+        needs = [0, 0, 0]
+        needs[tenant] = count
+        if not self._arena.suffices((needs[0], needs[1], needs[2])):
+            self._settle_all()
+            if not self._arena.suffices((needs[0], needs[1], needs[2])):
+                return None
+        return self._take(tenant, count)
+
+    def _take(self, tenant: Tenant, count: int) -> list[int]:
+        while (handles := self._arena.take(tenant, count)) is None:
+            if not self._tree.evict():
+                raise AssertionError("what is not pinned can be evicted")
+        return handles
+
+    def _reserve(self, holding: Holding, at: int, *, needed: bool) -> bool:
+        """Reserve a snapshot unless there is one, or no memory for it."""
+        if at in holding.pending:
+            return True
+        node = self._tree.get(holding.chain.key(at // self.plan.page_tokens - 1))
+        if node is not None and node.anchor is not None:
+            return False
+        handles = self._obtain(Tenant.SNAPSHOT, 1) if needed else self._take_spare(holding, at)
+        return self._note_pending(holding, at, handles)
+
+    def _reserve_rolling(self, holding: Holding, at: int) -> bool:
+        """Reserve a snapshot in place of the one before it, if nobody has used that."""
+        if at in holding.pending:
+            return True
+        last = holding.rolling
+        if last is not None and last.alive and not last.num_hits:
+            holding.anchors.remove(last)
+            snapshot = self._tree.withdraw(last)
+            return self._note_pending(holding, at, None if snapshot is None else [snapshot])
+        return self._note_pending(holding, at, self._take_spare(holding, at))
+
+    def _note_pending(self, holding: Holding, at: int, handles: list[int] | None) -> bool:
+        if handles is None:
+            self._counters.num_refused_snapshots += 1
+            return False
+        holding.pending[at] = handles[0]
+        return True
+
+    def _take_spare(self, holding: Holding, at: int) -> list[int] | None:
+        """Take a snapshot if one is free, or if what is worth less holds it."""
+        plan = self.plan
+        if not self._arena.suffices((0, 0, 1)):
+            return None
+        before = max(holding.last_anchor_tokens, *(n for n in (0, *holding.pending) if n < at))
+        saved = plan.cost.flops(at) - plan.cost.flops(min(before, at))
+        freed = plan.snapshot_bytes + plan.num_pages(max(0, at - before)) * plan.page_bytes
+        while (handles := self._arena.take(Tenant.SNAPSHOT)) is None:
+            if not self._tree.queue.outranks_first(saved / freed) or not self._tree.evict():
+                return None
+        return handles
+
+    def _settle_all(self) -> None:
+        """Offer what the last step has computed to others."""
+        for holding in self._holdings.values():
+            self._settle(holding)
+
+    def _settle(self, holding: Holding) -> None:
+        """Offer what a request has computed to others, and let go of what it has read."""
+        computed = holding.request.num_computed_tokens
+        if not holding.counted and computed > holding.lookup.hit_tokens:
+            self._count(holding)
+            if holding.restored is not None:
+                self._tree.unpin(holding.restored)
+                holding.restored = None
+        if computed >= holding.next_block_tokens:
+            self._publish(holding, computed // self.plan.page_tokens)
+        if holding.pending:
+            for at in [at for at in holding.pending if at <= computed]:
+                self._keep_snapshot(holding, at)
+
+    def _publish(self, holding: Holding, num_blocks: int) -> None:
+        """Put blocks into the tree: their pages become the tree's, unless it has such blocks."""
+        path, chain = holding.path, holding.chain
+        for block in range(len(path), num_blocks):
+            key = chain.key(block)
+            node = self._tree.get(key)
+            if node is None:
+                page = holding.pages[block] if self.plan.has_pages else None
+                node = self._tree.grow(path[-1] if path else None, key, page)
+                if not path:
+                    self._tree.name_first_block(node, chain.unsalted())
+            self._tree.lock((node,))
+            path.append(node)
+            if not self.plan.has_states and (block + 1) % _ANCHOR_BLOCKS == 0:
+                self._anchor(holding, node, None)
+        holding.next_block_tokens = (len(path) + 1) * self.plan.page_tokens
+
+    def _keep_snapshot(self, holding: Holding, at: int) -> None:
+        """Hand a written snapshot to the tree, which may have got one from another request."""
+        snapshot = holding.pending.pop(at)
+        node = holding.path[at // self.plan.page_tokens - 1]
+        if node.anchor is not None:
+            self._arena.release(Tenant.SNAPSHOT, (snapshot,))
+            return
+        self._counters.num_snapshots += 1
+        self._anchor(holding, node, snapshot)
+        if at > holding.num_prompt_tokens:
+            holding.rolling = node.anchor
+
+    def _anchor(self, holding: Holding, node: Node, snapshot: int | None) -> None:
+        if node.anchor is None:
+            holding.anchors.append(self._tree.anchor(node, snapshot))
+
+    def _count(self, holding: Holding) -> None:
+        """Count a lookup, once what it found is used."""
+        holding.counted = True
+        found, counters = holding.lookup, self._counters
+        counters.query_tokens += holding.num_prompt_tokens
+        counters.hit_tokens += found.hit_tokens
+        counters.missed_tokens += found.seen_tokens - found.hit_tokens
+        if found.reason is None:
+            counters.num_hits += 1
+        else:
+            name = found.reason.value
+            counters.misses[name] = counters.misses.get(name, 0) + 1

@@ -1,0 +1,212 @@
+"""The tree of cached prefixes: a node a block of tokens, with its page, and anchors on some nodes.
+
+An anchor is a place from which a request can go on: a node whose state is kept as a snapshot or, in
+a model without linear layers, any node that is worth keeping. What no anchor can reach, and no
+request uses, is dropped at once; so a leaf always has one or the other.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from sevenfold.engine.cache.arena import Arena
+from sevenfold.engine.cache.eviction import EvictionQueue
+from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.memory_layout import Tenant
+
+
+class Node:
+    """One block of tokens after those of its parent.
+
+    page: its keys and values; None in a model without softmax layers. refs: open requests whose
+    path it is on. first_block: the unsalted key of a first block, else None.
+    """
+
+    __slots__ = (
+        "anchor",
+        "first_block",
+        "key",
+        "num_children",
+        "num_tokens",
+        "page",
+        "parent",
+        "refs",
+    )
+
+    def __init__(
+        self, key: bytes, parent: "Node | None", page: int | None, num_tokens: int
+    ) -> None:
+        self.key, self.parent, self.page, self.num_tokens = key, parent, page, num_tokens
+        self.num_children = self.refs = 0
+        self.anchor: Anchor | None = None
+        self.first_block: bytes | None = None
+
+
+class Anchor:
+    """A place to go on from; snapshot is None in a model without linear layers.
+
+    pins: requests that are reading the snapshot. num_hits: how often it has been matched.
+    """
+
+    __slots__ = ("floor", "node", "num_hits", "pins", "snapshot", "ticket")
+
+    def __init__(self, node: Node, snapshot: int | None) -> None:
+        self.node, self.snapshot = node, snapshot
+        self.pins = self.num_hits = self.ticket = 0
+        self.floor = 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still in the tree."""
+        return self.node.anchor is self
+
+
+class PrefixTree:
+    """Nodes by key, and the order in which their anchors go.
+
+    Args:
+        arena: holds the pages and snapshots, which the tree gives back.
+        plan: sizes and costs.
+        forgotten: told the key of each node that is dropped.
+    """
+
+    def __init__(self, arena: Arena, plan: MemoryPlan, forgotten: Callable[[bytes], None]) -> None:
+        self.queue: EvictionQueue[Anchor] = EvictionQueue(self._value)
+        self.num_evicted = 0
+        self.num_dropped_pages = 0
+        self._arena, self._plan, self._forgotten = arena, plan, forgotten
+        self._nodes: dict[bytes, Node] = {}
+        self._first_blocks: Counter[bytes] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def get(self, key: bytes) -> Node | None:
+        """Return the node of a key, or None."""
+        return self._nodes.get(key)
+
+    def knows_first_block(self, unsalted: bytes) -> bool:
+        """Whether any caller's tree begins with that block."""
+        return unsalted in self._first_blocks
+
+    def grow(self, parent: Node | None, key: bytes, page: int | None) -> Node:
+        """Add a node that is not there; it has no refs, and owns its page, which is pinned."""
+        above = parent.num_tokens if parent else 0
+        node = Node(key, parent, page, above + self._plan.page_tokens)
+        if page is not None:
+            self._arena.unpin(Tenant.PAGE, page)
+        self._nodes[key] = node
+        if parent:
+            parent.num_children += 1
+        return node
+
+    def name_first_block(self, node: Node, unsalted: bytes) -> None:
+        """Note a first block's unsalted key until the node is dropped."""
+        node.first_block = unsalted
+        self._first_blocks[unsalted] += 1
+
+    def lock(self, nodes: Sequence[Node]) -> None:
+        """Keep nodes for a request."""
+        for node in nodes:
+            node.refs += 1
+            if node.refs == 1 and node.page is not None:
+                self._arena.pin(Tenant.PAGE, node.page)
+
+    def unlock(self, path: Sequence[Node]) -> None:
+        """Give back a whole path, first block first; drops what nothing can reach any more."""
+        for node in path:
+            node.refs -= 1
+            if node.refs == 0 and node.page is not None:
+                self._arena.unpin(Tenant.PAGE, node.page)
+        if path:
+            self._prune(path[-1])
+
+    def anchor(self, node: Node, snapshot: int | None) -> Anchor:
+        """Make a node, which is no anchor, a place to go on from; it owns its snapshot, pinned."""
+        node.anchor = anchor = Anchor(node, snapshot)
+        if snapshot is not None:
+            self._arena.unpin(Tenant.SNAPSHOT, snapshot)
+        self.queue.touch(anchor)
+        return anchor
+
+    def hit(self, anchor: Anchor) -> None:
+        """Note that a request goes on from an anchor."""
+        anchor.num_hits += 1
+        anchor.floor = self.queue.floor
+
+    def pin(self, anchor: Anchor) -> None:
+        """Keep an anchor's snapshot until the request that goes on from it has read it."""
+        anchor.pins += 1
+        if anchor.pins == 1 and anchor.snapshot is not None:
+            self._arena.pin(Tenant.SNAPSHOT, anchor.snapshot)
+            self.queue.remove(anchor)
+
+    def unpin(self, anchor: Anchor) -> None:
+        """Note that a request has read an anchor's snapshot, or will not."""
+        anchor.pins -= 1
+        if anchor.pins == 0 and anchor.snapshot is not None:
+            self._arena.unpin(Tenant.SNAPSHOT, anchor.snapshot)
+            self.queue.add(anchor)
+
+    def withdraw(self, anchor: Anchor) -> int | None:
+        """Take an anchor, which nobody reads, out of the tree; returns its snapshot, pinned."""
+        self.queue.remove(anchor)
+        anchor.node.anchor = None
+        if anchor.snapshot is not None:
+            self._arena.pin(Tenant.SNAPSHOT, anchor.snapshot)
+        self._prune(anchor.node)
+        return anchor.snapshot
+
+    def drop(self, anchor: Anchor) -> None:
+        """Remove an anchor, which nobody reads, and what only it could reach."""
+        snapshot = self.withdraw(anchor)
+        if snapshot is not None:
+            self._arena.release(Tenant.SNAPSHOT, (snapshot,))
+
+    def evict(self) -> bool:
+        """Remove the anchor that goes first; False when no removal would free anything."""
+        while (anchor := self.queue.pop()) is not None:
+            if self._frees(anchor):
+                self.num_evicted += 1
+                self.drop(anchor)
+                return True
+        return False
+
+    def value_of(self, node: Node) -> float:
+        """FLOPs that a snapshot on a node would save beyond the anchor before it, for each byte."""
+        above, pages, alone = node, 0, node.num_children == 0
+        while above is not None and (above is node or above.anchor is None):
+            alone = alone and (above is node or above.num_children == 1)
+            pages += alone
+            above = above.parent
+        cost = self._plan.cost
+        saved = cost.flops(node.num_tokens) - cost.flops(above.num_tokens if above else 0)
+        freed = self._plan.snapshot_bytes + pages * self._plan.page_bytes
+        return saved / max(freed, 1)
+
+    def _value(self, anchor: Anchor) -> float:
+        return self.value_of(anchor.node)
+
+    def _frees(self, anchor: Anchor) -> bool:
+        """Whether removing an anchor frees bytes; if not, it is queued again when it does."""
+        if anchor.snapshot is not None:
+            return anchor.pins == 0
+        return anchor.node.num_children == 0 and anchor.node.refs == 0
+
+    def _prune(self, node: Node | None) -> None:
+        """Drop a node that nothing reaches, then its parent if that was its last use."""
+        while node and node.refs == 0 and node.num_children == 0 and node.anchor is None:
+            del self._nodes[node.key]
+            self._forgotten(node.key)
+            if node.page is not None:
+                self._arena.release(Tenant.PAGE, (node.page,))
+                self.num_dropped_pages += 1
+            if node.first_block is not None:
+                self._first_blocks[node.first_block] -= 1
+                if not self._first_blocks[node.first_block]:
+                    del self._first_blocks[node.first_block]
+            node = node.parent
+            if node:
+                node.num_children -= 1
+        # A leaf's anchor now frees its pages too, or frees something at last.
+        if node and node.num_children == 0 and node.anchor is not None:
+            self.queue.add(node.anchor)

@@ -1,0 +1,62 @@
+"""A memory plan for people, and for a metrics page."""
+
+from typing import Any
+
+from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.memory_layout import Tenant
+
+CONTEXTS = (8_192, 131_072, 1_048_576)
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def plan_values(plan: MemoryPlan) -> dict[str, Any]:
+    """Return what a plan gives as plain values: JSON, gauges."""
+    layout = plan.layout
+    return {
+        "budget_bytes": plan.budget_bytes,
+        "slab_bytes": layout.slab_bytes,
+        "num_slabs": layout.num_slabs,
+        "page_tokens": plan.page_tokens,
+        "state_bytes": plan.state_bytes,
+        "page_bytes": plan.page_bytes,
+        "snapshot_bytes": plan.snapshot_bytes,
+        "snapshot_dtype": plan.snapshot_dtype,
+        "states_per_slab": layout.places[Tenant.STATE],
+        "pages_per_slab": layout.places[Tenant.PAGE],
+        "snapshots_per_slab": layout.places[Tenant.SNAPSHOT],
+        "longest_context_tokens": plan.longest_context_tokens,
+        "smallest_cacheable_prefix_tokens": plan.smallest_cacheable_prefix_tokens,
+        "concurrency": {context: plan.concurrency(context) for context in CONTEXTS},
+    }
+
+
+def plan_report(plan: MemoryPlan) -> str:
+    """Return what a plan gives as lines of text."""
+    layout = plan.layout
+    longest = plan.longest_context_tokens
+    rows = [
+        ("memory", f"{_size(plan.budget_bytes)}: {layout.num_slabs:,} slabs of "
+         f"{_size(layout.slab_bytes)}, one of them the sink"),
+        ("state", _item(plan, Tenant.STATE, plan.state_bytes, "a request, fp32")),
+        ("page", _item(plan, Tenant.PAGE, plan.page_bytes, f"for {plan.page_tokens} tokens")),
+        ("snapshot", _item(plan, Tenant.SNAPSHOT, plan.snapshot_bytes, plan.snapshot_dtype)),
+        ("longest context", "any" if longest is None else f"{longest:,} tokens"),
+        *((f"at {context:,} tokens", f"{plan.concurrency(context):,} requests at a time")
+          for context in CONTEXTS),
+        ("cacheable prefix", f"from {plan.smallest_cacheable_prefix_tokens} tokens"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+def _item(plan: MemoryPlan, tenant: Tenant, num_bytes: int, what: str) -> str:
+    if not num_bytes:
+        return "none"
+    return f"{_size(num_bytes)} {what}; {plan.layout.places[tenant]:,} a slab"
+
+
+def _size(num_bytes: int) -> str:
+    value, unit = float(num_bytes), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:,.1f} {_UNITS[unit]}" if unit else f"{num_bytes} B"

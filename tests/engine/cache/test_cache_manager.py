@@ -1,0 +1,152 @@
+"""The manager against a naive model, under any order of calls."""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cache_helpers import FULL, HYBRID, LINEAR, P, Runner, tiny_plan
+from sevenfold.engine.cache import CacheManager
+from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.request import Request
+
+# Paths that leave one another at few places, so that much is shared.
+LETTERS = st.builds(
+    lambda length, rest: "aaaaaa"[:length] + rest,
+    st.integers(0, 6),
+    st.sampled_from(["", "b", "bc", "bcd"]),
+)
+TAILS = st.integers(0, P - 1)
+
+
+class Sessions(RuleBasedStateMachine):
+    """Requests come, compute, end and are preempted while memory is always short."""
+
+    @initialize(
+        num_slabs=st.integers(4, 16),
+        layers=st.sampled_from([HYBRID, (LINEAR,), (FULL,), (LINEAR, FULL, FULL, FULL, FULL)]),
+        dtype=st.sampled_from(["fp32", "fp16", "int8"]),
+        head_dim=st.sampled_from([16, 64]),
+    )
+    def begin(self, num_slabs, layers, dtype, head_dim) -> None:
+        self.runner = Runner(CacheManager(tiny_plan(num_slabs, layers, dtype, head_dim)))
+
+    def longest_anchored(self, request: Request) -> int:
+        """The naive lookup: every snapshot that is cached, against every token."""
+        manager, best = self.runner.manager, 0
+        for node in manager._tree._nodes.values():
+            if manager.plan.has_states and node.anchor is None:
+                continue
+            tokens = request.tokens[: node.num_tokens]
+            if node.num_tokens < request.num_tokens and self.holds(node, (request.salt, tokens)):
+                best = max(best, node.num_tokens)
+        return best
+
+    def holds(self, node, content) -> bool:
+        if node.anchor is not None and node.anchor.snapshot is not None:
+            index = self.runner.manager._arena.check(Tenant.SNAPSHOT, node.anchor.snapshot)
+            return self.runner.memory.get((Tenant.SNAPSHOT, index)) == content
+        index = self.runner.manager._arena.check(Tenant.PAGE, node.page)
+        return self.runner.memory.get((Tenant.PAGE, index)) == content
+
+    @rule(letters=LETTERS, tail=TAILS, salt=st.sampled_from([b"x", b"y"]), data=st.data())
+    def submit(self, letters, tail, salt, data) -> None:
+        prompt = tuple(t for letter in letters for t in [ord(letter)] * P) + (7,) * tail
+        prompt = prompt or (7,)
+        marks = data.draw(st.lists(st.integers(1, len(prompt)), unique=True, max_size=4))
+        request = self.runner.request(prompt, marks=tuple(sorted(marks)), salt=salt, max_tokens=99)
+        self.try_to_open(request)
+
+    def try_to_open(self, request: Request) -> None:
+        manager = self.runner.manager
+        manager._settle_all()
+        best = self.longest_anchored(request)
+        before = manager.usage()
+        fits = manager.plan.longest_context_tokens
+        alone = not self.runner.open and (fits is None or request.num_tokens <= fits)
+        hit = self.runner.start(request)
+        if hit is None:
+            assert not alone
+            assert manager.usage() == before
+            return
+        reason = manager.lookup(request).reason
+        assert (reason is None) == (hit > 0)
+        assert hit == best or (hit == 0 and reason is not None and reason.value == "no_memory")
+
+    @rule(letters=LETTERS, tail=TAILS, salt=st.sampled_from([b"x", b"y"]), data=st.data())
+    def chat(self, letters, tail, salt, data) -> None:
+        """A request from beginning to end, while others are open."""
+        self.submit(letters, tail, salt, data)
+        request = list(self.runner.open.values())[-1] if self.runner.open else None
+        if request is None or request.num_computed_tokens >= request.num_tokens:
+            return
+        if self.runner.compute(request, request.num_tokens):
+            for _ in range(data.draw(st.integers(1, 70))):
+                request.generated.append(97)
+                if not self.runner.compute(request, request.num_tokens):
+                    break
+        self.runner.finish(request)
+
+    @precondition(lambda self: self.runner.open)
+    @rule(data=st.data(), tokens=st.integers(1, 60))
+    def advance(self, data, tokens) -> None:
+        request = data.draw(st.sampled_from(list(self.runner.open.values())))
+        first = request.num_computed_tokens
+        if request.num_tokens == first:
+            request.generated.append(data.draw(st.sampled_from([97, 98])))
+        end = min(first + tokens, request.num_tokens)
+        before = self.runner.manager.usage()
+        if not self.runner.compute(request, end):
+            # Nothing was taken; and alone a request gets all that the plan promises.
+            assert self.runner.manager.usage().num_items[Tenant.PAGE] == before.num_items[1]
+            longest = self.runner.manager.plan.longest_context_tokens
+            assert len(self.runner.open) > 1 or end > longest
+
+    @precondition(lambda self: self.runner.open)
+    @rule(data=st.data(), keep=st.booleans())
+    def end(self, data, keep) -> None:
+        request = data.draw(st.sampled_from(list(self.runner.open.values())))
+        self.runner.finish(request, keep=keep)
+
+    @precondition(lambda self: self.runner.open)
+    @rule(data=st.data())
+    def preempt(self, data) -> None:
+        request = data.draw(st.sampled_from(list(self.runner.open.values())))
+        self.runner.finish(request, keep=True)
+        request.num_computed_tokens = 0
+        self.try_to_open(request)
+
+    @invariant()
+    def memory_is_sound(self) -> None:
+        if not hasattr(self, "runner"):
+            return
+        self.runner.check()
+        tree, arena = self.runner.manager._tree, self.runner.manager._arena
+        for node in tree._nodes.values():
+            # What no snapshot reaches and no request uses is dropped.
+            assert node.num_children or node.refs or node.anchor
+            assert node.parent is None or node.parent.refs >= node.refs
+            if node.page is not None:
+                arena.check(Tenant.PAGE, node.page)
+        owned = sum(len(h.own_pages) for h in self.runner.manager._holdings.values())
+        cached = sum(node.page is not None for node in tree._nodes.values())
+        assert self.runner.manager.usage().num_items[Tenant.PAGE] == owned + cached
+        locked = sum(node.refs > 0 and node.page is not None for node in tree._nodes.values())
+        assert self.runner.manager.usage().num_pinned_items[Tenant.PAGE] == owned + locked
+        pending = sum(len(h.pending) for h in self.runner.manager._holdings.values())
+        anchors = [node.anchor for node in tree._nodes.values() if node.anchor]
+        kept = sum(anchor.snapshot is not None for anchor in anchors)
+        assert self.runner.manager.usage().num_items[Tenant.SNAPSHOT] == pending + kept
+
+    def teardown(self) -> None:
+        if hasattr(self, "runner"):
+            self.runner.check_nothing_is_left()
+            assert len(self.runner.manager._tree) == 0
+
+
+TestSessions = Sessions.TestCase
+TestSessions.settings = settings(
+    max_examples=120,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
