@@ -1,10 +1,10 @@
 """The manager against a naive model, under any order of calls."""
 
+from cache_helpers import FULL, HYBRID, LINEAR, P, Runner, tiny_plan
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cache_helpers import FULL, HYBRID, LINEAR, P, Runner, tiny_plan
 from sevenfold.engine.cache import CacheManager
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
@@ -26,9 +26,12 @@ class Sessions(RuleBasedStateMachine):
         layers=st.sampled_from([HYBRID, (LINEAR,), (FULL,), (LINEAR, FULL, FULL, FULL, FULL)]),
         dtype=st.sampled_from(["fp32", "fp16", "int8"]),
         head_dim=st.sampled_from([16, 64]),
+        headroom=st.sampled_from([0, 0, 40]),
     )
-    def begin(self, num_slabs, layers, dtype, head_dim) -> None:
-        self.runner = Runner(CacheManager(tiny_plan(num_slabs, layers, dtype, head_dim)))
+    def begin(self, num_slabs, layers, dtype, head_dim, headroom) -> None:
+        plan = tiny_plan(num_slabs, layers, dtype, head_dim)
+        self.headroom = headroom
+        self.runner = Runner(CacheManager(plan, headroom_tokens=headroom))
 
     def longest_anchored(self, request: Request) -> int:
         """The naive lookup: every snapshot that is cached, against every token."""
@@ -62,7 +65,9 @@ class Sessions(RuleBasedStateMachine):
         best = self.longest_anchored(request)
         before = manager.usage()
         fits = manager.plan.longest_context_tokens
-        alone = not self.runner.open and (fits is None or request.num_tokens <= fits)
+        alone = not self.runner.open and (
+            fits is None or request.num_tokens + self.headroom <= fits
+        )
         hit = self.runner.start(request)
         if hit is None:
             assert not alone
@@ -145,7 +150,7 @@ class Sessions(RuleBasedStateMachine):
 
 TestSessions = Sessions.TestCase
 TestSessions.settings = settings(
-    max_examples=120,
+    max_examples=50,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -36,7 +36,8 @@ def wanted_snapshots(places: PromptPlaces, page_tokens: int) -> dict[int, bool]:
     Returns:
         Token count -> whether it is needed.
     """
-    marks = [mark // page_tokens * page_tokens for mark in places.marks]
+    # A turn that ends inside the first block has no border before its end.
+    marks = [mark // page_tokens * page_tokens for mark in places.marks if mark >= page_tokens]
     wanted = dict.fromkeys((marks[-(2**n + 1)] for n in range(32) if 2**n < len(marks)), False)
     needed = [*marks[:1], *marks[-1:], places.branch_tokens // page_tokens * page_tokens]
     end = (places.num_tokens - 1) // page_tokens * page_tokens

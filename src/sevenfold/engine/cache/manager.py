@@ -25,10 +25,13 @@ class CacheManager:
 
     Args:
         plan: the budget and how it is cut.
+        headroom_tokens: output for which a request gets pages when it is opened, doubled by each of
+            its preemptions: as much as the scheduler asks for, default 256.
     """
 
-    def __init__(self, plan: MemoryPlan) -> None:
+    def __init__(self, plan: MemoryPlan, *, headroom_tokens: int = 256) -> None:
         self.plan = plan
+        self._headroom_tokens = headroom_tokens
         self._arena = Arena(plan.layout)
         seen = SeenKeys()
         self._tree = PrefixTree(self._arena, plan, seen.add)
@@ -38,7 +41,7 @@ class CacheManager:
         self._counters = CacheCounters()
 
     def open(self, request: Request) -> int | None:
-        """Match the longest prefix to go on from; take a state and pages for all known tokens.
+        """Match the longest prefix to go on from; take a state, and pages for tokens and headroom.
 
         Args:
             request: not open.
@@ -197,18 +200,14 @@ class CacheManager:
             return self._hold(request, chain, found)
         if self._holdings or not found.path:
             return None
-        # Nothing will come free: what was found is in the way of what is needed.
+        # Alone: nothing will come free, and what was found is in the way of what is needed.
         if not self._lock(request, []):
             return None
         return self._hold(request, chain, found.without_path())
 
     def _lock(self, request: Request, path: list[Node]) -> bool:
         """Keep a path and its last state if what the request needs besides can be had."""
-        num_tokens = request.num_tokens
-        if path and not self._holdings:
-            # Alone, it must be able to finish without giving the state that it reads away.
-            num_tokens += request.num_remaining_tokens - 1
-        pages = self.plan.num_pages(num_tokens) - len(path)
+        pages = self._num_opening_pages(request) - len(path)
         self._tree.lock(path)
         anchor = path[-1].anchor if path else None
         if anchor is not None:
@@ -219,6 +218,13 @@ class CacheManager:
             self._tree.unpin(anchor)
         self._tree.unlock(path)
         return False
+
+    def _num_opening_pages(self, request: Request) -> int:
+        """Pages for all known tokens and for some output: none of them can be refused later, while
+        the state that the request goes on from must stay."""
+        headroom = self._headroom_tokens << min(request.num_preemptions, 32)
+        output = max(0, min(headroom, request.num_remaining_tokens - 1))
+        return self.plan.num_pages(request.num_tokens + output)
 
     def _hold(self, request: Request, chain: KeyChain, found: Match) -> Holding:
         anchor = found.path[-1].anchor if found.path else None
@@ -241,7 +247,7 @@ class CacheManager:
         )
         if state is not None and anchor is None:
             self._fresh.states.append(index_of(state))
-        missing = self.plan.num_pages(request.num_tokens) - len(holding.pages)
+        missing = self._num_opening_pages(request) - len(holding.pages)
         if missing > 0:
             self._give_pages(holding, self._take(Tenant.PAGE, missing))
         return holding
