@@ -10,6 +10,7 @@ from sevenfold.cli.data import data_app
 from sevenfold.cli.demo import demo_command
 from sevenfold.cli.generate import generate_command
 from sevenfold.cli.inspect import inspect_command
+from sevenfold.cli.serve import serve_command
 from sevenfold.cli.train import train_command
 from sevenfold.config import ConfigError, SevenfoldError
 
@@ -23,6 +24,7 @@ app.command("demo")(demo_command)
 app.add_typer(data_app, name="data")
 app.command("train")(train_command)
 app.command("generate")(generate_command)
+app.command("serve")(serve_command)
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
 app.add_typer(bench_app, name="bench")

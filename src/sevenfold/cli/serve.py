@@ -1,0 +1,83 @@
+"""`sevenfold serve`: a checkpoint behind OpenAI's interface."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from sevenfold.config import ConfigError, parse_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def serve_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
+    host: Annotated[
+        str, typer.Option(help="Address; beyond loopback it needs keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="Keys that may ask, one a line.")
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(help="What clients call the model; the folder's name if not given."),
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(help="Outputs under way or waiting; more get 429.")
+    ] = 256,
+    max_deadline: Annotated[float, typer.Option(help="Seconds for a request at most.")] = 3600.0,
+    drain: Annotated[float, typer.Option(help="Seconds to end requests after SIGTERM.")] = 30.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Serve a checkpoint to OpenAI's clients and, at /, to people."""
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        from sevenfold.server.settings import MIN_KEY_CHARS, ServerSettings
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"serve: {error.name} must be installed; pip install 'sevenfold[serve]' brings it"
+        ) from error
+    values = {
+        "host": host,
+        "port": port,
+        "api_keys": _read_keys(api_keys_file, MIN_KEY_CHARS),
+        "max_requests": max_requests,
+        "max_choices": min(max_requests, 128),
+        "max_deadline_s": max_deadline,
+        "drain_s": drain,
+    }
+    settings = parse_config(ServerSettings, values, "serve")
+    name = model_name or checkpoint.resolve().name
+    _serve(checkpoint, name, settings, device, None if dtype is None else DTYPES[dtype])
+
+
+def _serve(checkpoint: Path, name: str, settings, device: str, dtype: torch.dtype | None) -> None:
+    from sevenfold.engine import LLM
+    from sevenfold.server import OfflineEngine, ServerApp, bind, listen, read_template
+
+    with bind(settings) as taken:
+        llm = LLM.load(checkpoint, device=device, dtype=dtype)
+        app = ServerApp(OfflineEngine(llm, name), settings, read_template(checkpoint))
+        shown, port = taken.getsockname()[:2]
+        shown = f"[{shown}]" if ":" in shown else shown
+        typer.echo(f"{name} at http://{shown}:{port} (chat at /, routes at /docs)")
+        listen(app, settings, taken)
+
+
+def _read_keys(file: Path | None, least_chars: int) -> list[str]:
+    if file is None:
+        return []
+    keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    keys = [key for key in keys if key]
+    # Checked here too, so that no message shows a key.
+    short = [key for key in keys if len(key) < least_chars]
+    if short or not keys:
+        raise ConfigError(
+            f"{file} must hold an API key of {least_chars} characters or more on each line, got "
+            f"{len(short)} shorter ones of {len(keys)}"
+        )
+    return keys

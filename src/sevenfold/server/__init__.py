@@ -1,0 +1,38 @@
+"""The server: OpenAI's interface over an engine. Needs the extra `serve`."""
+
+from sevenfold.server.app import ServerApp
+from sevenfold.server.chat_template import TemplateSource, read_template
+from sevenfold.server.engine_protocol import (
+    EngineFullError,
+    EngineStats,
+    EngineStoppedError,
+    GenerationRequest,
+    PromptOutput,
+    RequestFailedError,
+    ServingEngine,
+    TokenConstraint,
+    TokenOutput,
+)
+from sevenfold.server.listening import bind, listen, make_server
+from sevenfold.server.offline_engine import OfflineEngine
+from sevenfold.server.settings import ServerSettings
+
+__all__ = [
+    "EngineFullError",
+    "EngineStats",
+    "EngineStoppedError",
+    "GenerationRequest",
+    "OfflineEngine",
+    "PromptOutput",
+    "RequestFailedError",
+    "ServerApp",
+    "ServerSettings",
+    "ServingEngine",
+    "TemplateSource",
+    "TokenConstraint",
+    "TokenOutput",
+    "bind",
+    "listen",
+    "make_server",
+    "read_template",
+]

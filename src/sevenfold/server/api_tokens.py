@@ -1,0 +1,62 @@
+"""Requests and answers of /tokenize, /detokenize, /v1/models, /health and /ready."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sevenfold.server.api_chat import Message, Tool
+from sevenfold.server.api_common import ApiAnswer, ApiRequest, Token
+
+
+class TokenizeRequest(ApiRequest):
+    """A text, or a conversation as the model's template puts it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+
+
+class Tokens(ApiAnswer):
+    """The tokens of a text; marks are the counts at which a turn of a conversation ends."""
+
+    tokens: list[int]
+    count: int
+    marks: list[int]
+    max_model_len: int
+
+
+class DetokenizeRequest(ApiRequest):
+    """Tokens."""
+
+    model: str | None = None
+    tokens: list[Token]
+
+
+class Text(ApiAnswer):
+    """The text of tokens."""
+
+    prompt: str
+
+
+class Model(ApiAnswer):
+    """A model that is served; max_model_len is its context in tokens."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["sevenfold"] = "sevenfold"
+    max_model_len: int
+
+
+class Models(ApiAnswer):
+    """The models that are served: one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Status(ApiAnswer):
+    """How the server is."""
+
+    status: Literal["ok", "stalled", "draining"]

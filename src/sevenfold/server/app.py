@@ -1,0 +1,96 @@
+"""The application: routes behind the guard, errors in one shape, a page for people."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.types import ASGIApp
+
+from sevenfold.server.chat import chat_router
+from sevenfold.server.chat_template import ChatTemplate, TemplateSource
+from sevenfold.server.completions import completions_router
+from sevenfold.server.engine_protocol import ServingEngine
+from sevenfold.server.errors import install_error_handlers
+from sevenfold.server.guard import Guard
+from sevenfold.server.pages import pages_router
+from sevenfold.server.service import Service
+from sevenfold.server.settings import ServerSettings
+from sevenfold.server.status import health_router, models_router, tokens_router
+
+
+class ServerApp:
+    """An ASGI application over one engine."""
+
+    def __init__(
+        self, engine: ServingEngine, settings: ServerSettings, template: TemplateSource
+    ) -> None:
+        """Put the application together.
+
+        Args:
+            engine: what generates; closed when the application ends.
+            settings: limits and keys.
+            template: how conversations become prompts.
+
+        Raises:
+            CheckpointError: the template cannot be compiled.
+        """
+        self._template = ChatTemplate(template, settings.template_timeout_s)
+        self.service = Service.build(engine, settings, self._template)
+        self.api = _api(self.service, self.close)
+        paths = [route.path for route in self.api.routes if isinstance(route, APIRoute)]
+        self._guarded: ASGIApp = Guard(self.api, settings, self.service.metrics, paths)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Speak ASGI."""
+        await self._guarded(scope, receive, send)
+
+    def drain(self) -> None:
+        """Take no new requests; those under way go on."""
+        self.service.desk.draining = True
+
+    def close(self) -> None:
+        """End the engine and the template's process."""
+        self.service.engine.close()
+        self._template.close()
+
+
+def _api(service: Service, close: Callable[[], None]) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        close()
+
+    # FastAPI's own documentation pages load scripts from elsewhere.
+    api = FastAPI(
+        title="Sevenfold", docs_url=None, redoc_url=None, lifespan=lifespan, description=_ABOUT
+    )
+    for router in (
+        chat_router(service),
+        completions_router(service),
+        models_router(service),
+        tokens_router(service),
+        health_router(service),
+        pages_router(service, api),
+    ):
+        api.include_router(router)
+    install_error_handlers(api)
+    _document(api)
+    return api
+
+
+_ABOUT = "An OpenAI-compatible server of hybrid linear-attention language models."
+
+
+def _document(api: FastAPI) -> None:
+    """Leave the 422 out of the OpenAPI that FastAPI writes: what breaks a rule gets 400."""
+    schema = api.openapi()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    schema["security"] = [{"key": []}]
+    schema["paths"]["/health"]["get"]["security"] = []

@@ -1,0 +1,196 @@
+"""Chat templates: where they come from, and their rendering in a process of its own."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sevenfold.config import CheckpointError
+from sevenfold.server.errors import ApiError, bad_request
+
+MAX_TEMPLATE_CHARS = 256 << 10
+_WORKER = Path(__file__).with_name("template_worker.py")
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+# For a checkpoint that has none: plain lines, which any text model can go on from.
+DEFAULT_TEMPLATE = """\
+{% if tools %}
+Tools: {{ tools | tojson }}
+To call one, answer with <tool_calls>
+{"name": <tool name>, "arguments": <object>}
+</tool_calls>
+
+{% endif %}
+{% for message in messages %}
+{{ message.role | capitalize }}: {{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}
+<tool_calls>
+{{ call.function | tojson }}
+</tool_calls>
+{%- endfor %}
+
+{% endfor %}
+{% if add_generation_prompt %}
+Assistant:{% endif %}
+"""
+
+
+@dataclass(frozen=True)
+class TemplateSource:
+    """A chat template's text, the special tokens that it may name, and what ends an answer."""
+
+    text: str = DEFAULT_TEMPLATE
+    variables: Mapping[str, str] = field(default_factory=dict)
+    stop: tuple[str, ...] = ("\nUser:", "\nSystem:")
+
+
+def read_template(folder: Path) -> TemplateSource:
+    """Read a checkpoint's chat template; the default one if it has none.
+
+    Args:
+        folder: of the checkpoint; chat_template.jinja goes before chat_template.json and
+            tokenizer_config.json.
+
+    Raises:
+        CheckpointError: a file is no JSON, or holds no template where one should be.
+    """
+    config = _read_json(folder / "tokenizer_config.json")
+    variables = {name: _token_text(config[name]) for name in _TOKENS if config.get(name)}
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        text: Any = file.read_text(encoding="utf-8")
+    else:
+        text = _read_json(folder / "chat_template.json").get("chat_template")
+        text = text or config.get("chat_template")
+    if isinstance(text, list):  # several, by name
+        text = next((one["template"] for one in text if one.get("name") == "default"), None)
+    if not text:
+        return TemplateSource(variables=variables)
+    if not isinstance(text, str) or len(text) > MAX_TEMPLATE_CHARS:
+        raise CheckpointError(
+            f"{folder}: chat_template must be a text of at most {MAX_TEMPLATE_CHARS} characters"
+        )
+    return TemplateSource(text, variables, stop=())
+
+
+def _token_text(token: Any) -> str:
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} must be JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must be a JSON object, got a {type(values).__name__}")
+    return values
+
+
+class ChatTemplate:
+    """Renders conversations by one worker process, which is killed when it takes too long."""
+
+    def __init__(self, source: TemplateSource, timeout_s: float) -> None:
+        """Start the worker.
+
+        Raises:
+            CheckpointError: the template cannot be compiled.
+        """
+        self.stop = source.stop
+        self._source, self._timeout_s = source, timeout_s
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            with self._lock:
+                answer = self._started()
+        except ApiError as error:
+            raise CheckpointError(f"chat_template must load: {error.detail}") from error
+        if "error" in answer:
+            raise CheckpointError(f"chat_template must be a Jinja template: {answer['error']}")
+        self.takes_tools, self.takes_parts = answer["tools"], answer["parts"]
+
+    def render(
+        self,
+        renders: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> list[str | None]:
+        """Return the texts of conversations; blocks, so call it from a thread.
+
+        Args:
+            renders: messages each, and whether the answer's beginning follows them.
+            tools: what the answer may call.
+
+        Returns:
+            A text each; None for one but the first that the template refuses.
+
+        Raises:
+            ApiError: the template refuses the first, or takes too long.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._started()
+            answer = self._ask({"tools": tools, "renders": renders})
+        if "error" in answer:
+            raise bad_request(
+                f"messages must suit the model's chat template: {answer['error']}", "messages"
+            )
+        return answer["texts"]
+
+    def close(self) -> None:
+        """End the worker."""
+        with self._lock:
+            self._stop()
+
+    def _started(self) -> dict[str, Any]:
+        self._stop()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(_WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={},
+            encoding="ascii",
+        )
+        return self._ask({"source": self._source.text, "variables": dict(self._source.variables)})
+
+    def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise AssertionError("the worker was started with pipes")
+        timer = threading.Timer(self._timeout_s, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
+        if line:
+            return json.loads(line)
+        self._stop()
+        raise ApiError(
+            400,
+            f"messages must render within {self._timeout_s} s and the renderer's memory",
+            param="messages",
+            code="template_limit",
+        )
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue  # what it had not read is of no use any more
+        process.wait()

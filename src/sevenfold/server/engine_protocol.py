@@ -1,0 +1,176 @@
+"""What the server asks of an engine, and nothing more: the one seam between the two."""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from sevenfold.config import SevenfoldError
+from sevenfold.engine import SamplingParams
+from sevenfold.engine.sampling import Logprobs
+
+# What an engine may lack: a request that asks for it is then refused by its name.
+Feature = Literal["constraint", "prompt_logprobs", "priority", "session"]
+MissReason = Literal["cache_off", "cold", "no_state", "salt", "too_short"]
+
+
+class RequestFailedError(SevenfoldError, RuntimeError):
+    """One request could not go on; the others do."""
+
+
+class EngineFullError(SevenfoldError, RuntimeError):
+    """The engine takes no more requests now."""
+
+
+class EngineStoppedError(SevenfoldError, RuntimeError):
+    """The engine has stopped, and takes no requests."""
+
+
+class TokenConstraint(Protocol):
+    """Which tokens may come next in one output; it advances with the output."""
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Write the allowed tokens, one bit each, into a row [ceil(vocab_size / 32)] int32."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Take the token that was chosen; False if it may not follow."""
+        ...
+
+    def finished(self) -> bool:
+        """Whether nothing more can follow, so that the output ends with "stop"."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One output to generate.
+
+    id: names the output; no two under way share one.
+    prompt: token ids, one or more; with sampling.max_tokens at most max_context_tokens.
+    sampling: how tokens are chosen, and when the output ends.
+    constraint: masks the logits before the choice; needs the feature "constraint".
+    prompt_logprobs: also give the log probability of each prompt token after the first, and of so
+        many of the most probable ones; needs the feature "prompt_logprobs".
+    priority: the greater, the sooner; other than 0 needs the feature "priority".
+    deadline_s: seconds from submission after which nobody waits for the output.
+    salt: outputs share cached tokens only under one salt.
+    marks: rising token counts where a turn of the conversation ends: places for snapshots.
+    session: a conversation that wants its snapshot pinned; needs the feature "session".
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    constraint: TokenConstraint | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+    salt: bytes = b""
+    marks: tuple[int, ...] = ()
+    session: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptOutput:
+    """What became of the prompt: tokens found in the cache, and why there were not more.
+
+    logprobs: one entry for each prompt token but the first, if they were asked for.
+    """
+
+    cached_tokens: int = 0
+    miss_reason: MissReason | None = None
+    logprobs: tuple[Logprobs, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One new token, and the text that may be shown now, in whole characters.
+
+    finish_reason: None until the last token of the output.
+    prompt: comes with the first token.
+    """
+
+    token_id: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: Logprobs | None = None
+    prompt: PromptOutput | None = None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Places of one kind of memory: how many are taken, of how many, of which size."""
+
+    used: int = 0
+    total: int = 0
+    bytes_each: int = 0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine tells of itself, now and since it started.
+
+    running, waiting: requests now; those that wait by the reason why.
+    slabs, pages, states, snapshots: memory now.
+    memory_bytes: bytes now by what holds them ("weights", "kv", "states", ...).
+    prompt_tokens, cached_tokens: since the start; their ratio is the hit rate.
+    potential_tokens: prompt tokens whose keys and values were cached, but no state with them.
+    recomputed_tokens: computed again after a preemption or for lack of a snapshot.
+    effective_concurrency: requests of full length that memory holds at a time.
+    smallest_cacheable_prefix_tokens: None if nothing is cached.
+    """
+
+    running: int = 0
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    slabs: Pool = Pool()
+    pages: Pool = Pool()
+    states: Pool = Pool()
+    snapshots: Pool = Pool()
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    potential_tokens: int = 0
+    recomputed_tokens: int = 0
+    snapshots_evicted: int = 0
+    preemptions: int = 0
+    effective_concurrency: int = 1
+    smallest_cacheable_prefix_tokens: int | None = None
+
+
+class ServingEngine(Protocol):
+    """An engine that a server can stand on.
+
+    Methods are called from one event loop and return at once; what takes long happens elsewhere.
+    """
+
+    model_name: str
+    max_context_tokens: int
+    vocab_size: int
+    eos_token_id: int | None
+    tokenizer: Tokenizer
+    features: frozenset[Feature]
+
+    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        """Generate one output; closing the iterator cancels it and frees what it holds.
+
+        Raises (by the iterator):
+            RequestFailedError: this output cannot go on.
+            EngineFullError: too many requests wait.
+            EngineStoppedError: the engine has stopped.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """Say what is going on."""
+        ...
+
+    def healthy(self) -> bool:
+        """Whether requests make progress, or could."""
+        ...
+
+    def close(self) -> None:
+        """Stop; outputs under way end with EngineStoppedError."""
+        ...

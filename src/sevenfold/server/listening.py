@@ -1,0 +1,86 @@
+"""Listening: the port, the signals, the end."""
+
+import errno
+import socket
+from types import FrameType
+
+import uvicorn
+
+from sevenfold.server.app import ServerApp
+from sevenfold.server.settings import ServerSettings
+
+_KEEP_ALIVE_S = 75
+_MAX_HEADER_BYTES = 32 << 10
+
+
+class _Server(uvicorn.Server):
+    """Drains on SIGTERM or SIGINT, and then ends as one that did its work."""
+
+    def __init__(self, config: uvicorn.Config, app: ServerApp) -> None:
+        super().__init__(config)
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking requests; a second signal ends those under way."""
+        self._app.drain()
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """Take the port, before anything slow.
+
+    Raises:
+        OSError: it is in use, or the host has no such address.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise OSError(f"host must be an address of this machine, got {settings.host!r}") from error
+    taken = socket.socket(family, kind, protocol)
+    # A port whose last server has just ended can be taken again; one in use cannot.
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind(address)
+        taken.listen(0)
+    except OSError as error:
+        taken.close()
+        raise OSError(_said(error, settings)) from error
+    return taken
+
+
+def _said(error: OSError, settings: ServerSettings) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port must be free, got {settings.port} on {settings.host}, which another program "
+            "uses; choose one by --port"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"host must be an address of this machine, got {settings.host!r}"
+    return f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}"
+
+
+def make_server(app: ServerApp, settings: ServerSettings) -> uvicorn.Server:
+    """Return a server that has not begun to listen."""
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.drain_s),
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        proxy_headers=False,
+    )
+    return _Server(config, app)
+
+
+def listen(app: ServerApp, settings: ServerSettings, taken: socket.socket) -> None:
+    """Serve until a signal comes and what is under way has ended."""
+    make_server(app, settings).run([taken])

@@ -1,0 +1,117 @@
+"""What /metrics says, in Prometheus' form: counts of the server's own, gauges of the engine's."""
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from sevenfold.server.engine_protocol import EngineStats, ServingEngine
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_GAUGES = {
+    "sevenfold_requests_running": ("running", "Outputs being computed."),
+    "sevenfold_effective_concurrency": (
+        "effective_concurrency",
+        "Requests of full length that memory holds at a time.",
+    ),
+}
+_COUNTERS = {
+    "sevenfold_cache_queried_tokens": ("prompt_tokens", "Prompt tokens looked up in the cache."),
+    "sevenfold_cache_hit_tokens": ("cached_tokens", "Prompt tokens found in the cache."),
+    "sevenfold_cache_potential_tokens": (
+        "potential_tokens",
+        "Prompt tokens whose keys and values were cached, but no state with them.",
+    ),
+    "sevenfold_recomputed_tokens": (
+        "recomputed_tokens",
+        "Tokens computed again after a preemption or for lack of a snapshot.",
+    ),
+    "sevenfold_snapshots_evicted": ("snapshots_evicted", "Snapshots that made room."),
+    "sevenfold_preemptions": ("preemptions", "Outputs that had to wait again."),
+}
+_POOLS = ("slabs", "pages", "states", "snapshots")
+
+
+class Metrics:
+    """The counts of one server."""
+
+    def __init__(self, engine: ServingEngine) -> None:
+        self._registry = CollectorRegistry()
+        registry = self._registry
+        self.responses = Counter(
+            "sevenfold_http_responses",
+            "Responses by route and status.",
+            ["route", "status"],
+            registry=registry,
+        )
+        self.outputs = Counter(
+            "sevenfold_outputs",
+            "Ended outputs: stop, length, tool_calls, cancelled, deadline or error.",
+            ["reason"],
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            "sevenfold_prompt_tokens", "Tokens of prompts.", registry=registry
+        )
+        self.cached_tokens = Counter(
+            "sevenfold_cached_tokens", "Those found in the prefix cache.", registry=registry
+        )
+        self.new_tokens = Counter(
+            "sevenfold_generated_tokens", "Tokens generated.", registry=registry
+        )
+        self.misses = Counter(
+            "sevenfold_cache_misses", "Prompts by why no more was cached.", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        self.first_token = self._seconds("time_to_first_token", "Until an output's first token.")
+        self.next_token = self._seconds("inter_token", "Between tokens of an output.")
+        self.whole = self._seconds("request", "From a request's admission to its end.")
+        registry.register(_EngineCollector(engine))
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text form."""
+        return generate_latest(self._registry)
+
+    def _seconds(self, name: str, what: str) -> Histogram:
+        return Histogram(
+            f"sevenfold_{name}_seconds", what, buckets=_SECONDS, registry=self._registry
+        )
+
+
+class _EngineCollector:
+    """Asks the engine whenever somebody reads the metrics."""
+
+    def __init__(self, engine: ServingEngine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        for name, (field, what) in _GAUGES.items():
+            yield GaugeMetricFamily(name, what, value=getattr(stats, field))
+        for name, (field, what) in _COUNTERS.items():
+            yield CounterMetricFamily(name, what, value=getattr(stats, field))
+        yield _labelled("sevenfold_requests_waiting", "By reason.", "reason", stats.waiting)
+        yield _labelled(
+            "sevenfold_memory_bytes", "By what holds them.", "tenant", stats.memory_bytes
+        )
+        if stats.smallest_cacheable_prefix_tokens is not None:
+            yield GaugeMetricFamily(
+                "sevenfold_smallest_cacheable_prefix_tokens",
+                "Shared tokens from which the cache hits.",
+                value=stats.smallest_cacheable_prefix_tokens,
+            )
+        yield from _pools(stats)
+
+
+def _pools(stats: EngineStats) -> Iterator[Metric]:
+    for field in ("used", "total", "bytes_each"):
+        values = {pool: getattr(getattr(stats, pool), field) for pool in _POOLS}
+        yield _labelled(f"sevenfold_pool_{field}", "Places of a kind of memory.", "pool", values)
+
+
+def _labelled(name: str, what: str, label: str, values: Mapping[str, int]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, what, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family

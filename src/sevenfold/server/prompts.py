@@ -1,0 +1,146 @@
+"""From conversations and texts to the tokens that an engine gets."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sevenfold.server.api_chat import Message, Tool
+from sevenfold.server.chat_template import ChatTemplate
+from sevenfold.server.codec import Codec
+from sevenfold.server.errors import bad_request
+from sevenfold.server.output_parser import OPEN
+from sevenfold.server.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to go on from.
+
+    marks: rising token counts at which a turn of the conversation ends.
+    thinking: the prompt has opened the answer's reasoning.
+    """
+
+    ids: tuple[int, ...]
+    marks: tuple[int, ...] = ()
+    thinking: bool = False
+
+
+class Prompts:
+    """Makes prompts of what requests bring; long work leaves the event loop."""
+
+    def __init__(self, codec: Codec, template: ChatTemplate, settings: ServerSettings) -> None:
+        self._codec, self._template, self._settings = codec, template, settings
+
+    async def chat(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Prompt:
+        """Render and encode a conversation, and what its answer may call.
+
+        Raises:
+            ApiError: it is too long, or does not suit the template.
+        """
+        most = self._settings.max_messages
+        if len(messages) > most:
+            raise bad_request(f"messages must be at most {most}, got {len(messages)}", "messages")
+        if tools and not self._template.takes_tools:
+            raise bad_request(
+                "tools must be left out: the model's chat template has no place for them", "tools"
+            )
+        made = [self._message(n, message) for n, message in enumerate(messages)]
+        shown = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+        return await asyncio.to_thread(self._chat, made, shown or None)
+
+    async def text(self, text: str, param: str) -> Prompt:
+        """Encode a text."""
+        ids = await asyncio.to_thread(self._codec.encode, text, param)
+        return Prompt(tuple(ids))
+
+    def _chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> Prompt:
+        # Where the next request of this conversation, or another with its system prompt, parts.
+        num_system = next((n for n, m in enumerate(messages) if m["role"] != "system"), 0)
+        cuts = {num_system, len(messages) - 1, len(messages)} - {0}
+        renders = [(messages, True), *((messages[:cut], False) for cut in sorted(cuts))]
+        text, *shorter = self._template.render(renders, tools)
+        if text is None:
+            raise AssertionError("the first render succeeds or raises")
+        places = [len(one) for one in shorter if one and text.startswith(one)]
+        ids, marks = self._codec.encode_marked(text, places, "messages")
+        return Prompt(tuple(ids), marks, text.rstrip().endswith(OPEN))
+
+    def _message(self, index: int, message: Message) -> dict[str, Any]:
+        role = "system" if message.role == "developer" else message.role
+        made: dict[str, Any] = {"role": role, "content": self._content(message)}
+        for name in ("name", "reasoning_content", "tool_call_id"):
+            if getattr(message, name) is not None:
+                made[name] = getattr(message, name)
+        if message.tool_calls:
+            made["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": _arguments(call.function.arguments, index),
+                    },
+                }
+                for call in message.tool_calls
+            ]
+        return made
+
+    def _content(self, message: Message) -> Any:
+        content = message.content
+        texts = (
+            [content or ""]
+            if isinstance(content, str) or content is None
+            else [part.text for part in content]
+        )
+        if self._template.takes_parts:
+            return [{"type": "text", "text": text} for text in texts]
+        return "\n".join(texts)
+
+
+def check_length(
+    prompt: Prompt, max_tokens: int | None, default: int, codec: Codec, param: str
+) -> int:
+    """Return how many tokens may follow a prompt.
+
+    Args:
+        prompt: what comes first.
+        max_tokens: what the request asks for; None takes what is left, at most default.
+        default: tokens.
+        codec: knows the context's length and the vocabulary.
+        param: what the prompt is called in errors.
+
+    Raises:
+        ApiError: the two do not fit, or the prompt is empty or names a token that there is not.
+    """
+    limit, length = codec.max_context_tokens, len(prompt.ids)
+    if length == 0:
+        raise bad_request(f"{param} must have at least one token", param)
+    if max(prompt.ids) >= codec.vocab_size:
+        raise bad_request(
+            f"{param} must hold tokens below {codec.vocab_size}, got {max(prompt.ids)}", param
+        )
+    asked = max_tokens or max(1, min(default, limit - length))
+    if length + asked > limit:
+        raise bad_request(
+            f"{param} and max_tokens must fit into the model's context of {limit} tokens, got "
+            f"{length} + {asked} = {length + asked}",
+            param,
+            "context_length_exceeded",
+        )
+    return asked
+
+
+def _arguments(text: str, index: int) -> dict[str, Any]:
+    # Templates expect an object here, the API's form is text.
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        where = f"messages.{index}.tool_calls"
+        raise bad_request(f"{where}: arguments must be a JSON object as text", where)
+    return arguments

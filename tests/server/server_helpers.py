@@ -1,0 +1,166 @@
+"""A tiny model, a scripted engine, and clients of an application that runs in this process."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from sevenfold.engine import LLM
+from sevenfold.models import HybridModel, ModelConfig, MoEConfig, init_weights
+from sevenfold.server import (
+    EngineStats,
+    GenerationRequest,
+    PromptOutput,
+    ServerApp,
+    ServerSettings,
+    TemplateSource,
+    TokenOutput,
+)
+
+EOS = 256
+VOCAB_SIZE = 257
+CONTEXT = 512
+BASE_URL = "http://127.0.0.1:8000"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, and one that ends an output."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: n for n, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return tokenizer
+
+
+def make_llm() -> LLM:
+    """Two layers of random weights, large enough for outputs to differ."""
+    config = ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        layer_types=("linear_attention", "full_attention"),
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=12,
+        rotary_dim=4,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=EOS,
+        moe=MoEConfig(num_local_experts=2, num_experts_per_tok=1),
+    )
+    model = init_weights(HybridModel(config), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(2 * noise * parameter.shape[-1] ** -0.5)
+    return LLM(model.requires_grad_(False), byte_tokenizer())
+
+
+@dataclass
+class ScriptedEngine:
+    """Says the same text to everyone, a token a character; notes what it was asked."""
+
+    text: str = "hello there"
+    model_name: str = "scripted"
+    max_context_tokens: int = CONTEXT
+    vocab_size: int = VOCAB_SIZE
+    eos_token_id: int | None = EOS
+    features: frozenset = frozenset()
+    wait_s: float = 0.0
+    stall_after: int | None = None
+    prompt: PromptOutput = field(default_factory=lambda: PromptOutput(3, "no_state"))
+    error: Exception | None = None
+    well: bool = True
+    asked: list[GenerationRequest] = field(default_factory=list)
+    under_way: int = 0
+    cancelled: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokenizer = byte_tokenizer()
+
+    async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        self.asked.append(request)
+        self.under_way += 1
+        ended = False
+        try:
+            ids = self.tokenizer.encode(self.text, add_special_tokens=False).ids
+            ids = ids[: request.sampling.max_tokens]
+            for n, token in enumerate(ids):
+                if n == self.stall_after:
+                    if self.error is not None:
+                        raise self.error
+                    await asyncio.Event().wait()
+                await asyncio.sleep(self.wait_s)
+                last = n == len(ids) - 1
+                output = TokenOutput(token, self.text[n], "stop" if last else None)
+                ended = last
+                yield output if n else replace(output, prompt=self.prompt)
+        finally:
+            self.under_way -= 1
+            self.cancelled += not ended
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=self.under_way, waiting={"memory": 2}, memory_bytes={"kv": 7})
+
+    def healthy(self) -> bool:
+        return self.well
+
+    def close(self) -> None:
+        return
+
+
+@asynccontextmanager
+async def client_of(
+    engine: Any,
+    settings: ServerSettings | None = None,
+    template: TemplateSource | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application in this process; the engine is closed after it."""
+    app = ServerApp(engine, settings or ServerSettings(), template or TemplateSource())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    try:
+        async with httpx.AsyncClient(
+            transport=transport, base_url=BASE_URL, headers=headers
+        ) as client:
+            client.app = app  # type: ignore[attr-defined]
+            yield client
+    finally:
+        app.close()
+
+
+async def chat(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
+    body = {"messages": HELLO} | fields
+    return await client.post("/v1/chat/completions", json=body)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of a stream, whose last is `[DONE]`."""
+    blocks = response.text.split("\n\n")
+    assert blocks[-1] == ""
+    data = [block.removeprefix("data: ") for block in blocks[:-1]]
+    assert data[-1] == "[DONE]"
+    return [json.loads(one) for one in data[:-1]]
+
+
+def streamed(parts: Sequence[Any], index: int, name: str = "content") -> str:
+    choices = [choice for event in parts for choice in event["choices"]]
+    return "".join(
+        choice["delta"].get(name) or "" for choice in choices if choice["index"] == index
+    )
+
+
+def message(response: httpx.Response) -> str:
+    """The text of an error, which has OpenAI's shape."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error["message"]
