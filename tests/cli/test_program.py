@@ -13,7 +13,7 @@ from sevenfold.cli.main import app
 from sevenfold.engine import LLM, SamplingParams
 from sevenfold.models.checkpoint import detect_format
 
-COMMANDS = ["demo", "data", "train", "generate", "inspect", "convert", "bench"]
+COMMANDS = ["demo", "data", "train", "generate", "serve", "inspect", "convert", "bench"]
 PROMPT = "the river held its"
 
 

@@ -222,4 +222,9 @@ class _Output:
         return {text: max(value, LEAST_LOGPROB) for text, value in values.items()}
 
     def _text(self, token: int) -> str:
-        return self._codec.token_bytes(token).decode("utf-8", "replace")
+        """A token's text; bytes that are no whole character as OpenAI's interface shows them."""
+        content = self._codec.token_bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
