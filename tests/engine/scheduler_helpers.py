@@ -49,7 +49,7 @@ class FakeCache:
 
     def snapshots_due(self, request: Request, first: int, end: int) -> list[int]:
         assert end <= self.pages[request] * PAGE
-        return [mark for mark in request.marks if first < mark <= end]
+        return snapshots(request, first, end)
 
     def close(self, request: Request, *, keep: bool) -> None:
         del self.pages[request]
@@ -61,6 +61,13 @@ class FakeCache:
     @property
     def num_free(self) -> int:
         return self.num_pages - sum(self.pages.values())
+
+
+def snapshots(request: Request, first: int, end: int) -> list[int]:
+    """At every mark, and at every second page of the output."""
+    output = range(len(request.prompt) + 1, end + 1)
+    places = {*request.marks, *(at for at in output if at % (2 * PAGE) == 0)}
+    return sorted(at for at in places if first < at <= end)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from scheduler_helpers import PAGE, gives_token, rows, world
+from scheduler_helpers import PAGE, gives_token, rows, snapshots, world
 
 from sevenfold.engine.request import Request, Status
 from sevenfold.engine.scheduler import DecodeRow, QueueFullError, Step
@@ -152,8 +152,10 @@ class Model:
             assert self.begun[request] == 1 + request.num_preemptions
             assert chunk.yields_token == (chunk.end == request.num_tokens)
             assert chunk.yields_token or chunk.end % PAGE == 0
-            assert chunk.snapshots == tuple(m for m in request.marks if first < m <= chunk.end)
-        for request, drafts in step.decodes:
+            assert chunk.snapshots == tuple(snapshots(request, first, chunk.end))
+        for request, drafts, places in step.decodes:
+            first = request.num_computed_tokens
+            assert places == tuple(snapshots(request, first, first + 1 + drafts))
             assert self.computed[request] == request.num_computed_tokens == request.num_tokens - 1
             assert 0 <= drafts <= min(request.draft_tokens, request.num_remaining_tokens - 1)
             assert request.num_tokens + drafts <= w.cache.pages[request] * PAGE

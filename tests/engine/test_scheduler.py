@@ -4,11 +4,15 @@ import pytest
 from scheduler_helpers import PAGE, World, world
 
 from sevenfold.engine.request import Request, Status
-from sevenfold.engine.scheduler import QueueFullError
+from sevenfold.engine.scheduler import QueueFullError, Step
 
 
 def spans(chunks: object) -> list[tuple[str, int, int]]:
     return [(chunk.request.id, chunk.first, chunk.end) for chunk in chunks]
+
+
+def drafts(step: Step) -> list[tuple[Request, int]]:
+    return [(row.request, row.draft_tokens) for row in step.decodes]
 
 
 def test_a_prompt_is_computed_by_chunks_and_then_token_by_token() -> None:
@@ -50,6 +54,14 @@ def test_each_open_prompt_advances_and_the_first_gets_the_rest() -> None:
     assert spans(step.prefills) == [(long.id, 48, 100), (other.id, 8, 16), (short.id, 8, 10)]
 
 
+def test_prompts_done_in_one_step_keep_its_limit() -> None:
+    w = world(max_step_tokens=40)
+    for _ in range(12):
+        w.submit(8)
+    assert [w.step().num_tokens for _ in range(3)] == [40, 37, 33]  # prompts: 5, 4, 3
+    assert w.scheduler.num_waiting == 0
+
+
 def test_prompts_done_in_one_step_are_not_counted_as_long() -> None:
     w = world(max_prefills=1)
     for _ in range(7):
@@ -81,11 +93,11 @@ def test_drafts_are_counted_and_never_pass_max_tokens() -> None:
     w.scheduler.step()
     w.scheduler.record(request, [5])
     step = w.scheduler.step()
-    assert step.decodes == ((request, 2),)
+    assert drafts(step) == [(request, 2)]
     assert step.num_tokens == 3
     w.scheduler.record(request, [6, 7])
     assert (request.num_computed_tokens, request.num_tokens) == (6, 7)
-    assert w.scheduler.step().decodes == ((request, 0),)
+    assert drafts(w.scheduler.step()) == [(request, 0)]
 
 
 def test_drafts_leave_open_prompts_their_share() -> None:
@@ -94,7 +106,7 @@ def test_drafts_leave_open_prompts_their_share() -> None:
     w.step()
     prompt = w.submit(50)
     step = w.step()
-    assert step.decodes == ((decoding, 33),)
+    assert drafts(step) == [(decoding, 33)]
     assert spans(step.prefills) == [(prompt.id, 0, 8)]
 
 
@@ -104,16 +116,16 @@ def test_drafts_never_cost_another_its_memory() -> None:
     w.step()
     step = w.step()
     assert step.preempted == ()
-    assert step.decodes == ((speculating, 3), (other, 0))  # one free page of four
+    assert drafts(step) == [(speculating, 3), (other, 0)]  # one free page of four
 
 
 def test_drafts_may_be_asked_for_and_left_out_between_steps() -> None:
     w = world()
     request = w.submit(4, max_tokens=50)
     w.step()
-    assert w.step().decodes == ((request, 0),)
+    assert drafts(w.step()) == [(request, 0)]
     request.draft_tokens = 3
-    assert w.step().decodes == ((request, 3),)
+    assert drafts(w.step()) == [(request, 3)]
 
 
 def test_the_last_in_rank_gives_its_memory_and_waits() -> None:
@@ -130,6 +142,17 @@ def test_the_last_in_rank_gives_its_memory_and_waits() -> None:
     assert (last.finish_reason, len(last.generated), last.num_preemptions) == ("length", 6, 1)
     assert w.scheduler.num_recomputed_tokens == 0
     assert last.num_cached_tokens == 0
+
+
+def test_a_prompt_being_computed_may_be_the_last_in_rank() -> None:
+    w = world(num_pages=7, max_step_tokens=8, max_running=2, max_prefills=1, min_chunk_tokens=4)
+    first = w.submit(4, 9)
+    w.step()
+    last = w.submit(20)
+    while first.num_computed_tokens < 8:
+        assert last in [row.request for row in w.step().prefills]
+    step = w.step()
+    assert (step.preempted, drafts(step)) == ((last,), [(first, 0)])
 
 
 def test_lost_tokens_are_counted() -> None:
@@ -152,6 +175,21 @@ def test_headroom_is_found_before_a_request_is_opened() -> None:
     w.step()
     assert (w.scheduler.num_decoding, w.scheduler.num_waiting) == (1, 1)
     assert all(not step.preempted for step in w.steps())
+
+
+def test_headroom_doubles_with_each_preemption() -> None:
+    w = world(num_pages=5, headroom_tokens=1)
+    first, last = w.submit(7, 9), w.submit(7, 9)
+    while last.num_preemptions == 0:
+        w.step()
+    w.cache.num_pages = 20
+    while last.status is not Status.PREFILLING:
+        w.scheduler.step()
+        held = w.cache.pages.get(last)
+        for request in (first, last):
+            if request.status is Status.DECODING:
+                w.scheduler.record(request, [7])
+    assert (last.num_tokens, held) == (9, 3)  # 9 + 2 tokens
 
 
 def test_memory_that_did_not_suffice_is_not_asked_again_before_some_is_freed() -> None:
@@ -357,6 +395,16 @@ def test_snapshots_are_asked_for_chunk_by_chunk() -> None:
     assert [w.step().prefills[0].snapshots for _ in range(2)] == [(8, 40), (41, 70)]
 
 
+def test_snapshots_are_asked_for_in_decoding_too() -> None:
+    w = world()
+    request = w.submit(4, max_tokens=20, draft_tokens=3)
+    w.step()
+    w.scheduler.step()
+    w.scheduler.record(request, [5, 6])
+    row = w.scheduler.step().decodes[0]
+    assert (request.num_computed_tokens, row.draft_tokens, row.snapshots) == (6, 3, (8,))
+
+
 def test_pages_are_asked_for_once_a_page() -> None:
     w = world()
     w.submit(PAGE, max_tokens=8 * PAGE + 1)
@@ -372,6 +420,18 @@ def test_memory_that_breaks_its_promise_fails_a_request_and_goes_on() -> None:
     assert (large.finish_reason, small.finish_reason) == ("error", "length")
     assert large.error is not None
     assert "memory must hold 20 tokens" in large.error
+
+
+def test_a_request_alone_gives_up_its_prefix_too() -> None:
+    w = world(num_pages=8)
+    request = w.submit(8, max_tokens=20)
+    w.step()
+    w.cache.num_pages = 2
+    step = w.step()
+    assert (step.preempted, step.prefills, step.decodes) == ((request,), (), ())
+    assert w.cache.kept[b""] == set()
+    w.cache.num_pages = 3
+    assert spans(w.step().prefills) == [(request.id, 0, 9)]
 
 
 def test_memory_that_shrinks_does_not_hang() -> None:
@@ -390,6 +450,11 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic() -> None:
         w.submit(20, 14)
     with pytest.raises(ValueError, match=r"got 33 \+ 1 - 1 = 33; shorten the prompt"):
         w.submit(33, 1)
+
+
+def test_length_may_cost_no_memory() -> None:
+    w = world(num_pages=1, max_request_tokens=None)
+    assert w.submit(300, 10**6).status is Status.WAITING
 
 
 def test_a_full_queue_refuses() -> None:

@@ -2,7 +2,7 @@
 
 from sevenfold.engine.scheduler.config import SchedulerConfig
 from sevenfold.engine.scheduler.ranked import Ranked
-from sevenfold.engine.scheduler.roster import Entry, Roster
+from sevenfold.engine.scheduler.roster import Entry, Roster, last_in_rank
 from sevenfold.engine.scheduler.tenancy import Tenancy
 
 
@@ -32,15 +32,18 @@ class Admission:
         return None
 
     def _open(self, entry: Entry) -> bool:
-        """Open a request, preempting those of lower priority that rank behind it if need be."""
+        """Open a request, preempting open ones that rank behind it if need be.
+
+        Those are of lower priority: among equals the first to come is opened first.
+        """
         while True:
             rivals = self._rivals()
             if not rivals:
                 if self._tenancy.open(entry):
                     return True
-                rivals = (self._roster.prefilling, self._roster.decoding)
-            victim = self._roster.outranked(entry, rivals)
-            if victim is None:
+                rivals = self._roster.open
+            victim = last_in_rank(rivals)
+            if victim is None or victim.rank < entry.rank:
                 return False
             self._tenancy.preempt(victim, keep=True)
             self._count()
@@ -50,7 +53,7 @@ class Admission:
         if self._num_long >= self._config.max_prefills:
             return (self._roster.prefilling,)
         if self._roster.num_open >= self._config.max_running:
-            return (self._roster.prefilling, self._roster.decoding)
+            return self._roster.open
         return ()
 
     def _count(self) -> None:

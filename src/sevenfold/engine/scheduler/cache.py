@@ -25,7 +25,7 @@ class Cache(Protocol):
         ...
 
     def snapshots_due(self, request: Request, first: int, end: int) -> list[int]:
-        """Reserve snapshots within the prefill of [first, end); return where, in (first, end]."""
+        """Reserve snapshots within tokens [first, end); return where, rising, in (first, end]."""
         ...
 
     def close(self, request: Request, *, keep: bool) -> None:

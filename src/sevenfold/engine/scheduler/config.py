@@ -19,7 +19,8 @@ class SchedulerConfig(StrictModel):
     max_step_tokens is no less than max_running + max_prefills * min_chunk_tokens, so that no step
     has to choose between decoding and prefill.
 
-    max_request_tokens: what memory holds for one request alone, as the memory plan says.
+    max_request_tokens: what memory holds for one request alone, as the memory plan says; None where
+        length costs no memory, in a model of linear layers alone.
     page_tokens: tokens of a KV page; a chunk ends on a page's border or at the prompt's end.
     max_step_tokens: tokens that a step computes at most: chunks, decode rows and their drafts.
     max_running: requests that hold memory at a time, at most.
@@ -31,7 +32,7 @@ class SchedulerConfig(StrictModel):
     ageing_s: seconds of waiting that weigh as much as one level of priority.
     """
 
-    max_request_tokens: Count
+    max_request_tokens: Count | None
     page_tokens: Count
     max_step_tokens: Count = 8192
     max_running: Count = 256

@@ -1,5 +1,6 @@
 """Dividing a step's tokens among open requests."""
 
+from sevenfold.engine.request import Request
 from sevenfold.engine.scheduler.cache import Cache
 from sevenfold.engine.scheduler.config import SchedulerConfig
 from sevenfold.engine.scheduler.roster import Entry, Roster
@@ -43,7 +44,7 @@ class Planner:
             if drafts > 0:
                 drafts = self._drafts_in_memory(entry, drafts)
                 spare -= drafts
-            rows.append(DecodeRow(request, drafts))
+            rows.append(DecodeRow(request, drafts, self._snapshots(request, drafts)))
         return tuple(rows), spare
 
     def _drafts_in_memory(self, entry: Entry, drafts: int) -> int:
@@ -52,6 +53,13 @@ class Planner:
         if self._tenancy.reserve(entry, certain + drafts):
             return drafts
         return entry.reserved_tokens - certain
+
+    def _snapshots(self, request: Request, drafts: int) -> tuple[int, ...]:
+        first, page = request.num_computed_tokens, self._config.page_tokens
+        end = first + 1 + drafts
+        if first // page == end // page:  # a snapshot lies on a page's border
+            return ()
+        return tuple(self._cache.snapshots_due(request, first, end))
 
     def _chunk(self, entry: Entry, most: int) -> PrefillChunk:
         request = entry.request

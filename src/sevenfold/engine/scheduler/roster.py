@@ -91,15 +91,10 @@ class Roster:
         """How many requests hold memory."""
         return len(self.prefilling) + len(self.decoding)
 
-    def last_open(self) -> Entry:
-        """Return the open request of the last rank; there must be one."""
-        lists = [entries for entries in (self.prefilling, self.decoding) if entries]
-        return max((entries.last for entries in lists), key=lambda entry: entry.rank)
-
-    def outranked(self, entry: Entry, rivals: tuple[Ranked[Entry], ...]) -> Entry | None:
-        """Return the rival of the last rank that both priority and rank put behind, or None."""
-        found = [other for entries in rivals if (other := _outranked(entry, entries))]
-        return max(found, key=lambda other: other.rank, default=None)
+    @property
+    def open(self) -> tuple[Ranked[Entry], ...]:
+        """The lists of those that hold memory."""
+        return (self.prefilling, self.decoding)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -108,10 +103,7 @@ class Roster:
         return iter(self._entries.values())
 
 
-def _outranked(entry: Entry, rivals: Ranked[Entry]) -> Entry | None:
-    for other in reversed(rivals):
-        if other.rank < entry.rank:
-            return None
-        if other.request.priority < entry.request.priority:
-            return other
-    return None
+def last_in_rank(lists: tuple[Ranked[Entry], ...]) -> Entry | None:
+    """Return the request of several lists that ranks behind all others, or None."""
+    last = [entries.last for entries in lists if entries]
+    return max(last, key=lambda entry: entry.rank, default=None)

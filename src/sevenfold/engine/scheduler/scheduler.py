@@ -194,7 +194,7 @@ class Scheduler:
     def _check_fit(self, request: Request) -> None:
         limit, prompt = self._config.max_request_tokens, len(request.prompt)
         need = prompt + request.max_tokens - 1
-        if need <= limit:
+        if limit is None or need <= limit:
             return
         room = limit - prompt + 1
         remedy = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt"

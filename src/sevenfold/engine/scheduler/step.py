@@ -21,10 +21,14 @@ class PrefillChunk(NamedTuple):
 
 
 class DecodeRow(NamedTuple):
-    """The last token of a request, with up to draft_tokens guesses of those that follow."""
+    """The last token of a request, with up to draft_tokens guesses of those that follow.
+
+    snapshots: token counts, rising, after which to store the state if the step comes to them.
+    """
 
     request: Request
     draft_tokens: int
+    snapshots: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from sevenfold.engine.request import FinishReason, Request, Status
 from sevenfold.engine.scheduler.cache import Cache
 from sevenfold.engine.scheduler.config import SchedulerConfig
-from sevenfold.engine.scheduler.roster import Entry, Roster
+from sevenfold.engine.scheduler.roster import Entry, Roster, last_in_rank
 
 
 class Tenancy:
@@ -37,14 +37,13 @@ class Tenancy:
         headroom = self._config.headroom_tokens << min(request.num_preemptions, 32)
         need = request.num_tokens + min(headroom, request.num_remaining_tokens - 1)
         if not self.reserve(entry, need):
-            self._cache.close(request, keep=False)
+            self._free(entry, keep=False)
             self._refused = entry
             return False
         request.num_computed_tokens = computed
         if request.num_preemptions == 0:
             request.num_cached_tokens = computed
         self.num_recomputed_tokens += max(0, entry.lost_tokens - computed)
-        entry.lost_tokens = 0
         self._roster.move(entry, Status.PREFILLING)
         return True
 
@@ -63,7 +62,7 @@ class Tenancy:
     def grow(self, entry: Entry) -> None:
         """Take the page of a row's next token, at the cost of the last in rank if need be."""
         while not self.reserve(entry, entry.request.num_computed_tokens + 1):
-            victim = self._roster.last_open()
+            victim = last_in_rank(self._roster.open) or entry
             # Alone, it leaves nothing behind: what it comes back to is all memory there is.
             self.preempt(victim, keep=self._roster.num_open > 1)
             if victim is entry:
@@ -72,26 +71,27 @@ class Tenancy:
     def preempt(self, entry: Entry, *, keep: bool) -> None:
         """Take a request's memory and let it wait for its turn to be computed anew."""
         request = entry.request
-        self._cache.close(request, keep=keep)
-        entry.lost_tokens, entry.reserved_tokens = request.num_computed_tokens, 0
+        self._free(entry, keep=keep)
+        entry.lost_tokens = request.num_computed_tokens
         entry.barred_until = self._num_releases + 1
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._roster.move(entry, Status.WAITING)
-        self._refused = None
         self.preempted.append(request)
         self.num_preemptions += 1
 
     def release(self, entry: Entry, reason: FinishReason) -> None:
         """End a request; the prefix cache keeps the work of one that came to its own end."""
         if entry.request.status is not Status.WAITING:
-            self._cache.close(entry.request, keep=reason in ("stop", "length"))
+            self._free(entry, keep=reason in ("stop", "length"))
             self._num_releases += 1
-            self._refused = None
-        elif entry is self._refused:
-            self._refused = None
         self._roster.remove(entry, reason)
 
     def retry(self) -> None:
         """Note that a prompt is computed, so that a waiting request may find more of its own."""
+        self._refused = None
+
+    def _free(self, entry: Entry, *, keep: bool) -> None:
+        self._cache.close(entry.request, keep=keep)
+        entry.reserved_tokens = 0
         self._refused = None
