@@ -15,7 +15,8 @@ pytestmark = [
 
 WIDTHS = [(16, 24)] if INTERPRETED else [(64, 64), (96, 96), (128, 128), (256, 256), (128, 64)]
 DECAY_NAMES = ["mixed"] if INTERPRETED else ["zero", "5e-5", "first", "middle", "last", "fast"]
-CALLS = 15 if INTERPRETED else 40
+RINGS = [(5, "mixed")] if INTERPRETED else [(4, "zero"), (16, "last"), (20, "mixed")]
+CALLS = 5 if INTERPRETED else 20
 
 
 @pytest.mark.parametrize("decay", DECAY_NAMES)
@@ -45,8 +46,7 @@ def test_steps_agree_with_the_recurrence(K: int, V: int, dtype: torch.dtype, dec
     assert torch.equal(pool[1].cpu(), start[1])
 
 
-@pytest.mark.parametrize("decay", DECAY_NAMES)
-@pytest.mark.parametrize("R", [5] if INTERPRETED else [4, 16, 20])
+@pytest.mark.parametrize(("R", "decay"), RINGS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_any_course_of_calls(K: int, V: int, dtype: torch.dtype, R: int, decay: str) -> None:
@@ -54,7 +54,24 @@ def test_any_course_of_calls(K: int, V: int, dtype: torch.dtype, R: int, decay: 
     Course("triton", sizes, dtype, str(DEVICE), seed=R).run(CALLS).check()
 
 
-def test_rings_that_are_full_and_drafts_that_are_long() -> None:
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_a_ring_that_fills_token_by_token(dtype: torch.dtype) -> None:
+    course = Course("triton", Sizes(16, 16, R=3, slots=1), dtype, str(DEVICE), seed=1)
+    for _ in range(8):
+        course.replay()
+    course.check()
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_branches_accepted_in_a_ring_that_holds_them(dtype: torch.dtype) -> None:
+    sizes = Sizes(16, 16, R=32, most_drafted=8, slots=2)
+    course = Course("triton", sizes, dtype, str(DEVICE), seed=2)
+    for _ in range(5):
+        course.verify(tree=True)
+    course.check()
+
+
+def test_drafts_as_long_as_the_ring() -> None:
     sizes = Sizes(16, 16, 16, 16, "mixed", slots=1)
     course = Course("triton", sizes, torch.float32, str(DEVICE), seed=3)
     for tree in (True, False, True):

@@ -21,7 +21,7 @@ IMPLS = ["reference", "eager"]
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    R=st.integers(1, 6),
+    R=st.integers(1, 14),
     drafted=st.integers(1, 6),
     decay=st.sampled_from(["zero", "5e-5", "middle", "last", "fast", "mixed"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -64,6 +64,15 @@ def test_a_state_is_written_once_in_as_many_tokens_as_the_ring_holds() -> None:
         written.append(not torch.equal(before, pool.state))
         assert pool.count.unique().tolist() == [t % R + 1]
     assert written == [t > 0 and t % R == 0 for t in range(12)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_branches_accepted_in_a_ring_that_holds_them(impl: str) -> None:
+    sizes = Sizes(R=32, most_drafted=8, slots=3)
+    course = Course(impl, sizes, torch.float32, "cpu", seed=2)
+    for _ in range(8):
+        course.verify(tree=True)
+    course.check()
 
 
 def test_a_draft_writes_no_state_and_counts_only_once_it_is_accepted() -> None:

@@ -1,4 +1,4 @@
-"""Decoding with recent keys and values beside the state: the pool, the operator, its registration."""
+"""Decoding with recent keys and values beside the state: the pool and the public operator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,9 +106,9 @@ def lightning_attention_replay(
 
         o = scale * (a^(P + 1) S^T q + sum_{i <= P} a^(P - i) (k_i . q) v_i)    a = exp(log_decay_h)
 
-    The token goes into the ring. Where that is full, what is pending is folded into the state first:
-    S = a^P S + sum_{i < P} a^(P - 1 - i) k_i v_i^T. The device decides it slot by slot, so that a
-    CUDA graph can hold the call (impl "triton"). It takes no gradient.
+    The token goes into the ring. Where that is full, what is pending is folded into the state
+    first, S = a^P S + sum_{i < P} a^(P - 1 - i) k_i v_i^T. The device decides it slot by slot, so
+    that a CUDA graph can hold the call (impl "triton"). It takes no gradient.
 
     Args:
         q, k: [B, H, K], bf16, fp16, fp32, or fp64 for verification.
@@ -127,8 +127,8 @@ def lightning_attention_replay(
     Raises:
         ValueError, TypeError, UnsupportedError: as lightning_attention_decode.
 
-    Source: the idea of ReplaySSM (Dao AI Lab 2026) and KVBuffer (arXiv 2605.19049), for a decay that
-    is known.
+    Source: the idea of ReplaySSM (Dao AI Lab 2026) and KVBuffer (arXiv 2605.19049), for a decay
+    that is known.
     """
     check_tokens(q, k, v, log_decay, "BH")
     check_pool(pool, q, v)

@@ -28,8 +28,8 @@ def replay(
     scale: float,
 ) -> Tensor:
     """Run one token of every sequence; arguments and result as in the public operator."""
-    tokens = (x.unsqueeze(1) for x in (q, k, v))
-    o = verify(*tokens, log_decay, pool, slots, None, None, scale)
+    q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    o = verify(q, k, v, log_decay, pool, slots, None, None, scale)
     pool[3][slots[slots >= 0]] += 1
     return o.squeeze(1)
 
@@ -115,7 +115,7 @@ def _append(
     k: Tensor,
     v: Tensor,
 ) -> None:
-    """Put the draft k, v [n, T, H, K or V] behind what is pending; fold first where it is too long."""
+    """Put the draft k, v [n, T, H, K or V] behind what is pending; fold first where it must."""
     state, ring_k, ring_v, count = pool
     T, R = k.shape[1], ring_k.shape[2]
     full = pending.num + T > R

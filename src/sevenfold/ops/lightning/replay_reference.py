@@ -20,8 +20,8 @@ def replay(
     scale: float,
 ) -> Tensor:
     """Run one token of every sequence; arguments and result as in the public operator."""
-    tokens = (x.unsqueeze(1) for x in (q, k, v))
-    o = verify(*tokens, log_decay, pool, slots, None, None, scale)
+    q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    o = verify(q, k, v, log_decay, pool, slots, None, None, scale)
     pool[3][slots[slots >= 0]] = 1
     return o.squeeze(1)
 

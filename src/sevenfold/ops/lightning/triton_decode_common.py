@@ -1,5 +1,8 @@
 """What the decoding kernels share: powers of the decay, and where they run."""
 
+# pyright reads a kernel as the Python function that it is not.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +34,7 @@ def load_log_decay(log_decay, h):
 
 @triton.jit
 def weigh(keys, P, rate, BR: tl.constexpr):
-    """What each of P pending keys [BK, BR] weighs in the state after the last: decay^(P - 1 - i)."""
+    """P pending keys [BK, BR], each as it counts in the state after the last: decay^(P - 1 - i)."""
     i = tl.arange(0, BR)
     left = tl.where(i < P, power(rate, tl.where(i < P, P - 1 - i, 0).to(tl.float32)), 0.0)
     return keys.to(tl.float32) * left[None, :]

@@ -1,5 +1,8 @@
 """Draft tokens verified from the state before the draft: the Triton form."""
 
+# pyright reads a kernel as the Python function that it is not.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+
 from collections.abc import Sequence
 
 import triton
@@ -46,8 +49,27 @@ def _visible(ancestors, b, T, BT: tl.constexpr, TREE: tl.constexpr):
 
 
 @triton.jit
+def _products(q, q_token, T, query, x, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr):
+    """Each query [BT, BK] with each column of x [BK, N].
+
+    A tensor core's tf32 holds queries of 16 bits exactly, and more of a state than the output does.
+    In fp32 each sum is a tree's: a chain of K additions would lose more than the eager form does.
+    """
+    if query.dtype == tl.float32:
+        ik, t = tl.arange(0, BK), tl.arange(0, BT)[:, None]
+        got = tl.zeros([BT, x.shape[1]], tl.float32)
+        for j in range(BT):
+            row = tl.load(q + j * q_token + ik, mask=(ik < K) & (j < T), other=0.0)
+            got = tl.where(t == j, tl.sum(row[:, None] * x, axis=0)[None, :], got)
+    else:
+        got = tl.dot(query.to(x.dtype), x, input_precision="tf32")
+    return got
+
+
+@triton.jit
 def _columns(
-    state, ring_v, v, out, query, keys, past, near, source, depth, P, rate, scale, v_token, T, H,
+    state, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate, scale,
+    q_token, v_token, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, STAGES: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -56,10 +78,8 @@ def _columns(
     A fold reads the state once too, and needs more registers for a column than its absence does.
     """
     ik, iv, i, t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR), tl.arange(0, BT)
-    # Queries of 16 bits are exact in tf32, which keeps more of a state than the output does.
-    exact: tl.constexpr = "ieee" if v.dtype.element_ty == tl.float32 else "tf32"
+    exact: tl.constexpr = "ieee" if query.dtype == tl.float32 else "tf32"
     met, decay = power(rate, (P + 1 + depth).to(tl.float32)), power(rate, P.to(tl.float32))
-    query = query.to(tl.float32)
     if FOLD:
         weighted = weigh(keys, P, rate, BR)
     for start in tl.range(0, V, BV, num_stages=STAGES):
@@ -70,7 +90,7 @@ def _columns(
         values = tl.load(at_values, mask=(i < P)[:, None] & in_v, other=0.0)
         v_at = v + t[:, None] * v_token + start + iv[None, :]
         drafted = tl.load(v_at, mask=(t < T)[:, None] & in_v, other=0.0).to(tl.float32)
-        got = met[:, None] * tl.dot(query, S, input_precision=exact)
+        got = met[:, None] * _products(q, q_token, T, query, S, K, BK, BT)
         got = tl.dot(past, values.to(tl.float32), got, input_precision=exact)
         got = scale * tl.dot(near, drafted, got, input_precision=exact)
         out_at = out + t[:, None] * H * V + start + iv[None, :]
@@ -84,7 +104,8 @@ def _verify_kernel(
     q, k, v, log_decay, state, ring_k, ring_v, count, slots, accepted, ancestors, o, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, A, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BF: tl.constexpr, WV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, TREE: tl.constexpr, STAGES: tl.constexpr,
+    BF: tl.constexpr, WV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, TREE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of one slot, its ring and its cursor: nobody else touches them."""
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
@@ -102,25 +123,26 @@ def _verify_kernel(
     state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
     source, P = _rows_to_keep(count, accepted, place, b, A, R, BR)
     live, full = i < P, P + T > R
-    q_at = q + b * q_row + h * q_head + t[:, None] * q_token + ik[None, :]
+    q += b * q_row + h * q_head
+    q_at = q + t[:, None] * q_token + ik[None, :]
     query = tl.load(q_at, mask=in_t[:, None] & in_k[None, :], other=0.0)
     k_at = k + b * k_row + h * k_head + t[None, :] * k_token + ik[:, None]
     draft = tl.load(k_at, mask=in_k[:, None] & in_t[None, :], other=0.0)
     inside = in_k[:, None] & live[None, :]
     keys = tl.load(ring_k + source[None, :] * K + ik[:, None], mask=inside, other=0.0)
     sees, distance, depth = _visible(ancestors, b, T, BT, TREE)
-    near = tl.dot(query, draft, input_precision="ieee")
+    near = _products(q, q_token, T, query, draft, K, BK, BT)
     near = tl.where(sees, power(rate, distance.to(tl.float32)), 0.0) * near
     distance = tl.where(live[None, :], P + depth[:, None] - i[None, :], 0).to(tl.float32)
-    past = tl.dot(query, keys, input_precision="ieee")
+    past = _products(q, q_token, T, query, keys, K, BK, BT)
     past = tl.where(live[None, :], power(rate, distance), 0.0) * past
     v += b * v_row + h * v_head
     if full:
-        _columns(state, ring_v, v, out, query, keys, past, near, source, depth, P, rate, scale,
-                 v_token, T, H, K, V, BK, BF, BR, BT, STAGES, True)  # fmt: skip
+        _columns(state, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate, scale,
+                 q_token, v_token, T, H, K, V, BK, BF, BR, BT, STAGES, True)  # fmt: skip
     else:
-        _columns(state, ring_v, v, out, query, keys, past, near, source, depth, P, rate, scale,
-                 v_token, T, H, K, V, BK, BV, BR, BT, STAGES, False)  # fmt: skip
+        _columns(state, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate, scale,
+                 q_token, v_token, T, H, K, V, BK, BV, BR, BT, STAGES, False)  # fmt: skip
     base = tl.where(full, 0, P)
     moved = live & (source != i) & (base > 0)
     _write_rows(ring_k, k + b * k_row + h * k_head, k_token, source, moved, base, T, K, BK, BR, BT)

@@ -36,8 +36,8 @@ def lightning_attention_verify(
 ) -> Tensor:
     """Run a draft of T tokens of each sequence, a chain or a tree, without a state for each.
 
-    The tokens accepted of the slot's previous draft join those pending in its ring. With S the state
-    and P tokens pending then, and d_t the number of t's ancestors in the draft:
+    The tokens accepted of the slot's previous draft join those pending in its ring. With S the
+    state and P tokens pending then, and d_t the number of t's ancestors in the draft:
 
         o_t = scale * (a^(P + d_t + 1) S^T q_t + sum_{i < P} a^(P + d_t - i) (k_i . q_t) v_i
                        + sum_{s ancestor of t, or t} a^(d_t - d_s) (k_s . q_t) v_s)
@@ -57,8 +57,8 @@ def lightning_attention_verify(
         accepted: [B, A] int32, for each sequence the indices into its slot's previous draft of the
             tokens accepted, from the first to the last, then -1; None accepts none. The same call
             after a rejected draft takes a row of -1.
-        ancestors: [B, T, T] bool, ancestors[b, t, s] says that s is t or an ancestor of t; an ancestor
-            stands before its descendants. None is a chain: all s <= t.
+        ancestors: [B, T, T] bool, ancestors[b, t, s] says that s is t or an ancestor of t; an
+            ancestor stands before its descendants. None is a chain: all s <= t.
         scale: multiplies the output; MiniMax uses 1.
         impl: as lightning_attention_decode.
 
