@@ -1,5 +1,6 @@
 """Small plans, and a runner that writes what a model would: tuples of tokens instead of numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sevenfold.engine.cache import CacheManager
@@ -83,19 +84,25 @@ class Runner:
         if hit is None:
             return None
         request.num_computed_tokens = hit
+        self.zero()
+        self.adopt(request)
+        return hit
+
+    def adopt(self, request: Request) -> None:
+        """Begin to run a request that was opened, from the state that it is to go on from."""
         self.open[request.id] = request
-        self._zero()
+        hit = request.num_computed_tokens
         self._check_pages(request)
         place = self.manager.placement(request)
-        if place.state is not None:
-            assert (place.restore is not None) == (hit > 0)
-            if place.restore is None:
-                assert self.memory[Tenant.STATE, place.state] is None
-            else:
-                snapshot = self.memory[Tenant.SNAPSHOT, place.restore]
-                assert snapshot == (request.salt, request.tokens[:hit])
-                self.memory[Tenant.STATE, place.state] = snapshot
-        return hit
+        if place.state is None:
+            return
+        assert (place.restore is not None) == (hit > 0)
+        if place.restore is None:
+            assert self.memory[Tenant.STATE, place.state] is None
+        else:
+            snapshot = self.memory[Tenant.SNAPSHOT, place.restore]
+            assert snapshot == (request.salt, request.tokens[:hit])
+            self.memory[Tenant.STATE, place.state] = snapshot
 
     def compute(self, request: Request, end: int) -> bool:
         """Run the tokens up to end; False when there are no pages for them."""
@@ -103,15 +110,21 @@ class Runner:
         if not self.manager.extend(request, end):
             return False
         due = self.manager.snapshots_due(request, first, end)
-        assert due == sorted(due)
+        self.zero()
+        self.run(request, end, due)
+        request.num_computed_tokens = end
+        return True
+
+    def run(self, request: Request, end: int, due: Sequence[int]) -> None:
+        """Write what the model would on its way to end."""
+        first = request.num_computed_tokens
+        assert list(due) == sorted(due)
         assert all(first < at <= end and at % P == 0 for at in due)
-        self._zero()
         place = self.manager.placement(request)
         assert set(due) <= set(place.snapshots)
         pages = self.manager.pages(request)
         if self.manager.plan.has_pages:
-            for at in range(first, end):
-                block = at // P
+            for block in range(first // P, -(-end // P)):
                 self._write(Tenant.PAGE, pages[block], request, min(end, (block + 1) * P))
         if place.state is not None:
             held = self.memory[Tenant.STATE, place.state]
@@ -119,9 +132,6 @@ class Runner:
             self._write(Tenant.STATE, place.state, request, end)
         for at in due:
             self._write(Tenant.SNAPSHOT, place.snapshots[at], request, at)
-        request.num_computed_tokens = end
-        self._check_pages(request)
-        return True
 
     def prefill(self, request: Request) -> None:
         """Run the whole prompt."""
@@ -172,7 +182,8 @@ class Runner:
         assert usage.num_free_slabs == self.manager.plan.layout.num_usable_slabs
         assert sum(usage.num_items) == 0
 
-    def _zero(self) -> None:
+    def zero(self) -> None:
+        """Clear what was taken since the last time."""
         fresh = self.manager.take_fresh()
         for state in fresh.states:
             self.memory[Tenant.STATE, state] = None
