@@ -207,6 +207,6 @@ def test_weight_product_in_fp32_whichever_size_is_smaller(
     found = weight_product(dy, x)
     wide = torch.promote_types(dtype, torch.float32)
     assert found.dtype == wide
-    assert found.is_contiguous()
+    assert found.is_contiguous() or found.t().is_contiguous()
     check_error("dweight", found, dy.to(wide).t() @ x.to(wide), exact)
     assert torch.equal(weight_product(dy[:0], x[:0]), torch.zeros(N, K, dtype=wide))

@@ -35,18 +35,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         dhidden = torch.zeros_like(hidden) if wants_hidden else None
-        dweight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+        dweight = None
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         step = chunk_tokens(len(weight), hidden.device)
         for at in range(0, len(hidden), step):
             part = slice(at, at + step)
-            loss += _chunk(
-                hidden[part],
-                weight,
-                labels[part],
-                None if dhidden is None else dhidden[part],
-                dweight,
-            )
+            if not (wants_hidden or wants_weight):
+                loss += _loss(hidden[part], weight, labels[part])
+                continue
+            dlogits, more = _gradient(hidden[part], weight, labels[part])
+            loss += more
+            if dhidden is not None:
+                dhidden[part] = linear(dlogits, weight.t())
+            if wants_weight:
+                product = weight_product(dlogits, hidden[part])
+                dweight = product if dweight is None else dweight.add_(product)
+        if wants_weight and dweight is None:
+            dweight = torch.zeros_like(weight, dtype=dtype)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -62,27 +67,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, None
 
 
-def _chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    dhidden: Tensor | None,
-    dweight: Tensor | None,
-) -> Tensor:
-    """The loss of one chunk; writes dhidden and adds to dweight where they are wanted."""
-    counted = labels >= 0
-    target = labels.clamp(min=0)[:, None]
+def _loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The loss of one chunk."""
     logits = head_logits(hidden, weight)
+    wanted = logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(labels >= 0, torch.logsumexp(logits, dim=-1) - wanted, 0).sum()
+
+
+def _gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of one chunk's logits, in the dtype of hidden, and its loss."""
+    logits = head_logits(hidden, weight)
+    if logits.device.type == "cpu" and logits.dtype is torch.float32:
+        # numba takes half a second to import: only who trains on a CPU waits for it.
+        from sevenfold.ops.compiled import use_torch_threads
+        from sevenfold.ops.cross_entropy.compiled import softmax_gradient
+
+        use_torch_threads()
+        losses = logits.new_empty(len(logits))
+        softmax_gradient(logits.numpy(), labels.numpy(), losses.numpy())
+        return logits.to(hidden.dtype), losses.sum()
+    counted, target = labels >= 0, labels.clamp(min=0)[:, None]
     total = torch.logsumexp(logits, dim=-1)
     loss = torch.where(counted, total - logits.gather(1, target).squeeze(1), 0).sum()
-    if dhidden is None and dweight is None:
-        return loss
     dlogits = logits.sub_(total[:, None]).exp_()
     dlogits.scatter_add_(1, target, dlogits.new_full(target.shape, -1))
     dlogits *= counted[:, None]
-    dlogits = dlogits.to(hidden.dtype)
-    if dhidden is not None:
-        dhidden.copy_(linear(dlogits, weight.t()))
-    if dweight is not None:
-        dweight += weight_product(dlogits, hidden)
-    return loss
+    return dlogits.to(hidden.dtype), loss

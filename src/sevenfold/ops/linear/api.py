@@ -109,7 +109,7 @@ def weight_product(dy: Tensor, x: Tensor) -> Tensor:
         x: [T, K], dtype of dy.
 
     Returns:
-        [N, K] fp32 (fp64 with fp64 inputs).
+        [N, K] fp32 (fp64 with fp64 inputs), its rows or its columns contiguous.
     """
     if default_linear_impl(dy, x) is Impl.ONEDNN:
         return onednn.weight_grad(dy, x)

@@ -41,8 +41,11 @@ class _Linear(torch.autograd.Function):
 
 
 def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x, [N, K]; the smaller size goes first, which is up to 2.6 times as fast."""
+    """dy^T x, [N, K]; the smaller size goes first, which is up to 2.6 times as fast.
+
+    It comes in the memory layout in which it is made: a copy of 8 MB costs as much as the product.
+    """
     dy_t, x_t = dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t()
     if len(dy_t) <= len(x_t):
         return matmul_nt(dy_t, x_t)
-    return matmul_nt(x_t, dy_t).t().contiguous()
+    return matmul_nt(x_t, dy_t).t()

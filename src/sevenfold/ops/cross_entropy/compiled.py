@@ -1,0 +1,37 @@
+"""A row's loss and gradient while it is in the processor's cache; fp32 on a CPU, by numba."""
+# What numba compiles carries no annotations: its types are those of the arrays at the call.
+
+from math import log
+
+import numpy as np
+from numba import njit, prange
+
+from sevenfold.ops.compiled import FASTMATH, exp32
+
+_F = np.float32
+
+
+@njit(parallel=True, fastmath=FASTMATH, cache=True)
+def softmax_gradient(logits, labels, losses):
+    """Replace logits [T, V] by softmax - onehot, and write each token's loss.
+
+    Where the label is negative, both are zero.
+    """
+    for t in prange(len(logits)):
+        z, label = logits[t], labels[t]
+        losses[t] = 0
+        if label < 0:
+            z[:] = 0
+        else:
+            top = z[0]
+            for i in range(1, len(z)):
+                top = max(top, z[i])
+            wanted, total = z[label], _F(0)
+            for i in range(len(z)):
+                z[i] = exp32(z[i] - top)
+                total += z[i]
+            losses[t] = top + _F(log(total)) - wanted
+            share = _F(1) / total
+            for i in range(len(z)):
+                z[i] *= share
+            z[label] -= _F(1)
