@@ -9,6 +9,7 @@ from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats, SwiGLU
 from sevenfold.models.layers import RMSNorm
 from sevenfold.models.mixers import build_mixer
 from sevenfold.models.state import LayerState
+from sevenfold.ops import residual_rms_norm
 
 
 class Block(nn.Module):
@@ -32,8 +33,12 @@ class Block(nn.Module):
         self, x: Tensor, batch: Batch, state: LayerState | None
     ) -> tuple[Tensor, LayerState | None, RouterStats | None]:
         """Run the block on x [B, T, hidden_size]."""
-        x, state = self.mix(x, batch, state)
-        x, stats = self.feed(x)
+        u = self.input_layernorm(x)
+        mixed, state = self.self_attn(u, batch, state)
+        stream, (alpha, beta) = u if self.post_norm else x, self.mixer_factors
+        norm = self.post_attention_layernorm
+        u, x = residual_rms_norm(stream, mixed, norm.weight, norm.eps, alpha=alpha, beta=beta)
+        x, stats = self._feed(x, u)
         return x, state, stats
 
     def mix(
@@ -46,7 +51,9 @@ class Block(nn.Module):
 
     def feed(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
         """The block's second half: each token by itself."""
-        u = self.post_attention_layernorm(x)
+        return self._feed(x, self.post_attention_layernorm(x))
+
+    def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterStats | None]:
         stats = None
         if isinstance(self.mlp, MixtureOfExperts):
             fed, stats = self.mlp(u)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from sevenfold.models.config import ModelConfig, MoEConfig
 from sevenfold.models.layers import Linear
 from sevenfold.ops import (
-    autocast,
-    combine,
+    Dispatch,
     full_precision,
-    gather_rows,
-    grouped_linear,
     linear,
+    mixture,
     plan_dispatch,
+    route,
+    router_logits,
     swiglu,
 )
 
@@ -58,11 +58,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F))
 
-    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
-        """Transform rows [R, D], sorted by expert."""
-        rows, gate_up_proj, down_proj = autocast(rows, self.gate_up_proj, self.down_proj)
-        hidden = swiglu(grouped_linear(rows, gate_up_proj, rows_per_expert))
-        return grouped_linear(hidden, down_proj, rows_per_expert)
+    def forward(self, x: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+        """Send x [T, D] through its experts, and sum by weights [T, k]."""
+        return mixture(x, weights, self.gate_up_proj, self.down_proj, dispatch)
 
 
 class Router(nn.Module):
@@ -75,11 +73,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choose for x [T, D]: logits [T, E], weights [T, k] and experts [T, k]."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with full_precision(x.device):
-            logits = linear(x.to(dtype), self.weight.to(dtype))
-        probabilities, experts = logits.softmax(-1).topk(self.num_chosen, dim=-1)
-        return logits, probabilities / probabilities.sum(-1, keepdim=True), experts
+        logits = router_logits(x, self.weight)
+        return logits, *route(logits, self.num_chosen)
 
 
 class MixtureOfExperts(nn.Module):
@@ -118,12 +113,11 @@ class MixtureOfExperts(nn.Module):
         with full_precision(tokens.device):
             return torch.sigmoid(linear(tokens.to(dtype), weight.to(dtype))).to(tokens.dtype)
 
-    def _routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, int]:
-        """The experts' weighted sum, and how many choices were kept."""
+    def _routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts' weighted sum, and how many choices each expert took."""
         capacity = self._capacity(len(tokens)) if self.training else None
         dispatch = plan_dispatch(experts, self.moe.num_local_experts, capacity)
-        rows = self.experts(gather_rows(tokens, dispatch), dispatch.rows_per_expert)
-        return combine(rows, weights.to(rows.dtype), dispatch), len(dispatch.token)
+        return self.experts(tokens, weights, dispatch), dispatch.rows_per_expert
 
     def _capacity(self, num_tokens: int) -> int | None:
         factor = self.moe.capacity_factor
@@ -132,10 +126,12 @@ class MixtureOfExperts(nn.Module):
         even = num_tokens * self.moe.num_experts_per_tok / self.moe.num_local_experts
         return math.ceil(factor * even)
 
-    def _stats(self, logits: Tensor, experts: Tensor, num_kept: int) -> RouterStats:
+    def _stats(self, logits: Tensor, experts: Tensor, kept: Tensor) -> RouterStats:
         E = self.moe.num_local_experts
-        load = torch.bincount(experts.flatten(), minlength=E).to(logits.dtype) / len(experts)
+        # A comparison, for torch.bincount makes the host wait for a GPU.
+        chosen = experts.flatten()[:, None] == torch.arange(E, device=experts.device)
+        load = chosen.sum(0).to(logits.dtype) / len(experts)
         balance = E * (load * logits.softmax(-1).mean(0)).sum()
         z_loss = torch.logsumexp(logits, dim=-1).square().mean()
-        dropped = logits.new_tensor(1 - num_kept / experts.numel())
+        dropped = 1 - kept.sum().to(logits.dtype) / experts.numel()
         return RouterStats(balance, z_loss, load.detach(), dropped)

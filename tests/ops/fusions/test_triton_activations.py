@@ -87,7 +87,7 @@ def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, triton_swiglu.swiglu(v)
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32")  # Inductor would rather use it
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")  # Inductor's
 def test_compiles_whole() -> None:
     dys = [random(2, 5, 2, 64), random(2, 5, 2, 64, seed=1), random(2, 5, 2, 32, seed=2)]
     check_compiled(both, [random(2, 5, 2 * 3 * 64, dtype=LOW_DTYPES[0])], dys)

@@ -110,7 +110,7 @@ def test_a_chunk_is_whole_tiles_where_it_can_be(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="slow: test_triton_activations compiles there")
-@pytest.mark.filterwarnings("ignore:TensorFloat32")  # Inductor would rather use it
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")  # Inductor's
 def test_compiles_whole() -> None:
     hidden, weight, labels = inputs(30, 100, 16, LOW_DTYPES[0])
     dy = torch.ones((), device=DEVICE)

@@ -228,7 +228,7 @@ def test_routing_and_mixture_are_captured_in_a_graph(capacity: int | None) -> No
 
 
 @pytest.mark.skipif(INTERPRETED, reason="slow: test_triton_activations compiles there")
-@pytest.mark.filterwarnings("ignore:TensorFloat32")  # Inductor would rather use it
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")  # Inductor's
 def test_compiles_whole() -> None:
     leaves = [leaf.to(MIXTURE_DTYPE) for leaf in mixture_inputs(30, 2, 8, 16, 24)]
 

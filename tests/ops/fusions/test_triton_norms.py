@@ -132,7 +132,7 @@ def test_nothing_is_read_unwritten_and_every_run_gives_the_same_bits() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="slow: test_triton_activations compiles there")
-@pytest.mark.filterwarnings("ignore:TensorFloat32")  # Inductor would rather use it
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")  # Inductor's
 def test_compiles_whole() -> None:
     (x, gate), weight, dys = inputs((2, 37, 256), LOW_DTYPES[0])
     check_compiled(norm, [x, weight], dys[:1])

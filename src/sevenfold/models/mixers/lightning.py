@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from typing import Self
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import LinearState, PooledState
-from sevenfold.ops import layer_log_decay, lightning_attention, lightning_attention_step
+from sevenfold.ops import (
+    gated_rms_norm,
+    layer_log_decay,
+    lightning_attention,
+    lightning_attention_step,
+    silu_qkv,
+)
 
 
 class LightningAttention(nn.Module):
@@ -47,11 +51,10 @@ class LightningAttention(nn.Module):
     ) -> tuple[Tensor, LinearState | PooledState | None]:
         """Mix x [B, T, hidden_size]; the state comes back advanced, or None if none came in."""
         B, T, _ = x.shape
-        qkv = F.silu(self.qkv_proj(x)).view(B, T, self.num_heads, 3 * self.head_dim)
-        q, k, v = qkv.split(self.head_dim, dim=-1)  # [B, T, H, D]
+        q, k, v = silu_qkv(self.qkv_proj(x), self.num_heads)  # [B, T, H, D]
         o, state = self._attend(q, k, v, batch, state)
-        gate = torch.sigmoid(self.output_gate(x))
-        return self.out_proj(self.norm(o.reshape(B, T, -1)) * gate), state
+        o, gate = o.reshape(B, T, -1), self.output_gate(x)
+        return self.out_proj(gated_rms_norm(o, gate, self.norm.weight, self.norm.eps)), state
 
     def _attend(
         self,

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops.checks import check_dtype, check_shape, choose_impl
+from sevenfold.ops.checks import check_shape, choose_impl
 from sevenfold.ops.experts.api import grouped_linear
 from sevenfold.ops.experts.dispatch import Dispatch, combine, gather_rows
+from sevenfold.ops.precision import autocast
 from sevenfold.ops.swiglu import swiglu
 from sevenfold.ops.types import Impl
 
@@ -33,7 +34,7 @@ def mixture(
         y_t = sum over choices j of w_tj * W_down,e (silu(W_gate,e x_t) * W_up,e x_t),  e = e_tj
 
     Args:
-        x: [T, D], any floating dtype.
+        x: [T, D], any floating dtype; fp32 is cast under autocast, as the projections are.
         weights: [T, k], any floating dtype.
         gate_up_proj: [E, 2 F, D] in the dtype of x, W_gate above W_up.
         down_proj: [E, D, F] in the dtype of x.
@@ -55,7 +56,8 @@ def mixture(
     check_shape("weights", weights, dispatch.row.shape, "[T, k]")
     check_shape("down_proj", down_proj, (E, D, F2 // 2), "[E, D, F]")
     for name, projection in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        check_dtype(name, projection, (x.dtype,))
+        if _dtype(projection) is not _dtype(x):
+            raise TypeError(f"{name} must be {_dtype(x)}, got {projection.dtype}")
     default = default_mixture_impl(x, gate_up_proj)
     if choose_impl("mixture", impl, default, (Impl.EAGER, Impl.TRITON)) is Impl.EAGER:
         return _eager(x, weights, gate_up_proj, down_proj, dispatch)
@@ -64,6 +66,7 @@ def mixture(
         raise UnsupportedError(refusal)
     from sevenfold.ops.experts import triton_mixture
 
+    x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
     plan = (dispatch.choice, dispatch.row, dispatch.rows_per_expert)
     return triton_mixture.mixture(x, weights, gate_up_proj, down_proj, *plan)[0]
 
@@ -72,15 +75,23 @@ def _eager(
     x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, dispatch: Dispatch
 ) -> Tensor:
     rows = gather_rows(x, dispatch)
+    rows, gate_up_proj, down_proj = autocast(rows, gate_up_proj, down_proj)
     hidden = swiglu(grouped_linear(rows, gate_up_proj, dispatch.rows_per_expert))
     rows = grouped_linear(hidden, down_proj, dispatch.rows_per_expert)
     return combine(rows, weights.to(rows.dtype), dispatch)
 
 
+def _dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x enters a product: autocast's for fp32 where that is on."""
+    if x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def _refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:
     """Why triton cannot compute this, if it cannot."""
-    if x.device.type != "cuda" or x.dtype is not torch.bfloat16:
-        return f"x must be bf16 on a GPU for impl triton, got {x.dtype} on {x.device}"
+    if x.device.type != "cuda" or _dtype(x) is not torch.bfloat16:
+        return f"x must be bf16 on a GPU for impl triton, got {_dtype(x)} on {x.device}"
     _, F2, D = gate_up_proj.shape
     for name, size in (("D", D), ("F", F2 // 2)):
         if size % _MULTIPLE:
