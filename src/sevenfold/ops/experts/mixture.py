@@ -7,6 +7,7 @@ from sevenfold.config import UnsupportedError
 from sevenfold.ops.checks import check_shape, choose_impl
 from sevenfold.ops.experts.api import grouped_linear
 from sevenfold.ops.experts.dispatch import Dispatch, combine, gather_rows
+from sevenfold.ops.linear import onednn
 from sevenfold.ops.precision import autocast
 from sevenfold.ops.swiglu import swiglu
 from sevenfold.ops.types import Impl
@@ -15,8 +16,17 @@ from sevenfold.ops.types import Impl
 _MULTIPLE = 8
 
 
+_IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.TRITON)
+
+
 def default_mixture_impl(x: Tensor, gate_up_proj: Tensor) -> Impl:
-    """Return what mixture takes: triton for bf16 on a GPU with widths that 8 divides."""
+    """Return what mixture takes.
+
+    Triton for bf16 on a GPU with widths that 8 divides, oneDNN for fp32 on a CPU without autocast,
+    else eager.
+    """
+    if _onednn_refusal(x) is None:
+        return Impl.ONEDNN
     return Impl.EAGER if _refusal(x, gate_up_proj) else Impl.TRITON
 
 
@@ -39,17 +49,17 @@ def mixture(
         gate_up_proj: [E, 2 F, D] in the dtype of x, W_gate above W_up.
         down_proj: [E, D, F] in the dtype of x.
         dispatch: the plan of the tokens' choices.
-        impl: "eager" (gather_rows, grouped_linear, swiglu and combine, each with its default) or
-            "triton" (one operator that waits for nothing, bf16 on a GPU); None takes
-            default_mixture_impl. A named one never falls back.
+        impl: "eager" (gather_rows, grouped_linear, swiglu and combine, each with its default),
+            "onednn" (expert by expert, fp32 on a CPU) or "triton" (one operator that waits for
+            nothing, bf16 on a GPU); None takes default_mixture_impl. A named one never falls back.
 
     Returns:
         [T, D] in the dtype of x; a dropped choice adds nothing.
 
     Raises:
         ValueError, TypeError: a shape or dtype breaks the rules above.
-        UnsupportedError: triton is asked for on another device, dtype or width, or there is no
-            implementation of that name.
+        UnsupportedError: onednn or triton is asked for on another device, dtype or width, or there
+            is no implementation of that name.
     """
     E, F2, D = gate_up_proj.shape
     check_shape("x", x, (len(x), D), "[T, D]")
@@ -58,12 +68,17 @@ def mixture(
     for name, projection in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if _dtype(projection) is not _dtype(x):
             raise TypeError(f"{name} must be {_dtype(x)}, got {projection.dtype}")
-    default = default_mixture_impl(x, gate_up_proj)
-    if choose_impl("mixture", impl, default, (Impl.EAGER, Impl.TRITON)) is Impl.EAGER:
+    chosen = choose_impl("mixture", impl, default_mixture_impl(x, gate_up_proj), _IMPLS)
+    if chosen is Impl.EAGER:
         return _eager(x, weights, gate_up_proj, down_proj, dispatch)
-    refusal = _refusal(x, gate_up_proj)
+    refusal = _onednn_refusal(x) if chosen is Impl.ONEDNN else _refusal(x, gate_up_proj)
     if refusal:
         raise UnsupportedError(refusal)
+    if chosen is Impl.ONEDNN:
+        from sevenfold.ops.experts import onednn_mixture
+
+        plan = (dispatch.choice, dispatch.rows_per_expert)
+        return onednn_mixture.mixture(x, weights, gate_up_proj, down_proj, *plan)
     from sevenfold.ops.experts import triton_mixture
 
     x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
@@ -86,6 +101,13 @@ def _dtype(x: Tensor) -> torch.dtype:
     if x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _onednn_refusal(x: Tensor) -> str | None:
+    """Why onednn cannot compute this, if it cannot."""
+    if x.device.type != "cpu" or _dtype(x) is not torch.float32 or not onednn.AVAILABLE:
+        return f"x must be fp32 on a CPU for impl onednn, got {_dtype(x)} on {x.device}"
+    return None
 
 
 def _refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:

@@ -98,20 +98,22 @@ class _Mixture(torch.autograd.Function):
         choice: Tensor,
         rows_per_expert: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, choice, rows_per_expert)
-        ctx.gate_ups = []
-        groups = _groups(weights, choice, rows_per_expert)
-        return _forward(x, weights, gate_up_proj, down_proj, groups, ctx.gate_ups)
+        groups, gate_ups = _groups(weights, choice, rows_per_expert), []
+        y = _forward(x, weights, gate_up_proj, down_proj, groups, gate_ups)
+        inputs = (x, weights, gate_up_proj, down_proj, choice, rows_per_expert)
+        ctx.save_for_backward(*inputs, *gate_ups)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, gate_up_proj, down_proj, choice, rows_per_expert = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x, weights, gate_up_proj, down_proj, choice, rows_per_expert, *gate_ups = saved
         use_torch_threads()
         x, dy = x.contiguous(), grads[0].contiguous()
         dx, dweights = torch.zeros_like(x), torch.zeros_like(weights)
         dgate_up_proj, ddown_proj = torch.zeros_like(gate_up_proj), torch.zeros_like(down_proj)
         groups = _groups(weights, choice, rows_per_expert)
-        for group, gate_up in zip(groups, ctx.gate_ups, strict=True):
+        for group, gate_up in zip(groups, gate_ups, strict=True):
             e, drows = group.expert, _gathered(dy, group)
             dhidden = matmul_nt(drows, down_proj[e].t())
             # share * hidden, and d/dshare of share * W_down h . dy = h . W_down^T dy
@@ -125,5 +127,4 @@ class _Mixture(torch.autograd.Function):
             drows = matmul_nt(dgate_up, gate_up_proj[e].t())
             ones = torch.ones_like(group.share)
             compiled.scatter(drows.numpy(), group.token.numpy(), ones.numpy(), dx.numpy())
-        del ctx.gate_ups
         return dx, dweights, dgate_up_proj, ddown_proj, None, None
