@@ -83,6 +83,12 @@ def test_extreme_logits_stay_finite() -> None:
     assert all(bool(grad.isfinite().all()) for grad in found[1:])
 
 
+def test_a_label_beyond_the_vocabulary_makes_the_loss_nan() -> None:
+    hidden, weight, labels = inputs(9, 11, 6, torch.float32)
+    labels[-1] = 11
+    assert bool(triton_cross_entropy.forward(hidden, weight, labels).isnan())
+
+
 @pytest.mark.parametrize("dtype", LOW_DTYPES)
 def test_nothing_is_read_unwritten_and_every_run_gives_the_same_bits(dtype: torch.dtype) -> None:
     hidden, weight, labels = inputs(9, 11, 6, dtype)

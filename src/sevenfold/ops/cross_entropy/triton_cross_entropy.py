@@ -46,7 +46,8 @@ def _loss_kernel(
         largest = larger
     normaliser = largest + tl.log(total)
     counted = label >= 0
-    chosen = tl.load(logits_ptr + label, counted, 0.0)
+    # A label beyond the vocabulary makes the loss NaN.
+    chosen = tl.load(logits_ptr + label, counted & (label < V), float("nan"))
     tl.store(loss_ptr + row, tl.where(counted, normaliser - chosen, 0.0))
     if dlogits_ptr is not None:
         dlogits_ptr += row * dlogits_stride
