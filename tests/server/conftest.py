@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from server_helpers import make_llm
+
 from sevenfold.engine import LLM
 
 
@@ -19,3 +20,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def llm() -> LLM:
     return make_llm()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"

@@ -5,7 +5,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from starlette.types import ASGIApp
 
 from sevenfold.server.chat import chat_router
@@ -13,7 +12,7 @@ from sevenfold.server.chat_template import ChatTemplate, TemplateSource
 from sevenfold.server.completions import completions_router
 from sevenfold.server.engine_protocol import ServingEngine
 from sevenfold.server.errors import install_error_handlers
-from sevenfold.server.guard import Guard
+from sevenfold.server.guard import PAGES, Guard
 from sevenfold.server.pages import pages_router
 from sevenfold.server.service import Service
 from sevenfold.server.settings import ServerSettings
@@ -39,7 +38,7 @@ class ServerApp:
         self._template = ChatTemplate(template, settings.template_timeout_s)
         self.service = Service.build(engine, settings, self._template)
         self.api = _api(self.service, self.close)
-        paths = [route.path for route in self.api.routes if isinstance(route, APIRoute)]
+        paths = [*self.api.openapi()["paths"], *PAGES, "/openapi.json"]
         self._guarded: ASGIApp = Guard(self.api, settings, self.service.metrics, paths)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -31,8 +31,7 @@ To call one, answer with <tool_calls>
 <tool_calls>
 {{ call.function | tojson }}
 </tool_calls>
-{%- endfor %}
-
+{%- endfor +%}
 {% endfor %}
 {% if add_generation_prompt %}
 Assistant:{% endif %}
@@ -112,6 +111,7 @@ class ChatTemplate:
         except ApiError as error:
             raise CheckpointError(f"chat_template must load: {error.detail}") from error
         if "error" in answer:
+            self.close()
             raise CheckpointError(f"chat_template must be a Jinja template: {answer['error']}")
         self.takes_tools, self.takes_parts = answer["tools"], answer["parts"]
 

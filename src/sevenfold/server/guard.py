@@ -12,8 +12,8 @@ from sevenfold.server.metrics import Metrics
 from sevenfold.server.settings import ServerSettings, is_loopback
 
 CALLER = "sevenfold.caller"
+PAGES = ("/", "/docs")  # a browser is asked for the key as a password
 _OPEN_PATHS = ("/health",)
-_BROWSER_PATHS = ("/", "/docs")
 
 
 class Guard:
@@ -60,7 +60,7 @@ class Guard:
             return None
         caller = self._keys.caller(headers.get("authorization"))
         if caller is None:
-            scheme = "Basic" if scope["path"] in _BROWSER_PATHS else "Bearer"
+            scheme = "Basic" if scope["path"] in PAGES else "Bearer"
             raise ApiError(
                 401,
                 "a valid API key must come with the request, as `Authorization: Bearer KEY`",

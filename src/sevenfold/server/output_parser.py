@@ -48,7 +48,7 @@ class OutputParser:
         self._text = ""
         self._closing = ""
         self._opening = ""
-        self._thought = False
+        self._skips_breaks = thinking
         self._parts: list[Part] = []
 
     def push(self, text: str) -> list[Part]:
@@ -74,12 +74,15 @@ class OutputParser:
         return self._taken()
 
     def _advance(self, maybe_complete: bool) -> None:
+        if self._skips_breaks:  # those next to a tag belong to no part
+            self._text = self._text.lstrip("\n")
+            self._skips_breaks = not self._text
         match self._state:
             case _State.START:
                 self._start()
             case _State.THINKING:
                 if self._until(CLOSE, "reasoning"):
-                    self._state, self._thought = _State.ANSWER, True
+                    self._state = _State.ANSWER
             case _State.ANSWER:
                 self._answer()
             case _State.CONTENT:
@@ -90,14 +93,12 @@ class OutputParser:
     def _start(self) -> None:
         begun = self._text.lstrip()
         if begun.startswith(OPEN):
-            self._text = begun[len(OPEN) :].lstrip("\n")
+            self._text, self._skips_breaks = begun[len(OPEN) :], True
             self._state = _State.THINKING
         elif not OPEN.startswith(begun):
             self._state = _State.ANSWER
 
     def _answer(self) -> None:
-        if self._thought:  # the line breaks between reasoning and answer belong to neither
-            self._text = self._text.lstrip("\n")
         if self._forced:
             self._state = _State.BARE_CALL
         elif self._tools and may_be_bare_call(self._text):
@@ -129,7 +130,7 @@ class OutputParser:
         if tag:
             kept = self._opening + body + tag if body.strip(" \t\r\n,") else ""
             self._emit("content", kept)
-            self._text = after.lstrip("\n")
+            self._text, self._skips_breaks = after, True
             self._state = _State.CONTENT
 
     def _read_calls(self) -> None:
@@ -144,8 +145,7 @@ class OutputParser:
             self._parts.append(Part("tool_call", call=call))
             self._text = rest
             if self._state is not _State.CALLS:
-                self._text = rest.lstrip()
-                self._state = _State.CONTENT if self._text else _State.BARE_CALL
+                self._state, self._skips_breaks = _State.CONTENT, True
 
     def _until(self, tag: str, kind: Literal["reasoning", "content"]) -> bool:
         """Give text up to a tag; True if the tag was there, which is then dropped."""
@@ -154,7 +154,7 @@ class OutputParser:
             self._emit_safe(kind, (tag,))
             return False
         self._emit(kind, before.rstrip("\n"))
-        self._text = after.lstrip("\n")
+        self._text, self._skips_breaks = after, True
         return True
 
     def _emit_safe(self, kind: Literal["reasoning", "content"], tags: Collection[str]) -> None:

@@ -1,0 +1,122 @@
+"""`sevenfold serve`: it serves until a signal, and says in one line why it does not."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from cli_helpers import TinyRun, exit_code, run_cli
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken.getsockname()[1]
+
+
+def test_it_serves_until_a_signal_and_ends_what_is_under_way(tiny_run: TinyRun) -> None:
+    script = "from sevenfold.cli.main import main; main()"
+    command = [sys.executable, "-c", script, "serve", str(tiny_run.checkpoint), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--model-name", "tiny"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        found = re.fullmatch(r"tiny at (http://127\.0\.0\.1:\d+) \(chat at /, .*\)\n", line)
+        assert found is not None, line
+        body = {"prompt": "the river", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        url = f"{found[1]}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=120) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = "\n".join(lines)
+        assert '"finish_reason": "length"' in rest
+        assert rest.rstrip().endswith("data: [DONE]")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_port_in_use(
+    tiny_run: TinyRun, taken_port: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("serve", tiny_run.checkpoint, "--port", str(taken_port)) == 1
+    said = f"port must be free, got {taken_port} on 127.0.0.1, which another program uses"
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--host", "0.0.0.0"], 2, "api_keys must be given to listen beyond this machine"),
+        (["--host", "203.0.113.7"], 2, "api_keys must be given to listen beyond this machine"),
+        (["--port", "99999"], 2, "port must be valid"),
+        (["--max-requests", "0"], 2, "max_requests must be valid"),
+        (["--dtype", "int3"], 2, "dtype must be one of"),
+        (["--api-keys-file", "/nowhere"], 1, "/nowhere"),
+    ],
+)
+def test_options_that_break_a_rule(
+    tiny_run: TinyRun,
+    options: list[str],
+    code: int,
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert exit_code("serve", tiny_run.checkpoint, "--port", "0", *options) == code
+    error = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert said in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("text", ["", "\n", "short\n", "long enough for a key\nshort\n"])
+def test_keys_that_are_none(
+    tiny_run: TinyRun, tmp_path: Path, text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    assert exit_code("serve", tiny_run.checkpoint, "--api-keys-file", file, "--port", "0") == 2
+    error = capfd.readouterr().err
+    assert "must hold an API key of 16 characters or more on each line" in error
+    assert "short\n" not in error
+
+
+def test_a_checkpoint_that_is_broken(
+    tiny_run: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_run.checkpoint.iterdir():
+        content = file.read_bytes()
+        cut = file.suffix == ".safetensors"
+        (broken / file.name).write_bytes(content[: len(content) // 2] if cut else content)
+    assert exit_code("serve", broken, "--port", "0") == 1
+    assert "safetensors" in capfd.readouterr().err
+    assert exit_code("serve", tmp_path / "missing", "--port", "0") == 1
+    assert "missing must be a checkpoint folder" in capfd.readouterr().err
+    template = tmp_path / "template"
+    template.mkdir()
+    for file in tiny_run.checkpoint.iterdir():
+        (template / file.name).write_bytes(file.read_bytes())
+    (template / "chat_template.jinja").write_text("{% for %}")
+    assert exit_code("serve", template, "--port", "0") == 1
+    assert "chat_template must be a Jinja template" in capfd.readouterr().err
+
+
+def test_help() -> None:
+    result = run_cli("serve", "--help")
+    assert result.exit_code == 0
+    assert "--api-keys-file" in result.output

@@ -1,0 +1,197 @@
+"""The offline engine behind the server: the same tokens as `LLM`, one request at a time."""
+
+import asyncio
+import json
+import re
+
+import pytest
+import torch
+from server_helpers import (
+    EOS,
+    ScriptedEngine,
+    chat,
+    client_of,
+    events,
+    make_llm,
+    message,
+    streamed,
+)
+
+from sevenfold.engine import LLM, SamplingParams
+from sevenfold.ops.testing import check_error
+from sevenfold.server import GenerationRequest, OfflineEngine, ServerSettings, TemplateSource
+
+pytestmark = pytest.mark.anyio
+BARE = TemplateSource("{{ messages[0].content }}", stop=())
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {
+    "type": "object", "properties": {"at": {"enum": ["x", "y"]}}, "required": ["at"],
+    "additionalProperties": False}}}  # fmt: skip
+
+
+async def complete(client, **fields):
+    return (await client.post("/v1/completions", json=fields)).json()
+
+
+async def test_the_same_tokens_as_offline(llm: LLM) -> None:
+    greedy = SamplingParams(max_tokens=20, temperature=0.0)
+    drawn = SamplingParams(max_tokens=20, seed=5, top_p=0.9, presence_penalty=0.5)
+    expected = [llm.generate(["herons"], params)[0].text for params in (greedy, drawn)]
+    async with client_of(OfflineEngine(llm, "tiny"), template=BARE) as client:
+        fields = {"prompt": "herons", "max_tokens": 20}
+        first = await complete(client, **fields, temperature=0)
+        second = await complete(client, **fields, seed=5, top_p=0.9, presence_penalty=0.5)
+        messages = [{"role": "user", "content": "herons"}]
+        stream = await chat(client, messages=messages, max_tokens=20, temperature=0, stream=True)
+        n = await complete(client, **fields, seed=4, top_p=0.9, presence_penalty=0.5, n=2)
+    assert [first["choices"][0]["text"], second["choices"][0]["text"]] == expected
+    assert streamed(events(stream), 0) == expected[0]
+    assert n["choices"][1]["text"] == expected[1]
+    assert first["usage"]["prompt_tokens_details"]["cache_miss_reason"] == "cache_off"
+
+
+async def test_log_probabilities_of_prompt_and_output(llm: LLM) -> None:
+    async with client_of(OfflineEngine(llm, "tiny")) as client:
+        fields = {"prompt": [71, 72, 73], "max_tokens": 2, "temperature": 0}
+        said = await complete(client, **fields, echo=True, logprobs=2)
+    logprobs = said["choices"][0]["logprobs"]
+    [done] = llm.generate(["hij"], SamplingParams(max_tokens=2, temperature=0.0))
+    ids = torch.tensor([[*done.prompt_token_ids, *done.token_ids]])
+    assert ids[0, :3].tolist() == [71, 72, 73]
+
+    def chosen(dtype: torch.dtype) -> torch.Tensor:
+        model = make_llm().model.to(dtype)
+        values = model(ids)[0, :-1].to(torch.float64).log_softmax(-1)
+        return values.gather(-1, ids[0, 1:, None])[:, 0]
+
+    assert logprobs["token_logprobs"][0] is None
+    found = torch.tensor(logprobs["token_logprobs"][1:], dtype=torch.float64)
+    check_error("logprobs", found, chosen(torch.float32), chosen(torch.float64))
+    assert logprobs["tokens"][:3] == ["h", "i", "j"]
+    assert len(logprobs["top_logprobs"][1]) >= 2
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "maximum": 99, "minimum": 0},
+        "b": {"enum": ["x", "yy"]},
+    },
+    "required": ["a", "b"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+
+
+async def test_answers_follow_their_grammars(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    async with client_of(OfflineEngine(llm, "tiny")) as client:
+        wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
+        made = (await chat(client, response_format=wanted, max_tokens=60, seed=1, n=2)).json()
+        for choice in made["choices"]:
+            value = json.loads(choice["message"]["content"])
+            assert set(value) == {"a", "b"}
+            assert 0 <= value["a"] <= 99
+            assert value["b"] in ("x", "yy")
+            assert choice["finish_reason"] == "stop"
+        regex = {"type": "regex", "regex": "[0-9]{3}-[a-c]+!"}
+        made = (await chat(client, response_format=regex, max_tokens=200, seed=2)).json()
+        assert re.fullmatch("[0-9]{3}-[a-c]+!", made["choices"][0]["message"]["content"])
+        lark = {"type": "grammar", "grammar": 'start: "yes" | "no"'}
+        made = (await chat(client, response_format=lark, max_tokens=9)).json()
+        assert made["choices"][0]["message"]["content"] in ("yes", "no")
+        for choice in ("required", {"type": "function", "function": {"name": "look"}}):
+            made = (
+                await chat(client, tools=[TOOL], tool_choice=choice, max_tokens=200, seed=3)
+            ).json()["choices"][0]
+            assert made["finish_reason"] == "tool_calls", made
+            [call] = made["message"]["tool_calls"]
+            assert call["function"]["name"] == "look"
+            assert json.loads(call["function"]["arguments"])["at"] in ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"type": "json_schema"}, "of type json_schema must have json_schema, got none"),
+        ({"type": "text", "regex": "a"}, "of type text must have no more, got regex"),
+        ({"type": "regex", "regex": "a" * 1025}, "must have at most 1024 characters, got 1025"),
+        ({"type": "regex", "regex": "("}, "response_format.regex must be valid"),
+        ({"type": "grammar", "grammar": "start: nothing"}, "response_format.grammar must be valid"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"type": "banana"}}},
+            "response_format.json_schema.schema must be valid",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"pattern": "a" * 1025}}},
+            "pattern must have at most 1024 characters",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"title": "a" * 70_000}}},
+            "must have at most 65536 characters",
+        ),
+    ],
+)
+async def test_grammars_that_are_refused(llm: LLM, form: dict, said: str) -> None:
+    pytest.importorskip("llguidance")
+    async with client_of(OfflineEngine(llm, "tiny")) as client:
+        response = await chat(client, response_format=form, max_tokens=3)
+        assert response.status_code == 400, response.text
+        assert said in message(response)
+
+
+async def test_a_grammar_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    engine = ScriptedEngine(features=frozenset({"constraint"}))
+    async with client_of(engine, ServerSettings(grammar_timeout_s=1e-6)) as client:
+        form = {"type": "regex", "regex": "(a|b){50}"}
+        response = await chat(client, response_format=form)
+    assert "response_format.regex must compile within 1e-06 s" in message(response)
+
+
+async def test_closing_an_iterator_cancels_and_the_next_is_served(llm: LLM) -> None:
+    engine = OfflineEngine(llm, "tiny")
+
+    def asking(name: str, max_tokens: int) -> GenerationRequest:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        return GenerationRequest(id=name, prompt=(70,), sampling=params)
+
+    long, waiting = engine.submit(asking("a", 500)), engine.submit(asking("b", 500))
+    await anext(long)
+    second = asyncio.create_task(anext(waiting))
+    await asyncio.sleep(0)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.states.used) == (1, {"engine_busy": 1}, 1)
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    await long.aclose()
+    outputs = [output async for output in engine.submit(asking("c", 3))]
+    assert [output.finish_reason for output in outputs] == [None, None, "length"]
+    engine.close()
+    assert not engine.healthy()
+
+
+async def test_a_model_that_computes_nothing_fails_its_request_alone(llm: LLM) -> None:
+    class Poisoned(OfflineEngine):
+        def _generate(self, job) -> None:
+            weight = llm.model.lm_head.weight
+            kept = weight.clone()
+            if job.request.prompt == (70,):
+                weight.fill_(float("nan"))
+            try:
+                super()._generate(job)
+            finally:
+                weight.copy_(kept)
+
+    async with client_of(Poisoned(llm, "tiny")) as client:
+        both = [complete(client, prompt=[token], max_tokens=2) for token in (70, 71)]
+        failed, served = await asyncio.gather(*both)
+    assert failed["error"]["code"] == "request_failed"
+    assert "logits are not finite" in failed["error"]["message"]
+    assert len(served["choices"]) == 1
+
+
+async def test_the_end_token_ends_an_answer(llm: LLM) -> None:
+    async with client_of(OfflineEngine(llm, "tiny")) as client:
+        made = await complete(client, prompt="a", max_tokens=9, logit_bias={str(EOS): 100})
+    assert made["choices"][0]["finish_reason"] == "stop"
+    assert made["usage"]["completion_tokens"] == 1

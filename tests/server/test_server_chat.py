@@ -1,0 +1,322 @@
+"""/v1/chat/completions: what it asks of the engine, and how it tells the answer."""
+
+import json
+
+import pytest
+from server_helpers import (
+    CONTEXT,
+    HELLO,
+    VOCAB_SIZE,
+    ScriptedEngine,
+    chat,
+    client_of,
+    events,
+    message,
+    streamed,
+)
+
+from sevenfold.server import ServerSettings, TemplateSource
+
+pytestmark = pytest.mark.anyio
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
+    },
+}
+
+
+async def test_an_answer() -> None:
+    engine = ScriptedEngine()
+    async with client_of(engine) as client:
+        response = await chat(client, model="scripted")
+    assert response.status_code == 200
+    body = response.json()
+    assert body["object"] == "chat.completion"
+    assert body["model"] == "scripted"
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {
+                "role": "assistant",
+                "content": "hello there",
+                "reasoning_content": None,
+                "tool_calls": None,
+            },
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    [asked] = engine.asked
+    prompt = "User: hello\nAssistant:"
+    assert engine.tokenizer.decode(list(asked.prompt)) == prompt
+    assert asked.marks == (len("User: hello\n"),)
+    assert body["usage"] == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": 11,
+        "total_tokens": len(prompt) + 11,
+        "prompt_tokens_details": {"cached_tokens": 3, "cache_miss_reason": "no_state"},
+    }
+    assert asked.sampling.max_tokens == CONTEXT - len(prompt)
+    assert asked.sampling.stop == ("\nUser:", "\nSystem:")
+
+
+async def test_a_stream_says_the_same() -> None:
+    async with client_of(ScriptedEngine()) as client:
+        options = {"include_usage": True}
+        response = await chat(client, stream=True, stream_options=options, n=2)
+        whole = (await chat(client, n=2)).json()
+    assert response.headers["content-type"].startswith("text/event-stream")
+    parts = events(response)
+    assert {part["object"] for part in parts} == {"chat.completion.chunk"}
+    for n in range(2):
+        assert streamed(parts, n) == "hello there"
+        reasons = [c["finish_reason"] for p in parts for c in p["choices"] if c["index"] == n]
+        assert [reason for reason in reasons if reason] == ["stop"]
+    assert parts[-1]["choices"] == []
+    assert parts[-1]["usage"] == whole["usage"]
+    assert whole["usage"]["completion_tokens"] == 22
+
+
+async def test_sampling_reaches_the_engine() -> None:
+    engine = ScriptedEngine()
+    fields = {
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": -0.3,
+        "logit_bias": {"5": 2, "6": -100},
+        "stop": ["a", "b"],
+        "stop_token_ids": [9],
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "seed": -1,
+        "max_completion_tokens": 5,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "n": 3,
+        "deadline_s": 9.5,
+    }
+    async with client_of(engine, template=TemplateSource(stop=())) as client:
+        response = await chat(client, **fields)
+    assert response.status_code == 200, response.text
+    first, second, third = (one.sampling for one in engine.asked)
+    assert first.model_dump() == {
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": -0.3,
+        "logit_bias": {5: 2.0, 6: -100.0},
+        "stop": ("a", "b"),
+        "stop_token_ids": (9,),
+        "min_tokens": 2,
+        "seed": 2**64 - 1,
+        "ignore_eos": True,
+        "logprobs": 3,
+    }
+    assert (second.seed, third.seed) == (0, 1)
+    assert {one.deadline_s for one in engine.asked} == {9.5}
+    assert len({one.id for one in engine.asked}) == 3
+
+
+async def test_at_temperature_zero_what_changes_nothing_is_left_out() -> None:
+    engine = ScriptedEngine()
+    async with client_of(engine) as client:
+        response = await chat(client, temperature=0, top_p=1, seed=1234, top_k=-1, min_p=0.0)
+    assert response.status_code == 200
+    sampling = engine.asked[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "said"),
+    [
+        ({"messages": []}, 400, "messages must be valid"),
+        ({"messages": [{"role": "user"}] * 5}, 400, "messages must be at most 4, got 5"),
+        ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role must be valid"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "http://x"}}],
+                    }
+                ]
+            },
+            400,
+            "Input should be 'text'",
+        ),
+        ({"frobnicate": 1}, 400, "frobnicate is not a parameter that this server knows"),
+        ({"temperature": -1}, 400, "temperature must be valid"),
+        ({"temperature": 0.001}, 400, "temperature must be 0 or at least 0.01, got 0.001"),
+        ({"temperature": "1"}, 400, "temperature must be valid"),
+        ({"n": 17}, 400, "n must be valid"),
+        ({"stop": ["x"] * 17}, 400, "stop"),
+        ({"stop": "x" * 257}, 400, "stop"),
+        ({"stop": ""}, 400, "stop"),
+        ({"logit_bias": {"257": 1}}, 400, f"must name tokens below {VOCAB_SIZE}, got 257"),
+        ({"stop_token_ids": [300]}, 400, f"must name tokens below {VOCAB_SIZE}, got 300"),
+        ({"top_logprobs": 2}, 400, "top_logprobs must be left out without logprobs"),
+        ({"stream_options": {}}, 400, "stream_options must be left out without stream"),
+        ({"min_tokens": 9, "max_tokens": 5}, 400, "min_tokens must be at most max_tokens = 5"),
+        ({"deadline_s": 7200}, 400, "deadline_s must be at most 3600, got 7200"),
+        ({"model": "gpt-9"}, 404, "model must be 'scripted', which alone is served, got 'gpt-9'"),
+        ({"priority": 1}, 400, "priority must be left out: the engine"),
+        ({"session": "a"}, 400, "session must be left out: the engine"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format must be left out"),
+        ({"tools": [TOOL], "tool_choice": "required"}, 400, "tools must be left out: the engine"),
+        ({"tool_choice": "auto"}, 400, "tools must be given for tool_choice auto"),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {"type": "function", "function": {"name": "go"}},
+            },
+            400,
+            "tool_choice must name one of tools, got 'go'",
+        ),
+        (
+            {"max_tokens": 500},
+            400,
+            f"must fit into the model's context of {CONTEXT} tokens, got 22 + 500 = 522",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x" * 600}]},
+            400,
+            f"must fit into the model's context of {CONTEXT} tokens, got 617 + 1 = 618",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {"id": "a", "function": {"name": "look", "arguments": "[1]"}}
+                        ],
+                    }
+                ]
+            },
+            400,
+            "messages.0.tool_calls: arguments must be a JSON object as text",
+        ),
+    ],
+)
+async def test_what_is_refused(fields: dict, status: int, said: str) -> None:
+    engine = ScriptedEngine()
+    async with client_of(engine, ServerSettings(max_messages=4)) as client:
+        response = await chat(client, **fields)
+    assert response.status_code == status, response.text
+    assert said in message(response)
+    assert engine.asked == []
+
+
+async def test_text_far_beyond_the_context_is_refused_before_it_is_encoded() -> None:
+    long = [{"role": "user", "content": "x" * 50_000}]
+    async with client_of(ScriptedEngine()) as client:
+        response = await chat(client, messages=long)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert f"context of {CONTEXT} tokens, got 50017 characters" in message(response)
+
+
+async def test_reasoning_is_told_apart() -> None:
+    engine = ScriptedEngine("<think>let me see</think>\n\nfour")
+    async with client_of(engine) as client:
+        whole = (await chat(client)).json()["choices"][0]["message"]
+        parts = events(await chat(client, stream=True))
+    assert (whole["reasoning_content"], whole["content"]) == ("let me see", "four")
+    assert streamed(parts, 0, "reasoning_content") == "let me see"
+    assert streamed(parts, 0) == "four"
+
+
+async def test_a_prompt_that_opens_the_reasoning() -> None:
+    template = TemplateSource("{{ messages[0].content }}<think>\n", stop=())
+    async with client_of(ScriptedEngine("hm</think>four"), template=template) as client:
+        whole = (await chat(client)).json()["choices"][0]["message"]
+    assert (whole["reasoning_content"], whole["content"]) == ("hm", "four")
+
+
+CALLS = 'so\n<tool_calls>\n{"name": "look", "arguments": {"at": "x"}}\n'
+CALLS += '{"name": "look", "arguments": {}}\n</tool_calls>'
+
+
+async def test_tool_calls() -> None:
+    engine = ScriptedEngine(CALLS)
+    async with client_of(engine) as client:
+        whole = (await chat(client, tools=[TOOL])).json()["choices"][0]
+        parts = events(await chat(client, tools=[TOOL], stream=True))
+        none = (await chat(client, tools=[TOOL], tool_choice="none")).json()["choices"][0]
+    assert whole["finish_reason"] == "tool_calls"
+    assert whole["message"]["content"] == "so"
+    calls = [
+        (c["function"]["name"], c["function"]["arguments"]) for c in whole["message"]["tool_calls"]
+    ]
+    assert calls == [("look", '{"at": "x"}'), ("look", "{}")]
+    deltas = [c["delta"] for part in parts for c in part["choices"]]
+    told = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [(c["index"], c["function"]["arguments"]) for c in told] == [
+        (0, '{"at": "x"}'),
+        (1, "{}"),
+    ]
+    assert len({c["id"] for c in told}) == 2
+    assert parts[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert none["message"]["content"] == CALLS
+    assert none["finish_reason"] == "stop"
+    shown, _, hidden = (engine.tokenizer.decode(list(one.prompt)) for one in engine.asked)
+    assert shown.startswith("Tools: ")
+    assert hidden.startswith("User: ")
+
+
+async def test_one_call_at_most_ends_the_output() -> None:
+    engine = ScriptedEngine(CALLS)
+    async with client_of(engine) as client:
+        response = await chat(client, tools=[TOOL], parallel_tool_calls=False)
+    [choice] = response.json()["choices"]
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert choice["finish_reason"] == "tool_calls"
+    assert response.json()["usage"]["completion_tokens"] < len(CALLS)
+    assert (engine.under_way, engine.cancelled) == (0, 1)
+
+
+async def test_a_template_without_a_place_for_tools() -> None:
+    template = TemplateSource("{{ messages[0].content }}")
+    async with client_of(ScriptedEngine(), template=template) as client:
+        response = await chat(client, tools=[TOOL])
+    assert response.status_code == 400
+    assert "the model's chat template has no place for them" in message(response)
+
+
+async def test_earlier_calls_and_their_results_reach_the_prompt() -> None:
+    engine = ScriptedEngine()
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at": "é"}'}}
+    messages = [
+        {
+            "role": "developer",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        },
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c", "content": "nothing"},
+    ]
+    async with client_of(engine) as client:
+        response = await chat(client, messages=messages)
+        tokens = (await client.post("/tokenize", json={"messages": messages})).json()
+    assert response.status_code == 200, response.text
+    prompt = engine.tokenizer.decode(list(engine.asked[0].prompt))
+    assert prompt.startswith("System: a\nb\nUser: hello\nAssistant: ")
+    assert json.dumps({"name": "look", "arguments": {"at": "é"}}, ensure_ascii=False) in prompt
+    assert prompt.endswith("Tool: nothing\nAssistant:")
+    assert tokens["tokens"] == list(engine.asked[0].prompt)
+    ends = [prompt.encode()[:mark].decode() for mark in engine.asked[0].marks]
+    assert len(ends) == 3
+    assert ends[0].startswith("System: a\nb")
+    assert "User" not in ends[0]
+    assert ends[1].rstrip().endswith("</tool_calls>")
+    assert ends[2].rstrip().endswith("Tool: nothing")
