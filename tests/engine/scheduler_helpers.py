@@ -48,6 +48,7 @@ class FakeCache:
         return True
 
     def snapshots_due(self, request: Request, first: int, end: int) -> list[int]:
+        self.calls["snapshots_due"] += 1
         assert end <= self.pages[request] * PAGE
         return snapshots(request, first, end)
 

@@ -178,18 +178,16 @@ def test_headroom_is_found_before_a_request_is_opened() -> None:
 
 
 def test_headroom_doubles_with_each_preemption() -> None:
-    w = world(num_pages=5, headroom_tokens=1)
-    first, last = w.submit(7, 9), w.submit(7, 9)
+    w = world(num_pages=7, headroom_tokens=4)
+    _, last = w.submit(7, 20), w.submit(7, 20)
+    w.step()
+    assert w.cache.pages[last] == 3  # 7 + 4 tokens
     while last.num_preemptions == 0:
         w.step()
     w.cache.num_pages = 20
-    while last.status is not Status.PREFILLING:
-        w.scheduler.step()
-        held = w.cache.pages.get(last)
-        for request in (first, last):
-            if request.status is Status.DECODING:
-                w.scheduler.record(request, [7])
-    assert (last.num_tokens, held) == (9, 3)  # 9 + 2 tokens
+    while last.status is Status.WAITING:
+        w.step()
+    assert (last.num_tokens, w.cache.pages[last]) == (14, 6)  # opened with 13 tokens and 8 more
 
 
 def test_memory_that_did_not_suffice_is_not_asked_again_before_some_is_freed() -> None:
@@ -405,11 +403,11 @@ def test_snapshots_are_asked_for_in_decoding_too() -> None:
     assert (request.num_computed_tokens, row.draft_tokens, row.snapshots) == (6, 3, (8,))
 
 
-def test_pages_are_asked_for_once_a_page() -> None:
+def test_the_cache_is_asked_once_a_page() -> None:
     w = world()
     w.submit(PAGE, max_tokens=8 * PAGE + 1)
     list(w.steps())
-    assert w.cache.calls["extend"] == 9
+    assert w.cache.calls == {"open": 1, "extend": 9, "snapshots_due": 9}
 
 
 def test_memory_that_breaks_its_promise_fails_a_request_and_goes_on() -> None:

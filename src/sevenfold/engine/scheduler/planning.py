@@ -39,17 +39,18 @@ class Planner:
         """Return the rows and the tokens that their drafts leave over."""
         rows = []
         for entry in self._roster.decoding:
-            request = entry.request
-            drafts = min(request.draft_tokens, request.num_remaining_tokens - 1, spare)
-            if drafts > 0:
-                drafts = self._drafts_in_memory(entry, drafts)
+            drafts = 0
+            if entry.request.draft_tokens:
+                drafts = self._drafts(entry, spare)
                 spare -= drafts
-            rows.append(DecodeRow(request, drafts, self._snapshots(request, drafts)))
+            rows.append(DecodeRow(entry.request, drafts, self._snapshots(entry.request, drafts)))
         return tuple(rows), spare
 
-    def _drafts_in_memory(self, entry: Entry, drafts: int) -> int:
-        """Return how many of the drafts have a place; they never cost another request its own."""
-        certain = entry.request.num_computed_tokens + 1
+    def _drafts(self, entry: Entry, spare: int) -> int:
+        """Return how many drafts are wanted and have a place; they never cost another its own."""
+        request = entry.request
+        drafts = min(request.draft_tokens, request.num_remaining_tokens - 1, spare)
+        certain = request.num_computed_tokens + 1
         if self._tenancy.reserve(entry, certain + drafts):
             return drafts
         return entry.reserved_tokens - certain

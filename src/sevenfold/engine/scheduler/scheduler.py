@@ -93,9 +93,7 @@ class Scheduler:
                 f"every row must be recorded before the next step, got no {missing!r}"
             )
         self._reap()
-        for entry in list(self._roster.decoding):
-            if entry.request.status is Status.DECODING:
-                self._tenancy.grow(entry)
+        self._tenancy.grow()
         # What memory cannot hold already is not helped by more.
         if not self._tenancy.preempted:
             self._admit()

@@ -59,14 +59,12 @@ class Tenancy:
         entry.reserved_tokens = whole
         return True
 
-    def grow(self, entry: Entry) -> None:
-        """Take the page of a row's next token, at the cost of the last in rank if need be."""
-        while not self.reserve(entry, entry.request.num_computed_tokens + 1):
-            victim = last_in_rank(self._roster.open) or entry
-            # Alone, it leaves nothing behind: what it comes back to is all memory there is.
-            self.preempt(victim, keep=self._roster.num_open > 1)
-            if victim is entry:
-                return
+    def grow(self) -> None:
+        """Take the pages of all rows' next tokens, preempting the last in rank if need be."""
+        for entry in list(self._roster.decoding):
+            short = entry.request.num_computed_tokens >= entry.reserved_tokens
+            if short and entry.request.status is Status.DECODING:
+                self._grow(entry)
 
     def preempt(self, entry: Entry, *, keep: bool) -> None:
         """Take a request's memory and let it wait for its turn to be computed anew."""
@@ -90,6 +88,14 @@ class Tenancy:
     def retry(self) -> None:
         """Note that a prompt is computed, so that a waiting request may find more of its own."""
         self._refused = None
+
+    def _grow(self, entry: Entry) -> None:
+        while not self.reserve(entry, entry.request.num_computed_tokens + 1):
+            victim = last_in_rank(self._roster.open) or entry
+            # Alone, it leaves nothing behind: what it comes back to is all memory there is.
+            self.preempt(victim, keep=self._roster.num_open > 1)
+            if victim is entry:
+                return
 
     def _free(self, entry: Entry, *, keep: bool) -> None:
         self._cache.close(entry.request, keep=keep)
