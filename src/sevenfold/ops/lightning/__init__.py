@@ -1,18 +1,27 @@
 """Lightning attention: linear attention with a fixed decay per head."""
 
-from sevenfold.ops.lightning.api import lightning_attention, lightning_attention_step
+from sevenfold.ops.lightning.api import (
+    lightning_attention,
+    lightning_attention_prefill,
+    lightning_attention_step,
+)
 from sevenfold.ops.lightning.decode import lightning_attention_decode
 from sevenfold.ops.lightning.replay import ReplayPool, lightning_attention_replay
+from sevenfold.ops.lightning.segments import Stop
 from sevenfold.ops.lightning.slopes import head_slopes, layer_log_decay
+from sevenfold.ops.lightning.snapshots import Snapshots
 from sevenfold.ops.lightning.verify import lightning_attention_commit, lightning_attention_verify
 
 __all__ = [
     "ReplayPool",
+    "Snapshots",
+    "Stop",
     "head_slopes",
     "layer_log_decay",
     "lightning_attention",
     "lightning_attention_commit",
     "lightning_attention_decode",
+    "lightning_attention_prefill",
     "lightning_attention_replay",
     "lightning_attention_step",
     "lightning_attention_verify",

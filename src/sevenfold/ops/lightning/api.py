@@ -6,6 +6,12 @@ from torch import Tensor
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
 from sevenfold.ops.lightning import eager, reference, triton_op
 from sevenfold.ops.lightning.lengths import read_lengths
+from sevenfold.ops.lightning.snapshots import (
+    Snapshots,
+    check_snapshots,
+    check_stops,
+    forward_by_parts,
+)
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl, OpResult
 
@@ -59,13 +65,8 @@ def lightning_attention(
 
     Source: arXiv 2501.08313 (MiniMax-01), 2401.04658 (Lightning Attention-2).
     """
-    _check_tokens(q, k, v, log_decay)
-    # Only where it costs no synchronisation with a device.
-    if log_decay.device.type == "cpu" and len(log_decay) and not bool((log_decay <= 0).all()):
-        raise ValueError(f"log_decay must be <= 0, got {log_decay.max().item()}")
-    N, (H, K), V = _num_sequences(q, cu_seqlens), q.shape[2:], v.shape[-1]
-    _check_state("initial_state", initial_state, q, (N, H, K, V))
-    default = default_impl(q.device, q.dtype, K, V)
+    _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    default = default_impl(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen = choose_impl("lightning_attention", impl, default, _IMPLS)
     if chosen is Impl.TRITON:
         o, final = triton_op.forward(
@@ -86,6 +87,54 @@ def lightning_attention(
             q, k, v, log_decay, scale=scale, initial_state=initial_state, lengths=lengths
         )
     return OpResult(o, final if return_final_state else None)
+
+
+def lightning_attention_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    snapshots: Snapshots,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> OpResult:
+    """Lightning attention that also writes the states it passes at given tokens into a pool.
+
+    o and final_state are lightning_attention's; pool[slot] becomes the state of a sequence after a
+    number of its tokens, for each stop. It takes no gradient.
+
+    Args:
+        q, k, v, log_decay, scale, initial_state, cu_seqlens, impl: as in lightning_attention.
+        snapshots: the pool, and which state goes where; lies on the host, so nothing waits.
+
+    Returns:
+        OpResult(o [B, T, H, V], final_state [N, H, K, V]).
+
+    Raises:
+        ValueError, TypeError, UnsupportedError: as lightning_attention; a stop outside its
+            sequence, a slot that is named twice or lies outside the pool.
+
+    Source: as lightning_attention.
+    """
+    N = _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    check_snapshots(snapshots, q, v.shape[-1])
+    default = default_impl(q.device, q.dtype, q.shape[-1], v.shape[-1])
+    chosen = choose_impl("lightning_attention_prefill", impl, default, _IMPLS)
+    options = {"scale": scale, "initial_state": initial_state, "snapshots": snapshots}
+    with torch.no_grad(), full_precision(q.device):
+        if chosen is Impl.TRITON:
+            found = triton_op.forward_with_snapshots(
+                q, k, v, log_decay, cu_seqlens=cu_seqlens, **options
+            )
+            return OpResult(*found)
+        forward = reference.forward if chosen is Impl.REFERENCE else eager.forward
+        lengths = read_lengths(*q.shape[:2], cu_seqlens)
+        check_stops(snapshots.stops, lengths)
+        found = forward_by_parts(forward, (q, k, v), log_decay, lengths=lengths, **options)
+    return OpResult(found[0], found[1].view(N, *found[1].shape[1:]))
 
 
 def default_impl(device: torch.device, dtype: torch.dtype, K: int, V: int) -> Impl:
@@ -148,6 +197,24 @@ def lightning_attention_step(
         return OpResult(o.to(v.dtype), state)
     with full_precision(q.device):
         return OpResult(*eager.step(q, k, v, log_decay, scale=scale, state=state))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> int:
+    """Check the arguments that all calls over whole sequences share; return N."""
+    _check_tokens(q, k, v, log_decay)
+    # Only where it costs no synchronisation with a device.
+    if log_decay.device.type == "cpu" and len(log_decay) and not bool((log_decay <= 0).all()):
+        raise ValueError(f"log_decay must be <= 0, got {log_decay.max().item()}")
+    N = _num_sequences(q, cu_seqlens)
+    _check_state("initial_state", initial_state, q, (N, *q.shape[2:], v.shape[-1]))
+    return N
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:

@@ -1,7 +1,7 @@
 """How sequences are cut into segments that run side by side; plain host code, no decays."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -13,9 +13,13 @@ from torch import Tensor
 
 # A shorter segment costs more than it wins.
 MIN_SEGMENT_TOKENS = 2048
+# A piece of a segment is at least so long: what it adds takes a kernel's start and a state's bytes.
+MIN_PIECE_TOKENS = 1024
 # Share of the device's time that must go to work, for sequences to be cut no further.
 _ENOUGH = 0.93
 _MOST_ROUNDS = 8
+# Pieces of a sequence whose states are summed one after another, where it has fewer segments.
+_MOST_IN_A_CHAIN = 64
 
 
 class Stop(NamedTuple):
@@ -32,8 +36,10 @@ class Segment(NamedTuple):
     start, end: its first token and the one after its last, among all tokens.
     sequence: whose initial state the first segment of a sequence meets.
     slot: where the state that it meets stands among the states between segments; -1 in the first.
+        Of a piece: where what it adds goes.
     is_last: 1 where the scan leaves the sequence.
     first_stop, end_stop: rows of the table of stops.
+    ahead: of a piece, the tokens from its end to that of its segment.
     """
 
     start: int
@@ -43,111 +49,163 @@ class Segment(NamedTuple):
     is_last: int
     first_stop: int
     end_stop: int
+    ahead: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """Segments of all sequences, on the device.
 
-    segments: [I, 7] int32, rows as Segment; the longest first.
-    before: [J, 7] int32, those that others follow; slot is that of the segment that follows.
+    segments: [I, 8] int32, rows as Segment; the longest first.
+    pieces: [J, 8] int32, equal parts of the segments that others follow.
     chains: [L, 4] int32, sequences of several segments: sequence, first slot, slots, tokens of
-        every segment but the last.
+        each piece.
     stops: [M + 1, 2] int32, tokens after the segment's start, and slot of the pool; the last row
         is a sentinel.
-    num_slots: states between segments.
+    num_slots: pieces.
     is_even: all segments are equally long.
     """
 
     segments: Tensor
-    before: Tensor
+    pieces: Tensor
     chains: Tensor
     stops: Tensor
     num_slots: int
     is_even: bool
 
 
+class Room(NamedTuple):
+    """What cuts must suit.
+
+    num_heads: H, or heads times tiles; every head has the same segments.
+    num_programs: how many of num_heads times segments run at once.
+    chunk_tokens: pieces are multiples of it.
+    most_slots: states between segments that may be kept, where there are more than segments.
+    """
+
+    num_heads: int
+    num_programs: int
+    chunk_tokens: int
+    most_slots: int
+
+
 @lru_cache(maxsize=64)
 def plan_segments(
     lengths: tuple[int, ...],
-    num_heads: int,
-    num_programs: int,
-    chunk_tokens: int,
+    room: Room,
     stops: tuple[Stop, ...],
     reverse: bool,
     device: torch.device,
 ) -> Plan:
-    """Cut sequences into segments of about equal length.
+    """Cut sequences into segments of about equal length, and those into pieces.
 
     Args:
         lengths: tokens of each sequence, 0 or more.
-        num_heads: H, or heads times tiles; every head has the same segments.
-        num_programs: how many of num_heads times segments run at once.
-        chunk_tokens: a segment is a multiple of it, but for the last one of a sequence.
+        room: what the cuts must suit.
         stops: states to keep, in any order; forward only.
         reverse: the scan enters a sequence at its end.
         device: where the tables lie.
     """
-    sizes = _segment_sizes(lengths, num_heads, num_programs, chunk_tokens)
-    first = [0, *accumulate(lengths)]
-    segments, before, chains, kept = [], [], [], []
-    slots = 0
-    for n, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
-        count = max(1, -(-length // size))
-        if count > 1:
-            chains.append([n, slots, count - 1, size])
-        for i in range(count):
-            own = [s for s in stops if s.sequence == n and i * size < s.num_tokens <= i * size + size]
-            rows = [(s.num_tokens - i * size, s.slot) for s in sorted(own, key=lambda s: s.num_tokens)]
-            a, b = i * size, min(length, i * size + size)
-            start, end = (first[n + 1] - b, first[n + 1] - a) if reverse else (first[n] + a, first[n] + b)
-            slot = slots + i - 1 if i else -1
-            ends = (len(kept), len(kept) + len(rows))
-            segments.append(Segment(start, end, n, slot, int(i == count - 1), *ends))
-            if i < count - 1:
-                before.append(Segment(start, end, n, slots + i, 0, 0, 0))
-            kept += rows
-        slots += count - 1
-    segments.sort(key=lambda s: s.start - s.end)
+    cuts = _cut(lengths, room)
+    segments, pieces, chains, kept = [], [], [], []
+    start = 0
+    for n, (length, cut) in enumerate(zip(lengths, cuts, strict=True)):
+        of_sequence = _Sequence(n, start, length, cut, reverse)
+        start += length
+        first_slot = len(pieces)
+        own = sorted(s for s in stops if s.sequence == n)
+        segments += of_sequence.segments(first_slot, own, kept)
+        pieces += of_sequence.pieces(first_slot)
+        if len(pieces) > first_slot:
+            chains.append((n, first_slot, len(pieces) - first_slot, cut.piece_tokens))
+    segments.sort(key=lambda segment: segment.start - segment.end)
     return Plan(
-        _table(segments, 7, device),
-        _table(before, 7, device),
-        _table(chains, 4, device),
-        _table([*kept, (0, 0)], 2, device),
-        slots,
-        len({s.end - s.start for s in segments}) <= 1,
+        segments=_table(segments, 8, device),
+        pieces=_table(pieces, 8, device),
+        chains=_table(chains, 4, device),
+        stops=_table([*kept, (0, 0)], 2, device),
+        num_slots=len(pieces),
+        is_even=len({segment.end - segment.start for segment in segments}) <= 1,
     )
 
 
-def _segment_sizes(
-    lengths: Sequence[int], num_heads: int, num_programs: int, chunk_tokens: int
-) -> list[int]:
-    """Tokens of the segments of each sequence: the fewest cuts that leave few programs idle."""
-    total = sum(lengths) * num_heads
+class _Cut(NamedTuple):
+    segments: int
+    pieces: int  # of each segment but the last
+    piece_tokens: int
+
+
+class _Sequence(NamedTuple):
+    """One sequence, whose tokens count from where the scan enters it."""
+
+    number: int
+    start: int
+    length: int
+    cut: _Cut
+    reverse: bool
+
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """First token, and the one after the last, among all tokens."""
+        if self.reverse:
+            begin, end = self.length - end, self.length - begin
+        return self.start + begin, self.start + end
+
+    def segments(
+        self, first_slot: int, stops: Sequence[Stop], kept: list[tuple[int, int]]
+    ) -> Iterator[Segment]:
+        """Every segment; appends its stops to those that are kept."""
+        count, pieces, piece_tokens = self.cut
+        size = pieces * piece_tokens
+        for i in range(count):
+            begin, end = i * size, min(self.length, i * size + size)
+            own = [(s.num_tokens - begin, s.slot) for s in stops if begin < s.num_tokens <= end]
+            first_stop = len(kept)
+            kept += own
+            slot = first_slot + i * pieces - 1 if i else -1
+            is_last = int(i == count - 1)
+            span = self.span(begin, end)
+            yield Segment(*span, self.number, slot, is_last, first_stop, len(kept), 0)
+
+    def pieces(self, first_slot: int) -> Iterator[Segment]:
+        """The pieces of every segment but the last."""
+        count, pieces, tokens = self.cut
+        for i in range((count - 1) * pieces):
+            span = self.span(i * tokens, i * tokens + tokens)
+            ahead = (pieces - 1 - i % pieces) * tokens
+            yield Segment(*span, self.number, first_slot + i, 0, 0, 0, ahead)
+
+
+def _cut(lengths: Sequence[int], room: Room) -> list[_Cut]:
+    """The fewest segments that leave few programs idle, and as many pieces as there is room for."""
+    total = sum(lengths) * room.num_heads
     options = []
     for rounds in range(1, _MOST_ROUNDS + 1):
-        target = max(MIN_SEGMENT_TOKENS, total / (num_programs * rounds))
+        target = max(MIN_SEGMENT_TOKENS, total / (room.num_programs * rounds))
         counts = [max(1, round(n / target)) for n in lengths]
-        longest = _longest_program(lengths, counts, num_heads, num_programs)
+        longest = _longest_program(lengths, counts, room)
         options.append((longest, counts))
-        if longest * num_programs * _ENOUGH <= total:
+        if longest * room.num_programs * _ENOUGH <= total:
             break
     counts = min(options, key=lambda option: option[0])[1]
-    return [
-        max(1, math.ceil(n / c / chunk_tokens)) * chunk_tokens
-        for n, c in zip(lengths, counts, strict=True)
-    ]
+    followed = sum(counts) - len(counts)
+    most = room.most_slots // max(followed, 1)
+    return [_cut_one(n, count, most, room) for n, count in zip(lengths, counts, strict=True)]
 
 
-def _longest_program(
-    lengths: Sequence[int], counts: Sequence[int], num_heads: int, num_programs: int
-) -> int:
+def _cut_one(length: int, count: int, most_pieces: int, room: Room) -> _Cut:
+    size = math.ceil(length / count)
+    pieces = max(1, min(most_pieces, size // MIN_PIECE_TOKENS, _MOST_IN_A_CHAIN // count))
+    tokens = max(1, math.ceil(size / pieces / room.chunk_tokens)) * room.chunk_tokens
+    return _Cut(max(1, math.ceil(length / (pieces * tokens))), pieces, tokens)
+
+
+def _longest_program(lengths: Sequence[int], counts: Sequence[int], room: Room) -> int:
     """Tokens of the program that has most of them, as the kernels deal segments out."""
-    pieces = np.repeat(np.divide(lengths, counts), np.multiply(counts, num_heads))
-    rounds = math.ceil(len(pieces) / num_programs)
-    dealt = np.zeros(rounds * num_programs)
-    dealt[: len(pieces)] = -np.sort(-pieces)
-    dealt = dealt.reshape(rounds, num_programs)
+    sizes = np.repeat(np.divide(lengths, counts), np.multiply(counts, room.num_heads))
+    rounds = math.ceil(len(sizes) / room.num_programs)
+    dealt = np.zeros(rounds * room.num_programs)
+    dealt[: len(sizes)] = -np.sort(-sizes)
+    dealt = dealt.reshape(rounds, room.num_programs)
     dealt[1::2] = dealt[1::2, ::-1]
     return int(dealt.sum(0).max(initial=0))
 

@@ -73,20 +73,22 @@ def _load_all(
     for turn in range(gl.cdiv(works, gl.num_programs(0))):
         work = _work_at(turn, works, IS_EVEN)
         if work < works:
-            row, head = table + work // H * 7, work % H
+            row, head = table + work // H * 8, work % H
             start, end = gl.load(row), gl.load(row + 1)
             kept, end_stop = gl.load(row + 5), gl.load(row + 6)
             columns = (head * heads[0], head * heads[1], head * heads[2])
             done = 0
             if not OUTPUT:
-                done = forgotten(rate(log_decay, head), end - start, horizon, C)
+                done = forgotten(rate(log_decay, head), end - start, gl.load(row + 7), horizon, C)
             while done < end - start:
                 until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
                 first = end - done - C if REVERSE else start + done
                 at = _load(descriptors, buffers, bars, at, first, columns, OUTPUT, STAGES)
                 done = gl.minimum(done + C, until)
                 if HAS_STOPS:
-                    while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
+                    while (kept < end_stop) & (
+                        _until(stops, kept, end_stop, done + 1, True) <= done
+                    ):
                         kept += 1
 
 
@@ -207,7 +209,7 @@ def _compute_all(
     for turn in range(gl.cdiv(works, gl.num_programs(0))):
         work = _work_at(turn, works, IS_EVEN)
         if work < works:
-            row, head = table + work // H * 7, work % H
+            row, head = table + work // H * 8, work % H
             start, end, sequence = gl.load(row), gl.load(row + 1), gl.load(row + 2)
             slot, is_last = gl.load(row + 3), gl.load(row + 4)
             kept, end_stop = gl.load(row + 5), gl.load(row + 6)
@@ -226,7 +228,7 @@ def _compute_all(
                 )  # fmt: skip
             else:
                 S = gl.zeros([V, K], gl.float32, S_layout)
-                done = forgotten(log2_decay, end - start, horizon, C)
+                done = forgotten(log2_decay, end - start, gl.load(row + 7), horizon, C)
             while done < end - start:
                 until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
                 size = gl.minimum(C, until - done)
@@ -272,7 +274,9 @@ def _compute_all(
                 done += size
                 at += 1
                 if HAS_STOPS:
-                    while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
+                    while (kept < end_stop) & (
+                        _until(stops, kept, end_stop, done + 1, True) <= done
+                    ):
                         matrix = gl.load(stops + 2 * kept + 1) * H + head
                         gl.store(pool + _cells(matrix, state_k, state_v, K, V, S_layout), S)
                         kept += 1

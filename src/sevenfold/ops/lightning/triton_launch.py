@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sevenfold.ops.lightning.segments import Plan, Stop, plan_segments
+from sevenfold.ops.lightning.segments import Plan, Room, Stop, plan_segments
 from sevenfold.ops.lightning.triton_hopper import hopper_scan_kernel
 from sevenfold.ops.lightning.triton_scan import chain_kernel, scan_kernel
 from sevenfold.ops.tuning import best_config
@@ -18,6 +18,8 @@ from sevenfold.ops.tuning import best_config
 _HORIZONS = {torch.float32: 26.0, torch.bfloat16: 18.0, torch.float16: 18.0}
 _HOPPER_WIDTHS = (64, 128)
 _HOPPER_CHUNK = 64
+# States between segments take at most so many bytes a token and head, however short segments are.
+_STATE_BYTES_PER_TOKEN = 16
 _CHAIN_BLOCK = 1024
 
 
@@ -73,14 +75,15 @@ def run_scan(scan: Scan, between: Tensor | None = None) -> Tensor:
 def states_between(scan: Scan) -> Tensor | None:
     """What each segment but a sequence's first meets, [slots, H, K, V]; None without cuts.
 
-    The last tokens of each segment give what it adds; a sequence's sums then run along it.
+    Pieces of the segments give what they add; sums then run along each sequence. The slots of a
+    segment's other pieces hold the states after these.
     """
     plan = plan_scan(scan)
     if plan.num_slots == 0:
         return None
     (H, K), V = scan.q.shape[2:], scan.v.shape[3]
     between = scan.log_decay.new_empty(plan.num_slots, H, K, V)
-    _launch(scan, plan, plan.before, scan.k, between, output=False)
+    _launch(scan, plan, plan.pieces, scan.k, between, output=False)
     grid = (len(plan.chains), H, triton.cdiv(K * V, _CHAIN_BLOCK))
     chain_kernel[grid](
         _or(scan.state_in, between),
@@ -105,9 +108,10 @@ def plan_scan(scan: Scan) -> Plan:
         # The same for a scan and for its transpose, which share the states between segments.
         tiles = triton.cdiv(_widest(scan), config["value_columns"])
         chunk = config["chunk_tokens"]
-    return plan_segments(
-        scan.lengths, H * tiles, programs, chunk, scan.stops, scan.reverse, device
-    )
+    cells = scan.q.shape[3] * scan.v.shape[3]
+    most_slots = _STATE_BYTES_PER_TOKEN * sum(scan.lengths) // (4 * cells)
+    room = Room(H * tiles, programs, chunk, most_slots)
+    return plan_segments(scan.lengths, room, scan.stops, scan.reverse, device)
 
 
 def num_sms(device: torch.device) -> int:
@@ -143,7 +147,9 @@ def _launch(
     launch(scan, (plan, table), o, (*pointers, *((1, K) if swapped else (V, 1))), flags)
 
 
-def _launch_any(scan: Scan, work: tuple[Plan, Tensor], o: Tensor, states: tuple, flags: dict) -> None:
+def _launch_any(
+    scan: Scan, work: tuple[Plan, Tensor], o: Tensor, states: tuple, flags: dict
+) -> None:
     K, V, config = scan.q.shape[3], scan.v.shape[3], _config(scan)
     plan, table = work
     tile = _tile(scan, config)

@@ -11,6 +11,7 @@ from torch import Tensor
 from sevenfold.config import UnsupportedError
 from sevenfold.ops.lightning.lengths import read_lengths
 from sevenfold.ops.lightning.segments import Stop
+from sevenfold.ops.lightning.snapshots import Snapshots, check_stops
 
 MAX_WIDTH = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,8 +36,29 @@ def forward(
     return o, final if with_final else None
 
 
+def forward_with_snapshots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    snapshots: Snapshots,
+) -> tuple[Tensor, Tensor]:
+    """Run every sequence and keep states on the way; o and the final states."""
+    check_supported(q, v)
+    stops = [number for stop in snapshots.stops for number in stop]
+    return lightning_scan_keep(
+        q, k, v, log_decay, float(scale), initial_state, cu_seqlens, snapshots.pool, stops
+    )
+
+
 def check_supported(q: Tensor, v: Tensor) -> None:
-    """Raise UnsupportedError unless the kernels take such widths and dtype."""
+    """Raise UnsupportedError unless the kernels take such a device, widths and dtype."""
+    if q.device.type != "cuda":
+        raise UnsupportedError(f"q must lie on a GPU for impl triton, got {q.device}")
     if q.dtype not in _DTYPES:
         raise UnsupportedError(f"q must be bf16, fp16 or fp32 for impl triton, got {q.dtype}")
     for name, x in (("K", q), ("V", v)):
@@ -73,6 +95,36 @@ def _(q, k, v, log_decay, scale, initial_state, cu_seqlens, with_final):
     return v.new_empty(v.shape), _states(q, v, N if with_final else 0)
 
 
+@torch.library.custom_op("sevenfold::lightning_scan_keep", mutates_args=("pool",))
+def lightning_scan_keep(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pool: Tensor,
+    stops: list[int],
+) -> tuple[Tensor, Tensor]:
+    """lightning_scan without a gradient, which writes states to the pool; stops flattened."""
+    from sevenfold.ops.lightning.triton_launch import Scan, run_scan
+
+    lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
+    kept = tuple(Stop(*stops[i : i + 3]) for i in range(0, len(stops), 3))
+    check_stops(kept, lengths)
+    final = _states(q, v, len(lengths))
+    state_in = None if initial_state is None else initial_state.contiguous()
+    scan = Scan(q, k, v, log_decay, scale, lengths, state_in, final, pool, kept)
+    return run_scan(scan), final
+
+
+@lightning_scan_keep.register_fake
+def _(q, k, v, log_decay, scale, initial_state, cu_seqlens, pool, stops):
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return v.new_empty(v.shape), _states(q, v, N)
+
+
 @torch.library.custom_op("sevenfold::lightning_scan_backward", mutates_args=())
 def lightning_scan_backward(
     do: Tensor,
@@ -102,9 +154,7 @@ def lightning_scan_backward(
     back = Scan(k, q, do, log_decay, scale, lengths, dstate, dstate_out, reverse=True)
     between = states_between(back)
     dv = run_scan(back, between)
-    dk = run_scan(
-        back._replace(q=v, k=do, v=q, state_out=None, transposed=True), between
-    )
+    dk = run_scan(back._replace(q=v, k=do, v=q, state_out=None, transposed=True), between)
     return dq, dk, dv, dinitial
 
 
