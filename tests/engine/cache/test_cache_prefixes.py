@@ -215,6 +215,48 @@ def test_snapshots_that_are_good_to_have_evict_nothing_that_is_worth_more() -> N
     assert run.serve(tuple(range(9 * P))) == 8 * P
 
 
+def test_room_for_a_state_costs_the_snapshots_of_one_slab() -> None:
+    run = runner(20, snapshot_dtype="int8", head_dim=64)
+    assert run.manager.plan.layout.places[Tenant.SNAPSHOT] == 4
+    for prompt in range(62):
+        run.serve(tuple(range(100 * prompt, 100 * prompt + 2 * P)))
+        # Used in another order than made: the least valuable are spread over all slabs.
+        back = prompt * 7 % (prompt + 1)
+        run.serve(tuple(range(100 * back, 100 * back + 2 * P)))
+    before = run.manager.counters().num_evicted
+    assert run.manager.usage().num_free_slabs == 1
+    for prompt in range(2):
+        assert run.start(run.request((7 + prompt,) * 3)) == 0
+    assert 1 <= run.manager.counters().num_evicted - before <= 4
+
+
+def test_a_snapshot_written_in_the_last_step_makes_room_for_others() -> None:
+    run = runner(6)
+    running, other = run.request(blocks("ab")), run.request(blocks("c"))
+    assert run.start(running) == run.start(other) == 0
+    assert run.manager.snapshots_due(running, 0, 2 * P) == [P]
+    # Two states, the snapshot, and two slabs of pages, two of them the first request's.
+    assert run.manager.extend(other, 14 * P)
+    assert not run.manager.extend(other, 22 * P)
+    running.num_computed_tokens = 2 * P
+    assert run.manager.extend(other, 22 * P)
+    run.finish(other, keep=False)
+    run.finish(running)
+
+
+def test_a_state_of_decoding_that_others_use_is_not_replaced() -> None:
+    run = runner()
+    running = run.request(blocks("ab"))
+    run.start(running)
+    run.prefill(running)
+    run.decode(running, blocks("cdx"))
+    assert run.serve(blocks("abcdef")) == 4 * P
+    run.decode(running, blocks("xxxxx"))
+    assert run.serve(blocks("abcdeg")) == 5 * P  # where the one before branched off
+    assert run.serve(blocks("abcdh")) == 4 * P
+    run.finish(running)
+
+
 def test_alone_a_request_fits_whatever_was_cached_before() -> None:
     run = runner(6)
     longest = run.manager.plan.longest_context_tokens

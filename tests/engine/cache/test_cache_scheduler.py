@@ -64,8 +64,7 @@ class Engine:
             # Drafts that are accepted are known before they are computed.
             tokens = [self.token() for _ in range(1 + drafts)]
             request.generated += tokens[:drafts]
-            due = self.runner.manager.snapshots_due(request, first, first + 1 + row.draft_tokens)
-            come = [at for at in due if at <= first + 1 + drafts]
+            come = [at for at in row.snapshots if at <= first + 1 + drafts]
             self.runner.run(request, first + 1 + drafts, come)
             del request.generated[len(request.generated) - drafts :]
         if self.random.random() < 0.005:

@@ -122,6 +122,16 @@ class Arena:
         self._find(tenant, handle)
         return index_of(handle)
 
+    def neighbours(self, tenant: Tenant, handle: int) -> list[int]:
+        """Return the other items of an item's slab."""
+        slab, number, place = self._find(tenant, handle)
+        first = number * self.layout.places[tenant]
+        return [
+            serial << _INDEX_BITS | first + other
+            for other, serial in enumerate(slab.serials)
+            if serial and other != place
+        ]
+
     def suffices(self, needs: tuple[int, int, int]) -> bool:
         """Whether the items could be taken (states first, pages, snapshots last) once all that is
         not pinned were given back."""

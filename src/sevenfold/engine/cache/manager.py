@@ -268,7 +268,8 @@ class CacheManager:
 
     def _take(self, tenant: Tenant, count: int) -> list[int]:
         while (handles := self._arena.take(tenant, count)) is None:
-            if not self._tree.evict():
+            evict = self._tree.evict_slab if tenant is Tenant.STATE else self._tree.evict
+            if not evict():
                 raise AssertionError("what is not pinned can be evicted")
         return handles
 

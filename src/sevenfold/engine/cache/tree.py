@@ -76,6 +76,7 @@ class PrefixTree:
         self._arena, self._plan, self._forgotten = arena, plan, forgotten
         self._nodes: dict[bytes, Node] = {}
         self._first_blocks: Counter[bytes] = Counter()
+        self._owners: dict[int, Anchor] = {}
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -124,6 +125,7 @@ class PrefixTree:
         """Make a node, which is no anchor, a place to go on from; it owns its snapshot, pinned."""
         node.anchor = anchor = Anchor(node, snapshot)
         if snapshot is not None:
+            self._owners[snapshot] = anchor
             self._arena.unpin(Tenant.SNAPSHOT, snapshot)
         self.queue.touch(anchor)
         return anchor
@@ -152,6 +154,7 @@ class PrefixTree:
         self.queue.remove(anchor)
         anchor.node.anchor = None
         if anchor.snapshot is not None:
+            del self._owners[anchor.snapshot]
             self._arena.pin(Tenant.SNAPSHOT, anchor.snapshot)
         self._prune(anchor.node)
         return anchor.snapshot
@@ -170,6 +173,25 @@ class PrefixTree:
                 self.drop(anchor)
                 return True
         return False
+
+    def evict_slab(self) -> bool:
+        """Evict, and with the snapshot those that keep its slab from coming free.
+
+        For a state nothing less than a slab will do: by value alone the snapshots of many slabs
+        would go before all of one had.
+        """
+        anchor = self.queue.first()
+        mates: list[Anchor] = []
+        if anchor is not None and anchor.snapshot is not None:
+            others = self._arena.neighbours(Tenant.SNAPSHOT, anchor.snapshot)
+            owners = [self._owners.get(other) for other in others]
+            mates = [owner for owner in owners if owner is not None and not owner.pins]
+            mates = mates if len(mates) == len(others) else []
+        evicted = self.evict()
+        for mate in mates:
+            self.num_evicted += 1
+            self.drop(mate)
+        return evicted
 
     def value_of(self, node: Node) -> float:
         """FLOPs that a snapshot on a node would save beyond the anchor before it, for each byte."""
