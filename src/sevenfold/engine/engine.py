@@ -1,0 +1,217 @@
+"""Continuous batching: requests come and go, and each step computes what the scheduler says."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sevenfold.engine.cache import CacheCounters, CacheManager
+from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.request import FinishReason, Request
+from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.sampling import Logprobs, Output, Sampler, SamplingParams, read_logprobs
+from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, SchedulerConfig
+from sevenfold.engine.storage import Storage
+from sevenfold.engine.text import TextStream
+from sevenfold.models import HybridModel
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What a step gave to one request.
+
+    token_id: the new token; None where the request ended without one.
+    text: what it completed.
+    finish_reason: None until the request's last event.
+    """
+
+    request_id: str
+    token_id: int | None
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: Logprobs | None = None
+
+
+class Engine:
+    """A model, its memory and its scheduler; single-threaded, one step after another.
+
+    submit -> step -> events -> step -> ...
+    """
+
+    def __init__(
+        self,
+        model: HybridModel,
+        tokenizer: Tokenizer,
+        plan: MemoryPlan,
+        config: SchedulerConfig,
+    ) -> None:
+        """Allocate the plan's memory.
+
+        Args:
+            model: to serve; bf16, fp16 or fp32.
+            tokenizer: its own.
+            plan: of the model's config, with kv_element_bytes of its dtype.
+            config: the scheduler's limits.
+        """
+        storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
+        self._model, self._tokenizer, self._storage = model, tokenizer, storage
+        self._runner = Runner(model, storage, page_tokens=plan.page_tokens)
+        self.cache = CacheManager(plan, headroom_tokens=config.headroom_tokens)
+        self.scheduler = Scheduler(self.cache, config)
+        self._underway: dict[str, _Underway] = {}
+        self._sampler: tuple[tuple[str, ...], Sampler] | None = None
+
+    def submit(self, request: Request, params: SamplingParams) -> None:
+        """Let a request wait for its turn.
+
+        Args:
+            request: a new one, with params' max_tokens.
+            params: what it asks of the sampler.
+
+        Raises:
+            QueueFullError: too many wait.
+            ValueError: it cannot fit into memory, or breaks another rule; nothing was taken.
+        """
+        if request.max_tokens != params.max_tokens:
+            raise ValueError(
+                f"request.max_tokens must be params.max_tokens = {params.max_tokens}, got "
+                f"{request.max_tokens}"
+            )
+        self.scheduler.submit(request)
+        eos = self._model.config.eos_token_id
+        ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
+        text = TextStream(self._tokenizer, params.stop)
+        output = Output(params, request.prompt, ends, request.generated)
+        self._underway[request.id] = _Underway(request, output, text)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request at the next step; returns whether it was under way."""
+        return self.scheduler.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would have something to do."""
+        return self.scheduler.has_work
+
+    def counters(self) -> CacheCounters:
+        """What the prefix cache has done."""
+        return self.cache.counters()
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step: decode rows first, then prefill chunks, each in one run of the model.
+
+        Returns:
+            What it gave, the ends of cancelled and late requests included.
+        """
+        step = self.scheduler.step()
+        self._storage.zero(self.cache.take_fresh())
+        events = [self._end(request) for request in step.ended]
+        events += self._decode(step.decodes) + self._prefill(step.prefills)
+        return [event for event in events if event is not None]
+
+    def _decode(self, rows: Sequence[DecodeRow]) -> list["TokenEvent | None"]:
+        if not rows:
+            return []
+        for row in rows:
+            computed = row.request.num_computed_tokens
+            self.cache.snapshots_due(row.request, computed, computed + 1)
+        requests = [row.request for row in rows]
+        logits = self._runner.run([self._row(r, r.num_computed_tokens + 1) for r in requests])
+        return self._choose(requests, logits, self._kept_sampler(requests))
+
+    def _prefill(self, chunks: Sequence[PrefillChunk]) -> list["TokenEvent | None"]:
+        if not chunks:
+            return []
+        self._restore(chunks)
+        logits = self._runner.run([self._row(chunk.request, chunk.end) for chunk in chunks])
+        yielding = [n for n, chunk in enumerate(chunks) if chunk.yields_token]
+        for chunk in chunks:
+            if not chunk.yields_token:
+                self.scheduler.record(chunk.request, ())
+        if not yielding:
+            return []
+        requests = [chunks[n].request for n in yielding]
+        rows = logits[torch.tensor(yielding, device=logits.device)]
+        return self._choose(requests, rows, self._new_sampler(requests))
+
+    def _restore(self, chunks: Sequence[PrefillChunk]) -> None:
+        """Read the states of requests that go on from a cached prefix, before their first chunk."""
+        found = [(p.restore, p.state) for p in (self.cache.placement(c.request) for c in chunks)]
+        pairs = [(a, b) for a, b in found if a is not None and b is not None]
+        self._storage.restore([a for a, _ in pairs], [b for _, b in pairs])
+
+    def _row(self, request: Request, end: int) -> Row:
+        placement, past = self.cache.placement(request), request.num_computed_tokens
+        return Row(
+            tokens=request.tokens[past:end],
+            past=past,
+            state=placement.state,
+            pages=self.cache.pages(request),
+            snapshots={at: s for at, s in placement.snapshots.items() if past < at <= end},
+        )
+
+    def _choose(
+        self, requests: list[Request], logits: Tensor, sampler: Sampler
+    ) -> list["TokenEvent | None"]:
+        tokens = sampler.choose(logits)
+        params = [self._underway[r.id].output.params for r in requests]
+        logprobs = read_logprobs(logits, tokens, params)
+        finite = torch.isfinite(logits).all(-1).tolist()
+        events = []
+        for n, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
+            if finite[n]:
+                events.append(self._take(request, token, logprobs[n]))
+            else:
+                self.scheduler.fail(
+                    request, "the model's logits must be finite, got NaN or infinity"
+                )
+        return events
+
+    def _take(self, request: Request, token: int, logprobs: Logprobs | None) -> TokenEvent:
+        """Record a request's next token, and say what it added."""
+        text, stopped = self._underway[request.id].push(token)
+        self.scheduler.record(request, (token,), stopped=stopped)
+        reason = request.finish_reason
+        if reason is not None:
+            last = self._underway[request.id].text.finish()
+            text, reason = (
+                text + last,
+                "stop" if self._underway[request.id].text.stopped else reason,
+            )
+        return TokenEvent(request.id, token, text, reason, logprobs)
+
+    def _end(self, request: Request) -> TokenEvent | None:
+        """The last event of a request; one that ended by a token has had it."""
+        underway = self._underway.pop(request.id)
+        if request.finish_reason in ("stop", "length"):
+            return None
+        return TokenEvent(request.id, None, underway.text.finish(), request.finish_reason)
+
+    def _kept_sampler(self, requests: list[Request]) -> Sampler:
+        """The sampler of the step before, if it served the same requests."""
+        names = tuple(request.id for request in requests)
+        if self._sampler is None or self._sampler[0] != names:
+            self._sampler = (names, self._new_sampler(requests))
+        return self._sampler[1]
+
+    def _new_sampler(self, requests: list[Request]) -> Sampler:
+        outputs = [self._underway[request.id].output for request in requests]
+        return Sampler(outputs, self._model.config.vocab_size, self._model.device)
+
+
+@dataclass
+class _Underway:
+    """A request with its sampler's view of it and its text."""
+
+    request: Request
+    output: Output
+    text: TextStream
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """Add a token: the text that may be shown now, and whether the output ends here."""
+        if token in self.output.end_ids:
+            return "", True
+        shown = self.text.push(token)
+        return shown, self.text.stopped

@@ -1,0 +1,122 @@
+"""Runs the model on rows of tokens whose states and keys lie in the engine's storage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sevenfold.engine.memory_layout import SINK
+from sevenfold.engine.storage import LinearStorage, Storage
+from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
+
+
+@dataclass(frozen=True)
+class Row:
+    """New tokens of one request.
+
+    tokens: their ids, at least one.
+    past: tokens that its state and its pages have seen.
+    state: its index among the states; None in a model without linear layers.
+    pages: its pages, in the order of its tokens, with room for the new ones.
+    snapshots: token count in (past, past + new tokens] -> snapshot to write the state into.
+    """
+
+    tokens: Sequence[int]
+    past: int
+    state: int | None
+    pages: Sequence[int]
+    snapshots: dict[int, int]
+
+    @property
+    def end(self) -> int:
+        """Tokens that will have been seen."""
+        return self.past + len(self.tokens)
+
+    def parts(self) -> "list[Row]":
+        """The row cut where a snapshot is due; all but the last end in one."""
+        cuts = [self.past, *sorted(at for at in self.snapshots if at < self.end), self.end]
+        return [
+            Row(
+                tokens=self.tokens[first - self.past : last - self.past],
+                past=first,
+                state=self.state,
+                pages=self.pages,
+                snapshots={last: self.snapshots[last]} if last in self.snapshots else {},
+            )
+            for first, last in pairwise(cuts)
+        ]
+
+
+class Runner:
+    """A model over the storage of the requests that it runs."""
+
+    def __init__(self, model: HybridModel, storage: Storage, *, page_tokens: int) -> None:
+        self._model, self._storage, self._page_tokens = model.eval(), storage, page_tokens
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """Run new tokens of N requests, one or more, and write their snapshots.
+
+        Returns:
+            [N, vocab_size] fp32, the logits after each row's last token.
+        """
+        last: list[Tensor | None] = [None] * len(rows)
+        parts = [row.parts() for row in rows]
+        for depth in range(max(map(len, parts))):
+            chosen = [n for n, row in enumerate(parts) if depth < len(row)]
+            for group in self._together([parts[n][depth] for n in chosen], chosen):
+                hidden = self._run([row for _, row in group])
+                for (n, _), vector in zip(group, hidden, strict=True):
+                    last[n] = vector
+        return self._model.logits(torch.stack([x for x in last if x is not None]))
+
+    def _together(self, rows: list[Row], names: list[int]) -> list[list[tuple[int, Row]]]:
+        """Groups of rows that one run takes: all on a GPU, and all decode rows.
+
+        On a CPU a packed run of the eager lightning attention would carry one sequence's NaN into
+        its neighbours (docs/numerics.md), and saves nothing.
+        """
+        named = list(zip(names, rows, strict=True))
+        if self._model.device.type == "cuda" or all(len(row.tokens) == 1 for row in rows):
+            return [named]
+        return [[one] for one in named]
+
+    def _run(self, rows: list[Row]) -> Tensor:
+        """Run rows whose snapshots are due at their ends: [N, hidden_size] after the last token."""
+        device = self._model.device
+        lengths, past = [len(row.tokens) for row in rows], [row.past for row in rows]
+        ids = torch.tensor([token for row in rows for token in row.tokens])
+        if max(lengths) == 1:
+            batch = Batch.rows(len(rows), 1, past=past, device=device)
+        else:
+            batch = Batch.packed(lengths, past=past, device=device)
+        ids = ids.view(batch.positions.shape).to(device)
+        hidden = self._model.hidden(ids, batch, self._values(rows, lengths)).hidden.flatten(0, 1)
+        kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
+        self._storage.snapshot(
+            [state for state, _ in kept if state is not None], [s for _, s in kept]
+        )
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        return hidden[ends.to(device)]
+
+    def _values(self, rows: list[Row], lengths: list[int]) -> tuple[LayerState, ...]:
+        device = self._model.device
+        slots = torch.tensor([row.state or SINK for row in rows]).to(device)
+        table = self._table(rows, lengths)
+        return tuple(
+            PooledState(layer.states, slots)
+            if isinstance(layer, LinearStorage)
+            else PagedKV(layer.k, layer.v, table)
+            for layer in self._storage.layers
+        )
+
+    def _table(self, rows: list[Row], lengths: list[int]) -> PageTable:
+        most = max(1, *(len(row.pages) for row in rows))
+        pages = torch.tensor([[*row.pages, *(SINK,) * (most - len(row.pages))] for row in rows])
+        row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
+        token = torch.cat([torch.arange(row.past, row.end) for row in rows])
+        block = (token // self._page_tokens).clamp(max=most - 1)
+        at = (pages, pages[row, block], token % self._page_tokens)
+        return PageTable(*(x.to(self._model.device) for x in at))
