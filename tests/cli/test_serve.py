@@ -34,7 +34,7 @@ def test_it_serves_until_a_signal_and_ends_what_is_under_way(tiny_run: TinyRun) 
         line = process.stdout.readline()
         found = re.fullmatch(r"tiny at (http://127\.0\.0\.1:\d+) \(chat at /, .*\)\n", line)
         assert found is not None, line
-        body = {"prompt": "the river", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        body = {"prompt": "the river", "max_tokens": 60, "ignore_eos": True, "stream": True}
         url = f"{found[1]}/v1/completions"
         with httpx.stream("POST", url, json=body, timeout=120) as response:
             lines = response.iter_lines()

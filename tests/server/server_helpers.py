@@ -2,8 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,14 +21,18 @@ from sevenfold.server import (
     PromptOutput,
     ServerApp,
     ServerSettings,
+    ServingEngine,
     TemplateSource,
     TokenOutput,
+    bind,
+    make_server,
 )
 
 EOS = 256
 VOCAB_SIZE = 257
 CONTEXT = 512
 BASE_URL = "http://127.0.0.1:8000"
+KEY = "a key of some length"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -136,6 +142,28 @@ async def client_of(
             yield client
     finally:
         app.close()
+
+
+@contextmanager
+def listening(engine: ServingEngine) -> Iterator[str]:
+    """The address of a server that runs in a thread."""
+    given_settings = ServerSettings(port=0, api_keys=(KEY,), drain_s=2.0)
+    with bind(given_settings) as taken:
+        app = ServerApp(engine, given_settings, TemplateSource())
+        server = make_server(app, given_settings)
+        thread = threading.Thread(target=server.run, args=([taken],))
+        thread.start()
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        for _ in range(1000):
+            if server.started:
+                break
+            time.sleep(0.01)
+        try:
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 async def chat(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:

@@ -122,6 +122,10 @@ async def test_answers_follow_their_grammars(llm: LLM) -> None:
             "response_format.json_schema.schema must be valid",
         ),
         (
+            {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://127.0.0.1:9/x"}}},
+            "response_format.json_schema.schema must be valid",
+        ),
+        (
             {"type": "json_schema", "json_schema": {"schema": {"pattern": "a" * 1025}}},
             "pattern must have at most 1024 characters",
         ),

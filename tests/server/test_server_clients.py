@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import openai
@@ -19,43 +17,21 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from server_helpers import HELLO, ScriptedEngine
+from server_helpers import HELLO, KEY, ScriptedEngine, listening
 
 from sevenfold.engine import LLM
 from sevenfold.server import (
     OfflineEngine,
     ServerApp,
     ServerSettings,
-    ServingEngine,
     TemplateSource,
-    bind,
-    make_server,
 )
 
-KEY = "a key of some length"
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
-@contextmanager
-def listening(engine: ServingEngine) -> Iterator[str]:
-    """The address of a server that runs in a thread."""
-    given_settings = ServerSettings(port=0, api_keys=(KEY,), drain_s=2.0)
-    with bind(given_settings) as taken:
-        app = ServerApp(engine, given_settings, TemplateSource())
-        server = make_server(app, given_settings)
-        thread = threading.Thread(target=server.run, args=([taken],))
-        thread.start()
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        for _ in range(1000):
-            if server.started:
-                break
-            time.sleep(0.01)
-        try:
-            yield url
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
+def openai_of(url: str, key: str = KEY) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +47,7 @@ def url(engine: OfflineEngine) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:
+    with openai_of(url) as made:
         yield made
 
 
@@ -112,34 +88,35 @@ def test_openai_structured_output_and_tools(client: openai.OpenAI) -> None:
 
 def test_openai_tools_streamed() -> None:
     text = '<tool_calls>\n{"name": "look", "arguments": {"at": 1}}\n</tool_calls>'
-    with listening(ScriptedEngine(text, model_name="tiny")) as address:
-        with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, timeout=60) as client:
-            fields = {"model": "tiny", "messages": HELLO, "tools": [TOOL]}
-            first = client.chat.completions.create(**fields).choices[0].message
-            [call] = first.tool_calls
-            assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"at": 1})
-            # What the client got goes back as it is.
-            answered = [*HELLO, first.model_dump(), {
-                "role": "tool", "tool_call_id": call.id, "content": "7"}]  # fmt: skip
-            again = client.chat.completions.create(**(fields | {"messages": answered}))
-            assert again.choices[0].finish_reason == "tool_calls"
-            with client.chat.completions.stream(**fields) as stream:
-                final = stream.get_final_completion()
-            assert final.choices[0].message.tool_calls[0].function.name == "look"
+    with (
+        listening(ScriptedEngine(text, model_name="tiny")) as address,
+        openai_of(address) as client,
+    ):
+        fields = {"model": "tiny", "messages": HELLO, "tools": [TOOL]}
+        first = client.chat.completions.create(**fields).choices[0].message
+        [call] = first.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"at": 1})
+        # What the client got goes back as it is.
+        answered = [*HELLO, first.model_dump(), {
+            "role": "tool", "tool_call_id": call.id, "content": "7"}]  # fmt: skip
+        again = client.chat.completions.create(**(fields | {"messages": answered}))
+        assert again.choices[0].finish_reason == "tool_calls"
+        with client.chat.completions.stream(**fields) as stream:
+            final = stream.get_final_completion()
+        assert final.choices[0].message.tool_calls[0].function.name == "look"
 
 
 def test_openai_errors(client: openai.OpenAI, url: str) -> None:
     ask = client.chat.completions.create
-    with pytest.raises(openai.BadRequestError, match="context of 512 tokens, got 22 . 600 = 622"):
+    with pytest.raises(openai.BadRequestError, match=r"context of 512 tokens, got 22 \+ 600 = 622"):
         ask(model="tiny", messages=HELLO, max_tokens=600)
     with pytest.raises(openai.NotFoundError, match="model must be 'tiny'"):
         ask(model="other", messages=HELLO)
     with pytest.raises(openai.BadRequestError) as raised:
         ask(model="tiny", messages=HELLO, extra_body={"priority": 1})
     assert raised.value.param == "priority"
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="w" * 20, max_retries=0) as wrong:
-        with pytest.raises(openai.AuthenticationError):
-            wrong.models.list()
+    with openai_of(url, "w" * 20) as wrong, pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
 
 
 def test_openai_asynchronous_and_a_stream_left_early(url: str, engine: OfflineEngine) -> None:
@@ -166,10 +143,11 @@ def test_openai_asynchronous_and_a_stream_left_early(url: str, engine: OfflineEn
     assert (engine.stats().running, engine.stats().waiting) == (0, {"engine_busy": 0})
 
 
+short = st.text(max_size=6)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(short, inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
 names = st.sampled_from(
@@ -230,6 +208,8 @@ document = schemathesis.openapi.from_dict(
 def test_the_openapi_is_kept(case: schemathesis.Case, scripted_url: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     response = case.call(base_url=scripted_url, headers=headers, timeout=30)
-    if response.headers.get("content-type", "").startswith("text/event-stream"):
-        return
+    if "text/event-stream" in str(response.headers.get("content-type")):
+        return  # what a stream holds is no matter of the document
+    if response.status_code == 504:
+        return  # it asked for a deadline that nobody can keep
     case.validate_response(response, checks=CHECKS)
