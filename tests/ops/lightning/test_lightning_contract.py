@@ -63,7 +63,10 @@ WRONG_VALUES = [
         packed([0, 1, 3]) | {"initial_state": torch.zeros(1, H, K, V)},
         "initial_state must have shape [N, H, K, V] = [2, 4, 5, 6], got [1, 4, 5, 6]",
     ),
-    ({"impl": "fast"}, "impl must be one of reference, eager, onednn, grouped_mm, triton, numba, got 'fast'"),
+    (
+        {"impl": "fast"},
+        "impl must be one of reference, eager, onednn, grouped_mm, triton, numba, got 'fast'",
+    ),
 ]
 WRONG_TYPES = [
     (

@@ -148,7 +148,7 @@ def default_impl(device: torch.device, dtype: torch.dtype, K: int, V: int) -> Im
     Returns:
         TRITON for bf16 and fp16 on a GPU where both widths lie in 1 to 256, else EAGER.
     """
-    widths_fit = 1 <= min(K, V) and max(K, V) <= triton_op.MAX_WIDTH
+    widths_fit = min(K, V) >= 1 and max(K, V) <= triton_op.MAX_WIDTH
     if device.type == "cuda" and dtype in _LOW_PRECISION and widths_fit:
         return Impl.TRITON
     return Impl.EAGER

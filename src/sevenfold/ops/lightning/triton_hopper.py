@@ -3,7 +3,9 @@
 The mathematics is triton_scan's, transposed, so that the state is never moved: a matrix unit reads
 its first operand from registers, and there the state stays, V x K in fp32.
 
-    P = (Q K^T) * M        O^T = (S^T Q^T) diag(a) + V^T P^T        S^T = decay^r S^T + (V^T diag(b)) K
+    P = (Q K^T) * M
+    O^T = (S^T Q^T) diag(a) + V^T P^T
+    S^T = decay^r S^T + (V^T diag(b)) K
 
 One warp loads chunks by bulk tensor copies as far ahead as shared memory reaches, also those of the
 next segment; V / 16 warps compute. A program takes segments until none is left.
@@ -124,6 +126,14 @@ def _cells(matrix, state_k, state_v, K: gl.constexpr, V: gl.constexpr, layout: g
 
 
 @gluon.jit
+def _keep(states, matrix, S, state_k, state_v):
+    V: gl.constexpr = S.shape[0]
+    K: gl.constexpr = S.shape[1]
+    layout: gl.constexpr = S.type.layout
+    gl.store(states + _cells(matrix, state_k, state_v, K, V, layout), S)
+
+
+@gluon.jit
 def _values(v_buf, ages, layout: gl.constexpr, dtype: gl.constexpr):
     """V^T as a register operand, and the same by age."""
     vt = v_buf.permute((1, 0)).load(layout)
@@ -150,18 +160,53 @@ def _store(o_desc, o_ptr, o_buf, o, row, column, o_token, size, C: gl.constexpr,
 
 
 @gluon.jit
-def _add_only(S, buffers, bars, at, ages, decay, V_operand: gl.constexpr, STAGES: gl.constexpr):
+def _add_only(S, buffers, bars, at, ages, decay, STAGES: gl.constexpr):
     """The state after a chunk whose output nobody asks for."""
     _, k_buf, v_buf = buffers
     ready, empty = bars
+    dtype: gl.constexpr = k_buf.dtype
+    V_operand: gl.constexpr = ages.type.layout.parent
     stage = at % STAGES
     mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
-    _, vs = _values(v_buf.index(stage), ages, V_operand, k_buf.dtype)
+    _, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
     S = warpgroup_mma(vs, k_buf.index(stage), S * decay, is_async=True)
     S = warpgroup_mma_wait(0, deps=(S,))
     gl.thread_barrier()
     mbarrier.arrive(empty.index(stage), count=1)
     return S
+
+
+@gluon.jit
+def _scan_chunk(S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGES: gl.constexpr):
+    """O^T of a chunk, and the state after it, which the matrix unit may still be adding to."""
+    q_buf, k_buf, v_buf = buffers
+    ready, _ = bars
+    dtype: gl.constexpr = k_buf.dtype
+    O_layout: gl.constexpr = entered.type.layout.parent
+    O_operand: gl.constexpr = gl.DotOperandLayout(0, O_layout, 2)
+    P_layout: gl.constexpr = within.type.layout
+    V_operand: gl.constexpr = ages.type.layout.parent
+    C: gl.constexpr = within.shape[0]
+    stage = at % STAGES
+    mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
+    q, k = q_buf.index(stage), k_buf.index(stage)
+    P = gl.zeros([C, C], gl.float32, P_layout)
+    P = warpgroup_mma(q, k.permute((1, 0)), P, use_acc=False, is_async=True)
+    Sb = gl.convert_layout(S.to(dtype), O_operand)
+    o = gl.zeros([S.shape[0], C], gl.float32, O_layout)
+    o = warpgroup_mma(Sb, q.permute((1, 0)), o, use_acc=False, is_async=True)
+    vt, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
+    S = S * decay
+    P = warpgroup_mma_wait(1, deps=(P,))
+    p_buf.store((P * within).to(dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    o = warpgroup_mma_wait(0, deps=(o,))
+    o = o * entered[None, :]
+    vt = gl.convert_layout(vt, O_operand)
+    o = warpgroup_mma(vt, p_buf.permute((1, 0)), o, is_async=True)
+    S = warpgroup_mma(vs, k, S, is_async=True)
+    return warpgroup_mma_wait(1, deps=(o,)), S
 
 
 @gluon.jit
@@ -182,6 +227,54 @@ def _first_state(
 
 
 @gluon.jit
+def _compute_segment(
+    S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, log2_decay, gain, done,
+    within, entered, at, head, H, o_token, o_head, state_k, state_v, A_layout: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The state after a segment's tokens from `done` on, and the number of chunks so far."""
+    C: gl.constexpr = within.shape[0]
+    V: gl.constexpr = S.shape[0]
+    start, end = gl.load(row), gl.load(row + 1)
+    kept, end_stop = gl.load(row + 5), gl.load(row + 6)
+    ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
+    decay = gl.exp2(log2_decay * C)
+    while done < end - start:
+        until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
+        size = gl.minimum(C, until - done)
+        if HAS_STOPS:
+            ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
+            decay = gl.exp2(log2_decay * size)
+        else:
+            if size < C:
+                ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
+                decay = gl.exp2(log2_decay * size)
+        if OUTPUT:
+            o, S = _scan_chunk(
+                S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGES
+            )  # fmt: skip
+            first = end - done - C if REVERSE else start + done
+            tma.store_wait(1)
+            _store(
+                o_desc, o_ptr, o_bufs.index(at % 2), o, first, head * o_head, o_token, size, C, V,
+                REVERSE, o_bufs.dtype,
+            )  # fmt: skip
+            S = warpgroup_mma_wait(0, deps=(S,))
+            gl.thread_barrier()
+            mbarrier.arrive(bars[1].index(at % STAGES), count=1)
+        else:
+            S = _add_only(S, buffers, bars, at, ages, decay, STAGES)
+        done += size
+        at += 1
+        if HAS_STOPS:
+            while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
+                matrix = gl.load(stops + 2 * kept + 1) * H + head
+                _keep(pool, matrix, S, state_k, state_v)
+                kept += 1
+    return S, at
+
+
+@gluon.jit
 def _compute_all(
     o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale, horizon,
     state_in, state_between, state_out, pool, works, H, o_token, o_head, state_k, state_v,
@@ -189,17 +282,12 @@ def _compute_all(
     HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
     HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    q_buf, k_buf, v_buf = buffers
-    ready, empty = bars
-    dtype: gl.constexpr = k_buf.dtype
     groups: gl.constexpr = V // 64
     S_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, K, 16])
     O_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, C, 16])
     P_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, C // groups, 16])
-    S_operand: gl.constexpr = gl.DotOperandLayout(0, O_layout, 2)
-    V_operand: gl.constexpr = gl.DotOperandLayout(0, S_layout, 2)
     E_layout: gl.constexpr = gl.SliceLayout(0, O_layout)
-    A_layout: gl.constexpr = gl.SliceLayout(0, V_operand)
+    A_layout: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, S_layout, 2))
     gain = scale if REVERSE else 1.0
     at = 0
     last_head = _work_at(0, works, IS_EVEN) % H
@@ -210,83 +298,32 @@ def _compute_all(
         work = _work_at(turn, works, IS_EVEN)
         if work < works:
             row, head = table + work // H * 8, work % H
-            start, end, sequence = gl.load(row), gl.load(row + 1), gl.load(row + 2)
-            slot, is_last = gl.load(row + 3), gl.load(row + 4)
-            kept, end_stop = gl.load(row + 5), gl.load(row + 6)
+            length, sequence = gl.load(row + 1) - gl.load(row), gl.load(row + 2)
+            slot = gl.load(row + 3)
             if head != last_head:
                 log2_decay = rate(log_decay, head)
                 within = _within(log2_decay, scale, P_layout, C, REVERSE)
                 entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
                 last_head = head
-            ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
-            decay = gl.exp2(log2_decay * C)
             done = 0
+            S = gl.zeros([V, K], gl.float32, S_layout)
             if OUTPUT:
                 S = _first_state(
                     state_in, state_between, sequence, slot, head, H, state_k, state_v, K, V,
                     S_layout, HAS_IN, HAS_BETWEEN,
                 )  # fmt: skip
             else:
-                S = gl.zeros([V, K], gl.float32, S_layout)
-                done = forgotten(log2_decay, end - start, gl.load(row + 7), horizon, C)
-            while done < end - start:
-                until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
-                size = gl.minimum(C, until - done)
-                if HAS_STOPS:
-                    ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
-                    decay = gl.exp2(log2_decay * size)
-                else:
-                    if size < C:
-                        ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
-                        decay = gl.exp2(log2_decay * size)
-                if OUTPUT:
-                    stage = at % STAGES
-                    mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
-                    q, k = q_buf.index(stage), k_buf.index(stage)
-                    P = gl.zeros([C, C], gl.float32, P_layout)
-                    P = warpgroup_mma(q, k.permute((1, 0)), P, use_acc=False, is_async=True)
-                    Sb = gl.convert_layout(S.to(dtype), S_operand)
-                    o = gl.zeros([V, C], gl.float32, O_layout)
-                    o = warpgroup_mma(Sb, q.permute((1, 0)), o, use_acc=False, is_async=True)
-                    vt, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
-                    S = S * decay
-                    P = warpgroup_mma_wait(1, deps=(P,))
-                    p_buf.store((P * within).to(dtype))
-                    fence_async_shared()
-                    gl.thread_barrier()
-                    o = warpgroup_mma_wait(0, deps=(o,))
-                    o = o * entered[None, :]
-                    vo = gl.convert_layout(vt, S_operand)
-                    o = warpgroup_mma(vo, p_buf.permute((1, 0)), o, is_async=True)
-                    S = warpgroup_mma(vs, k, S, is_async=True)
-                    o = warpgroup_mma_wait(1, deps=(o,))
-                    first = end - done - C if REVERSE else start + done
-                    tma.store_wait(1)
-                    _store(
-                        o_desc, o_ptr, o_bufs.index(at % 2), o, first, head * o_head, o_token,
-                        size, C, V, REVERSE, dtype,
-                    )  # fmt: skip
-                    S = warpgroup_mma_wait(0, deps=(S,))
-                    gl.thread_barrier()
-                    mbarrier.arrive(empty.index(stage), count=1)
-                else:
-                    S = _add_only(S, buffers, bars, at, ages, decay, V_operand, STAGES)
-                done += size
-                at += 1
-                if HAS_STOPS:
-                    while (kept < end_stop) & (
-                        _until(stops, kept, end_stop, done + 1, True) <= done
-                    ):
-                        matrix = gl.load(stops + 2 * kept + 1) * H + head
-                        gl.store(pool + _cells(matrix, state_k, state_v, K, V, S_layout), S)
-                        kept += 1
+                done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
+            S, at = _compute_segment(
+                S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, log2_decay, gain,
+                done, within, entered, at, head, H, o_token, o_head, state_k, state_v, A_layout,
+                REVERSE, HAS_STOPS, OUTPUT, STAGES,
+            )  # fmt: skip
             if HAS_OUT:
-                if is_last == 1:
-                    matrix = sequence * H + head
-                    gl.store(state_out + _cells(matrix, state_k, state_v, K, V, S_layout), S)
+                if gl.load(row + 4) == 1:
+                    _keep(state_out, sequence * H + head, S, state_k, state_v)
             if not OUTPUT:
-                matrix = slot * H + head
-                gl.store(state_between + _cells(matrix, state_k, state_v, K, V, S_layout), S)
+                _keep(state_between, slot * H + head, S, state_k, state_v)
     tma.store_wait(0)
 
 

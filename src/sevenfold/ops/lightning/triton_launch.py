@@ -212,7 +212,7 @@ def _launch_hopper(
 def _num_programs(works: int, H: int, most: int) -> int:
     """Programs of a persistent kernel: all, or so many that each one stays with its head."""
     aligned = most // H * H
-    if 0 < aligned and triton.cdiv(works, aligned) == triton.cdiv(works, most):
+    if aligned > 0 and triton.cdiv(works, aligned) == triton.cdiv(works, most):
         return min(works, aligned)
     return min(works, most)
 
