@@ -25,9 +25,9 @@ def exp32(x):
     exp(x) = 2^n exp(x - n ln 2), ln 2 in two parts; the polynomial is that of Cephes' expf. NaN
     stays NaN; below -87.3 it gives 1e-38 and above 88.3 it gives 2e38.
     """
-    x = min(max(x, _F(-87.3)), _F(88.3))
-    n = np.floor(x * _F(1.44269504088896341) + _F(0.5))
-    r = x - n * _F(0.693359375) + n * _F(2.12194440e-4)
+    inside = min(max(x, _F(-87.3)), _F(88.3))
+    n = np.floor(inside * _F(1.44269504088896341) + _F(0.5))
+    r = inside - n * _F(0.693359375) + n * _F(2.12194440e-4)
     p = _F(1.9875691500e-4)
     p = p * r + _F(1.3981999507e-3)
     p = p * r + _F(8.3334519073e-3)
@@ -35,4 +35,5 @@ def exp32(x):
     p = p * r + _F(1.6666665459e-1)
     p = p * r + _F(5.0000001201e-1)
     bits = (np.int32(n) + np.int32(127)) << np.int32(23)
-    return (p * r * r + r + _F(1)) * np.int32(bits).view(np.float32)
+    power = (p * r * r + r + _F(1)) * np.int32(bits).view(np.float32)
+    return x if x != x else power

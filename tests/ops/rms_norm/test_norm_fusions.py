@@ -67,8 +67,40 @@ def test_gradcheck() -> None:
     )
 
 
-def test_default_is_eager_on_a_cpu() -> None:
-    assert all(default_rms_norm_impl(random(2, 8, dtype=dtype)) is Impl.EAGER for dtype in DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_default_on_a_cpu(dtype: torch.dtype) -> None:
+    wanted = Impl.NUMBA if dtype is torch.float32 else Impl.EAGER
+    assert default_rms_norm_impl(random(2, 8, dtype=dtype)) is wanted
+    assert default_rms_norm_impl(random(0, 8, dtype=dtype)) is Impl.EAGER
+
+
+def test_numba_refuses_other_dtypes() -> None:
+    message = "x must be fp32 on a CPU, not empty, for impl numba, got torch.float64 on cpu"
+    with pytest.raises(UnsupportedError, match=message):
+        rms_norm(torch.zeros(2, 8).double(), torch.ones(8), EPS, impl="numba")
+
+
+@pytest.mark.parametrize("rows", [1, 64, 200])
+def test_numba_keeps_the_error_rule_over_many_blocks(rows: int) -> None:
+    """Rows beyond one block of the weight's gradient; the same bits with any number of threads."""
+
+    def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+        leaves = [random(rows, 33, seed=1), random(rows, 33, seed=2), random(33, seed=3)]
+        x, gate, weight = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+        y = gated_rms_norm(x, gate, weight, EPS, impl=impl)
+        dy = random(rows, 33, seed=4).to(dtype)
+        return [y.detach(), *torch.autograd.grad(y, (x, gate, weight), dy)]
+
+    found, usual = run(torch.float32, "numba"), torch.get_num_threads()
+    honest, exact = run(torch.float32, "eager"), run(torch.float64, "eager")
+    for name, *three in zip(("y", "dx", "dgate", "dweight"), found, honest, exact, strict=True):
+        check_error(name, *three)
+    torch.set_num_threads(3 - min(usual, 2))
+    try:
+        again = run(torch.float32, "numba")
+    finally:
+        torch.set_num_threads(usual)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -113,5 +145,7 @@ def test_wrong_arguments() -> None:
         residual_rms_norm(x, x[0], weight, EPS)
     with pytest.raises(ValueError, match=r"weight must have shape \[D\] = \[8\], got \[4\]"):
         gated_rms_norm(x, x, weight[:4], EPS)
-    with pytest.raises(UnsupportedError, match="rms_norm must use impl eager, triton, got 'onednn"):
+    with pytest.raises(
+        UnsupportedError, match="rms_norm must use impl eager, numba, triton, got 'onednn"
+    ):
         rms_norm(x, weight, EPS, impl="onednn")

@@ -4,17 +4,24 @@ import torch
 from torch import Tensor
 
 from sevenfold.ops.checks import check_dtype, check_shape, choose_impl
+from sevenfold.ops.numba_rules import check_numba, suits_numba
 from sevenfold.ops.rms_norm import eager
 from sevenfold.ops.triton_rules import check_on_gpu, check_width, runs_on_gpu
 from sevenfold.ops.types import Impl
 
 # A row stays in the registers of one program.
 _MAX_TRITON_WIDTH = 16_384
-_KNOWN = (Impl.EAGER, Impl.TRITON)
+_KNOWN = (Impl.EAGER, Impl.NUMBA, Impl.TRITON)
 
 
 def default_rms_norm_impl(x: Tensor) -> Impl:
-    """Return what the norms take: triton for bf16, fp16 and fp32 on a GPU up to 16,384 channels."""
+    """Return what the norms take.
+
+    Triton for bf16, fp16 and fp32 on a GPU up to 16,384 channels, numba for fp32 on a CPU, else
+    eager.
+    """
+    if suits_numba(x):
+        return Impl.NUMBA
     fits = runs_on_gpu(x) and x.shape[-1] <= _MAX_TRITON_WIDTH
     return Impl.TRITON if fits else Impl.EAGER
 
@@ -28,20 +35,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl | str | None =
         x: [..., D], any floating dtype.
         weight: [D], any floating dtype.
         eps: > 0.
-        impl: "eager" or "triton"; None takes default_rms_norm_impl. A named one never falls back.
+        impl: "eager", "numba" or "triton" (one pass each way); None takes default_rms_norm_impl. A
+            named one never falls back.
 
     Returns:
         [..., D] in x's dtype; computed in fp32 at least.
 
     Raises:
         ValueError: weight's shape is not [D].
-        UnsupportedError: triton is asked for on another device, dtype or width, or there is no
-            implementation of that name.
+        UnsupportedError: numba or triton is asked for on another device, dtype or width, or there
+            is no implementation of that name.
 
     Source: arXiv 1910.07467.
     """
-    if _choose("rms_norm", x, weight, impl) is Impl.EAGER:
+    chosen = _choose("rms_norm", x, weight, impl)
+    if chosen is Impl.EAGER:
         return eager.rms_norm(x, weight, eps)
+    if chosen is Impl.NUMBA:
+        from sevenfold.ops.rms_norm import compiled
+
+        return compiled.rms_norm(x, weight.float(), eps)
     from sevenfold.ops.rms_norm import triton_rms_norm
 
     return triton_rms_norm.rms_norm(x, weight, eps)
@@ -59,7 +72,7 @@ def gated_rms_norm(
         gate: [..., D], dtype of x, before the sigmoid.
         weight: [D], any floating dtype.
         eps: > 0.
-        impl: "eager" or "triton" (one pass each way, saves its inputs only); None takes
+        impl: "eager", "numba" or "triton" (one pass each way, saves its inputs only); None takes
             default_rms_norm_impl. A named one never falls back.
 
     Returns:
@@ -73,8 +86,13 @@ def gated_rms_norm(
     """
     check_shape("gate", gate, x.shape, "x's")
     check_dtype("gate", gate, (x.dtype,))
-    if _choose("gated_rms_norm", x, weight, impl) is Impl.EAGER:
+    chosen = _choose("gated_rms_norm", x, weight, impl)
+    if chosen is Impl.EAGER:
         return eager.rms_norm(x, weight, eps) * torch.sigmoid(gate)
+    if chosen is Impl.NUMBA:
+        from sevenfold.ops.rms_norm import compiled
+
+        return compiled.gated_rms_norm(x, gate, weight.float(), eps)
     from sevenfold.ops.rms_norm import triton_rms_norm
 
     return triton_rms_norm.gated_rms_norm(x, gate, weight, eps)
@@ -101,8 +119,8 @@ def residual_rms_norm(
         eps: > 0.
         alpha: factor of the stream (DeepNorm's; 3.5565588200778455 in MiniMax-Text-01).
         beta: factor of the update.
-        impl: "eager" or "triton" (one pass each way); None takes default_rms_norm_impl. A named
-            one never falls back.
+        impl: "eager", "numba" or "triton" (one pass each way); None takes default_rms_norm_impl. A
+            named one never falls back.
 
     Returns:
         y and x, [..., D], in the wider dtype of stream and update.
@@ -114,9 +132,10 @@ def residual_rms_norm(
     Source: arXiv 2203.00555 (DeepNorm).
     """
     check_shape("update", update, stream.shape, "stream's")
-    if _choose("residual_rms_norm", stream, weight, impl) is Impl.EAGER:
+    chosen = _choose("residual_rms_norm", stream, weight, impl)
+    if chosen is not Impl.TRITON:
         x = torch.add(update if beta == 1.0 else beta * update, stream, alpha=alpha)
-        return eager.rms_norm(x, weight, eps), x
+        return rms_norm(x, weight, eps, impl=chosen if x.dtype is stream.dtype else None), x
     check_on_gpu("update", update)
     from sevenfold.ops.rms_norm import triton_residual
 
@@ -126,6 +145,8 @@ def residual_rms_norm(
 def _choose(op: str, x: Tensor, weight: Tensor, impl: Impl | str | None) -> Impl:
     check_shape("weight", weight, x.shape[-1:], "[D]")
     chosen = choose_impl(op, impl, default_rms_norm_impl(x), _KNOWN)
+    if chosen is Impl.NUMBA:
+        check_numba("x", x)
     if chosen is Impl.TRITON:
         check_on_gpu("x", x)
         check_width("D", x.shape[-1], _MAX_TRITON_WIDTH)
