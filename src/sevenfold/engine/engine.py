@@ -114,9 +114,6 @@ class Engine:
     def _decode(self, rows: Sequence[DecodeRow]) -> list["TokenEvent | None"]:
         if not rows:
             return []
-        for row in rows:
-            computed = row.request.num_computed_tokens
-            self.cache.snapshots_due(row.request, computed, computed + 1)
         requests = [row.request for row in rows]
         logits = self._runner.run([self._row(r, r.num_computed_tokens + 1) for r in requests])
         return self._choose(requests, logits, self._kept_sampler(requests))
