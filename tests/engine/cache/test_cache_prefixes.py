@@ -257,6 +257,26 @@ def test_a_state_of_decoding_that_others_use_is_not_replaced() -> None:
     run.finish(running)
 
 
+def test_of_requests_alike_one_writes_the_snapshot() -> None:
+    run = runner()
+    several = [run.request(blocks("abcd"), marks=(2 * P,)) for _ in range(4)]
+    for request in several:
+        assert run.start(request) == 0
+    first, second, third, fourth = several
+    assert run.manager.snapshots_due(first, 0, 4 * P) == [2 * P]
+    assert run.manager.snapshots_due(second, 0, 4 * P) == []
+    run.finish(first)  # before it was computed
+    assert run.manager.snapshots_due(second, 0, 4 * P) == [2 * P]
+    run.run(second, 4 * P, [2 * P])
+    second.num_computed_tokens = 4 * P
+    assert run.manager.extend(second, 4 * P + 1)
+    # The tree has them now.
+    assert run.manager.snapshots_due(third, 0, 4 * P) == []
+    run.manager.clear()
+    assert run.manager.snapshots_due(fourth, 0, 4 * P) == [2 * P]
+    run.check_nothing_is_left()
+
+
 def test_alone_a_request_fits_whatever_was_cached_before() -> None:
     run = runner(6)
     longest = run.manager.plan.longest_context_tokens

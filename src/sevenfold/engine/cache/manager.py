@@ -37,6 +37,8 @@ class CacheManager:
         self._tree = PrefixTree(self._arena, plan, seen.add)
         self._index = PrefixIndex(self._tree, seen, plan.page_tokens, any_node=not plan.has_states)
         self._holdings: dict[str, Holding] = {}
+        # Keys of prompts' snapshots that are being written: of many alike one is enough.
+        self._writing: set[bytes] = set()
         self._fresh = Fresh([], [])
         self._counters = CacheCounters()
 
@@ -138,6 +140,9 @@ class CacheManager:
             for anchor in holding.anchors:
                 if anchor.alive and not anchor.pins:
                     self._tree.drop(anchor)
+        for at in holding.pending:
+            if at <= holding.num_prompt_tokens:
+                self._writing.discard(holding.chain.key(at // self.plan.page_tokens - 1))
         self._arena.release(Tenant.SNAPSHOT, holding.pending.values())
         own = holding.own_pages
         self._tree.unlock(holding.path)
@@ -268,20 +273,23 @@ class CacheManager:
 
     def _take(self, tenant: Tenant, count: int) -> list[int]:
         while (handles := self._arena.take(tenant, count)) is None:
-            evict = self._tree.evict_slab if tenant is Tenant.STATE else self._tree.evict
-            if not evict():
+            if not self._tree.evict(whole_slab=tenant is Tenant.STATE):
                 raise AssertionError("what is not pinned can be evicted")
         return handles
 
     def _reserve(self, holding: Holding, at: int, *, needed: bool) -> bool:
-        """Reserve a snapshot unless there is one, or no memory for it."""
+        """Reserve a snapshot unless there is one, or will be, or there is no memory for it."""
         if at in holding.pending:
             return True
-        node = self._tree.get(holding.chain.key(at // self.plan.page_tokens - 1))
-        if node is not None and node.anchor is not None:
+        key = holding.chain.key(at // self.plan.page_tokens - 1)
+        node = self._tree.get(key)
+        if key in self._writing or (node is not None and node.anchor is not None):
             return False
         handles = self._obtain(Tenant.SNAPSHOT, 1) if needed else self._take_spare(holding, at)
-        return self._note_pending(holding, at, handles)
+        if not self._note_pending(holding, at, handles):
+            return False
+        self._writing.add(key)
+        return True
 
     def _reserve_rolling(self, holding: Holding, at: int) -> bool:
         """Reserve a snapshot in place of the one before it, if nobody has used that."""
@@ -354,6 +362,7 @@ class CacheManager:
         """Hand a written snapshot to the tree, which may have got one from another request."""
         snapshot = holding.pending.pop(at)
         node = holding.path[at // self.plan.page_tokens - 1]
+        self._writing.discard(node.key)
         if node.anchor is not None:
             self._arena.release(Tenant.SNAPSHOT, (snapshot,))
             return

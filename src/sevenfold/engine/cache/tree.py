@@ -165,33 +165,24 @@ class PrefixTree:
         if snapshot is not None:
             self._arena.release(Tenant.SNAPSHOT, (snapshot,))
 
-    def evict(self) -> bool:
-        """Remove the anchor that goes first; False when no removal would free anything."""
+    def evict(self, *, whole_slab: bool = False) -> bool:
+        """Remove the anchor that goes first.
+
+        Args:
+            whole_slab: also remove those whose snapshots keep its slab from coming free. Nothing
+                less will do for a state: by value alone, the snapshots of many slabs would go
+                before all of one had.
+
+        Returns:
+            False when no removal would free anything.
+        """
         while (anchor := self.queue.pop()) is not None:
             if self._frees(anchor):
-                self.num_evicted += 1
-                self.drop(anchor)
+                for each in (anchor, *(self._slab_mates(anchor) if whole_slab else ())):
+                    self.num_evicted += 1
+                    self.drop(each)
                 return True
         return False
-
-    def evict_slab(self) -> bool:
-        """Evict, and with the snapshot those that keep its slab from coming free.
-
-        For a state nothing less than a slab will do: by value alone the snapshots of many slabs
-        would go before all of one had.
-        """
-        anchor = self.queue.first()
-        mates: list[Anchor] = []
-        if anchor is not None and anchor.snapshot is not None:
-            others = self._arena.neighbours(Tenant.SNAPSHOT, anchor.snapshot)
-            owners = [self._owners.get(other) for other in others]
-            mates = [owner for owner in owners if owner is not None and not owner.pins]
-            mates = mates if len(mates) == len(others) else []
-        evicted = self.evict()
-        for mate in mates:
-            self.num_evicted += 1
-            self.drop(mate)
-        return evicted
 
     def value_of(self, node: Node) -> float:
         """FLOPs that a snapshot on a node would save beyond the anchor before it, for each byte."""
@@ -207,6 +198,15 @@ class PrefixTree:
 
     def _value(self, anchor: Anchor) -> float:
         return self.value_of(anchor.node)
+
+    def _slab_mates(self, anchor: Anchor) -> list[Anchor]:
+        """The other anchors of a slab of snapshots; none when not all of them can be removed."""
+        if anchor.snapshot is None:
+            return []
+        others = self._arena.neighbours(Tenant.SNAPSHOT, anchor.snapshot)
+        owners = [self._owners.get(other) for other in others]
+        mates = [owner for owner in owners if owner is not None and not owner.pins]
+        return mates if len(mates) == len(others) else []
 
     def _frees(self, anchor: Anchor) -> bool:
         """Whether removing an anchor frees bytes; if not, it is queued again when it does."""
@@ -230,5 +230,5 @@ class PrefixTree:
             if node:
                 node.num_children -= 1
         # A leaf's anchor now frees its pages too, or frees something at last.
-        if node and node.num_children == 0 and node.anchor is not None:
+        if node and node.anchor is not None and self._frees(node.anchor):
             self.queue.add(node.anchor)
