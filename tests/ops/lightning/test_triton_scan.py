@@ -11,7 +11,9 @@ from torch import Tensor
 from sevenfold.ops.lightning import Stop, eager, segments, triton_launch, triton_op
 from sevenfold.ops.testing import check_error, poisoned_allocations
 
-pytestmark = [] if INTERPRETED else pytest.mark.gpu
+pytestmark = [pytest.mark.filterwarnings("ignore:lightning_scan has no tuning")]
+if not INTERPRETED:
+    pytestmark.append(pytest.mark.gpu)
 
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dinitial_state")
 LOW = DTYPES[-1]
@@ -105,7 +107,7 @@ def test_sequences_that_are_cut_into_segments(
 ) -> None:
     lengths = (7, CUT_TOKENS, 0, 40)
     x = make_inputs(decay, sum(lengths), N=4, K=K, V=V, dtype=dtype)
-    q, k, v, state = to_device(x).leaves()
+    q, k, v, _state = to_device(x).leaves()
     whole = triton_launch.Scan(q, k, v, x.log_decay, 1.0, lengths)
     assert triton_launch.plan_scan(whole).num_slots > 1
     check_all(x, 0.5, lengths)

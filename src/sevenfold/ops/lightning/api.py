@@ -81,7 +81,7 @@ def lightning_attention(
         )
         return OpResult(o, final)
     forward = reference.forward if chosen is Impl.REFERENCE else eager.forward
-    lengths = read_lengths(*q.shape[:2], cu_seqlens)
+    lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
     with full_precision(q.device):
         o, final = forward(
             q, k, v, log_decay, scale=scale, initial_state=initial_state, lengths=lengths
@@ -131,7 +131,7 @@ def lightning_attention_prefill(
             )
             return OpResult(*found)
         forward = reference.forward if chosen is Impl.REFERENCE else eager.forward
-        lengths = read_lengths(*q.shape[:2], cu_seqlens)
+        lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
         check_stops(snapshots.stops, lengths)
         found = forward_by_parts(forward, (q, k, v), log_decay, lengths=lengths, **options)
     return OpResult(found[0], found[1].view(N, *found[1].shape[1:]))

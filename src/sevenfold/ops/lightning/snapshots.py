@@ -77,7 +77,7 @@ def forward_by_parts(
             for stop in own:
                 if stop.num_tokens == b:
                     snapshots.pool[stop.slot] = state[0]
-        finals.append(state)
+        finals.append(state)  # pyright: ignore[reportArgumentType]
         start += length
     return torch.cat(outputs).view(tokens[2].shape), torch.cat(finals)
 

@@ -1,5 +1,8 @@
 """Launches the scan kernels: cuts, layouts, configurations. Imports Triton."""
 
+# pyright reads a kernel as the Python function that it is not.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportReturnType=false
+
 from typing import NamedTuple
 
 import torch
@@ -21,6 +24,9 @@ _HOPPER_CHUNK = 64
 # States between segments take at most so many bytes a token and head, however short segments are.
 _STATE_BYTES_PER_TOKEN = 16
 _CHAIN_BLOCK = 1024
+
+# A captured graph reads its plan's tables at every replay: those are never given back.
+_plans_of_graphs: dict[int, Plan] = {}
 
 
 class Scan(NamedTuple):
@@ -111,7 +117,10 @@ def plan_scan(scan: Scan) -> Plan:
     cells = scan.q.shape[3] * scan.v.shape[3]
     most_slots = _STATE_BYTES_PER_TOKEN * sum(scan.lengths) // (4 * cells)
     room = Room(H * tiles, programs, chunk, most_slots)
-    return plan_segments(scan.lengths, room, scan.stops, scan.reverse, device)
+    plan = plan_segments(scan.lengths, room, scan.stops, scan.reverse, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _plans_of_graphs[id(plan)] = plan
+    return plan
 
 
 def num_sms(device: torch.device) -> int:

@@ -1,0 +1,52 @@
+"""Tuning tables: a device's own row, else the default with a warning, else an error."""
+
+import json
+import warnings
+from importlib import resources
+
+import pytest
+
+from sevenfold.config import UnsupportedError
+from sevenfold.ops.tuning import best_config, tuning
+
+TABLES = {
+    "scan": {"default": {"64": {"warps": 4}, "128": {"warps": 4}}, "H200": {"64": {"warps": 8}}}
+}
+
+
+@pytest.fixture(autouse=True)
+def _tables(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "_tables", lambda: TABLES)
+    best_config.cache_clear()
+    yield
+    best_config.cache_clear()
+
+
+def test_a_device_takes_its_own_row() -> None:
+    assert best_config("scan", "64", "H200") == {"warps": 8}
+
+
+def test_the_default_serves_other_devices_and_says_so_once() -> None:
+    with pytest.warns(UserWarning, match="scan has no tuning for 128 on H200, and takes the def"):
+        assert best_config("scan", "128", "H200") == {"warps": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert best_config("scan", "128", "H200") == {"warps": 4}
+        assert best_config("scan", "64", "default") == {"warps": 4}
+
+
+@pytest.mark.parametrize(("kernel", "key"), [("scan", "32"), ("other", "64")])
+def test_no_row_at_all(kernel: str, key: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{kernel} must have a tuning table for its key"):
+        best_config(kernel, key, "H200")
+
+
+def test_the_committed_tables_are_read() -> None:
+    folder = resources.files("sevenfold.ops.tuning")
+    for file in (entry for entry in folder.iterdir() if entry.name.endswith(".json")):
+        for kernel, devices in json.loads(file.read_text()).items():
+            for device, rows in devices.items():
+                for key, config in rows.items():
+                    assert all(isinstance(value, int) for value in config.values()), (
+                        f"{file.name}: {kernel} {device} {key}"
+                    )
