@@ -12,7 +12,7 @@ from sevenfold.models.block import Block
 from sevenfold.models.mixers import LightningAttention
 from sevenfold.models.state import LayerState, LinearState
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 1024
 
 
 def pays_by_chunks(x: Tensor, batch: Batch) -> bool:
