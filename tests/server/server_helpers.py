@@ -192,3 +192,41 @@ def message(response: httpx.Response) -> str:
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error["message"]
+
+
+async def disconnecting(app: Any, body: Mapping[str, Any], after: int) -> list[dict]:
+    """Ask as a client that leaves after so many messages of the response."""
+    sent: list[dict] = []
+    gone = asyncio.Event()
+    if after == 0:
+        asyncio.get_running_loop().call_later(0.1, gone.set)
+    inbox = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict:
+        if inbox:
+            return inbox.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(said: dict) -> None:
+        sent.append(said)
+        if len(sent) == after:
+            gone.set()
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+    await asyncio.wait_for(app(scope, receive, send), 30)
+    return sent

@@ -149,6 +149,8 @@ def test_a_conversation(page: Page, tmp_path: Path) -> None:
         assert page.run("document.querySelector('#empty') !== null")
         page.run("byId('max').value = 100000; 0")
         ask(page, "Too much.")
-        page.wait("document.querySelector('.assistant .error').textContent.includes('context of 512 tokens')")
+        page.wait(
+            "document.querySelector('.assistant .error').textContent.includes('of 512 tokens')"
+        )
     # The refusal above is the only thing that the browser had to say.
     assert [one for one in page.complaints if "400 (Bad Request)" not in one] == []

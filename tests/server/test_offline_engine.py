@@ -24,8 +24,8 @@ from sevenfold.server import GenerationRequest, OfflineEngine, ServerSettings, T
 pytestmark = pytest.mark.anyio
 BARE = TemplateSource("{{ messages[0].content }}", stop=())
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {
-    "type": "object", "properties": {"at": {"enum": ["x", "y"]}}, "required": ["at"],
-    "additionalProperties": False}}}  # fmt: skip
+    "type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "required": ["at"],
+    "$defs": {"at": {"enum": ["x", "y"]}}, "additionalProperties": False}}}  # fmt: skip
 
 
 async def complete(client, **fields):
@@ -78,7 +78,6 @@ SCHEMA = {
     },
     "required": ["a", "b"],
     "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
 }
 
 
@@ -86,7 +85,7 @@ async def test_answers_follow_their_grammars(llm: LLM) -> None:
     pytest.importorskip("llguidance")
     async with client_of(OfflineEngine(llm, "tiny")) as client:
         wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
-        made = (await chat(client, response_format=wanted, max_tokens=60, seed=1, n=2)).json()
+        made = (await chat(client, response_format=wanted, max_tokens=200, seed=1, n=2)).json()
         for choice in made["choices"]:
             value = json.loads(choice["message"]["content"])
             assert set(value) == {"a", "b"}
@@ -100,9 +99,10 @@ async def test_answers_follow_their_grammars(llm: LLM) -> None:
         made = (await chat(client, response_format=lark, max_tokens=9)).json()
         assert made["choices"][0]["message"]["content"] in ("yes", "no")
         for choice in ("required", {"type": "function", "function": {"name": "look"}}):
-            made = (
-                await chat(client, tools=[TOOL], tool_choice=choice, max_tokens=200, seed=3)
-            ).json()["choices"][0]
+            fields = {"tools": [TOOL], "tool_choice": choice, "max_tokens": 100, "seed": 3}
+            response = await chat(client, messages=[{"role": "user", "content": ""}], **fields)
+            assert response.status_code == 200, response.text
+            made = response.json()["choices"][0]
             assert made["finish_reason"] == "tool_calls", made
             [call] = made["message"]["tool_calls"]
             assert call["function"]["name"] == "look"

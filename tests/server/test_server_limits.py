@@ -5,7 +5,7 @@ import base64
 from typing import Any
 
 import pytest
-from server_helpers import ScriptedEngine, chat, client_of, message
+from server_helpers import HELLO, ScriptedEngine, chat, client_of, disconnecting, message
 
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.server import (
@@ -167,52 +167,11 @@ async def test_an_engine_that_fails_one_request(error: Exception, status: int, s
     assert engine.under_way == 0
 
 
-async def disconnecting(app: Any, body: bytes, after: int) -> list[dict]:
-    """Ask as a client that leaves after so many messages of the response."""
-    sent: list[dict] = []
-    gone = asyncio.Event()
-    if after == 0:
-        asyncio.get_running_loop().call_later(0.1, gone.set)
-    inbox = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> dict:
-        if inbox:
-            return inbox.pop()
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(said: dict) -> None:
-        sent.append(said)
-        if len(sent) == after:
-            gone.set()
-
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/v1/chat/completions",
-        "raw_path": b"/v1/chat/completions",
-        "query_string": b"",
-        "root_path": "",
-        "headers": headers,
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 8000),
-    }
-    await asyncio.wait_for(app(scope, receive, send), 30)
-    return sent
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_cancels_its_outputs(stream: bool) -> None:
     engine = ScriptedEngine(stall_after=3)
     async with client_of(engine) as client:
-        body = (
-            b'{"messages": [{"role": "user", "content": "x"}], "n": 2, "stream": %s}'
-            % str(stream).lower().encode()
-        )
+        body = {"messages": HELLO, "n": 2, "stream": stream}
         sent = await disconnecting(client.app, body, after=3 if stream else 0)
         assert (engine.under_way, engine.cancelled) == (0, 2)
         assert client.app.service.desk.under_way == 0

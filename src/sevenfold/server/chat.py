@@ -35,7 +35,9 @@ def chat_router(service: Service) -> APIRouter:
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation; with `stream` as server-sent events."""
-        chat = await unless_gone(request, _prepared(service, body, service.salt(request, body)))
+        with service.desk.preparing():
+            salt = service.salt(request, body)
+            chat = await unless_gone(request, _prepared(service, body, salt))
         run = service.desk.open(chat.requests)
         if body.stream:
             return EventStream(chat.events(run), run.close)

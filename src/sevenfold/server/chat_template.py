@@ -13,6 +13,7 @@ from sevenfold.config import CheckpointError
 from sevenfold.server.errors import ApiError, bad_request
 
 MAX_TEMPLATE_CHARS = 256 << 10
+_START_S = 60.0  # a busy machine takes seconds to start a process
 _WORKER = Path(__file__).with_name("template_worker.py")
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -135,7 +136,7 @@ class ChatTemplate:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._started()
-            answer = self._ask({"tools": tools, "renders": renders})
+            answer = self._ask({"tools": tools, "renders": renders}, self._timeout_s)
         if "error" in answer:
             raise bad_request(
                 f"messages must suit the model's chat template: {answer['error']}", "messages"
@@ -156,13 +157,14 @@ class ChatTemplate:
             env={},
             encoding="ascii",
         )
-        return self._ask({"source": self._source.text, "variables": dict(self._source.variables)})
+        job = {"source": self._source.text, "variables": dict(self._source.variables)}
+        return self._ask(job, _START_S)
 
-    def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             raise AssertionError("the worker was started with pipes")
-        timer = threading.Timer(self._timeout_s, process.kill)
+        timer = threading.Timer(timeout_s, process.kill)
         timer.start()
         try:
             process.stdin.write(json.dumps(job) + "\n")
@@ -177,7 +179,7 @@ class ChatTemplate:
         self._stop()
         raise ApiError(
             400,
-            f"messages must render within {self._timeout_s} s and the renderer's memory",
+            f"messages must render within {timeout_s:g} s and the renderer's memory",
             param="messages",
             code="template_limit",
         )

@@ -43,8 +43,9 @@ def completions_router(service: Service) -> APIRouter:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on from prompts; with `stream` as server-sent events."""
-        work = _prepared(service, body, service.salt(request, body))
-        job = await unless_gone(request, work)
+        with service.desk.preparing():
+            salt = service.salt(request, body)
+            job = await unless_gone(request, _prepared(service, body, salt))
         run = service.desk.open(job.requests)
         if body.stream:
             return EventStream(job.events(run), run.close)

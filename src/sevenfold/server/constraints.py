@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _CACHED_GRAMMARS = 64
+# Without a bound an unsure model may write white space for ever.
+_WHITE_SPACE = r"[ \n]{0,20}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ class Compiler:
         try:
             # llguidance bounds its own work; the time bounds how long anybody waits for it.
             matcher = await asyncio.wait_for(work, self._settings.grammar_timeout_s)
+        except ValueError as error:
+            raise bad_request(
+                f"{grammar.param} must be left out: llguidance cannot use this model's tokenizer: "
+                f"{error}",
+                grammar.param,
+                "unsupported_parameter",
+            ) from error
         except TimeoutError as error:
             limit = self._settings.grammar_timeout_s
             raise bad_request(
@@ -143,14 +152,30 @@ def call_grammar(
             "type": "object",
             "properties": {
                 "name": {"const": tool["name"]},
-                "arguments": {"type": "object"} | (tool.get("parameters") or {}),
+                "arguments": _rebased(
+                    {"type": "object"} | (tool.get("parameters") or {}),
+                    f"#/anyOf/{n}/properties/arguments",
+                ),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for n, tool in enumerate(tools)
     ]
     return _schema({"anyOf": calls}, param, settings)
+
+
+def _rebased(node: Any, place: str) -> Any:
+    """A schema whose references to its own parts hold where it stands within another."""
+    if isinstance(node, list):
+        return [_rebased(one, place) for one in node]
+    if not isinstance(node, Mapping):
+        return node
+    made = {key: _rebased(value, place) for key, value in node.items()}
+    reference = node.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        made["$ref"] = place + reference[1:]
+    return made
 
 
 def _schema(schema: Mapping[str, Any], param: str, settings: ServerSettings) -> Grammar:
@@ -159,7 +184,12 @@ def _schema(schema: Mapping[str, Any], param: str, settings: ServerSettings) -> 
     for pattern in _patterns(schema):
         _check_length(pattern, settings.max_regex_chars, f"{param}: pattern")
     try:
-        return Grammar(_matcher().grammar_from_json_schema(text), param)
+        return Grammar(
+            _matcher().grammar_from_json_schema(
+                text, defaults={"whitespace_pattern": _WHITE_SPACE}
+            ),
+            param,
+        )
     except ValueError as error:
         raise bad_request(f"{param} must be a JSON schema: {error}", param) from error
 

@@ -10,6 +10,7 @@ from sevenfold.server.app import ServerApp
 from sevenfold.server.settings import ServerSettings
 
 _KEEP_ALIVE_S = 75
+_CONNECTIONS_A_REQUEST = 8
 _MAX_HEADER_BYTES = 32 << 10
 
 
@@ -75,6 +76,7 @@ def make_server(app: ServerApp, settings: ServerSettings) -> uvicorn.Server:
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         http="h11",
         ws="none",
+        limit_concurrency=_CONNECTIONS_A_REQUEST * settings.max_requests,
         loop="asyncio",
         proxy_headers=False,
     )

@@ -27,6 +27,8 @@ from sevenfold.server.engine_protocol import (
     TokenOutput,
 )
 
+_JOIN_S = 10.0  # a long prefill does not keep the program from ending
+
 
 @dataclass(eq=False)
 class _Job:
@@ -50,6 +52,8 @@ class OfflineEngine:
         self.vocab_size = config.vocab_size
         self.eos_token_id = config.eos_token_id
         self._llm = llm
+        parameters = llm.model.parameters()
+        self._weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting: set[_Job] = set()
         self._running: _Job | None = None
@@ -89,8 +93,8 @@ class OfflineEngine:
         config, model = self._llm.model.config, self._llm.model
         running = self._running is not None
         kv = kv_bytes(config, self._context_tokens, model.dtype.itemsize) if running else 0
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        memory = {"weights": weights, "states": state_bytes(config) * running, "kv": kv}
+        states = state_bytes(config) * running
+        memory = {"weights": self._weight_bytes, "states": states, "kv": kv}
         return EngineStats(
             running=int(running),
             waiting={"engine_busy": len(self._waiting)},
@@ -110,7 +114,7 @@ class OfflineEngine:
         running = self._running
         if running is not None:
             running.cancelled.set()
-        self._thread.join()
+        self._thread.join(_JOIN_S)
 
     def _work(self) -> None:
         while True:

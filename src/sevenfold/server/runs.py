@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sevenfold.server.api_common import PromptDetails, Usage
@@ -29,8 +29,23 @@ class Desk:
         self._engine, self._settings, self.metrics = engine, settings, metrics
         self.draining = False
         self.under_way = 0
+        self._preparing = 0
         self._mean_s = 1.0
         self._progress_s = time.monotonic()
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Hold a place while a request is rendered and encoded.
+
+        Raises:
+            ApiError: there is no room, or the server is about to stop.
+        """
+        self._check_room(1 + self._preparing)
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
 
     def open(self, requests: Sequence[GenerationRequest]) -> "Run":
         """Admit the outputs of one request; whoever gets the run closes it.
@@ -38,17 +53,20 @@ class Desk:
         Raises:
             ApiError: there is no room, or the server is about to stop.
         """
-        if self.draining:
-            raise ApiError(
-                503, "the server is stopping", code="draining", headers={"Retry-After": "5"}
-            )
-        if self.under_way + len(requests) > self._settings.max_requests:
-            retry_s = min(max(1, math.ceil(self._mean_s)), _LONGEST_RETRY_S)
-            raise too_many(retry_s)
+        self._check_room(len(requests))
         if self.under_way == 0:
             self.note_progress()
         self.under_way += len(requests)
         return Run(self, self._engine, requests)
+
+    def _check_room(self, more: int) -> None:
+        if self.draining:
+            raise ApiError(
+                503, "the server is stopping", code="draining", headers={"Retry-After": "5"}
+            )
+        if self.under_way + more > self._settings.max_requests:
+            retry_s = min(max(1, math.ceil(self._mean_s)), _LONGEST_RETRY_S)
+            raise too_many(retry_s)
 
     def close(self, num_outputs: int, took_s: float) -> None:
         """Take note of a run's end."""

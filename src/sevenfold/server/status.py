@@ -51,11 +51,12 @@ def tokens_router(service: Service) -> APIRouter:
     """Return /tokenize and /detokenize."""
     router = APIRouter(route_class=StrictRoute, tags=["tokens"])
 
-    @router.post("/tokenize", responses=errors(*_REFUSALS))
+    @router.post("/tokenize", responses=errors(*_REFUSALS, 429, 503))
     async def tokenize(body: TokenizeRequest, request: Request) -> Tokens:
         """Return the tokens of a text or a conversation."""
         service.check_model(body.model)
-        prompt = await unless_gone(request, _prompt(service, body))
+        with service.desk.preparing():
+            prompt = await unless_gone(request, _prompt(service, body))
         return Tokens(
             tokens=list(prompt.ids),
             count=len(prompt.ids),
