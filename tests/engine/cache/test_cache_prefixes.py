@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sevenfold.engine.cache import CacheManager, MissReason
+from sevenfold.engine.cache.lookup import SeenKeys
 from sevenfold.engine.memory_layout import Tenant
 
 
@@ -198,6 +199,23 @@ def test_what_is_used_stays_and_what_saves_more() -> None:
         assert run.serve(long) == 8 * P
     assert reason(run, short) is MissReason.EVICTED
     assert run.manager.counters().num_evicted >= 4
+
+
+def test_what_is_used_again_and_again_outlives_what_is_worth_as_much() -> None:
+    run = runner(8)
+    hot = (*blocks("h"), 1)
+    run.serve(hot)
+    for letter in "abcdefgijklmnopq":
+        run.serve((*blocks(letter), 1))
+        assert run.serve(hot) == P
+    assert run.manager.counters().num_evicted > 8
+
+
+def test_of_keys_that_are_gone_the_latest_are_remembered() -> None:
+    seen = SeenKeys(2)
+    for key in (b"a", b"b", b"a", b"c"):
+        seen.add(key)
+    assert [key in seen for key in (b"a", b"b", b"c")] == [True, False, True]
 
 
 def test_snapshots_that_are_good_to_have_evict_nothing_that_is_worth_more() -> None:
