@@ -78,7 +78,7 @@ def test_cost_is_the_accounting_s(config: ModelConfig, num_tokens: int) -> None:
     assert PrefillCost.of(config).flops(num_tokens) == prefill_flops(config, num_tokens)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(plan=PLANS, context=st.integers(1, 3000))
 def test_as_many_requests_fit_as_the_plan_says(plan: MemoryPlan, context: int) -> None:
     def fits(count: int) -> bool:

@@ -356,6 +356,13 @@ def test_fresh_items_are_told_once() -> None:
     assert (again.states, again.pages) == ([], [])
     assert run.manager.extend(request, 3 * P)
     assert run.manager.take_fresh().pages == run.manager.pages(request, 2)
+    run.manager.close(request, keep=False)
+    run.serve(blocks("abc"))
+    request = run.request(blocks("abc"))
+    assert run.manager.open(request) == 2 * P
+    # Its state is read from a snapshot, and two of its pages are cached ones.
+    fresh = run.manager.take_fresh()
+    assert (fresh.states, fresh.pages) == ([], run.manager.pages(request, 2))
 
 
 def test_a_snapshot_of_rejected_drafts_is_named_again() -> None:
