@@ -159,7 +159,10 @@ def _store(o_desc, o_ptr, o_buf, o, row, column, o_token, size, C: gl.constexpr,
         value = gl.arange(0, V, layout=gl.SliceLayout(1, layout))
         inside = (token >= C - size) if REVERSE else (token < size)
         at = (row + token).to(gl.int64)[None, :] * o_token + (column + value)[:, None]
+        # (value >= 0) gives the mask its other dimension.
         gl.store(o_ptr + at, ob, mask=inside[None, :] & (value >= 0)[:, None])
+        # Buffers take turns by chunks: the next one may be that of the last bulk copy.
+        tma.store_wait(0)
 
 
 @gluon.jit
