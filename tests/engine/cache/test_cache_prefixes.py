@@ -201,6 +201,34 @@ def test_what_is_used_stays_and_what_saves_more() -> None:
     assert run.manager.counters().num_evicted >= 4
 
 
+def test_the_value_is_flops_saved_by_what_ends_with_it() -> None:
+    run = runner()
+    run.serve(blocks("abcdef"), marks=(2 * P, 6 * P))
+    run.serve(blocks("abcxyz"), marks=(4 * P, 6 * P))
+    plan, nodes = run.manager.plan, run.manager._tree._nodes.values()
+    anchored = [node for node in nodes if node.anchor]
+    above = {id(node): {id(node)} for node in nodes}
+    for node in sorted(nodes, key=lambda node: node.num_tokens):
+        above[id(node)] |= above[id(node.parent)] if node.parent else set()
+    for node in anchored:
+        others = [other for other in anchored if other is not node]
+        kept = set().union(*(above[id(other)] for other in others))
+        before = [other.num_tokens for other in others if id(other) in above[id(node)]]
+        freed = plan.snapshot_bytes + len(above[id(node)] - kept) * plan.page_bytes
+        saved = plan.cost.flops(node.num_tokens) - plan.cost.flops(max(before, default=0))
+        assert run.manager._tree.value_of(node) == saved / freed
+    # At 2, 6 of one path; at 2 (once), 3 (the branch), 4, 6 of the other.
+    assert sorted(node.num_tokens // P for node in anchored) == [2, 3, 4, 6, 6]
+
+
+def test_a_block_that_nobody_has_any_more_is_not_another_caller_s() -> None:
+    run = runner()
+    run.serve(blocks("ab"), salt=b"one")
+    assert reason(run, blocks("ab"), salt=b"other") is MissReason.OTHER_SALT
+    run.manager.clear()
+    assert reason(run, blocks("ab"), salt=b"other") is MissReason.NO_KV
+
+
 def test_what_is_used_again_and_again_outlives_what_is_worth_as_much() -> None:
     run = runner(8)
     hot = (*blocks("h"), 1)
