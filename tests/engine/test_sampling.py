@@ -337,3 +337,13 @@ def test_logprobs_are_the_models_own() -> None:
     wanted = [float(logits[0, token]) - total[0] for token in ranked[:2]]
     assert [value for _, value in two.top] == pytest.approx(wanted)
     assert read_logprobs(logits, torch.tensor([0, 0, 0]), [SamplingParams()] * 3) == [None] * 3
+
+
+def test_a_row_of_nan_leaves_the_others_alone() -> None:
+    logits = torch.stack([random_logits(), torch.full((VOCAB,), math.nan), random_logits(1)])
+    params = [SamplingParams(top_p=0.9), SamplingParams(top_p=0.9), SamplingParams()]
+    draws = torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64)
+    first, drawn, third = choose_tokens(logits, build_rules(params, VOCAB, CPU), draws).tolist()
+    assert 0 <= drawn < VOCAB
+    assert first == choose_token(logits[0], NOTHING_SEEN, params[0], 0.3)
+    assert third == choose_token(logits[2], NOTHING_SEEN, params[2], 0.5)

@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sevenfold.engine.cache import CacheCounters, CacheManager
+from sevenfold.engine.cache import CacheCounters, CacheManager, Lookup
+from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.request import FinishReason, Request
 from sevenfold.engine.runner import Row, Runner
@@ -25,6 +26,9 @@ class TokenEvent:
     token_id: the new token; None where the request ended without one.
     text: what it completed.
     finish_reason: None until the request's last event.
+    logprobs: if they were asked for.
+    prompt: what was found in the prefix cache; comes with the first token.
+    error: what went wrong, where finish_reason is "error".
     """
 
     request_id: str
@@ -32,6 +36,8 @@ class TokenEvent:
     text: str
     finish_reason: FinishReason | None
     logprobs: Logprobs | None = None
+    prompt: Lookup | None = None
+    error: str | None = None
 
 
 class Engine:
@@ -63,12 +69,15 @@ class Engine:
         self._underway: dict[str, _Underway] = {}
         self._sampler: tuple[tuple[str, ...], Sampler] | None = None
 
-    def submit(self, request: Request, params: SamplingParams) -> None:
+    def submit(
+        self, request: Request, params: SamplingParams, constraint: Constraint | None = None
+    ) -> None:
         """Let a request wait for its turn.
 
         Args:
             request: a new one, with params' max_tokens.
             params: what it asks of the sampler.
+            constraint: which tokens may come next; None allows all.
 
         Raises:
             QueueFullError: too many wait.
@@ -84,7 +93,7 @@ class Engine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
         text = TextStream(self._tokenizer, params.stop)
         output = Output(params, request.prompt, ends, request.generated)
-        self._underway[request.id] = _Underway(request, output, text)
+        self._underway[request.id] = _Underway(request, output, text, constraint)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step; returns whether it was under way."""
@@ -122,6 +131,9 @@ class Engine:
         if not chunks:
             return []
         self._restore(chunks)
+        for chunk in chunks:
+            underway = self._underway[chunk.request.id]
+            underway.prompt = underway.prompt or self.cache.lookup(chunk.request)
         logits = self._runner.run([self._row(chunk.request, chunk.end) for chunk in chunks])
         yielding = [n for n, chunk in enumerate(chunks) if chunk.yields_token]
         for chunk in chunks:
@@ -152,39 +164,42 @@ class Engine:
     def _choose(
         self, requests: list[Request], logits: Tensor, sampler: Sampler
     ) -> list["TokenEvent | None"]:
-        tokens = sampler.choose(logits)
-        params = [self._underway[r.id].output.params for r in requests]
-        logprobs = read_logprobs(logits, tokens, params)
+        underway = [self._underway[request.id] for request in requests]
         finite = torch.isfinite(logits).all(-1).tolist()
-        events = []
-        for n, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
-            if finite[n]:
-                events.append(self._take(request, token, logprobs[n]))
-            else:
+        tokens = sampler.choose(mask_logits(logits, [one.constraint for one in underway]))
+        params = [one.output.params for one in underway]
+        logprobs = read_logprobs(logits, tokens, params)
+        events: list[TokenEvent | None] = []
+        for n, (one, token) in enumerate(zip(underway, tokens.tolist(), strict=True)):
+            if not finite[n]:
                 self.scheduler.fail(
-                    request, "the model's logits must be finite, got NaN or infinity"
+                    one.request, "the model's logits are not finite for this request"
                 )
+            elif not one.accepts(token):
+                self.scheduler.fail(one.request, "no token can follow in the output's grammar")
+            else:
+                events.append(self._take(one, token, logprobs[n]))
         return events
 
-    def _take(self, request: Request, token: int, logprobs: Logprobs | None) -> TokenEvent:
+    def _take(self, underway: "_Underway", token: int, logprobs: Logprobs | None) -> TokenEvent:
         """Record a request's next token, and say what it added."""
-        text, stopped = self._underway[request.id].push(token)
+        request = underway.request
+        text, stopped = underway.push(token)
         self.scheduler.record(request, (token,), stopped=stopped)
         reason = request.finish_reason
         if reason is not None:
-            last = self._underway[request.id].text.finish()
-            text, reason = (
-                text + last,
-                "stop" if self._underway[request.id].text.stopped else reason,
-            )
-        return TokenEvent(request.id, token, text, reason, logprobs)
+            text += underway.text.finish()
+            reason = "stop" if underway.text.stopped else reason
+        prompt = underway.prompt if len(request.generated) == 1 else None
+        return TokenEvent(request.id, token, text, reason, logprobs, prompt)
 
     def _end(self, request: Request) -> TokenEvent | None:
         """The last event of a request; one that ended by a token has had it."""
         underway = self._underway.pop(request.id)
         if request.finish_reason in ("stop", "length"):
             return None
-        return TokenEvent(request.id, None, underway.text.finish(), request.finish_reason)
+        text, reason = underway.text.finish(), request.finish_reason
+        return TokenEvent(request.id, None, text, reason, error=request.error)
 
     def _kept_sampler(self, requests: list[Request]) -> Sampler:
         """The sampler of the step before, if it served the same requests."""
@@ -200,15 +215,24 @@ class Engine:
 
 @dataclass
 class _Underway:
-    """A request with its sampler's view of it and its text."""
+    """A request with its sampler's view of it, its text and its grammar."""
 
     request: Request
     output: Output
     text: TextStream
+    constraint: Constraint | None
+    prompt: Lookup | None = None
+
+    def accepts(self, token: int) -> bool:
+        """Advance the grammar, but for a token that ends the output; False if it may not follow."""
+        if self.constraint is None or token in self.output.end_ids:
+            return True
+        return self.constraint.accept(token)
 
     def push(self, token: int) -> tuple[str, bool]:
         """Add a token: the text that may be shown now, and whether the output ends here."""
         if token in self.output.end_ids:
             return "", True
         shown = self.text.push(token)
-        return shown, self.text.stopped
+        ended = self.constraint is not None and self.constraint.finished()
+        return shown, self.text.stopped or ended

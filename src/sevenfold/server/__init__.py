@@ -1,6 +1,7 @@
 """The server: OpenAI's interface over an engine. Needs the extra `serve`."""
 
 from sevenfold.server.app import ServerApp
+from sevenfold.server.batching_engine import BatchingEngine
 from sevenfold.server.chat_template import TemplateSource, read_template
 from sevenfold.server.engine_protocol import (
     EngineFullError,
@@ -18,6 +19,7 @@ from sevenfold.server.offline_engine import OfflineEngine
 from sevenfold.server.settings import ServerSettings
 
 __all__ = [
+    "BatchingEngine",
     "EngineFullError",
     "EngineStats",
     "EngineStoppedError",

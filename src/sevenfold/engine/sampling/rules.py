@@ -71,7 +71,8 @@ def choose_tokens(logits: Tensor, rules: Rules, draws: Tensor) -> Tensor:
     place = torch.searchsorted(cumulative, aim, right=True)
     # A draw just below 1 may round to the end: the last token that is kept.
     last = (probabilities > 0).sum(-1, keepdim=True) - 1
-    drawn = tokens.gather(-1, torch.minimum(place, last)).squeeze(-1)
+    # A row of NaN keeps no token; what it draws is the caller's to refuse, but it draws something.
+    drawn = tokens.gather(-1, torch.minimum(place, last).clamp(min=0)).squeeze(-1)
     return torch.where(rules.greedy, best, drawn)
 
 

@@ -1,0 +1,65 @@
+"""Memory and limits for serving a model where it lies, from a budget."""
+
+import os
+
+import torch
+
+from sevenfold.config import ConfigError
+from sevenfold.engine.memory import MemoryPlan, plan_memory
+from sevenfold.engine.scheduler import SchedulerConfig
+from sevenfold.models import HybridModel
+
+PAGE_TOKENS = 64
+# Of what is free once the weights are loaded; activations take the rest.
+_FREE_SHARE = {"cuda": 0.8, "cpu": 0.25}
+_MOST_CPU_BYTES = 4 << 30
+# What a step computes on a CPU: enough to fill its products, and short enough to stream.
+_CPU_LIMITS = {"max_step_tokens": 2048, "max_running": 64, "min_chunk_tokens": 128}
+
+
+def default_budget_bytes(model: HybridModel) -> int:
+    """Return the bytes that states, pages and snapshots may take beside a model's weights."""
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return int(_FREE_SHARE["cuda"] * free)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(_MOST_CPU_BYTES, int(_FREE_SHARE["cpu"] * free))
+
+
+def size_engine(
+    model: HybridModel, *, budget_bytes: int | None = None, context_tokens: int | None = None
+) -> tuple[MemoryPlan, SchedulerConfig]:
+    """Cut a budget for a model and set the scheduler's limits to it.
+
+    Args:
+        model: on its device.
+        budget_bytes: for states, pages and snapshots; None takes default_budget_bytes.
+        context_tokens: what one request must be able to reach; None takes what the model allows, or
+            less if the budget holds less.
+
+    Returns:
+        The plan and the limits.
+
+    Raises:
+        ConfigError: the budget cannot hold one request of context_tokens, or they exceed what the
+            model allows.
+    """
+    limit = model.config.max_position_embeddings
+    if context_tokens is not None and not 1 <= context_tokens <= limit:
+        raise ConfigError(
+            f"context_tokens must lie in 1 to max_position_embeddings = {limit}, got "
+            f"{context_tokens}"
+        )
+    budget = default_budget_bytes(model) if budget_bytes is None else budget_bytes
+    plan = plan_memory(
+        model.config,
+        budget_bytes=budget,
+        context_tokens=context_tokens or 1,
+        page_tokens=PAGE_TOKENS,
+        kv_element_bytes=model.dtype.itemsize,
+    )
+    longest = plan.longest_context_tokens
+    most = context_tokens or (limit if longest is None else min(limit, longest))
+    limits = _CPU_LIMITS if model.device.type == "cpu" else {}
+    config = SchedulerConfig(max_request_tokens=most, page_tokens=PAGE_TOKENS, **limits)
+    return plan, config

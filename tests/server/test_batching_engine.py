@@ -1,0 +1,234 @@
+"""The engine behind the server: the same tokens as `LLM`, many requests at a time."""
+
+import asyncio
+import json
+import re
+
+import pytest
+import torch
+from server_helpers import (
+    EOS,
+    chat,
+    client_of,
+    events,
+    make_llm,
+    message,
+    streamed,
+)
+
+from sevenfold.engine import LLM, SamplingParams
+from sevenfold.engine.sizing import size_engine
+from sevenfold.ops.testing import check_error
+from sevenfold.server import (
+    BatchingEngine,
+    EngineStoppedError,
+    GenerationRequest,
+    RequestFailedError,
+    TemplateSource,
+)
+
+pytestmark = pytest.mark.anyio
+BARE = TemplateSource("{{ messages[0].content }}", stop=())
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {
+    "type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "required": ["at"],
+    "$defs": {"at": {"enum": ["x", "y"]}}, "additionalProperties": False}}}  # fmt: skip
+
+
+def make_engine(llm: LLM) -> BatchingEngine:
+    plan, limits = size_engine(llm.model, budget_bytes=1 << 20)
+    return BatchingEngine(llm, "tiny", plan, limits)
+
+
+async def complete(client, **fields):
+    return (await client.post("/v1/completions", json=fields)).json()
+
+
+async def test_the_same_tokens_as_offline(llm: LLM) -> None:
+    greedy = SamplingParams(max_tokens=20, temperature=0.0)
+    drawn = SamplingParams(max_tokens=20, seed=5, top_p=0.9, presence_penalty=0.5)
+    expected = [llm.generate(["herons"], params)[0].text for params in (greedy, drawn)]
+    async with client_of(make_engine(llm), template=BARE) as client:
+        fields = {"prompt": "herons", "max_tokens": 20}
+        first = await complete(client, **fields, temperature=0)
+        second = await complete(client, **fields, seed=5, top_p=0.9, presence_penalty=0.5)
+        messages = [{"role": "user", "content": "herons"}]
+        stream = await chat(client, messages=messages, max_tokens=20, temperature=0, stream=True)
+        n = await complete(client, **fields, seed=4, top_p=0.9, presence_penalty=0.5, n=2)
+    assert [first["choices"][0]["text"], second["choices"][0]["text"]] == expected
+    assert streamed(events(stream), 0) == expected[0]
+    assert n["choices"][1]["text"] == expected[1]
+    assert first["usage"]["prompt_tokens_details"]["cache_miss_reason"] == "too_short"
+
+
+async def test_log_probabilities_of_prompt_and_output(llm: LLM) -> None:
+    async with client_of(make_engine(llm)) as client:
+        fields = {"prompt": [71, 72, 73], "max_tokens": 2, "temperature": 0}
+        said = await complete(client, **fields, echo=True, logprobs=2)
+    logprobs = said["choices"][0]["logprobs"]
+    [done] = llm.generate(["hij"], SamplingParams(max_tokens=2, temperature=0.0))
+    ids = torch.tensor([[*done.prompt_token_ids, *done.token_ids]])
+    assert ids[0, :3].tolist() == [71, 72, 73]
+
+    def chosen(dtype: torch.dtype) -> torch.Tensor:
+        model = make_llm().model.to(dtype)
+        values = model(ids)[0, :-1].to(torch.float64).log_softmax(-1)
+        return values.gather(-1, ids[0, 1:, None])[:, 0]
+
+    assert logprobs["token_logprobs"][0] is None
+    found = torch.tensor(logprobs["token_logprobs"][1:], dtype=torch.float64)
+    check_error("logprobs", found, chosen(torch.float32), chosen(torch.float64))
+    assert logprobs["tokens"][:3] == ["h", "i", "j"]
+    assert len(logprobs["top_logprobs"][1]) >= 2
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "maximum": 99, "minimum": 0},
+        "b": {"enum": ["x", "yy"]},
+    },
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+async def test_answers_follow_their_grammars(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    async with client_of(make_engine(llm)) as client:
+        wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
+        made = (await chat(client, response_format=wanted, max_tokens=200, seed=1, n=2)).json()
+        for choice in made["choices"]:
+            value = json.loads(choice["message"]["content"])
+            assert set(value) == {"a", "b"}
+            assert 0 <= value["a"] <= 99
+            assert value["b"] in ("x", "yy")
+            assert choice["finish_reason"] == "stop"
+        regex = {"type": "regex", "regex": "[0-9]{3}-[a-c]+!"}
+        made = (await chat(client, response_format=regex, max_tokens=200, seed=2)).json()
+        assert re.fullmatch("[0-9]{3}-[a-c]+!", made["choices"][0]["message"]["content"])
+        lark = {"type": "grammar", "grammar": 'start: "yes" | "no"'}
+        made = (await chat(client, response_format=lark, max_tokens=9)).json()
+        assert made["choices"][0]["message"]["content"] in ("yes", "no")
+        for choice in ("required", {"type": "function", "function": {"name": "look"}}):
+            fields = {"tools": [TOOL], "tool_choice": choice, "max_tokens": 100, "seed": 3}
+            response = await chat(client, messages=[{"role": "user", "content": ""}], **fields)
+            assert response.status_code == 200, response.text
+            made = response.json()["choices"][0]
+            assert made["finish_reason"] == "tool_calls", made
+            [call] = made["message"]["tool_calls"]
+            assert call["function"]["name"] == "look"
+            assert json.loads(call["function"]["arguments"])["at"] in ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"type": "json_schema"}, "of type json_schema must have json_schema, got none"),
+        ({"type": "text", "regex": "a"}, "of type text must have no more, got regex"),
+        ({"type": "regex", "regex": "a" * 1025}, "must have at most 1024 characters, got 1025"),
+        ({"type": "regex", "regex": "("}, "response_format.regex must be valid"),
+        ({"type": "grammar", "grammar": "start: nothing"}, "response_format.grammar must be valid"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"type": "banana"}}},
+            "response_format.json_schema.schema must be valid",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://127.0.0.1:9/x"}}},
+            "response_format.json_schema.schema must be valid",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"pattern": "a" * 1025}}},
+            "pattern must have at most 1024 characters",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"title": "a" * 70_000}}},
+            "must have at most 65536 characters",
+        ),
+    ],
+)
+async def test_grammars_that_are_refused(llm: LLM, form: dict, said: str) -> None:
+    pytest.importorskip("llguidance")
+    async with client_of(make_engine(llm)) as client:
+        response = await chat(client, response_format=form, max_tokens=3)
+        assert response.status_code == 400, response.text
+        assert said in message(response)
+
+
+def asking(name: str, max_tokens: int, **fields: object) -> GenerationRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return GenerationRequest(id=name, sampling=params, **({"prompt": (70,)} | fields))
+
+
+async def outputs_of(engine: BatchingEngine, request: GenerationRequest) -> list:
+    return [output async for output in engine.submit(request)]
+
+
+async def test_closing_an_iterator_frees_what_it_held(llm: LLM) -> None:
+    engine = make_engine(llm)
+    long, other = engine.submit(asking("a", 500)), engine.submit(asking("b", 500))
+    await anext(long)
+    await anext(other)
+    assert engine.stats().running == 2
+    assert engine.stats().states.used == 2
+    await long.aclose()
+    await other.aclose()
+    outputs = await outputs_of(engine, asking("c", 3))
+    assert [output.finish_reason for output in outputs] == [None, None, "length"]
+    stats = engine.stats()
+    assert (stats.running, stats.states.used) == (0, 0)
+    engine.close()
+    assert not engine.healthy()
+    with pytest.raises(EngineStoppedError):
+        await outputs_of(engine, asking("d", 3))
+
+
+async def test_many_at_once_are_answered_as_each_alone(llm: LLM) -> None:
+    engine = make_engine(llm)
+    prompts = [tuple(range(60 + n, 60 + n + 5 * (n % 7) + 1)) for n in range(24)]
+    asked = [asking(str(n), 12, prompt=prompt) for n, prompt in enumerate(prompts)]
+    answers = await asyncio.gather(*(outputs_of(engine, request) for request in asked))
+    for n, answer in enumerate(answers):
+        alone = await outputs_of(make_engine(llm), asking("alone", 12, prompt=prompts[n]))
+        assert [o.token_id for o in answer] == [o.token_id for o in alone]
+
+
+async def test_the_second_turn_hits_and_another_salt_does_not(llm: LLM) -> None:
+    engine = make_engine(llm)
+    first = tuple(n % 250 for n in range(150))
+    answer = await outputs_of(engine, asking("a", 4, prompt=first, marks=(150,), salt=b"k"))
+    assert answer[0].prompt.cached_tokens == 0
+    turn = (*first, *(output.token_id for output in answer), 9, 9)
+    second = await outputs_of(engine, asking("b", 4, prompt=turn, salt=b"k"))
+    assert second[0].prompt.cached_tokens >= 128
+    stranger = await outputs_of(engine, asking("c", 4, prompt=turn, salt=b"other"))
+    # Not "salt": that would tell one caller what another has sent.
+    assert (stranger[0].prompt.cached_tokens, stranger[0].prompt.miss_reason) == (0, "cold")
+    assert [o.token_id for o in second] == [o.token_id for o in stranger]
+    assert engine.stats().cached_tokens >= 128
+
+
+async def test_a_deadline_and_a_request_that_cannot_fit(llm: LLM) -> None:
+    engine = make_engine(llm)
+    with pytest.raises(RequestFailedError, match="the output ended: deadline"):
+        await outputs_of(engine, asking("late", 500, deadline_s=0.0))
+    with pytest.raises(RequestFailedError, match=r"prompt \+ max_tokens - 1 must be at most 512"):
+        await outputs_of(engine, asking("long", 513))
+    assert len(await outputs_of(engine, asking("next", 2))) == 2
+
+
+async def test_a_model_that_computes_nothing_fails_its_request_alone(llm: LLM) -> None:
+    poisoned = make_llm()
+    poisoned.model.embed_tokens.weight[70] = float("nan")
+    async with client_of(make_engine(poisoned)) as client:
+        both = [complete(client, prompt=[token], max_tokens=2) for token in (70, 71)]
+        failed, served = await asyncio.gather(*both)
+    assert failed["error"]["code"] == "request_failed"
+    assert "logits are not finite" in failed["error"]["message"]
+    assert len(served["choices"]) == 1
+
+
+async def test_the_end_token_ends_an_answer(llm: LLM) -> None:
+    async with client_of(make_engine(llm)) as client:
+        made = await complete(client, prompt="a", max_tokens=9, logit_bias={str(EOS): 100})
+    assert made["choices"][0]["finish_reason"] == "stop"
+    assert made["usage"]["completion_tokens"] == 1
