@@ -87,3 +87,33 @@ def test_training_and_gradients_go_layer_by_layer(monkeypatch: pytest.MonkeyPatc
             run()
         model.train()
         run()
+
+
+@pytest.mark.parametrize("change", ["in place", "another tensor", "dtype", "strides"])
+def test_changed_weights_count(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode, change the weights, decode again: as a model that has had them from the start."""
+    model = tiny_model("lf", torch.float32, moe=MOE)
+    batch = Batch.rows(1, 1, past=(5,), device=CPU)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            state = after_a_prompt(model, 1, model.dtype)
+            return model.hidden(tokens(1, 1, seed=1), batch, state).hidden
+
+    first = run()
+    weight = model.layers[0].self_attn.qkv_proj.weight
+    match change:
+        case "in place":
+            weight.data.mul_(1.5)
+        case "another tensor":
+            weight.data = weight.data * 1.5
+        case "dtype":
+            model = model.double()
+        case "strides":
+            weight.data = (weight.data * 1.5).t().contiguous().t()
+    found = run()
+    monkeypatch.setattr(hybrid, "pays_by_rows", lambda x, batch: False)
+    honest = run()
+    model = model.double()
+    check_error("hidden", found, honest, run())
+    assert not torch.equal(found, first)

@@ -1,21 +1,46 @@
 """One token a sequence through a block on a CPU: half a layer a call."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
 from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.block import Block
 from sevenfold.models.feed_forward import MixtureOfExperts
+from sevenfold.models.layers import RMSNorm
 from sevenfold.models.mixers import LightningAttention
 from sevenfold.models.state import LayerState, LinearState, PooledState
 from sevenfold.ops import (
+    DenseRows,
+    ExpertRows,
+    LightningRows,
     LightningWeights,
     Norm,
     Residual,
-    dense_rows,
-    expert_rows,
-    lightning_rows,
     suits_few_rows,
 )
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """A block's halves, ready to run, and the tensors that they read; None goes layer by layer.
+
+    sources: (where a tensor hangs, its name, its address): a module's own dictionaries, because
+        nn.Module's attributes cost as much as a product of one token.
+    """
+
+    mix: LightningRows | None
+    feed: Callable[[Tensor], Tensor] | None
+    sources: tuple[tuple[dict, str, int], ...]
+
+    def are_current(self) -> bool:
+        """Whether the block's tensors lie where they lay."""
+        return all(held[name].data_ptr() == at for held, name, at in self.sources)
+
+
+_HALVES: WeakKeyDictionary[Block, _Halves] = WeakKeyDictionary()
 
 
 def pays_by_rows(x: Tensor, batch: Batch) -> bool:
@@ -29,43 +54,67 @@ def run_by_rows(
     """Run a block on one token of each sequence; the result is Block.forward's."""
     if not isinstance(layer, Block):
         raise TypeError(f"layer must be a Block, got {type(layer).__name__}")
-    mixer = layer.self_attn
-    if isinstance(mixer, LightningAttention) and isinstance(state, LinearState):
-        x, kv = _mix(layer, mixer, x, state.kv)
-        state = LinearState(kv)
-    elif isinstance(mixer, LightningAttention) and isinstance(state, PooledState):
-        x, kv = _mix(layer, mixer, x, state.pool[state.slots])
+    halves = _HALVES.get(layer)
+    if halves is None or not halves.are_current():
+        halves = _HALVES[layer] = _halves(layer)
+    if halves.mix is not None and isinstance(state, LinearState):
+        y, kv = halves.mix(x.flatten(0, 1), state.kv)
+        x, state = y.view_as(x), LinearState(kv)
+    elif halves.mix is not None and isinstance(state, PooledState):
+        y, kv = halves.mix(x.flatten(0, 1), state.pool[state.slots])
         state.pool[state.slots] = kv
+        x = y.view_as(x)
     else:
         x, after = layer.mix(x, batch, state)
         state = state if after is None else after
-    return _feed(layer, x), state
+    if halves.feed is None:
+        return layer.feed(x)[0], state
+    return halves.feed(x.flatten(0, 1)).view_as(x), state
 
 
-def _mix(layer: Block, mixer: LightningAttention, x: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(layer: Block) -> _Halves:
+    sources = [(m._parameters, n, p.data_ptr()) for m, n, p in _parameters(layer)]
+    mix = feed = None
+    if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
+        feed = _feed(layer)
+        if isinstance(layer.self_attn, LightningAttention):
+            mix = _mix(layer, layer.self_attn)
+            decay = layer.self_attn.log_decay
+            sources.append((vars(layer.self_attn), "log_decay", decay.data_ptr()))
+    return _Halves(mix, feed, tuple(sources))
+
+
+def _parameters(layer: Block) -> list[tuple[nn.Module, str, Tensor]]:
+    return [
+        (module, name, parameter)
+        for module in layer.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+
+
+def _mix(layer: Block, mixer: LightningAttention) -> LightningRows:
     weights = LightningWeights(
         mixer.qkv_proj.weight,
         mixer.output_gate.weight,
-        Norm(mixer.norm.weight, mixer.norm.eps),
+        _norm(mixer.norm),
         mixer.out_proj.weight,
         mixer.log_decay,
     )
-    norm = Norm(layer.input_layernorm.weight, layer.input_layernorm.eps)
     residual = Residual(*layer.mixer_factors, layer.post_norm)
-    y, kv = lightning_rows(x.flatten(0, 1), norm, weights, residual, kv)
-    return y.view_as(x), kv
+    return LightningRows(_norm(layer.input_layernorm), weights, residual)
 
 
-def _feed(layer: Block, x: Tensor) -> Tensor:
-    norm = Norm(layer.post_attention_layernorm.weight, layer.post_attention_layernorm.eps)
-    residual = Residual(*layer.mlp_factors, layer.post_norm)
-    rows, mlp = x.flatten(0, 1), layer.mlp
+def _feed(layer: Block) -> Callable[[Tensor], Tensor] | None:
+    norm = _norm(layer.post_attention_layernorm)
+    residual, mlp = Residual(*layer.mlp_factors, layer.post_norm), layer.mlp
     if not isinstance(mlp, MixtureOfExperts):
-        y = dense_rows(rows, norm, mlp.gate_up_proj.weight, mlp.down_proj.weight, residual)
-    elif mlp.shared_mlp is None:
-        gate_up, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
-        chosen = mlp.gate.num_chosen
-        y = expert_rows(rows, norm, mlp.gate.weight, gate_up, down, residual, num_chosen=chosen)
-    else:
-        return layer.feed(x)[0]
-    return y.view_as(x)
+        return DenseRows(norm, mlp.gate_up_proj.weight, mlp.down_proj.weight, residual)
+    if mlp.shared_mlp is not None:
+        return None
+    gate_up, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
+    router, chosen = mlp.gate.weight, mlp.gate.num_chosen
+    return ExpertRows(norm, router, gate_up, down, residual, num_chosen=chosen)
+
+
+def _norm(norm: RMSNorm) -> Norm:
+    return Norm(norm.weight, norm.eps)

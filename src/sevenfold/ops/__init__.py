@@ -13,12 +13,12 @@ from sevenfold.ops.experts import (
     router_logits,
 )
 from sevenfold.ops.few_rows import (
+    DenseRows,
+    ExpertRows,
+    LightningRows,
     LightningWeights,
     Norm,
     Residual,
-    dense_rows,
-    expert_rows,
-    lightning_rows,
     suits_few_rows,
 )
 from sevenfold.ops.lightning import (
@@ -44,8 +44,11 @@ from sevenfold.ops.types import Impl, OpResult
 
 __all__ = [
     "IGNORED_LABEL",
+    "DenseRows",
     "Dispatch",
+    "ExpertRows",
     "Impl",
+    "LightningRows",
     "LightningWeights",
     "Norm",
     "OpResult",
@@ -58,8 +61,6 @@ __all__ = [
     "attention_paged",
     "autocast",
     "combine",
-    "dense_rows",
-    "expert_rows",
     "full_precision",
     "gated_rms_norm",
     "gather_rows",
@@ -74,7 +75,6 @@ __all__ = [
     "lightning_attention_replay",
     "lightning_attention_step",
     "lightning_attention_verify",
-    "lightning_rows",
     "linear",
     "linear_cross_entropy",
     "mixture",

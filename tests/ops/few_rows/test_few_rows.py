@@ -5,19 +5,31 @@ import torch
 from torch.nn import functional as F
 
 from sevenfold.ops import (
+    DenseRows,
+    ExpertRows,
+    LightningRows,
     LightningWeights,
     Norm,
     Residual,
-    dense_rows,
-    expert_rows,
     head_slopes,
-    lightning_rows,
     suits_few_rows,
 )
 from sevenfold.ops.testing import check_error, poisoned_allocations
 
 H, K, V, D, F_, E = 3, 5, 5, 12, 7, 4
 RESIDUALS = [Residual(1.0, 1.0, False), Residual(3.5, 0.75, True)]
+
+
+def lightning_rows(x, norm, weights, residual, state):
+    return LightningRows(norm, weights, residual)(x, state)
+
+
+def expert_rows(x, *weights, num_chosen):
+    return ExpertRows(*weights, num_chosen=num_chosen)(x)
+
+
+def dense_rows(x, *weights):
+    return DenseRows(*weights)(x)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -138,13 +150,15 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
     assert not y_bad[1].isfinite().all()
 
 
-def test_strided_weights() -> None:
+def test_weights_are_read_where_they_lie() -> None:
     x, norm, router, gate_up, down, residual = experts_case(2, RESIDUALS[0], torch.float32)
-    y = expert_rows(x, norm, router, gate_up, down, residual, num_chosen=2)
-    strided = down.mT.contiguous().mT
-    assert not strided.is_contiguous()
-    again = expert_rows(x, norm, router, gate_up, strided, residual, num_chosen=2)
-    assert torch.equal(y, again)
+    rows = ExpertRows(norm, router, gate_up, down, residual, num_chosen=2)
+    before = rows(x)
+    down.mul_(2)
+    assert torch.equal(rows(x), expert_rows(x, norm, router, gate_up, down, residual, num_chosen=2))
+    assert not torch.equal(rows(x), before)
+    with pytest.raises(ValueError, match=r"weights must be contiguous, got strides \["):
+        ExpertRows(norm, router, gate_up, down.mT.contiguous().mT, residual, num_chosen=2)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

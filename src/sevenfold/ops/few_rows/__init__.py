@@ -2,22 +2,22 @@
 
 from sevenfold.ops.few_rows.api import (
     MAX_ROWS,
+    DenseRows,
+    ExpertRows,
+    LightningRows,
     LightningWeights,
     Norm,
     Residual,
-    dense_rows,
-    expert_rows,
-    lightning_rows,
     suits_few_rows,
 )
 
 __all__ = [
     "MAX_ROWS",
+    "DenseRows",
+    "ExpertRows",
+    "LightningRows",
     "LightningWeights",
     "Norm",
     "Residual",
-    "dense_rows",
-    "expert_rows",
-    "lightning_rows",
     "suits_few_rows",
 ]

@@ -58,96 +58,129 @@ def suits_few_rows(x: Tensor) -> bool:
     )
 
 
-def lightning_rows(
-    x: Tensor, norm: Norm, weights: LightningWeights, residual: Residual, state: Tensor
-) -> tuple[Tensor, Tensor]:
+class LightningRows:
     """One token a sequence through norm, lightning attention and residual.
 
         u = RMSNorm(x)      q, k, v = silu(W_qkv u)      S = decay * state + k v^T
         y = alpha * (u or x) + beta * W_out (RMSNorm(q^T S) * sigmoid(W_gate u))
 
-    Args:
-        x: [N, D] fp32 or fp64 on the CPU, N at most MAX_ROWS.
-        norm: of the input.
-        weights: of the layer, dtype of x.
-        residual: how the result joins the stream.
-        state: [N, H, K, V], dtype of x; it is not changed.
-
-    Returns:
-        y [N, D] and the new state.
+    It reads the weights where they lie: a change in place counts, a tensor put in their place does
+    not.
     """
-    y, after = torch.empty_like(x), torch.empty_like(state)
-    arrays = (_array(weights.qkv), _array(weights.gate), _array(weights.out))
-    decay = _array(weights.log_decay.to(x.dtype).exp())
-    _kernels().lightning(
-        _array(x),
-        (_array(norm.weight), norm.eps),
-        (*arrays, _array(weights.norm.weight), weights.norm.eps, decay),
-        residual,
-        _array(state),
-        after.numpy(),
-        y.numpy(),
-    )
-    return y, after
+
+    def __init__(self, norm: Norm, weights: LightningWeights, residual: Residual) -> None:
+        """Prepare a layer.
+
+        Args:
+            norm: of the input.
+            weights: of the layer, contiguous, fp32 or fp64 on the CPU.
+            residual: how the result joins the stream.
+
+        Raises:
+            ValueError: a weight is not contiguous.
+        """
+        decay = weights.log_decay.to(weights.qkv.dtype).exp()
+        arrays = tuple(map(_array, (weights.qkv, weights.gate, weights.out, weights.norm.weight)))
+        self._norm = (_array(norm.weight), norm.eps)
+        self._weights = (*arrays, weights.norm.eps, _array(decay))
+        self._residual = tuple(residual)
+
+    def __call__(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Run one token.
+
+        Args:
+            x: [N, D], dtype of the weights, N at most MAX_ROWS.
+            state: [N, H, K, V], dtype of x; it is not changed.
+
+        Returns:
+            y [N, D] and the new state.
+        """
+        y, after = torch.empty_like(x), torch.empty_like(state)
+        run = _kernels().lightning
+        arrays = (state.numpy(), after.numpy(), y.numpy())
+        run(x.numpy(), self._norm, self._weights, self._residual, *arrays)
+        return y, after
 
 
-def expert_rows(
-    x: Tensor,
-    norm: Norm,
-    router: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    residual: Residual,
-    *,
-    num_chosen: int,
-) -> Tensor:
+class ExpertRows:
     """A few tokens through norm, their experts and residual.
 
         u = RMSNorm(x)      p = softmax(W_r u), the num_chosen largest scaled to sum to 1
         y = alpha * (u or x) + beta * sum_i p_i W_down,i (silu(W_gate,i u) * W_up,i u)
 
-    Args:
-        x: [N, D] fp32 or fp64 on the CPU, N at most MAX_ROWS.
-        norm: of the input.
-        router: [E, D], dtype of x.
-        gate_up: [E, 2 F, D], dtype of x.
-        down: [E, D, F], dtype of x.
-        residual: how the result joins the stream.
-        num_chosen: 1 to E.
-
-    Returns:
-        [N, D].
+    It reads the weights as LightningRows does.
     """
-    y = torch.empty_like(x)
-    arrays = (_array(router), _array(gate_up), _array(down))
-    norm_arrays = (_array(norm.weight), norm.eps)
-    _kernels().experts(_array(x), norm_arrays, arrays, num_chosen, residual, y.numpy())
-    return y
+
+    def __init__(
+        self,
+        norm: Norm,
+        router: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        residual: Residual,
+        *,
+        num_chosen: int,
+    ) -> None:
+        """Prepare a layer.
+
+        Args:
+            norm: of the input.
+            router: [E, D], fp32 or fp64 on the CPU, contiguous, as all weights.
+            gate_up: [E, 2 F, D].
+            down: [E, D, F].
+            residual: how the result joins the stream.
+            num_chosen: 1 to E.
+
+        Raises:
+            ValueError: a weight is not contiguous.
+        """
+        self._norm = (_array(norm.weight), norm.eps)
+        self._weights = tuple(map(_array, (router, gate_up, down)))
+        self._residual, self._num_chosen = tuple(residual), num_chosen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run x [N, D], dtype of the weights, N at most MAX_ROWS: [N, D]."""
+        y = torch.empty_like(x)
+        run = _kernels().experts
+        run(x.numpy(), self._norm, self._weights, self._num_chosen, self._residual, y.numpy())
+        return y
 
 
-def dense_rows(x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor, residual: Residual) -> Tensor:
+class DenseRows:
     """A few tokens through norm, SwiGLU and residual.
 
         u = RMSNorm(x)      y = alpha * (u or x) + beta * W_down (silu(W_gate u) * W_up u)
 
-    Args:
-        x: [N, D] fp32 or fp64 on the CPU, N at most MAX_ROWS.
-        norm: of the input.
-        gate_up: [2 F, D], dtype of x.
-        down: [D, F], dtype of x.
-        residual: how the result joins the stream.
-
-    Returns:
-        [N, D].
+    It reads the weights as LightningRows does.
     """
-    y = torch.empty_like(x)
-    arrays = (_array(gate_up.unsqueeze(0)), _array(down.unsqueeze(0)))
-    _kernels().dense(_array(x), (_array(norm.weight), norm.eps), arrays, residual, y.numpy())
-    return y
+
+    def __init__(self, norm: Norm, gate_up: Tensor, down: Tensor, residual: Residual) -> None:
+        """Prepare a layer.
+
+        Args:
+            norm: of the input.
+            gate_up: [2 F, D], fp32 or fp64 on the CPU, contiguous, as all weights.
+            down: [D, F].
+            residual: how the result joins the stream.
+
+        Raises:
+            ValueError: a weight is not contiguous.
+        """
+        self._norm = (_array(norm.weight), norm.eps)
+        self._weights = (_array(gate_up.unsqueeze(0)), _array(down.unsqueeze(0)))
+        self._residual = tuple(residual)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run x [N, D], dtype of the weights, N at most MAX_ROWS: [N, D]."""
+        y = torch.empty_like(x)
+        _kernels().dense(x.numpy(), self._norm, self._weights, self._residual, y.numpy())
+        return y
 
 
 def _array(x: Tensor) -> ndarray:
-    return x.detach().contiguous().numpy()
+    if not x.is_contiguous():
+        raise ValueError(f"weights must be contiguous, got strides {list(x.stride())}")
+    return x.detach().numpy()
 
 
 def _kernels() -> ModuleType:
