@@ -182,7 +182,8 @@ def pins() -> dict[str, str]:
 
 
 def test_torch_is_left_to_its_own_step() -> None:
-    assert [name for name in pins() if re.match(r"(torch|triton|nvidia)\b", name)] == []
+    """Triton is pinned for its interpreter: torch's build for CPUs, which is tested, has none."""
+    assert [name for name in pins() if re.match(r"(torch|nvidia)\b", name)] == []
 
 
 def test_pinned_versions_are_those_that_pyproject_asks_for() -> None:

@@ -24,14 +24,20 @@ def test_it_serves_until_a_signal_and_ends_what_is_under_way(tiny_run: TinyRun) 
     script = "from sevenfold.cli.main import main; main()"
     command = [sys.executable, "-c", script, "serve", str(tiny_run.checkpoint), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--model-name", "tiny"],
+        [*command, "--model-name", "tiny", "--memory-gib", "0.05"],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
     try:
-        line = process.stdout.readline()
+        lines = iter(process.stdout.readline, "")
+        plan, line = [], ""
+        for line in lines:
+            if line.startswith("tiny at"):
+                break
+            plan.append(line.split("  ")[0])
+        assert {"memory", "longest context", "cacheable prefix"} <= set(plan)
         found = re.fullmatch(r"tiny at (http://127\.0\.0\.1:\d+) \(chat at /, .*\)\n", line)
         assert found is not None, line
         body = {"prompt": "the river", "max_tokens": 60, "ignore_eos": True, "stream": True}

@@ -14,8 +14,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from sevenfold.engine import LLM
+from sevenfold.engine.sizing import size_engine
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig, init_weights
 from sevenfold.server import (
+    BatchingEngine,
     EngineStats,
     GenerationRequest,
     PromptOutput,
@@ -69,6 +71,12 @@ def make_llm() -> LLM:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(2 * noise * parameter.shape[-1] ** -0.5)
     return LLM(model.requires_grad_(False), byte_tokenizer())
+
+
+def make_engine(llm: LLM) -> BatchingEngine:
+    """A megabyte for states, keys and cached prefixes."""
+    plan, limits = size_engine(llm.model, budget_bytes=1 << 20)
+    return BatchingEngine(llm, "tiny", plan, limits)
 
 
 @dataclass

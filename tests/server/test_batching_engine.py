@@ -8,22 +8,24 @@ import pytest
 import torch
 from server_helpers import (
     EOS,
+    ScriptedEngine,
     chat,
     client_of,
     events,
+    make_engine,
     make_llm,
     message,
     streamed,
 )
 
 from sevenfold.engine import LLM, SamplingParams
-from sevenfold.engine.sizing import size_engine
 from sevenfold.ops.testing import check_error
 from sevenfold.server import (
     BatchingEngine,
     EngineStoppedError,
     GenerationRequest,
     RequestFailedError,
+    ServerSettings,
     TemplateSource,
 )
 
@@ -32,11 +34,6 @@ BARE = TemplateSource("{{ messages[0].content }}", stop=())
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {
     "type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "required": ["at"],
     "$defs": {"at": {"enum": ["x", "y"]}}, "additionalProperties": False}}}  # fmt: skip
-
-
-def make_engine(llm: LLM) -> BatchingEngine:
-    plan, limits = size_engine(llm.model, budget_bytes=1 << 20)
-    return BatchingEngine(llm, "tiny", plan, limits)
 
 
 async def complete(client, **fields):
@@ -154,6 +151,15 @@ async def test_grammars_that_are_refused(llm: LLM, form: dict, said: str) -> Non
         assert said in message(response)
 
 
+async def test_a_grammar_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    engine = ScriptedEngine(features=frozenset({"constraint"}))
+    async with client_of(engine, ServerSettings(grammar_timeout_s=1e-6)) as client:
+        form = {"type": "regex", "regex": "(a|b){50}"}
+        response = await chat(client, response_format=form)
+    assert "response_format.regex must compile within 1e-06 s" in message(response)
+
+
 def asking(name: str, max_tokens: int, **fields: object) -> GenerationRequest:
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return GenerationRequest(id=name, sampling=params, **({"prompt": (70,)} | fields))
@@ -174,7 +180,11 @@ async def test_closing_an_iterator_frees_what_it_held(llm: LLM) -> None:
     await other.aclose()
     outputs = await outputs_of(engine, asking("c", 3))
     assert [output.finish_reason for output in outputs] == [None, None, "length"]
-    stats = engine.stats()
+    for _ in range(500):  # the thread tells of itself after its step
+        stats = engine.stats()
+        if not stats.running:
+            break
+        await asyncio.sleep(0.01)
     assert (stats.running, stats.states.used) == (0, 0)
     engine.close()
     assert not engine.healthy()

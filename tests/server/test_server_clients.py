@@ -17,11 +17,11 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from server_helpers import HELLO, KEY, ScriptedEngine, listening
+from server_helpers import HELLO, KEY, ScriptedEngine, listening, make_engine
 
 from sevenfold.engine import LLM
 from sevenfold.server import (
-    OfflineEngine,
+    BatchingEngine,
     ServerApp,
     ServerSettings,
     TemplateSource,
@@ -35,12 +35,12 @@ def openai_of(url: str, key: str = KEY) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def engine(llm: LLM) -> OfflineEngine:
-    return OfflineEngine(llm, "tiny")
+def engine(llm: LLM) -> BatchingEngine:
+    return make_engine(llm)
 
 
 @pytest.fixture(scope="module")
-def url(engine: OfflineEngine) -> Iterator[str]:
+def url(engine: BatchingEngine) -> Iterator[str]:
     with listening(engine) as address:
         yield address
 
@@ -113,13 +113,13 @@ def test_openai_errors(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.NotFoundError, match="model must be 'tiny'"):
         ask(model="other", messages=HELLO)
     with pytest.raises(openai.BadRequestError) as raised:
-        ask(model="tiny", messages=HELLO, extra_body={"priority": 1})
-    assert raised.value.param == "priority"
+        ask(model="tiny", messages=HELLO, extra_body={"session": "mine"})
+    assert raised.value.param == "session"
     with openai_of(url, "w" * 20) as wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
 
 
-def test_openai_asynchronous_and_a_stream_left_early(url: str, engine: OfflineEngine) -> None:
+def test_openai_asynchronous_and_a_stream_left_early(url: str, engine: BatchingEngine) -> None:
     async def asking() -> list[int]:
         async with openai.AsyncOpenAI(
             base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60
@@ -140,7 +140,7 @@ def test_openai_asynchronous_and_a_stream_left_early(url: str, engine: OfflineEn
         if not engine.stats().running:
             break
         time.sleep(0.01)
-    assert (engine.stats().running, engine.stats().waiting) == (0, {"engine_busy": 0})
+    assert (engine.stats().running, engine.stats().waiting) == (0, {"memory_or_turn": 0})
 
 
 short = st.text(max_size=6)

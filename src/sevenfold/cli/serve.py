@@ -29,6 +29,13 @@ def serve_command(
     ] = 256,
     max_deadline: Annotated[float, typer.Option(help="Seconds for a request at most.")] = 3600.0,
     drain: Annotated[float, typer.Option(help="Seconds to end requests after SIGTERM.")] = 30.0,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Tokens that a request must be able to reach.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
@@ -52,16 +59,30 @@ def serve_command(
     }
     settings = parse_config(ServerSettings, values, "serve")
     name = model_name or checkpoint.resolve().name
-    _serve(checkpoint, name, settings, device, None if dtype is None else DTYPES[dtype])
+    budget = None if memory_gib is None else int(memory_gib * 2**30)
+    size = {"budget_bytes": budget, "context_tokens": max_context}
+    _serve(checkpoint, name, settings, device, None if dtype is None else DTYPES[dtype], size)
 
 
-def _serve(checkpoint: Path, name: str, settings, device: str, dtype: torch.dtype | None) -> None:
+def _serve(
+    checkpoint: Path,
+    name: str,
+    settings,
+    device: str,
+    dtype: torch.dtype | None,
+    size: dict[str, int | None],
+) -> None:
     from sevenfold.engine import LLM
-    from sevenfold.server import OfflineEngine, ServerApp, bind, listen, read_template
+    from sevenfold.engine.memory_report import plan_report
+    from sevenfold.engine.sizing import size_engine
+    from sevenfold.server import BatchingEngine, ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
         llm = LLM.load(checkpoint, device=device, dtype=dtype)
-        app = ServerApp(OfflineEngine(llm, name), settings, read_template(checkpoint))
+        plan, limits = size_engine(llm.model, **size)
+        typer.echo(plan_report(plan))
+        engine = BatchingEngine(llm, name, plan, limits)
+        app = ServerApp(engine, settings, read_template(checkpoint))
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
         typer.echo(f"{name} at http://{shown}:{port} (chat at /, routes at /docs)")

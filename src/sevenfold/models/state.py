@@ -68,7 +68,8 @@ class PagedKV:
     table: PageTable
 
 
-LayerState = LinearState | KVState | PooledState | PagedKV
+OwnState = LinearState | KVState
+LayerState = OwnState | PooledState | PagedKV
 
 
 def empty_state(
@@ -78,7 +79,7 @@ def empty_state(
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[LayerState, ...]:
+) -> tuple[OwnState, ...]:
     """Allocate the state of N sequences before their first token, zeroed.
 
     Args:
@@ -129,7 +130,7 @@ def _layer_state(
     capacity_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> LayerState:
+) -> OwnState:
     D = config.head_dim
     if layer_type == "linear_attention":
         shape = (num_sequences, config.num_attention_heads, D, D)

@@ -15,7 +15,6 @@ from sevenfold.server.engine_protocol import (
     TokenOutput,
 )
 from sevenfold.server.listening import bind, listen, make_server
-from sevenfold.server.offline_engine import OfflineEngine
 from sevenfold.server.settings import ServerSettings
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "EngineStats",
     "EngineStoppedError",
     "GenerationRequest",
-    "OfflineEngine",
     "PromptOutput",
     "RequestFailedError",
     "ServerApp",

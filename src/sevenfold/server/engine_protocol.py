@@ -13,7 +13,7 @@ from sevenfold.engine.sampling import Logprobs
 
 # What an engine may lack: a request that asks for it is then refused by its name.
 Feature = Literal["constraint", "prompt_logprobs", "priority", "session"]
-MissReason = Literal["cache_off", "cold", "no_state", "salt", "too_short"]
+MissReason = Literal["cold", "no_state", "too_short"]
 
 
 class RequestFailedError(SevenfoldError, RuntimeError):

@@ -11,8 +11,8 @@ from sevenfold.models import (
     Batch,
     HybridModel,
     KVState,
-    LayerState,
     LinearState,
+    OwnState,
     empty_state,
 )
 
@@ -53,7 +53,7 @@ def measure_contexts(models: Mapping[str, HybridModel]) -> dict[str, list[Contex
     return costs
 
 
-def _filled_state(model: HybridModel, context: int) -> tuple[LayerState, ...]:
+def _filled_state(model: HybridModel, context: int) -> tuple[OwnState, ...]:
     shape = {"device": model.device, "dtype": model.dtype}
     state = empty_state(model.config, 1, context + 1, **shape)
     for layer in state:
@@ -63,7 +63,7 @@ def _filled_state(model: HybridModel, context: int) -> tuple[LayerState, ...]:
 
 
 @torch.inference_mode()
-def _step_s(model: HybridModel, context: int, state: tuple[LayerState, ...]) -> float:
+def _step_s(model: HybridModel, context: int, state: tuple[OwnState, ...]) -> float:
     began = time.perf_counter()
     batch = Batch.rows(1, 1, past=(context,), device=model.device)
     result = model.hidden(torch.zeros(1, 1, dtype=torch.int64), batch, state)
@@ -71,7 +71,7 @@ def _step_s(model: HybridModel, context: int, state: tuple[LayerState, ...]) -> 
     return time.perf_counter() - began
 
 
-def _cache_bytes(state: tuple[LayerState, ...]) -> int:
+def _cache_bytes(state: tuple[OwnState, ...]) -> int:
     tensors = [
         tensor
         for layer in state
