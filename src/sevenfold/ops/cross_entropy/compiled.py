@@ -4,14 +4,14 @@
 from math import log
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from sevenfold.ops.compiled import FASTMATH, exp32
+from sevenfold.ops.compiled import compiled, exp32
 
 _F = np.float32
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def softmax_gradient(logits, labels, losses):
     """Replace logits [T, V] by softmax - onehot, and write each token's loss.
 

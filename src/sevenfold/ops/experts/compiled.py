@@ -5,14 +5,14 @@ Every function writes its last arguments; rows of `token` are distinct.
 # What numba compiles carries no annotations: its types are those of the arrays at the call.
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from sevenfold.ops.compiled import FASTMATH, exp32
+from sevenfold.ops.compiled import compiled, exp32
 
 _F = np.float32
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def gather(x, token, rows):
     """rows [P, D] = x[token], and zeros where there is no token."""
     for r in prange(len(rows)):
@@ -22,7 +22,7 @@ def gather(x, token, rows):
             rows[r] = 0
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def scatter(rows, token, share, y):
     """y[token] += share * rows."""
     for r in prange(len(token)):
@@ -30,7 +30,7 @@ def scatter(rows, token, share, y):
             y[token[r], d] += share[r] * rows[r, d]
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def glu(gate_up, hidden):
     """hidden [P, F] = silu(gate) * up of gate_up [P, 2 F]."""
     F = hidden.shape[1]
@@ -40,7 +40,7 @@ def glu(gate_up, hidden):
             hidden[r, f] = gate / (_F(1) + exp32(-gate)) * gate_up[r, F + f]
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def glu_backward(gate_up, dhidden, share, hidden, dgate_up, dshare):
     """Of y = share * hidden: share * hidden, the gradient of gate_up, and that of share."""
     P, F = hidden.shape

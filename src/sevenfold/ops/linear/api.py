@@ -17,14 +17,15 @@ _MATVEC_ROWS = 8  # more rows than these are faster as a matrix product
 def default_linear_impl(x: Tensor, weight: Tensor) -> Impl:
     """Return the implementation that linear takes, on a CPU in fp32; elsewhere it is eager.
 
-    numba for a few rows without a gradient, oneDNN for more. Eager too where autocast is on, which
+    numba for a few rows in inference mode, oneDNN for more and in training, whose runs resume to
+    the same bits. Eager too where autocast is on, which
     works on PyTorch's own operators.
     """
     if x.dtype is not torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return Impl.EAGER
     if torch.is_autocast_enabled("cpu"):
         return Impl.EAGER
-    if x.numel() <= _MATVEC_ROWS * x.shape[-1] and not _needs_gradient(x, weight):
+    if torch.is_inference_mode_enabled() and x.numel() <= _MATVEC_ROWS * x.shape[-1]:
         return Impl.NUMBA
     return Impl.ONEDNN if onednn.AVAILABLE else Impl.EAGER
 

@@ -14,7 +14,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import FASTMATH, exp32, use_torch_threads
+from sevenfold.ops.compiled import compiled, exp32, use_torch_threads
 
 _F = np.float32
 _BLOCK_ROWS = 64
@@ -66,7 +66,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).contiguous()
 
 
-@njit(fastmath=FASTMATH, inline="always")
+@njit(inline="always")
 def _root(x, eps):
     total = _F(0)
     for d in range(len(x)):
@@ -74,7 +74,7 @@ def _root(x, eps):
     return _F(1 / sqrt(total / len(x) + eps))
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def _forward(x, weight, eps, y):
     for n in prange(len(x)):
         r = _root(x[n], eps)
@@ -82,7 +82,7 @@ def _forward(x, weight, eps, y):
             y[n, d] = x[n, d] * r * weight[d]
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def _gated_forward(x, gate, weight, eps, y):
     for n in prange(len(x)):
         r = _root(x[n], eps)
@@ -90,7 +90,7 @@ def _gated_forward(x, gate, weight, eps, y):
             y[n, d] = x[n, d] * r * weight[d] / (_F(1) + exp32(-gate[n, d]))
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def _backward(x, weight, dy, eps, dx, parts):
     D = x.shape[1]
     for block in prange(len(parts)):
@@ -106,7 +106,7 @@ def _backward(x, weight, dy, eps, dx, parts):
                 dx[n, d] = r * (dy[n, d] * weight[d] - shared * x[n, d])
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def _gated_backward(x, gate, weight, dy, eps, dx, dgate, parts):
     D = x.shape[1]
     for block in prange(len(parts)):

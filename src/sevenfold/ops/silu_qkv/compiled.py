@@ -9,7 +9,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import FASTMATH, exp32, use_torch_threads
+from sevenfold.ops.compiled import compiled, exp32, use_torch_threads
 
 _F = np.float32
 
@@ -43,20 +43,20 @@ class _SiLU(torch.autograd.Function):
         return dqkv.view(ctx.shape), None
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def _forward(x, y):
     for n in prange(len(x)):
         for d in range(x.shape[1]):
             y[n, d] = x[n, d] / (_F(1) + exp32(-x[n, d]))
 
 
-@njit(fastmath=FASTMATH, inline="always")
+@njit(inline="always")
 def _silu_grad(x):
     s = _F(1) / (_F(1) + exp32(-x))
     return s * (_F(1) + x * (_F(1) - s))
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
+@compiled
 def _backward(x, dq, dk, dv, dx):
     H, D = dq.shape[1:]
     for n in prange(len(x)):
