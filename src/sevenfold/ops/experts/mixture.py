@@ -22,10 +22,10 @@ _IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.TRITON)
 def default_mixture_impl(x: Tensor, gate_up_proj: Tensor) -> Impl:
     """Return what mixture takes.
 
-    Triton for bf16 on a GPU with widths that 8 divides, oneDNN for fp32 on a CPU without autocast,
-    else eager.
+    Triton for bf16 on a GPU with widths that 8 divides, oneDNN for fp32 on a CPU in inference mode
+    without autocast, else eager.
     """
-    if _onednn_refusal(x) is None:
+    if torch.is_inference_mode_enabled() and _onednn_refusal(x) is None:
         return Impl.ONEDNN
     return Impl.EAGER if _refusal(x, gate_up_proj) else Impl.TRITON
 
