@@ -9,14 +9,28 @@ from numba import njit
 
 # Sums may be reordered; NaN and infinity keep their meaning.
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
-_MOST_THREADS: int = numba.get_num_threads()
+
+
+def _launch_threads() -> int:
+    """Let numba start its threads, and return their number.
+
+    numba's OpenMP layer then sets the number that PyTorch uses, in the middle of a first step.
+    """
+    before = torch.get_num_threads()
+    threads = numba.get_num_threads()
+    torch.set_num_threads(before)
+    return threads
+
+
+_MOST_THREADS = _launch_threads()
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a loop over prange for training: the same bits in every process.
 
-    Without FASTMATH: what numba 0.68 has just compiled and what it loads from its cache order sums
-    differently where they may be reordered, and a run that is resumed must not show it.
+    Without FASTMATH: where sums may be reordered, what numba 0.68 has just compiled and what it
+    loads from its cache order them differently, and a run that is resumed must not show it. So a
+    loop that sums goes through dot32 or sum32.
     """
     return njit(parallel=True, fastmath=False, cache=True)(function)
 
@@ -27,6 +41,55 @@ def use_torch_threads() -> None:
 
 
 _F = np.float32
+_LANES = 16  # of fp32 in a 512-bit register
+
+
+@njit(inline="always")
+def dot32(x, y):
+    """sum_i x_i y_i of fp32 vectors, in an order of its own that LLVM turns into vectors."""
+    lanes = np.zeros(_LANES, np.float32)
+    whole = len(x) // _LANES * _LANES
+    for i in range(0, whole, _LANES):
+        for lane in range(_LANES):
+            lanes[lane] += x[i + lane] * y[i + lane]
+    total = _F(0)
+    for i in range(whole, len(x)):
+        total += x[i] * y[i]
+    for lane in range(_LANES):
+        total += lanes[lane]
+    return total
+
+
+@njit(inline="always")
+def sum32(x):
+    """sum_i x_i of an fp32 vector, in the order of dot32."""
+    lanes = np.zeros(_LANES, np.float32)
+    whole = len(x) // _LANES * _LANES
+    for i in range(0, whole, _LANES):
+        for lane in range(_LANES):
+            lanes[lane] += x[i + lane]
+    total = _F(0)
+    for i in range(whole, len(x)):
+        total += x[i]
+    for lane in range(_LANES):
+        total += lanes[lane]
+    return total
+
+
+@njit(inline="always")
+def max32(x):
+    """The largest of an fp32 vector with at least one element."""
+    lanes = np.full(_LANES, x[0])
+    whole = len(x) // _LANES * _LANES
+    for i in range(0, whole, _LANES):
+        for lane in range(_LANES):
+            lanes[lane] = max(lanes[lane], x[i + lane])
+    top = x[0]
+    for i in range(whole, len(x)):
+        top = max(top, x[i])
+    for lane in range(_LANES):
+        top = max(top, lanes[lane])
+    return top
 
 
 @njit(inline="always")

@@ -70,10 +70,8 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_on_a_cpu(dtype: torch.dtype) -> None:
     wanted = Impl.NUMBA if dtype is torch.float32 else Impl.EAGER
-    assert default_rms_norm_impl(random(2, 8, dtype=dtype)) is Impl.EAGER
-    with torch.inference_mode():
-        assert default_rms_norm_impl(random(2, 8, dtype=dtype)) is wanted
-        assert default_rms_norm_impl(random(0, 8, dtype=dtype)) is Impl.EAGER
+    assert default_rms_norm_impl(random(2, 8, dtype=dtype)) is wanted
+    assert default_rms_norm_impl(random(0, 8, dtype=dtype)) is Impl.EAGER
 
 
 def test_numba_refuses_other_dtypes() -> None:

@@ -77,6 +77,15 @@ def _loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def _gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of one chunk's logits, in the dtype of hidden, and its loss."""
     logits = head_logits(hidden, weight)
+    if logits.device.type == "cpu" and logits.dtype is torch.float32:
+        # numba takes half a second to import: only who trains on a CPU waits for it.
+        from sevenfold.ops.compiled import use_torch_threads
+        from sevenfold.ops.cross_entropy.compiled import softmax_gradient
+
+        use_torch_threads()
+        losses = logits.new_empty(len(logits))
+        softmax_gradient(logits.numpy(), labels.numpy(), losses.numpy())
+        return logits.to(hidden.dtype), losses.sum()
     counted, target = labels >= 0, labels.clamp(min=0)[:, None]
     total = torch.logsumexp(logits, dim=-1)
     loss = torch.where(counted, total - logits.gather(1, target).squeeze(1), 0).sum()

@@ -7,7 +7,7 @@ Every function writes its last arguments; rows of `token` are distinct.
 import numpy as np
 from numba import prange
 
-from sevenfold.ops.compiled import compiled, exp32
+from sevenfold.ops.compiled import compiled, dot32, exp32
 
 _F = np.float32
 
@@ -46,14 +46,14 @@ def glu_backward(gate_up, dhidden, share, hidden, dgate_up, dshare):
     P, F = hidden.shape
     for r in prange(P):
         weight = share[r] if r < len(share) else _F(0)
-        total = _F(0)
         for f in range(F):
             gate, up, dh = gate_up[r, f], gate_up[r, F + f], dhidden[r, f]
             sigmoid = _F(1) / (_F(1) + exp32(-gate))
             silu = gate * sigmoid
-            total += silu * up * dh
-            hidden[r, f] = weight * silu * up
+            hidden[r, f] = silu * up
             dgate_up[r, f] = weight * dh * up * (sigmoid + silu * (_F(1) - sigmoid))
             dgate_up[r, F + f] = weight * dh * silu
         if r < len(share):
-            dshare[r] = total
+            dshare[r] = dot32(hidden[r], dhidden[r])
+        for f in range(F):
+            hidden[r, f] *= weight

@@ -22,10 +22,10 @@ _IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.TRITON)
 def default_mixture_impl(x: Tensor, gate_up_proj: Tensor) -> Impl:
     """Return what mixture takes.
 
-    Triton for bf16 on a GPU with widths that 8 divides, oneDNN for fp32 on a CPU in inference mode
-    without autocast, else eager.
+    Triton for bf16 on a GPU with widths that 8 divides, oneDNN for fp32 on a CPU without autocast,
+    else eager.
     """
-    if torch.is_inference_mode_enabled() and _onednn_refusal(x) is None:
+    if _onednn_refusal(x) is None:
         return Impl.ONEDNN
     return Impl.EAGER if _refusal(x, gate_up_proj) else Impl.TRITON
 
@@ -98,9 +98,10 @@ def _eager(
 
 def _dtype(x: Tensor) -> torch.dtype:
     """The dtype in which x enters a product: autocast's for fp32 where that is on."""
-    if x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    device = x.device.type
+    if x.dtype is not torch.float32 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _onednn_refusal(x: Tensor) -> str | None:

@@ -17,10 +17,10 @@ _KNOWN = (Impl.EAGER, Impl.NUMBA, Impl.TRITON)
 def default_rms_norm_impl(x: Tensor) -> Impl:
     """Return what the norms take.
 
-    Triton for bf16, fp16 and fp32 on a GPU up to 16,384 channels, numba for fp32 on a CPU in
-    inference mode, else eager.
+    Triton for bf16, fp16 and fp32 on a GPU up to 16,384 channels, numba for fp32 on a CPU, else
+    eager.
     """
-    if torch.is_inference_mode_enabled() and suits_numba(x):
+    if suits_numba(x):
         return Impl.NUMBA
     fits = runs_on_gpu(x) and x.shape[-1] <= _MAX_TRITON_WIDTH
     return Impl.TRITON if fits else Impl.EAGER

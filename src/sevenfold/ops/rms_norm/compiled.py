@@ -14,7 +14,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import compiled, exp32, use_torch_threads
+from sevenfold.ops.compiled import compiled, dot32, exp32, use_torch_threads
 
 _F = np.float32
 _BLOCK_ROWS = 64
@@ -68,10 +68,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @njit(inline="always")
 def _root(x, eps):
-    total = _F(0)
-    for d in range(len(x)):
-        total += x[d] * x[d]
-    return _F(1 / sqrt(total / len(x) + eps))
+    return _F(1 / sqrt(dot32(x, x) / len(x) + eps))
 
 
 @compiled
@@ -94,33 +91,30 @@ def _gated_forward(x, gate, weight, eps, y):
 def _backward(x, weight, dy, eps, dx, parts):
     D = x.shape[1]
     for block in prange(len(parts)):
-        part = parts[block]
+        part, scaled = parts[block], np.empty(D, np.float32)
         for n in range(block * _BLOCK_ROWS, min(len(x), (block + 1) * _BLOCK_ROWS)):
             r = _root(x[n], eps)
-            shared = _F(0)
-            for d in range(D):
-                shared += dy[n, d] * weight[d] * x[n, d]
-            shared *= r * r / _F(D)
             for d in range(D):
                 part[d] += dy[n, d] * x[n, d] * r
-                dx[n, d] = r * (dy[n, d] * weight[d] - shared * x[n, d])
+                scaled[d] = dy[n, d] * weight[d]
+            shared = dot32(scaled, x[n]) * r * r / _F(D)
+            for d in range(D):
+                dx[n, d] = r * (scaled[d] - shared * x[n, d])
 
 
 @compiled
 def _gated_backward(x, gate, weight, dy, eps, dx, dgate, parts):
     D = x.shape[1]
     for block in prange(len(parts)):
-        part, open_ = parts[block], np.empty(D, np.float32)
+        part, scaled = parts[block], np.empty(D, np.float32)
         for n in range(block * _BLOCK_ROWS, min(len(x), (block + 1) * _BLOCK_ROWS)):
             r = _root(x[n], eps)
-            shared = _F(0)
             for d in range(D):
                 s = _F(1) / (_F(1) + exp32(-gate[n, d]))
                 normed = x[n, d] * r * dy[n, d]
                 part[d] += normed * s
                 dgate[n, d] = normed * weight[d] * s * (_F(1) - s)
-                open_[d] = dy[n, d] * weight[d] * s
-                shared += open_[d] * x[n, d]
-            shared *= r * r / _F(D)
+                scaled[d] = dy[n, d] * weight[d] * s
+            shared = dot32(scaled, x[n]) * r * r / _F(D)
             for d in range(D):
-                dx[n, d] = r * (open_[d] - shared * x[n, d])
+                dx[n, d] = r * (scaled[d] - shared * x[n, d])

@@ -1,6 +1,5 @@
 """SiLU of a query-key-value projection: the public operator, its checks and the implementation."""
 
-import torch
 from torch import Tensor
 
 from sevenfold.ops.checks import choose_impl
@@ -15,10 +14,9 @@ _MAX_TRITON_WIDTH = 1024
 def default_silu_qkv_impl(qkv: Tensor, num_heads: int) -> Impl:
     """Return what silu_qkv takes.
 
-    Triton for bf16, fp16, fp32 on a GPU up to heads of 1,024, numba for fp32 on a CPU
-    in inference mode, else eager.
+    Triton for bf16, fp16, fp32 on a GPU up to heads of 1,024, numba for fp32 on a CPU, else eager.
     """
-    if torch.is_inference_mode_enabled() and suits_numba(qkv):
+    if suits_numba(qkv):
         return Impl.NUMBA
     fits = runs_on_gpu(qkv) and qkv.shape[-1] <= 3 * num_heads * _MAX_TRITON_WIDTH
     return Impl.TRITON if fits else Impl.EAGER
