@@ -179,7 +179,7 @@ def _chunks(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     if block.token_index is not None:
         tokens = tokens[block.token_index] * block.filled.view(-1, 1, 1)
     chunks = tokens.view(-1, CHUNK_TOKENS, H, D)  # [n, C, H, D]
-    return chunks.permute(2, 0, 1, 3).to(dtype, memory_format=_CONTIGUOUS)
+    return chunks.permute(2, 0, 1, 3).to(dtype).contiguous()
 
 
 def _write(o: Tensor, oc: Tensor, block: Block) -> None:
