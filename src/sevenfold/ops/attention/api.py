@@ -5,11 +5,36 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sevenfold.config import UnsupportedError
 from sevenfold.ops.attention import eager, reference
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
+from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.types import Impl
 
 _IMPLS = (Impl.REFERENCE, Impl.EAGER)
+_WHOLE_IMPLS = (*_IMPLS, Impl.NUMBA)
+_NUMBA_WIDTH = 32  # columns of a tile of values
+_LONG_TOKENS = 512  # from here on the compiled loops repay their start
+
+
+def default_attention_impl(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Impl:
+    """Return what attention takes.
+
+    numba for fp32 on a CPU without a gradient from 512 tokens on, else eager.
+    """
+    long = max(lengths, default=0) >= _LONG_TOKENS
+    return Impl.NUMBA if long and _numba_refusal(q, k, v) is None else Impl.EAGER
+
+
+def _numba_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why numba cannot compute this, if it cannot."""
+    if not suits_numba(q, k, v):
+        return f"q must be fp32 on a CPU, not empty, for impl numba, got {q.dtype} on {q.device}"
+    if v.shape[-1] % _NUMBA_WIDTH:
+        return f"V must be a multiple of {_NUMBA_WIDTH} for impl numba, got {v.shape[-1]}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "impl numba must run without a gradient, got tensors that need one"
+    return None
 
 
 def attention(
@@ -33,19 +58,25 @@ def attention(
         lengths: tokens of each sequence; they sum to B * T.
         scale: multiplies the scores.
         window: tokens that a query sees, itself included, at least 1; None is all before it.
-        impl: "reference" or "eager"; None takes eager. A named one never falls back.
+        impl: "reference", "eager" or "numba" (fp32 on a CPU, without a gradient); None takes
+            default_attention_impl. A named one never falls back.
 
     Returns:
         [B, T, H, V] in v's dtype.
 
     Raises:
         ValueError, TypeError: a shape, dtype or value breaks the rules above.
-        UnsupportedError: the operator has no implementation of that name.
+        UnsupportedError: the operator has no implementation of that name, or numba is asked for
+            where it cannot compute.
     """
     B, T = q.shape[:2]
     _check(q, k, v, lengths, window)
     check_shape("k", k, (B, T, *k.shape[2:]), "[B, T, G, D]")
-    run = _one_sequence(choose_impl("attention", impl, Impl.EAGER, _IMPLS))
+    default = default_attention_impl(q, k, v, lengths)
+    chosen = choose_impl("attention", impl, default, _WHOLE_IMPLS)
+    if chosen is Impl.NUMBA and (refusal := _numba_refusal(q, k, v)):
+        raise UnsupportedError(refusal)
+    run = _one_sequence(chosen)
     if run is eager.one_sequence and tuple(lengths) == (T,) * B and T:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return eager.causal(q, k, v, scale=scale, window=window).transpose(1, 2)
@@ -73,7 +104,8 @@ def attention_cached(
         v: [N, S, G, V], dtype of q.
         lengths: new tokens of each sequence; they sum to B * T.
         key_lengths: keys of each sequence, the new tokens' included as its last ones.
-        scale, window, impl: as in attention.
+        scale, window: as in attention.
+        impl: "reference" or "eager"; None takes eager. A named one never falls back.
 
     Returns:
         [B, T, H, V] in v's dtype.
@@ -103,6 +135,11 @@ def attention_cached(
 
 
 def _one_sequence(impl: Impl) -> Callable[..., Tensor]:
+    if impl is Impl.NUMBA:
+        # numba takes half a second to import: only who needs it waits for it.
+        from sevenfold.ops.attention import compiled
+
+        return compiled.one_sequence
     return {Impl.REFERENCE: reference.one_sequence, Impl.EAGER: eager.one_sequence}[impl]
 
 

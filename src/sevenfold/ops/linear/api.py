@@ -12,20 +12,24 @@ from sevenfold.ops.types import Impl
 
 _IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.NUMBA)
 _MATVEC_ROWS = 8  # more rows than these are faster as a matrix product
+# From 32 MB on, glibc takes fresh memory for each result; numba's is asked for in huge pages.
+_LARGE_ELEMENTS = 2**23
 
 
 def default_linear_impl(x: Tensor, weight: Tensor) -> Impl:
     """Return the implementation that linear takes, on a CPU in fp32; elsewhere it is eager.
 
-    numba for a few rows in inference mode, oneDNN for more and in training, whose runs resume to
-    the same bits. Eager too where autocast is on, which
-    works on PyTorch's own operators.
+    numba in inference mode for a few rows and for results of 32 MB and more; else oneDNN. Eager
+    too where autocast is on, which works on PyTorch's own operators.
     """
     if x.dtype is not torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return Impl.EAGER
     if torch.is_autocast_enabled("cpu"):
         return Impl.EAGER
-    if torch.is_inference_mode_enabled() and x.numel() <= _MATVEC_ROWS * x.shape[-1]:
+    rows = x.numel() // x.shape[-1]
+    if torch.is_inference_mode_enabled() and (
+        rows <= _MATVEC_ROWS or rows * len(weight) >= _LARGE_ELEMENTS
+    ):
         return Impl.NUMBA
     return Impl.ONEDNN if onednn.AVAILABLE else Impl.EAGER
 
@@ -62,10 +66,11 @@ def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tens
         return onednn.linear(x, weight)
     if _needs_gradient(x, weight):
         raise UnsupportedError("impl numba must run without a gradient, got tensors that need one")
-    # numba takes half a second to import: only who decodes on a CPU waits for it.
-    from sevenfold.ops.linear import matvec
+    # numba takes half a second to import: only who needs it waits for it.
+    from sevenfold.ops.linear import matvec, tiled
 
-    return matvec.linear(x, weight)
+    few = x.numel() <= _MATVEC_ROWS * x.shape[-1]
+    return matvec.linear(x, weight) if few else tiled.linear(x, weight)
 
 
 def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
