@@ -7,27 +7,28 @@ from sevenfold.config import UnsupportedError
 from sevenfold.ops.checks import check_shape, choose_impl
 from sevenfold.ops.experts.api import grouped_linear
 from sevenfold.ops.experts.dispatch import Dispatch, combine, gather_rows
-from sevenfold.ops.linear import onednn
+from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.precision import autocast
 from sevenfold.ops.swiglu import swiglu
 from sevenfold.ops.types import Impl
 
 # torch.nn.functional.grouped_mm takes rows of whole 16 bytes: 8 values of bf16.
-_MULTIPLE = 8
+_TRITON_MULTIPLE = 8
+_NUMBA_MULTIPLE = 32  # whole tiles
 
 
-_IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.TRITON)
+_IMPLS = (Impl.EAGER, Impl.NUMBA, Impl.TRITON)
 
 
 def default_mixture_impl(x: Tensor, gate_up_proj: Tensor) -> Impl:
     """Return what mixture takes.
 
-    Triton for bf16 on a GPU with widths that 8 divides, oneDNN for fp32 on a CPU without autocast,
-    else eager.
+    Triton for bf16 on a GPU with widths that 8 divides, numba for fp32 on a CPU without autocast
+    with widths that 32 divides, else eager.
     """
-    if _onednn_refusal(x) is None:
-        return Impl.ONEDNN
-    return Impl.EAGER if _refusal(x, gate_up_proj) else Impl.TRITON
+    if _numba_refusal(x, gate_up_proj) is None:
+        return Impl.NUMBA
+    return Impl.EAGER if _triton_refusal(x, gate_up_proj) else Impl.TRITON
 
 
 def mixture(
@@ -50,7 +51,7 @@ def mixture(
         down_proj: [E, D, F] in the dtype of x.
         dispatch: the plan of the tokens' choices.
         impl: "eager" (gather_rows, grouped_linear, swiglu and combine, each with its default),
-            "onednn" (expert by expert, fp32 on a CPU) or "triton" (one operator that waits for
+            "numba" (by blocks of rows, fp32 on a CPU) or "triton" (one operator that waits for
             nothing, bf16 on a GPU); None takes default_mixture_impl. A named one never falls back.
 
     Returns:
@@ -58,7 +59,7 @@ def mixture(
 
     Raises:
         ValueError, TypeError: a shape or dtype breaks the rules above.
-        UnsupportedError: onednn or triton is asked for on another device, dtype or width, or there
+        UnsupportedError: numba or triton is asked for on another device, dtype or width, or there
             is no implementation of that name.
     """
     E, F2, D = gate_up_proj.shape
@@ -71,18 +72,18 @@ def mixture(
     chosen = choose_impl("mixture", impl, default_mixture_impl(x, gate_up_proj), _IMPLS)
     if chosen is Impl.EAGER:
         return _eager(x, weights, gate_up_proj, down_proj, dispatch)
-    refusal = _onednn_refusal(x) if chosen is Impl.ONEDNN else _refusal(x, gate_up_proj)
+    refusal = (_numba_refusal if chosen is Impl.NUMBA else _triton_refusal)(x, gate_up_proj)
     if refusal:
         raise UnsupportedError(refusal)
-    if chosen is Impl.ONEDNN:
-        from sevenfold.ops.experts import onednn_mixture
+    plan = (dispatch.choice, dispatch.row, dispatch.rows_per_expert)
+    if chosen is Impl.NUMBA:
+        # numba takes half a second to import: only who needs it waits for it.
+        from sevenfold.ops.experts import numba_mixture
 
-        plan = (dispatch.choice, dispatch.rows_per_expert)
-        return onednn_mixture.mixture(x, weights, gate_up_proj, down_proj, *plan)
+        return numba_mixture.mixture(x, weights, gate_up_proj, down_proj, *plan)
     from sevenfold.ops.experts import triton_mixture
 
     x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
-    plan = (dispatch.choice, dispatch.row, dispatch.rows_per_expert)
     return triton_mixture.mixture(x, weights, gate_up_proj, down_proj, *plan)[0]
 
 
@@ -104,19 +105,23 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _onednn_refusal(x: Tensor) -> str | None:
-    """Why onednn cannot compute this, if it cannot."""
-    if x.device.type != "cpu" or _dtype(x) is not torch.float32 or not onednn.AVAILABLE:
-        return f"x must be fp32 on a CPU for impl onednn, got {_dtype(x)} on {x.device}"
-    return None
+def _numba_refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:
+    """Why numba cannot compute this, if it cannot."""
+    if _dtype(x) is not torch.float32 or not suits_numba(gate_up_proj):
+        return f"x must be fp32 on a CPU for impl numba, got {_dtype(x)} on {x.device}"
+    return _width_refusal(gate_up_proj, _NUMBA_MULTIPLE, Impl.NUMBA)
 
 
-def _refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:
+def _triton_refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:
     """Why triton cannot compute this, if it cannot."""
     if x.device.type != "cuda" or _dtype(x) is not torch.bfloat16:
         return f"x must be bf16 on a GPU for impl triton, got {_dtype(x)} on {x.device}"
+    return _width_refusal(gate_up_proj, _TRITON_MULTIPLE, Impl.TRITON)
+
+
+def _width_refusal(gate_up_proj: Tensor, multiple: int, impl: Impl) -> str | None:
     _, F2, D = gate_up_proj.shape
     for name, size in (("D", D), ("F", F2 // 2)):
-        if size % _MULTIPLE:
-            return f"{name} must be a multiple of {_MULTIPLE} for impl triton, got {size}"
+        if size % multiple:
+            return f"{name} must be a multiple of {multiple} for impl {impl}, got {size}"
     return None

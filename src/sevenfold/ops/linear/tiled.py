@@ -10,11 +10,10 @@ result is warm (450 GFLOP/s on 2 threads of an AMD EPYC), and faster where it is
 # pyright: reportCallIssue=false
 
 import numpy as np
-import torch
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import compiled, use_torch_threads
+from sevenfold.ops.compiled import compiled, empty, use_torch_threads
 from sevenfold.ops.tile import COLUMNS, ROWS, add_tile
 
 _BLOCK_ROWS, _BLOCK_INNER = 64, 256  # of A: 64 KB, beside a panel of B of 32 KB
@@ -29,8 +28,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     """A B^T, [M, N], of a [M, K] and b [N, K], fp32 with any strides, without a gradient."""
-    c = torch.from_numpy(np.empty((len(a), len(b)), np.float32))  # numpy asks for huge pages
-    panels = torch.empty(-(-len(b) // COLUMNS), b.shape[1], COLUMNS).numpy()
+    c = empty(len(a), len(b))
+    panels = empty(-(-len(b) // COLUMNS), b.shape[1], COLUMNS).numpy()
     use_torch_threads()
     _pack(b.detach().numpy(), panels)
     groups = min(len(panels), -(-_UNITS // -(-len(a) // _BLOCK_ROWS)))

@@ -9,7 +9,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import compiled, exp32, use_torch_threads
+from sevenfold.ops.compiled import compiled, empty, exp32, use_torch_threads
 
 _F = np.float32
 
@@ -25,7 +25,7 @@ class _SiLU(torch.autograd.Function):
         rows = qkv.detach().reshape(-1, qkv.shape[-1]).contiguous()
         ctx.save_for_backward(rows)
         ctx.shape = qkv.shape
-        y = torch.empty_like(rows)
+        y = empty(*rows.shape)
         use_torch_threads()
         _forward(rows.numpy(), y.numpy())
         heads = y.view(*qkv.shape[:-1], num_heads, -1)
@@ -36,7 +36,7 @@ class _SiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        dqkv = torch.empty_like(rows)
+        dqkv = empty(*rows.shape)
         dq, dk, dv = (g.reshape(len(rows), *g.shape[-2:]).contiguous() for g in grads)
         use_torch_threads()
         _backward(rows.numpy(), *(g.numpy() for g in (dq, dk, dv)), dqkv.numpy())

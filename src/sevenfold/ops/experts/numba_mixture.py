@@ -1,0 +1,125 @@
+"""A whole mixture of experts in fp32 on a CPU, block by block of rows, by numba."""
+
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sevenfold.ops.compiled import empty, use_torch_threads
+from sevenfold.ops.experts import compiled
+
+_UNIT_ROWS = 512
+
+
+def mixture(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    choice: Tensor,
+    row: Tensor,
+    rows_per_expert: Tensor,
+) -> Tensor:
+    """The mixture; arguments and result as in the public operator."""
+    x, weights = x.contiguous(), weights.to(x.dtype).contiguous()
+    inputs = (x, weights, gate_up_proj.contiguous(), down_proj.contiguous())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return _Mixture.apply(*inputs, choice, row, rows_per_expert)
+    blocks = np.concatenate(_blocks(rows_per_expert))
+    return _forward(*inputs, choice, row, blocks, empty(0, *_block_shape(gate_up_proj)))
+
+
+def _blocks(rows_per_expert: Tensor) -> list[np.ndarray]:
+    """For each expert its blocks [B, 3]: the expert, the first of its rows, and how many."""
+    counts, size = rows_per_expert.tolist(), compiled.BLOCK_ROWS
+    blocks = []
+    for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
+        first = np.arange(end - count, end, size, dtype=np.int64)
+        blocks.append(
+            np.stack([np.full_like(first, expert), first, np.minimum(end - first, size)], 1)
+        )
+    return blocks
+
+
+def _block_shape(gate_up_proj: Tensor) -> tuple[int, int]:
+    return gate_up_proj.shape[1], compiled.BLOCK_ROWS
+
+
+def _unit_rows(num_rows: int) -> int:
+    """How many of a weight's rows a thread takes: its share, as far as they stay in its cache."""
+    share = -(-num_rows // torch.get_num_threads())
+    return min(_UNIT_ROWS, -(-share // compiled.BLOCK_ROWS) * compiled.BLOCK_ROWS)
+
+
+def _forward(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    choice: Tensor,
+    row: Tensor,
+    blocks: np.ndarray,
+    kept: Tensor,
+) -> Tensor:
+    token, D = choice // row.shape[1], x.shape[1]
+    rows, y = empty(len(choice), D), empty(len(x), D)
+    use_torch_threads()
+    inputs = (t.detach().numpy() for t in (x, token, gate_up_proj, down_proj))
+    compiled.feed(*inputs, blocks, kept.numpy(), rows.numpy())
+    compiled.combine(*(t.detach().numpy() for t in (rows, row, weights, y)))
+    return y
+
+
+class _Mixture(torch.autograd.Function):
+    """Saves the inputs and the first product of each block; all else is computed anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        choice: Tensor,
+        row: Tensor,
+        rows_per_expert: Tensor,
+    ) -> Tensor:
+        inputs = (x, weights, gate_up_proj, down_proj, choice, row)
+        blocks = np.concatenate(_blocks(rows_per_expert))
+        kept = empty(len(blocks), *_block_shape(gate_up_proj))
+        y = _forward(*inputs, blocks, kept)
+        ctx.save_for_backward(*inputs, rows_per_expert, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, gate_up_proj, down_proj, choice, row, rows_per_expert, kept = ctx.saved_tensors
+        dy, share, token = grads[0].contiguous(), weights.flatten()[choice], choice // row.shape[1]
+        drows, dshare = empty(len(choice), x.shape[1]), torch.empty_like(share)
+        dgate_up_proj = torch.zeros_like(gate_up_proj)
+        ddown_proj_t = down_proj.new_zeros(down_proj.mT.shape)
+        use_torch_threads()
+        tensors = (dy, token, share, gate_up_proj, down_proj)
+        inputs, done = [t.numpy() for t in tensors], 0
+        for e, blocks in enumerate(_blocks(rows_per_expert)):
+            if not len(blocks):
+                continue
+            first_product = kept[done : done + len(blocks)]
+            done += len(blocks)
+            hidden = empty(len(blocks), *ddown_proj_t.shape[1:2], compiled.BLOCK_ROWS)
+            dgate_up = empty(*first_product.shape)
+            outputs = (first_product, hidden, dgate_up, drows, dshare)
+            compiled.feed_backward(*inputs, blocks, *(t.numpy() for t in outputs))
+            for left, right, out in (
+                (dgate_up, x, dgate_up_proj[e]),
+                (hidden, dy, ddown_proj_t[e]),
+            ):
+                arrays = (t.numpy() for t in (left, right, token))
+                compiled.weight_gradient(*arrays, blocks, _unit_rows(len(out)), out.numpy())
+        dx, dweights = empty(*x.shape), torch.zeros_like(weights)
+        ones = torch.ones_like(weights)
+        compiled.combine(*(t.numpy() for t in (drows, row, ones, dx)))
+        dweights.view(-1)[choice] = dshare
+        return dx, dweights, dgate_up_proj, ddown_proj_t.mT, None, None, None
