@@ -114,7 +114,7 @@ def test_borders_of_another_rank(borders: object) -> None:
 
 @pytest.mark.parametrize("impl", ["onednn", "grouped_mm"])
 def test_an_impl_of_other_operators_is_refused(impl: str) -> None:
-    message = f"lightning_attention must use impl reference, eager, triton, got '{impl}'"
+    message = f"lightning_attention must use impl reference, eager, numba, triton, got '{impl}'"
     with pytest.raises(UnsupportedError, match=message):
         call({"impl": impl})
 

@@ -1,8 +1,11 @@
 """Lightning attention: the public operator, its checks and the choice of implementation."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from sevenfold.config import UnsupportedError
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
 from sevenfold.ops.lightning import eager, reference, triton_op
 from sevenfold.ops.lightning.lengths import read_lengths
@@ -16,7 +19,8 @@ from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl, OpResult
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.TRITON)
+_IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.NUMBA, Impl.TRITON)
+_NUMBA_WIDTH = 32  # whole tiles
 _STEP_IMPLS = (Impl.REFERENCE, Impl.EAGER)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -51,8 +55,8 @@ def lightning_attention(
         return_final_state: return the state after each sequence's last token.
         cu_seqlens: [N + 1] int32, cumulative lengths of packed sequences, 0 first, T last, never
             falling; needs B == 1. Read on the host: keep it on the CPU to spare a synchronisation.
-        impl: "reference", "eager" or "triton"; None takes default_impl. A named one never falls
-            back.
+        impl: "reference", "eager", "numba" (fp32 on a CPU) or "triton"; None takes default_impl. A
+            named one never falls back.
 
     Returns:
         OpResult(o [B, T, H, V] in v's dtype, final_state [N, H, K, V] fp32 or None).
@@ -80,7 +84,7 @@ def lightning_attention(
             with_final=return_final_state,
         )
         return OpResult(o, final)
-    forward = reference.forward if chosen is Impl.REFERENCE else eager.forward
+    forward = _forward_of(chosen, q, v)
     lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
     with full_precision(q.device):
         o, final = forward(
@@ -130,7 +134,7 @@ def lightning_attention_prefill(
                 q, k, v, log_decay, cu_seqlens=cu_seqlens, **options
             )
             return OpResult(*found)
-        forward = reference.forward if chosen is Impl.REFERENCE else eager.forward
+        forward = _forward_of(chosen, q, v)
         lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
         check_stops(snapshots.stops, lengths)
         found = forward_by_parts(forward, (q, k, v), log_decay, lengths=lengths, **options)
@@ -146,12 +150,34 @@ def default_impl(device: torch.device, dtype: torch.dtype, K: int, V: int) -> Im
         K, V: widths.
 
     Returns:
-        TRITON for bf16 and fp16 on a GPU where both widths lie in 1 to 256, else EAGER.
+        TRITON for bf16 and fp16 on a GPU where both widths lie in 1 to 256, NUMBA for fp32 on a CPU
+        where 32 divides both, else EAGER.
     """
     widths_fit = min(K, V) >= 1 and max(K, V) <= triton_op.MAX_WIDTH
     if device.type == "cuda" and dtype in _LOW_PRECISION and widths_fit:
         return Impl.TRITON
-    return Impl.EAGER
+    return Impl.EAGER if _numba_refusal(device, dtype, K, V) else Impl.NUMBA
+
+
+def _numba_refusal(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str | None:
+    """Why numba cannot compute this, if it cannot."""
+    if device.type != "cpu" or dtype is not torch.float32 or torch.compiler.is_compiling():
+        return f"q must be fp32 on a CPU, not compiled, for impl numba, got {dtype} on {device}"
+    for name, size in (("K", K), ("V", V)):
+        if size % _NUMBA_WIDTH or not size:
+            return f"{name} must be a multiple of {_NUMBA_WIDTH} for impl numba, got {size}"
+    return None
+
+
+def _forward_of(impl: Impl, q: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    if impl is not Impl.NUMBA:
+        return reference.forward if impl is Impl.REFERENCE else eager.forward
+    if refusal := _numba_refusal(q.device, q.dtype, q.shape[-1], v.shape[-1]):
+        raise UnsupportedError(refusal)
+    # numba takes half a second to import: only who needs it waits for it.
+    from sevenfold.ops.lightning import compiled
+
+    return compiled.forward
 
 
 def lightning_attention_step(
