@@ -98,13 +98,13 @@ class MixtureOfExperts(nn.Module):
         """Transform x [B, T, D]; statistics, and dropping, in training only."""
         tokens = x.reshape(-1, x.shape[-1])
         logits, weights, experts = self.gate(tokens)
-        y, kept = self._routed(tokens, weights, experts)
+        y, kept = self.routed(tokens, weights, experts)
         if self.shared_mlp is not None and self.coefficient is not None:
             share = self._share(tokens, self.coefficient.weight)
             y = (1 - share) * y + share * self.shared_mlp(tokens)
         if not self.training:
             return y.view_as(x), None
-        return y.view_as(x), self._stats(logits, experts, kept)
+        return y.view_as(x), self.stats(logits, experts, kept)
 
     @staticmethod
     def _share(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -113,20 +113,25 @@ class MixtureOfExperts(nn.Module):
         with full_precision(tokens.device):
             return torch.sigmoid(linear(tokens.to(dtype), weight.to(dtype))).to(tokens.dtype)
 
-    def _routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts' weighted sum, and how many choices each expert took."""
-        capacity = self._capacity(len(tokens)) if self.training else None
+    def routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts' weighted sum, and how many choices each expert took.
+
+        sevenfold.parallel may stand in for this and for stats.
+        """
+        capacity = self.capacity(len(tokens)) if self.training else None
         dispatch = plan_dispatch(experts, self.moe.num_local_experts, capacity)
         return self.experts(tokens, weights, dispatch), dispatch.rows_per_expert
 
-    def _capacity(self, num_tokens: int) -> int | None:
+    def capacity(self, num_tokens: int) -> int | None:
+        """Rows that one expert takes of num_tokens tokens; None is any number."""
         factor = self.moe.capacity_factor
         if factor is None:
             return None
         even = num_tokens * self.moe.num_experts_per_tok / self.moe.num_local_experts
         return math.ceil(factor * even)
 
-    def _stats(self, logits: Tensor, experts: Tensor, kept: Tensor) -> RouterStats:
+    def stats(self, logits: Tensor, experts: Tensor, kept: Tensor) -> RouterStats:
+        """What the router did: logits [T, E], experts [T, k] before drops, kept [E] after."""
         E = self.moe.num_local_experts
         # A comparison, for torch.bincount makes the host wait for a GPU.
         chosen = experts.flatten()[:, None] == torch.arange(E, device=experts.device)

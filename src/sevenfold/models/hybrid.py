@@ -13,7 +13,7 @@ from sevenfold.models.feed_forward import RouterStats
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import LayerState
 from sevenfold.models.stepping import pays_by_rows, run_by_rows
-from sevenfold.ops import head_logits
+from sevenfold.ops import head_logits, linear_cross_entropy
 
 
 class HiddenResult(NamedTuple):
@@ -115,3 +115,7 @@ class HybridModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden [..., hidden_size] to logits [..., vocab_size], in fp32 at least."""
         return head_logits(hidden, self.lm_head.weight)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum the head's cross-entropy over the tokens that have a label; nats, fp32 at least."""
+        return linear_cross_entropy(hidden, self.lm_head.weight, labels)

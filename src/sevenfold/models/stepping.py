@@ -76,12 +76,17 @@ def _halves(layer: Block) -> _Halves:
     sources = [(m._parameters, n, p.data_ptr()) for m, n, p in _parameters(layer)]
     mix = feed = None
     if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
-        feed = _feed(layer)
+        feed = None if _is_replaced(*layer.mlp.modules()) else _feed(layer)
         if isinstance(layer.self_attn, LightningAttention):
             mix = _mix(layer, layer.self_attn)
             decay = layer.self_attn.log_decay
             sources.append((vars(layer.self_attn), "log_decay", decay.data_ptr()))
     return _Halves(mix, feed, tuple(sources))
+
+
+def _is_replaced(*modules: nn.Module) -> bool:
+    """Whether something stands in for a method of theirs, as sevenfold.parallel does."""
+    return any(vars(module).keys() & {"forward", "routed"} for module in modules)
 
 
 def _parameters(layer: Block) -> list[tuple[nn.Module, str, Tensor]]:

@@ -1,7 +1,7 @@
 """From samples on the host to micro-batches on the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,10 @@ from torch import Tensor
 from sevenfold.config import TrainingError
 from sevenfold.models import Batch
 from sevenfold.ops import IGNORED_LABEL
+from sevenfold.parallel import Layout, ParallelConfig, divide_row
+
+# Of a run of one process.
+ALONE = Layout(ParallelConfig())
 
 
 class Sample(Protocol):
@@ -47,22 +51,24 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model at once.
+    """Rows that go through the model at once, or what one rank holds of them.
 
     input_ids, labels: [B, T] on the device; documents packed into one row, or one a row.
     batch: what the tokens belong to.
-    num_labels: labels that count.
+    lengths: tokens of each document of the rank's rows, of whose tokens context ranks have parts.
+    num_labels: labels that count, over all ranks.
     """
 
     input_ids: Tensor
     labels: Tensor
     batch: Batch
+    lengths: tuple[int, ...]
     num_labels: int
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """All that one step reads; num_labels and num_bytes are known before the model runs."""
+    """All that one step reads; numbers are over all ranks and known before the model runs."""
 
     micro_batches: tuple[MicroBatch, ...]
     num_rows: int
@@ -71,8 +77,8 @@ class StepBatch:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each document of the step."""
-        return tuple(n for micro in self.micro_batches for n in micro.batch.lengths)
+        """Tokens of each document of the step's rows that this rank reads."""
+        return tuple(n for micro in self.micro_batches for n in micro.lengths)
 
 
 def read_step(
@@ -82,8 +88,11 @@ def read_step(
     *,
     micro_batch_rows: int | None,
     device: torch.device,
+    layout: Layout = ALONE,
 ) -> StepBatch:
-    """Read the samples of one step and put them on the device.
+    """Read this rank's samples of one step and put them on the device.
+
+    Every micro-batch is divided among the ranks, so that its rows are the same in all layouts.
 
     Args:
         loader: where samples come from.
@@ -91,6 +100,7 @@ def read_step(
         num_rows: samples of the step.
         micro_batch_rows: samples of a micro-batch; None takes all at once.
         device: where the model lies.
+        layout: where this rank stands.
 
     Returns:
         The micro-batches, in the samples' order.
@@ -98,30 +108,46 @@ def read_step(
     Raises:
         TrainingError: no sample of the step has a label.
     """
-    samples = [loader.sample(first_sample + row) for row in range(num_rows)]
     size = micro_batch_rows or num_rows
-    groups = [samples[at : at + size] for at in range(0, num_rows, size)]
-    micro_batches = tuple(_micro_batch(group, device) for group in groups)
-    num_labels = sum(micro.num_labels for micro in micro_batches)
-    if num_labels == 0:
+    groups = [range(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
+    own = [[loader.sample(first_sample + row) for row in _part(rows, layout)] for rows in groups]
+    micro_batches = [_micro_batch(samples, device, layout) for samples in own]
+    num_bytes = sum(sample.num_bytes for samples in own for sample in samples)
+    # Ranks that share rows count their bytes once.
+    counts = [micro.num_labels for micro in micro_batches]
+    counts.append(num_bytes if layout.place.context == 0 else 0)
+    *labels, num_bytes = layout.sum_over_tokens(torch.tensor(counts)).tolist()
+    if sum(labels) == 0:
         raise TrainingError(
             f"samples {first_sample} to {first_sample + num_rows - 1} must have a label, got none"
         )
-    num_bytes = sum(sample.num_bytes for sample in samples)
-    return StepBatch(micro_batches, num_rows, num_labels, num_bytes)
+    counted = [replace(m, num_labels=n) for m, n in zip(micro_batches, labels, strict=True)]
+    return StepBatch(tuple(counted), num_rows, sum(labels), num_bytes)
 
 
-def _micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
+def _part(rows: range, layout: Layout) -> range:
+    """The rows of a micro-batch that a rank reads."""
+    size = len(rows) // layout.config.data
+    return rows[layout.place.data * size :][:size]
+
+
+def _micro_batch(samples: Sequence[Sample], device: torch.device, layout: Layout) -> MicroBatch:
     input_ids = np.stack([sample.input_ids for sample in samples])
     labels = np.stack([sample.labels for sample in samples])
-    num_labels = int((labels != IGNORED_LABEL).sum())
+    lengths = tuple(n for sample in samples for n in sample.lengths)
     rows, seq_len = input_ids.shape
-    if all(len(sample.lengths) == 1 for sample in samples):
+    if layout.config.context > 1:
+        batch = divide_row(lengths, layout.config.context, layout.place.context, device=device)
+        stretch = slice(batch.first_token, batch.first_token + sum(batch.lengths))
+        input_ids, labels = (x.reshape(1, -1)[:, stretch] for x in (input_ids, labels))
+    elif len(lengths) == rows:
         batch = Batch.rows(rows, seq_len, device=device)
     else:
-        batch = Batch.packed([n for sample in samples for n in sample.lengths], device=device)
+        batch = Batch.packed(lengths, device=device)
         input_ids, labels = input_ids.reshape(1, -1), labels.reshape(1, -1)
-    return MicroBatch(_moved(input_ids, device), _moved(labels, device), batch, num_labels)
+    num_labels = int((labels != IGNORED_LABEL).sum())
+    moved = (_moved(np.ascontiguousarray(x), device) for x in (input_ids, labels))
+    return MicroBatch(*moved, batch, lengths, num_labels)
 
 
 def _moved(values: np.ndarray, device: torch.device) -> Tensor:

@@ -11,7 +11,9 @@ from torch.nn.utils import clip_grads_with_norm_
 from sevenfold.config import TrainingError
 from sevenfold.models import HybridModel
 from sevenfold.optim import lr_multiplier
-from sevenfold.train.batch import SampleSource, StepBatch, read_step
+from sevenfold.parallel import Layout, clip_gradients
+from sevenfold.parallel import gradient_norm as norm_over_ranks
+from sevenfold.train.batch import ALONE, SampleSource, StepBatch, read_step
 from sevenfold.train.config import RunConfig
 from sevenfold.train.progress import Progress
 from sevenfold.train.step import (
@@ -31,6 +33,7 @@ class Trainer:
     model: HybridModel
     optimizer: torch.optim.Optimizer
     loader: SampleSource
+    layout: Layout = ALONE
 
     def read(self, first_sample: int) -> StepBatch:
         """Read the step that begins with a sample."""
@@ -40,6 +43,7 @@ class Trainer:
             self.config.rows_at(first_sample),
             micro_batch_rows=self.config.batch.micro_batch_rows,
             device=self.model.device,
+            layout=self.layout,
         )
 
     def lr(self, step: int) -> float:
@@ -47,12 +51,19 @@ class Trainer:
         share = lr_multiplier(self.config.schedule, step, self.config.run.steps)
         return self.config.optimizer.lr * share
 
+    def gradient_norm(self) -> Tensor:
+        """Return the global norm of the gradients, the same on all ranks."""
+        if self.layout.is_alone:
+            return gradient_norm(self.model.parameters())
+        return norm_over_ranks(self.model.named_parameters(), self.layout)
+
     def update(self, norm: Tensor, values: StepValues, lr: float) -> None:
         """Clip the gradients and move the weights."""
         limit = self.config.optimizer.max_grad_norm
         # Decided on the host, which knows the norm: most steps of a settled run need no pass.
         if limit is not None and values.grad_norm > limit:
-            clip_grads_with_norm_(self.model.parameters(), limit, norm)
+            clip = clip_grads_with_norm_ if self.layout.is_alone else clip_gradients
+            clip(self.model.parameters(), limit, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -96,10 +107,10 @@ def train_steps(
     """
     trainer.model.train()
     batch = trainer.read(progress.next_sample)
-    while progress.step < trainer.config.run.steps and not stop():
+    while progress.step < trainer.config.run.steps and not trainer.layout.agree(stop()):
         began = time.perf_counter()
         losses = forward_backward(trainer.model, batch, autocast=trainer.config.precision.autocast)
-        norm = gradient_norm(trainer.model.parameters())
+        losses, norm = trainer.layout.sum_over_tokens(losses), trainer.gradient_norm()
         # Read ahead while a GPU works; what comes next does not depend on this step's outcome.
         upcoming = trainer.read(progress.next_sample + batch.num_rows)
         values = to_host(losses, norm)

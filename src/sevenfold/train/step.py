@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sevenfold.models import HiddenResult, HybridModel
-from sevenfold.ops import linear_cross_entropy
 from sevenfold.train.batch import MicroBatch, StepBatch
 
 
@@ -45,20 +44,24 @@ def forward_backward(model: HybridModel, step: StepBatch, *, autocast: str | Non
     balance of experts is taken within a micro-batch: it is no sum over tokens, and the one number
     that depends on how a step is divided.
 
+    Where ranks share a step, n_m and n count the labels of all of them, and CE and R are one rank's
+    share: losses and gradients are sums over the ranks.
+
     Args:
         model: in training mode; gradients are added to its parameters'.
         step: the micro-batches.
         autocast: "bf16" or None.
 
     Returns:
-        [4] fp32 on the device: loss, balance_loss, z_loss, dropped; losses without coefficients.
+        [4] fp32 on the device: loss, balance_loss, z_loss, dropped, this rank's share of each;
+        losses without coefficients.
     """
     parts = []
     for micro in step.micro_batches:
         share = micro.num_labels / step.num_labels
         with autocast_context(model.device, autocast):
             result = model.hidden(micro.input_ids, micro.batch)
-            summed = linear_cross_entropy(result.hidden, model.lm_head.weight, micro.labels)
+            summed = model.cross_entropy(result.hidden, micro.labels)
             router = _router_means(result, summed)
         loss = summed / step.num_labels
         (loss + share * _auxiliary(model, router)).backward()
@@ -107,4 +110,4 @@ def micro_batch_loss(model: HybridModel, micro: MicroBatch, *, autocast: str | N
     """Return the summed cross-entropy of one micro-batch, without a gradient."""
     with torch.no_grad(), autocast_context(model.device, autocast):
         hidden = model.hidden(micro.input_ids, micro.batch).hidden
-        return linear_cross_entropy(hidden, model.lm_head.weight, micro.labels)
+        return model.cross_entropy(hidden, micro.labels)

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from sevenfold.models import HybridModel
-from sevenfold.train.batch import SampleSource, read_step
+from sevenfold.parallel import Layout, release_weights
+from sevenfold.train.batch import ALONE, SampleSource, read_step
 from sevenfold.train.step import micro_batch_loss
 
 
@@ -31,6 +32,7 @@ def validate(
     *,
     micro_batch_rows: int | None,
     autocast: str | None,
+    layout: Layout = ALONE,
 ) -> ValidationResult:
     """Evaluate a model on the first samples of a loader.
 
@@ -40,14 +42,23 @@ def validate(
         num_samples: rows, from index 0.
         micro_batch_rows: rows at once; None takes all.
         autocast: "bf16" or None.
+        layout: where this rank stands; all ranks take part.
 
     Returns:
         Loss over all labels, and bits per byte.
     """
-    step = read_step(loader, 0, num_samples, micro_batch_rows=micro_batch_rows, device=model.device)
+    step = read_step(
+        loader,
+        0,
+        num_samples,
+        micro_batch_rows=micro_batch_rows,
+        device=model.device,
+        layout=layout,
+    )
     was_training = model.training
     model.eval()
     losses = [micro_batch_loss(model, micro, autocast=autocast) for micro in step.micro_batches]
     model.train(was_training)
-    summed = sum(loss.item() for loss in losses)
+    release_weights(model)
+    summed = sum(layout.sum_over_tokens(loss).item() for loss in losses)
     return ValidationResult(summed / step.num_labels, bits_per_byte(summed, step.num_bytes))

@@ -51,12 +51,16 @@ class LightningAttention(nn.Module):
     ) -> tuple[Tensor, LinearState | PooledState | None]:
         """Mix x [B, T, hidden_size]; the state comes back advanced, or None if none came in."""
         B, T, _ = x.shape
-        q, k, v = silu_qkv(self.qkv_proj(x), self.num_heads)  # [B, T, H, D]
-        o, state = self._attend(q, k, v, batch, state)
+        q, k, v = self.project(x)
+        o, state = self.attend(q, k, v, batch, state)
         o, gate = o.reshape(B, T, -1), self.output_gate(x)
         return self.out_proj(gated_rms_norm(o, gate, self.norm.weight, self.norm.eps)), state
 
-    def _attend(
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, T, H, D] of x [B, T, hidden_size]."""
+        return silu_qkv(self.qkv_proj(x), self.num_heads)
+
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
@@ -64,6 +68,7 @@ class LightningAttention(nn.Module):
         batch: Batch,
         state: LinearState | PooledState | None,
     ) -> tuple[Tensor, LinearState | PooledState | None]:
+        """Run the recurrence on q, k, v [B, T, H, D]; sevenfold.parallel may stand in for it."""
         if state is None:
             o = lightning_attention(q, k, v, self.log_decay, cu_seqlens=batch.cu_seqlens).o
             return o, None

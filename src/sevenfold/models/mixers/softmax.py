@@ -35,16 +35,21 @@ class SoftmaxAttention(nn.Module):
         q = self._rotated(self.q_proj(x).view(B, T, self.num_heads, self.head_dim), batch)
         k = self._rotated(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim), batch)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        o = self.attend(q, k, v, batch, state)
+        return self.o_proj(o.reshape(B, T, -1)), state
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: KVState | PagedKV | None
+    ) -> Tensor:
+        """Attend q [B, T, H, D] to keys that are rotated; sevenfold.parallel may stand in for it."""
         if state is None:
             how = {"lengths": batch.lengths, "scale": self.scale, "window": self.window}
-            o = attention(q, k, v, **how)
-        elif isinstance(state, PagedKV):
-            o = self._attend_pages(q, k, v, batch, state)
-        elif self.window is None:
-            o = self._attend_all(q, k, v, batch, state)
-        else:
-            o = self._attend_window(q, k, v, batch, state)
-        return self.o_proj(o.reshape(B, T, -1)), state
+            return attention(q, k, v, **how)
+        if isinstance(state, PagedKV):
+            return self._attend_pages(q, k, v, batch, state)
+        if self.window is None:
+            return self._attend_all(q, k, v, batch, state)
+        return self._attend_window(q, k, v, batch, state)
 
     def _rotated(self, x: Tensor, batch: Batch) -> Tensor:
         return rotate(x, batch.positions, self.rotary_dim, self.rope_theta)

@@ -1,0 +1,23 @@
+"""Parallelism over processes: layouts of ranks, applied to a plain model from outside."""
+
+from sevenfold.parallel.apply import divide_model, shard_weights
+from sevenfold.parallel.config import ParallelConfig
+from sevenfold.parallel.context.batch import ContextBatch, divide_row
+from sevenfold.parallel.gradients import clip_gradients, gradient_norm, groups_by_mesh
+from sevenfold.parallel.layout import Layout, Place, check_num_ranks
+from sevenfold.parallel.sharding import release_weights
+
+__all__ = [
+    "ContextBatch",
+    "Layout",
+    "ParallelConfig",
+    "Place",
+    "check_num_ranks",
+    "clip_gradients",
+    "divide_model",
+    "divide_row",
+    "gradient_norm",
+    "groups_by_mesh",
+    "release_weights",
+    "shard_weights",
+]

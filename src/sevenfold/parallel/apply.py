@@ -1,0 +1,50 @@
+"""Parallelism applied to a plain model from outside."""
+
+from sevenfold.models import HybridModel
+from sevenfold.models.feed_forward import MixtureOfExperts
+from sevenfold.models.mixers import SoftmaxAttention
+from sevenfold.parallel.context.lightning import ContextLightning
+from sevenfold.parallel.context.softmax import ContextSoftmax
+from sevenfold.parallel.experts import divide_experts, share_statistics
+from sevenfold.parallel.layout import Layout
+from sevenfold.parallel.sharding import shard_model
+from sevenfold.parallel.tensor import divide_tensors
+
+
+def divide_model(model: HybridModel, layout: Layout) -> None:
+    """Apply tensor, expert and context parallelism, and share the routers' statistics.
+
+    fully_shard comes after recomputation: see shard_weights.
+
+    Args:
+        model: whole and the same on all ranks, on its final device; changed in place, names stay.
+        layout: whose degrees suit the model.
+    """
+    if layout.is_alone:
+        return
+    layout.config.check_model(model.config)
+    for block in model.layers:
+        if isinstance(block.mlp, MixtureOfExperts):
+            if layout.config.expert > 1:
+                divide_experts(block.mlp, layout)
+            share_statistics(block.mlp, layout)
+    if layout.config.tensor > 1:
+        divide_tensors(model, layout)
+    if layout.config.context > 1:
+        _divide_context(model, layout)
+
+
+def shard_weights(model: HybridModel, layout: Layout) -> None:
+    """Apply fully_shard where there is more than one rank with tokens of its own."""
+    if layout.config.token_ranks > 1:
+        shard_model(model, layout)
+
+
+def _divide_context(model: HybridModel, layout: Layout) -> None:
+    group = layout.group("context")
+    for block in model.layers:
+        mixer = block.self_attn
+        if isinstance(mixer, SoftmaxAttention):
+            mixer.attend = ContextSoftmax(mixer.scale, mixer.window, group)
+        else:
+            mixer.attend = ContextLightning(mixer.log_decay, group)

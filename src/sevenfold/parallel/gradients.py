@@ -1,0 +1,73 @@
+"""Norm and clipping of gradients of which each rank holds a part."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sevenfold.parallel.layout import Layout
+from sevenfold.parallel.parts import ParameterParts, parts_of
+
+
+def gradient_norm(named_parameters: Iterable[tuple[str, nn.Parameter]], layout: Layout) -> Tensor:
+    """Return the global 2-norm of the gradients, the same on all ranks.
+
+        norm = sqrt(sum over ranks and parameters of |own part|^2 / copies)
+
+    copies is the number of ranks that hold the same part, so each element counts once, be it
+    divided by tensor, by expert, by both or by neither.
+
+    Args:
+        named_parameters: under their names in HybridModel.
+        layout: how they are divided.
+
+    Returns:
+        A scalar on the device.
+    """
+    squares: list[Tensor] = []
+    for name, parameter in named_parameters:
+        if parameter.grad is not None:
+            square = torch.linalg.vector_norm(local(parameter.grad)).square()
+            squares.append(square / copies(parts_of(name), layout))
+    return layout.sum_over_all(torch.stack(squares).sum()).sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale gradients so that their norm is at most limit, as torch.nn.utils does.
+
+    g = g * min(1, limit / (norm + 1e-6))
+    """
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).mul_(scale)
+
+
+def copies(parts: ParameterParts, layout: Layout) -> int:
+    """How many ranks hold the same part of a parameter."""
+    config = layout.config
+    return config.replicate * (config.tensor if parts.tensor is None else 1)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank holds of x."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def groups_by_mesh(groups: list[dict]) -> list[dict]:
+    """Part an optimizer's groups so that the parameters of each lie on one mesh.
+
+    PyTorch's fused optimizers refuse tensors of several meshes in one call.
+    """
+    parted = []
+    for group in groups:
+        meshes = {_mesh(parameter): [] for parameter in group["params"]}
+        for parameter in group["params"]:
+            meshes[_mesh(parameter)].append(parameter)
+        parted += [{**group, "params": parameters} for parameters in meshes.values()]
+    return parted
+
+
+def _mesh(parameter: nn.Parameter) -> object:
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None

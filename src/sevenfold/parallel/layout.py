@@ -1,0 +1,165 @@
+"""Where a process stands among the ranks of a run, and whom it speaks to."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sevenfold.config import ConfigError
+from sevenfold.parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Coordinates of a rank.
+
+    data: which rows it reads, 0 to replicate * shard - 1.
+    context: which stretch of them.
+    tensor: which part of heads, widths and vocabulary.
+    expert: which part of the experts.
+    """
+
+    data: int
+    context: int
+    tensor: int
+    expert: int
+
+
+class Meshes(NamedTuple):
+    """The same ranks, cut in four ways; tensor is innermost: what speaks most lies nearest.
+
+    rows: (data, context, tensor).
+    tokens: (tokens, tensor); tokens are data and context.
+    weights: (replicate, weights, tensor); weights are shard and context.
+    experts: (replicate, expert_shard, expert, tensor).
+    """
+
+    rows: DeviceMesh
+    tokens: DeviceMesh
+    weights: DeviceMesh
+    experts: DeviceMesh
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The meshes of a run, as one rank sees them; a run of one process has none."""
+
+    config: ParallelConfig
+    rank: int = 0
+    meshes: Meshes | None = None
+
+    @staticmethod
+    def join(config: ParallelConfig, device_type: str) -> "Layout":
+        """Build the meshes; every process of the default group calls it.
+
+        Args:
+            config: its degrees multiply to the group's size.
+            device_type: "cpu" or "cuda".
+
+        Raises:
+            ConfigError: they do not.
+        """
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        check_num_ranks(config, size)
+        if size == 1:
+            return Layout(config)
+        return Layout(config, dist.get_rank(), _meshes(config, device_type))
+
+    @cached_property
+    def place(self) -> Place:
+        """Where this rank stands."""
+        return place_of(self.config, self.rank)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the run has one process."""
+        return self.meshes is None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what a run writes once."""
+        return self.rank == 0
+
+    def group(self, name: Literal["context", "tensor", "expert"]) -> dist.ProcessGroup:
+        """The ranks along one dimension."""
+        meshes = self._meshes()
+        return (meshes.experts if name == "expert" else meshes.rows).get_group(name)
+
+    @property
+    def weight_mesh(self) -> DeviceMesh:
+        """Along which fully_shard divides weights, and copies them where replicate is not 1."""
+        mesh = self._meshes().weights
+        return mesh["weights"] if self.config.replicate == 1 else mesh["replicate", "weights"]
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """Along which fully_shard divides experts that ranks hold in part already."""
+        mesh, name = self._meshes().experts, "expert_shard"
+        return mesh[name] if self.config.replicate == 1 else mesh["replicate", name]
+
+    def sum_over_tokens(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that hold different tokens."""
+        if self.meshes is None:
+            return values
+        return _reduced(values, self.meshes.tokens.get_group("tokens"))
+
+    def sum_over_all(self, values: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        return values if self.meshes is None else _reduced(values, None)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says so: all ranks hear the same."""
+        return bool(self.sum_over_all(torch.tensor(int(flag))).item())
+
+    def _meshes(self) -> Meshes:
+        if self.meshes is None:
+            raise ValueError("layout must have several processes to have a mesh, got one")
+        return self.meshes
+
+
+def _reduced(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    values = values.clone()
+    dist.all_reduce(values, group=group)
+    return values
+
+
+def check_num_ranks(config: ParallelConfig, num_processes: int) -> None:
+    """Raise ConfigError unless the degrees multiply to the number of processes."""
+    if config.num_ranks != num_processes:
+        raise ConfigError(
+            f"parallel: replicate * shard * context * tensor must be the {num_processes} processes "
+            f"of the run, got {config.replicate} * {config.shard} * {config.context} * "
+            f"{config.tensor} = {config.num_ranks}"
+        )
+
+
+def place_of(config: ParallelConfig, rank: int) -> Place:
+    """Return where a rank stands: tensor is innermost, then context, shard, replicate."""
+    outer, tensor = divmod(rank, config.tensor)
+    data, context = divmod(outer, config.context)
+    return Place(data, context, tensor, expert=outer % config.weight_shards % config.expert)
+
+
+def _meshes(config: ParallelConfig, device_type: str) -> Meshes:
+    c = config
+    shapes: tuple[dict[str, int], ...] = (
+        {"data": c.data, "context": c.context, "tensor": c.tensor},
+        {"tokens": c.token_ranks, "tensor": c.tensor},
+        {"replicate": c.replicate, "weights": c.weight_shards, "tensor": c.tensor},
+        {
+            "replicate": c.replicate,
+            "expert_shard": c.weight_shards // c.expert,
+            "expert": c.expert,
+            "tensor": c.tensor,
+        },
+    )
+    return Meshes(
+        *(
+            init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+            for shape in shapes
+        )
+    )

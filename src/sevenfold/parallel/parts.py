@@ -1,0 +1,65 @@
+"""Which dimension of each parameter is divided, and by whom.
+
+Every matrix has one side of hidden_size, which fully_shard divides, and one of heads, width or
+vocabulary, which tensor parallelism divides: so no dimension is divided twice, but for the weight of
+lightning attention's norm, first by tensor.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ROWS_ARE_HIDDEN = ("out_proj", "o_proj", "down_proj")
+_WHOLE = ("gate", "coefficient")
+
+
+@dataclass(frozen=True)
+class ParameterParts:
+    """How one parameter is divided.
+
+    weights: dimension that fully_shard divides.
+    tensor: dimension that tensor parallelism divides; None leaves a copy on each rank.
+    is_expert: whether dimension 0 is experts.
+    has_halves: whether the tensor dimension is gate above up, each of which is divided.
+    """
+
+    weights: int
+    tensor: int | None
+    is_expert: bool
+    has_halves: bool
+
+
+def parts_of(name: str) -> ParameterParts:
+    """Return how a parameter of HybridModel is divided, by its name."""
+    path = name.removesuffix(".weight").split(".")
+    kind, is_expert = path[-1], path[-2:-1] == ["experts"]
+    offset = int(is_expert)
+    if kind == "norm" and path[-2:-1] == ["self_attn"]:
+        return ParameterParts(0, 0, False, False)
+    if kind == "norm" or kind.endswith("layernorm"):
+        return ParameterParts(0, None, False, False)
+    if kind in _WHOLE:
+        return ParameterParts(1, None, False, False)
+    if kind in _ROWS_ARE_HIDDEN:
+        return ParameterParts(offset, offset + 1, is_expert, False)
+    return ParameterParts(offset + 1, offset, is_expert, kind == "gate_up_proj")
+
+
+def tensor_slice(x: Tensor, parts: ParameterParts, index: int, size: int) -> Tensor:
+    """Return a tensor rank's part of a whole parameter, as a view or, of halves, a copy."""
+    if parts.tensor is None:
+        return x
+    halves = x.chunk(2, parts.tensor) if parts.has_halves else (x,)
+    own = [half.chunk(size, parts.tensor)[index] for half in halves]
+    return own[0] if len(own) == 1 else torch.cat(own, parts.tensor)
+
+
+def by_halves(x: Tensor, parts: ParameterParts) -> Tensor:
+    """View [..., 2 F, ...] as [..., 2, F, ...] where a parameter has halves.
+
+    In this form a part of the width is a plain slice, whatever its degree: checkpoints hold it.
+    """
+    if not parts.has_halves or parts.tensor is None:
+        return x
+    return x.unflatten(parts.tensor, (2, -1))

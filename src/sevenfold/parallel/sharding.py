@@ -1,0 +1,57 @@
+"""Data parallelism: fully_shard over a plain model, whose gradients are sums."""
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
+
+from sevenfold.models import HybridModel
+from sevenfold.models.feed_forward import MixtureOfExperts
+from sevenfold.parallel.layout import Layout
+from sevenfold.parallel.parts import parts_of
+
+
+def shard_model(model: HybridModel, layout: Layout) -> None:
+    """Divide weights, gradients and moments among the ranks that hold different tokens.
+
+        gradient of a weight = sum over ranks of their gradients
+
+    A sum, not fully_shard's mean: each rank's loss is its share of the whole batch's, divided by
+    the labels of the whole batch, so tokens weigh alike wherever they lie.
+
+    Args:
+        model: changed in place, each block a unit; names stay.
+        layout: of more than one rank.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def along_hidden(parameter: nn.Parameter) -> Shard:
+        return Shard(parts_of(names[id(parameter)]).weights)
+
+    for block in model.layers:
+        if layout.config.expert > 1 and isinstance(block.mlp, MixtureOfExperts):
+            fully_shard(
+                block.mlp.experts, mesh=layout.expert_mesh, shard_placement_fn=along_hidden
+            )
+        fully_shard(block, mesh=layout.weight_mesh, shard_placement_fn=along_hidden)
+    # The head is read after the forward, so the outermost unit stays whole until the backward.
+    fully_shard(
+        model,
+        mesh=layout.weight_mesh,
+        shard_placement_fn=along_hidden,
+        reshard_after_forward=False,
+    )
+    register_fsdp_forward_method(model, "hidden")
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        # gloo has no scaled sum, and NCCL's mean would be the wrong thing.
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def release_weights(model: nn.Module) -> None:
+    """Give back whole weights that a forward without a backward has left."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,198 @@
+"""What the tests of parallelism share: one tiny model, samples, cases, and runs over processes."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sevenfold.config import parse_config
+from sevenfold.models import HybridModel, ModelConfig, init_weights
+from sevenfold.optim import AdamWConfig, build_adamw
+from sevenfold.parallel import (
+    Layout,
+    ParallelConfig,
+    clip_gradients,
+    divide_model,
+    gradient_norm,
+    groups_by_mesh,
+    shard_weights,
+)
+from sevenfold.train.batch import read_step
+from sevenfold.train.step import forward_backward
+from sevenfold.train.transform import recompute_blocks
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+SEQ_LEN = 16
+MOE = {
+    "num_local_experts": 4,
+    "capacity_factor": 0.8,
+    "router_aux_loss_coef": 0.1,
+    "router_z_loss_coef": 0.01,
+    "shared_intermediate_size": 8,
+}
+MODEL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "layer_types": [
+        "linear_attention",
+        "full_attention",
+        "linear_attention",
+        "sliding_attention",
+    ],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "intermediate_size": 8,
+    "rotary_dim": 2,
+    "sliding_window": 5,
+}
+# Each row's documents; those of one token and of a whole row among them.
+ROWS = ((5, 11), (16,), (1, 2, 13), (9, 7), (3, 13), (16,), (12, 4))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout on a model, over a step of two micro-batches."""
+
+    name: str
+    parallel: dict[str, int]
+    micro_batch_rows: int = 4
+    model: dict[str, Any] = field(default_factory=dict)
+    recompute: bool = False
+
+    @property
+    def config(self) -> ParallelConfig:
+        return ParallelConfig(**self.parallel)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return parse_config(ModelConfig, MODEL | self.model, "test")
+
+
+@dataclass(frozen=True)
+class Row:
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows by index, of which one has no label in its first half."""
+
+    def sample(self, index: int) -> Row:
+        ids, labels = np.random.default_rng(index).integers(0, 64, size=(2, SEQ_LEN))
+        if index % 3 == 1:
+            labels[: SEQ_LEN // 2] = -100
+        return Row(ids, labels, ROWS[index % len(ROWS)], num_bytes=40 + index)
+
+
+def build(case: Case, layout: Layout, dtype: torch.dtype) -> tuple[HybridModel, Any]:
+    model = init_weights(HybridModel(case.model_config), seed=3).to(dtype).train()
+    divide_model(model, layout)
+    if case.recompute:
+        recompute_blocks(model, 1)
+    shard_weights(model, layout)
+    optimizer = build_adamw(model.named_parameters(), AdamWConfig(lr=0.01))
+    optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
+    return model, optimizer
+
+
+def take_step(case: Case, model: HybridModel, optimizer: Any, layout: Layout) -> dict[str, Any]:
+    """One step of training, as the loop takes it: what it computed, and this rank's tensors."""
+    size = case.micro_batch_rows
+    step = read_step(
+        Rows(), 0, 2 * size, micro_batch_rows=size, device=model.device, layout=layout
+    )
+    losses = layout.sum_over_tokens(forward_backward(model, step, autocast=None))
+    norm = gradient_norm(model.named_parameters(), layout)
+    clip_gradients(model.parameters(), 0.5, norm)
+    gradients = {name: held(p.grad).clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    weights = {name: held(p).clone() for name, p in model.named_parameters()}
+    return {
+        "losses": losses,
+        "norm": norm,
+        "labels": step.num_labels,
+        "bytes": step.num_bytes,
+        "gradients": gradients,
+        "weights": weights,
+        "place": layout.place,
+    }
+
+
+def held(x: Any) -> torch.Tensor:
+    return (x.to_local() if hasattr(x, "to_local") else x).detach()
+
+
+def run_ranks(job: str, num_ranks: int, folder: Path, *arguments: str) -> None:
+    """Run a job of parallel_worker.py in processes that write their results to the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, str(WORKER), job, str(num_ranks), str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def joined(case: Case, ranks: list[dict], kind: str, name: str, whole: torch.Tensor):
+    """Put a tensor together from the parts of all ranks; each element from every rank with it.
+
+    Returns the tensor as rank after rank wrote it: [copies] of equal tensors are one.
+    """
+    out = torch.full_like(whole, float("nan"), dtype=torch.float64)
+    for rank in ranks:
+        view = region(case.config, rank["place"], name, out)
+        part = rank[kind][name].double()
+        for piece, own in zip(view, part.chunk(len(view), tensor_dim(name) or 0), strict=True):
+            known = ~torch.isnan(piece)
+            assert torch.equal(piece[known], own[known]), f"{case.name}: {name} differs by rank"
+            piece.copy_(own)
+    assert not out.isnan().any(), f"{case.name}: {name} has parts that no rank holds"
+    return out
+
+
+def region(config: ParallelConfig, place: Any, name: str, x: torch.Tensor) -> list[torch.Tensor]:
+    """The views of a whole tensor that a rank holds, written independently of the package."""
+    is_expert = ".experts." in name
+    shards = config.shard * config.context
+    index = place.data % config.shard * config.context + place.context
+    if is_expert:
+        x = x.chunk(config.expert)[place.expert]
+        shards, index = shards // config.expert, index // config.expert
+    dim = tensor_dim(name)
+    halves = list(x.chunk(2, dim)) if "gate_up_proj" in name else [x]
+    if dim is not None:
+        halves = [half.chunk(config.tensor, dim)[place.tensor] for half in halves]
+    hidden = hidden_dim(name, x)
+    return [half.chunk(shards, hidden)[index] for half in halves]
+
+
+def tensor_dim(name: str) -> int | None:
+    if name.endswith(("layernorm.weight", "mlp.gate.weight", "coefficient.weight")):
+        return None
+    if name == "norm.weight":
+        return None
+    if "experts.gate_up" in name:
+        return 1
+    if "experts.down" in name:
+        return 2
+    return 1 if any(k in name for k in ("out_proj", "o_proj", "down_proj")) else 0
+
+
+def hidden_dim(name: str, x: torch.Tensor) -> int:
+    if x.dim() == 1:
+        return 0
+    if "experts.gate_up" in name:
+        return 2
+    if "experts.down" in name:
+        return 1
+    return 0 if any(k in name for k in ("out_proj", "o_proj", "down_proj")) else 1

@@ -1,0 +1,67 @@
+"""Runs a job in several processes over gloo; they are forked, so the imports are paid once.
+
+python parallel_worker.py JOB RANKS FOLDER [ARGUMENT...]
+"""
+
+import multiprocessing
+import sys
+import traceback
+from pathlib import Path
+
+import parallel_cases
+import torch
+from parallel_helpers import build, take_step
+from torch import distributed as dist
+
+from sevenfold.parallel import Layout
+
+
+def steps(folder: Path, rank: int, *names: str) -> None:
+    """Take a step of every named case."""
+    for case in (c for c in parallel_cases.CASES if c.name in names):
+        layout = Layout.join(case.config, "cpu")
+        model, optimizer = build(case, layout, torch.float64)
+        torch.save(
+            take_step(case, model, optimizer, layout), folder / f"{case.name}.{rank}.pt"
+        )
+
+
+JOBS = {"steps": steps}
+
+
+def process(job: str, rank: int, num_ranks: int, folder: Path, arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    try:
+        JOBS[job](folder, rank, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # The others wait in a collective that this one will not join.
+        multiprocessing.current_process()._parent_pid and sys.exit(1)
+    finally:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    job, num_ranks, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=process, args=(job, rank, num_ranks, folder, sys.argv[4:]))
+        for rank in range(num_ranks)
+    ]
+    for rank in ranks:
+        rank.start()
+    while any(rank.is_alive() for rank in ranks):
+        for rank in ranks:
+            rank.join(0.05)
+        if any(rank.exitcode for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+            sys.exit("a rank failed")
+    sys.exit(max(rank.exitcode or 0 for rank in ranks))
+
+
+if __name__ == "__main__":
+    main()
