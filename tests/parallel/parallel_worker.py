@@ -14,6 +14,7 @@ from parallel_helpers import build, take_step
 from torch import distributed as dist
 
 from sevenfold.parallel import Layout
+from sevenfold.train import load_run_config, train
 
 
 def steps(folder: Path, rank: int, *names: str) -> None:
@@ -26,7 +27,13 @@ def steps(folder: Path, rank: int, *names: str) -> None:
         )
 
 
-JOBS = {"steps": steps}
+def runs(folder: Path, rank: int, *run_files: str) -> None:
+    """Train each run file in turn."""
+    for run_file in run_files:
+        train(load_run_config(Path(run_file)))
+
+
+JOBS = {"steps": steps, "runs": runs}
 
 
 def process(job: str, rank: int, num_ranks: int, folder: Path, arguments: list[str]) -> None:
@@ -36,12 +43,10 @@ def process(job: str, rank: int, num_ranks: int, folder: Path, arguments: list[s
     try:
         JOBS[job](folder, rank, *arguments)
     except BaseException:
+        # The others wait in a collective that this rank will not join: main ends them.
         traceback.print_exc()
-        sys.stderr.flush()
-        # The others wait in a collective that this one will not join.
-        multiprocessing.current_process()._parent_pid and sys.exit(1)
-    finally:
-        dist.destroy_process_group()
+        sys.exit(1)
+    dist.destroy_process_group()
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sevenfold.cli.train_plan import print_plan
 from sevenfold.train import RunConfig, TrainResult, load_run_config, train
 from sevenfold.train.display import show_run
 
@@ -16,12 +17,24 @@ def train_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in optimizer.lr=3e-4."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print mesh, memory and time of a rank; train nothing."),
+    ] = False,
 ) -> None:
-    """Train a model; the same command again goes on where the run stopped."""
+    """Train a model; the same command again goes on where the run stopped.
+
+    With a [parallel] table, start it by torchrun: one process a rank.
+    """
     config = load_run_config(run, set_ or [])
     console = Console()
+    if dry_run:
+        print_plan(config, console)
+        return
     with show_run(config, console) as show:
         result = train(config, on_step=show)
+    if not result.is_first:
+        return
     console.print(_ending(result, config, run), highlight=False, soft_wrap=True)
 
 

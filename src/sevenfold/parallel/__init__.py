@@ -5,6 +5,7 @@ from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.context.batch import ContextBatch, divide_row
 from sevenfold.parallel.gradients import clip_gradients, gradient_norm, groups_by_mesh
 from sevenfold.parallel.layout import Layout, Place, check_num_ranks
+from sevenfold.parallel.portable import portable, portable_tensors
 from sevenfold.parallel.sharding import release_weights
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "divide_row",
     "gradient_norm",
     "groups_by_mesh",
+    "portable",
+    "portable_tensors",
     "release_weights",
     "shard_weights",
 ]

@@ -58,6 +58,11 @@ class ParallelConfig(StrictModel):
         if self.num_ranks == 1:
             return
         _check_divides("shard * context", self.weight_shards, "hidden_size", model.hidden_size)
+        if model.count("linear_attention"):
+            # The norm's weight lies along the heads alone, so both divide it.
+            inner = model.num_attention_heads * model.head_dim
+            degree, name = "shard * context * tensor", "num_attention_heads * head_dim"
+            _check_divides(degree, self.weight_shards * self.tensor, name, inner)
         for name, size in _tensor_sizes(model).items():
             _check_divides("tensor", self.tensor, name, size)
         if self.expert > 1 and model.moe is None:

@@ -90,6 +90,11 @@ class Layout:
         return (meshes.experts if name == "expert" else meshes.rows).get_group(name)
 
     @property
+    def device_type(self) -> str:
+        """Where the ranks' tensors lie: "cpu" or "cuda"."""
+        return self._meshes().rows.device_type
+
+    @property
     def weight_mesh(self) -> DeviceMesh:
         """Along which fully_shard divides weights, and copies them where replicate is not 1."""
         mesh = self._meshes().weights

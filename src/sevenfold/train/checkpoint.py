@@ -25,18 +25,24 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sevenfold.config import CheckpointError, parse_config
 from sevenfold.models import HybridModel
+from sevenfold.parallel import Layout, portable, portable_tensors
+from sevenfold.train.batch import ALONE
 from sevenfold.train.progress import Progress
+from sevenfold.train.ranks import first_for_all
 
 _STATE_FILE = "progress.json"
 _NAME = re.compile(r"step-(\d+)")
 
 
-def run_tensors(model: HybridModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def run_tensors(
+    model: HybridModel, optimizer: torch.optim.Optimizer, layout: Layout = ALONE
+) -> dict[str, Any]:
     """Return the tensors of a run by name, as views: saving reads them, loading writes them.
 
     Args:
         model: its weights and buffers.
         optimizer: its state, under the parameters' names.
+        layout: how ranks divide them.
 
     Returns:
         Nested names to tensors; the generators' states are copies.
@@ -46,11 +52,17 @@ def run_tensors(model: HybridModel, optimizer: torch.optim.Optimizer) -> dict[st
     generators = {"cpu": torch.get_rng_state()}
     if model.device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(model.device)
-    return {"model": model.state_dict(), "optimizer": moments, "generators": generators}
+    tensors = {"model": model.state_dict(), "optimizer": moments, "generators": generators}
+    return portable_tensors(tensors, layout)
 
 
 def save_checkpoint(
-    folder: Path, tensors: dict[str, Any], progress: Progress, *, keep: int
+    folder: Path,
+    tensors: dict[str, Any],
+    progress: Progress,
+    *,
+    keep: int,
+    layout: Layout = ALONE,
 ) -> Path:
     """Write one checkpoint and remove the oldest beyond `keep`; a step that has one keeps it.
 
@@ -62,6 +74,7 @@ def save_checkpoint(
         tensors: as run_tensors returns them.
         progress: names the checkpoint by its step.
         keep: number of newest checkpoints that stay, at least 1.
+        layout: of the run; all ranks call, each writes its part, the first does what is done once.
 
     Returns:
         The checkpoint's path.
@@ -73,21 +86,29 @@ def save_checkpoint(
     if final.exists():
         return final
     staging = final.with_name(f".{final.name}.tmp")
-    try:
+
+    def begin() -> None:
         staging.mkdir(parents=True)
         _write_text(staging / _STATE_FILE, progress.model_dump_json(indent=2))
-        _write_tensors(tensors, staging)
+
+    def publish() -> None:
         _sync_folder(staging)
         staging.rename(final)
         _sync_folder(folder)
+
+    try:
+        first_for_all(layout, begin)
+        _write_tensors(tensors, staging, layout)
+        first_for_all(layout, publish)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(
             f"{final} must be writable, got: {_cause(error)}; earlier checkpoints are whole: free "
             f"space and start the run again"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        _remove(old)
+    if layout.is_first:
+        for old in list_checkpoints(folder)[:-keep]:
+            _remove(old)
     return final
 
 
@@ -121,12 +142,13 @@ def read_progress(path: Path) -> Progress:
         ) from error
 
 
-def load_checkpoint(path: Path, tensors: dict[str, Any]) -> Progress:
+def load_checkpoint(path: Path, tensors: dict[str, Any], *, layout: Layout = ALONE) -> Progress:
     """Read a checkpoint into the tensors of a run, and set the generators.
 
     Args:
         path: one of list_checkpoints.
         tensors: as run_tensors returns them; overwritten in place.
+        layout: of the run, which need not be the one that wrote it.
 
     Returns:
         The counters.
@@ -135,16 +157,20 @@ def load_checkpoint(path: Path, tensors: dict[str, Any]) -> Progress:
         CheckpointError: it is damaged, or its tensors are not the run's.
     """
     progress = read_progress(path)
+    _read(tensors, path, layout)
+    _set_generators(tensors["generators"])
+    return progress
+
+
+def _read(tensors: dict[str, Any], path: Path, layout: Layout) -> None:
     try:
         with _single_process():
-            load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+            load(tensors, storage_reader=FileSystemReader(path), no_dist=layout.is_alone)
     except (OSError, CheckpointException) as error:
         raise CheckpointError(
             f"{path} must hold this run's tensors, got: {_cause(error)}; remove it to go on from "
             f"an earlier checkpoint"
         ) from error
-    _set_generators(tensors["generators"])
-    return progress
 
 
 def _set_generators(generators: dict[str, Tensor]) -> None:
@@ -153,10 +179,20 @@ def _set_generators(generators: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(generators["cuda"])
 
 
-def _write_tensors(tensors: dict[str, Any], folder: Path) -> None:
+def read_weights(path: Path, model: HybridModel) -> None:
+    """Read a checkpoint's weights, whole, into a plain model of this process.
+
+    Raises:
+        CheckpointError: it is damaged, or its tensors are not the model's.
+    """
+    weights = {name: portable(name, x, ALONE) for name, x in model.state_dict().items()}
+    _read({"model": weights}, path, ALONE)
+
+
+def _write_tensors(tensors: dict[str, Any], folder: Path, layout: Layout) -> None:
     with _single_process():
         # The writer flushes each file to the disk before it returns.
-        save(tensors, storage_writer=FileSystemWriter(folder), no_dist=True)
+        save(tensors, storage_writer=FileSystemWriter(folder), no_dist=layout.is_alone)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from sevenfold.config import ConfigError, StrictModel, parse_config, read_toml
 from sevenfold.models import ModelConfig
 from sevenfold.models.presets import resolve_model
 from sevenfold.optim import AdamWConfig, ScheduleConfig
+from sevenfold.parallel import ParallelConfig
 
 _Positive = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[int, Field(ge=0)]
@@ -135,6 +136,7 @@ class RunConfig(StrictModel):
     optimizer: AdamWConfig
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchSection
+    parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionSection = PrecisionSection()
     compile: CompileSection = CompileSection()
     checkpointing: CheckpointingSection = CheckpointingSection()
@@ -163,7 +165,23 @@ class RunConfig(StrictModel):
                 f"every_layers must not exceed the model's {self.model.num_hidden_layers} layers, "
                 f"got {every}"
             )
+        self.parallel.check_model(self.model)
+        for rows, rule in self._micro_batches(sizes).items():
+            self.parallel.check_rows(rows, seq_len, rule=rule)
         return self
+
+    def _micro_batches(self, sizes: list[int]) -> dict[int, str]:
+        """Rows of each micro-batch that a step, or validation, can have, and which one it is."""
+        found: dict[int, str] = {}
+        totals = {size // self.data.seq_len: "a step" for size in sizes}
+        if self.validation is not None:
+            totals[self.validation.num_samples] = "validation"
+        for total, whose in totals.items():
+            size = min(self.batch.micro_batch_rows or total, total)
+            found[size] = f"a micro-batch of {whose}"
+            if total % size:
+                found[total % size] = f"the last micro-batch of {whose}"
+        return found
 
     def rows_at(self, next_sample: int) -> int:
         """Return the rows of the step that begins with a sample."""

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from sevenfold.train.batch import StepBatch
 from sevenfold.train.checkpoint import run_tensors, save_checkpoint
 from sevenfold.train.loop import StepOutcome, Trainer
 from sevenfold.train.metrics import MetricsFile, StepRecord, finite
@@ -20,7 +23,7 @@ class Recorder:
 
     Args:
         trainer: the run.
-        metrics: where every record goes.
+        metrics: where every record goes; None on all ranks but the first.
         listeners: called with every record.
         validate: evaluates the model; None without validation.
         flops: counts model FLOPs.
@@ -28,7 +31,7 @@ class Recorder:
     """
 
     trainer: Trainer
-    metrics: MetricsFile
+    metrics: MetricsFile | None
     listeners: tuple[OnStep, ...]
     validate: Callable[[], ValidationResult] | None
     flops: FlopsCounter
@@ -37,7 +40,8 @@ class Recorder:
     def __call__(self, outcome: StepOutcome) -> None:
         """Validate and record; save where a checkpoint is due."""
         record = self._record(outcome, self._validation(outcome))
-        self.metrics.write(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
         for listener in self.listeners:
             listener(record)
         every = self.trainer.config.run.checkpoint_every_steps
@@ -46,10 +50,16 @@ class Recorder:
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, after the record that leads up to it."""
-        self.metrics.sync()
-        run = self.trainer.config.run
-        tensors = run_tensors(self.trainer.model, self.trainer.optimizer)
-        save_checkpoint(run.out / CHECKPOINTS, tensors, progress, keep=run.keep_checkpoints)
+        if self.metrics is not None:
+            self.metrics.sync()
+        trainer, run = self.trainer, self.trainer.config.run
+        save_checkpoint(
+            run.out / CHECKPOINTS,
+            run_tensors(trainer.model, trainer.optimizer, trainer.layout),
+            progress,
+            keep=run.keep_checkpoints,
+            layout=trainer.layout,
+        )
 
     def _validation(self, outcome: StepOutcome) -> ValidationResult | None:
         settings, run = self.trainer.config.validation, self.trainer.config.run
@@ -59,10 +69,17 @@ class Recorder:
         due = step % settings.every_steps == 0 or step == run.steps
         return self.validate() if due else None
 
+    def _flops(self, batch: StepBatch) -> float:
+        """Model FLOPs of a step, over all ranks; ranks that share rows count them once."""
+        layout = self.trainer.layout
+        own = self.flops.count(batch.lengths) / layout.config.context
+        return layout.sum_over_tokens(torch.tensor(own, dtype=torch.float64)).item()
+
     def _record(self, outcome: StepOutcome, found: ValidationResult | None) -> StepRecord:
         values, batch, config = outcome.values, outcome.batch, self.trainer.config
         seq_len, has_experts = config.data.seq_len, config.model.moe is not None
-        flops_per_s = self.flops.count(batch.lengths) / outcome.time_s
+        flops_per_s = self._flops(batch) / outcome.time_s
+        ranks = self.trainer.layout.config.num_ranks
         summed_nats = values.loss * batch.num_labels
         return StepRecord(
             step=outcome.progress.step,
@@ -79,7 +96,7 @@ class Recorder:
             step_time_s=outcome.time_s,
             tokens_per_s=batch.num_rows * seq_len / outcome.time_s,
             flops_per_s=flops_per_s,
-            mfu=flops_per_s / self.peak_flops if self.peak_flops else None,
+            mfu=flops_per_s / self.peak_flops / ranks if self.peak_flops else None,
             peak_memory_bytes=peak_memory_bytes(self.trainer.model.device),
             validation_loss=finite(found.loss) if found else None,
             validation_bits_per_byte=finite(found.bits_per_byte) if found else None,

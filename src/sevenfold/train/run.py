@@ -1,6 +1,7 @@
 """A whole run: open its folder, resume, train, save, export."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,13 @@ from sevenfold.data import PackedLoader, TokenDataset
 from sevenfold.models import HybridModel, ModelConfig, init_weights
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_adamw
+from sevenfold.parallel import Layout, divide_model, groups_by_mesh, shard_weights
+from sevenfold.train.batch import ALONE
 from sevenfold.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     read_progress,
+    read_weights,
     remove_unfinished,
     run_tensors,
 )
@@ -23,6 +27,7 @@ from sevenfold.train.config import RunConfig
 from sevenfold.train.loop import Trainer, train_steps
 from sevenfold.train.metrics import METRICS_FILE, MetricsFile, truncate_metrics
 from sevenfold.train.progress import Progress
+from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
 from sevenfold.train.run_folder import CHECKPOINTS, FINAL, open_run_folder
 from sevenfold.train.setting import run_setting
@@ -43,6 +48,7 @@ class TrainResult:
         progress: where it stands.
         resumed_step: the step that it went on from; None if it began anew.
         signal_name: of the signal that stopped it; None without one.
+        is_first: whether this process is the one that speaks for the run.
     """
 
     folder: Path
@@ -50,14 +56,16 @@ class TrainResult:
     progress: Progress
     resumed_step: int | None
     signal_name: str | None
+    is_first: bool = True
 
 
 def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
     """Train, from the beginning or from the newest checkpoint in config.run.out.
 
     Nothing is printed. SIGTERM and Ctrl-C finish the step, save and return (in the main thread; in
-    another one signals keep their meaning). Calling again goes on; a run that is complete is
-    only exported again.
+    another one signals keep their meaning). Calling again goes on, under the same [parallel] table
+    or another; a run that is complete is only exported again. With torchrun every process calls;
+    only the first calls on_step and writes what a run writes once.
 
     Args:
         config: as load_run_config returns it.
@@ -74,14 +82,19 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
         UnsupportedError: the device or TensorBoard is not there.
     """
     data = _open_data(config)
-    with run_setting(config.run) as device, stop_on_signals() as request:
-        newest, begun = _open_folder(config, data)
-        trainer = _build(config, data, device)
+    with (
+        join_ranks(config.parallel, config.run) as (layout, run),
+        run_setting(run) as device,
+        stop_on_signals() as request,
+    ):
+        first_for_all(layout, lambda: _prepare_folder(config, data))
+        newest, begun = _find_newest(config)
+        trainer = _build(config, data, device, layout)
         progress = _resume(trainer, newest)
         progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
-        final = _export(trainer) if progress.step == config.run.steps else None
+        final = _export(trainer, data) if progress.step == config.run.steps else None
     stopped_by = None if request.received is None else request.received.name
-    return TrainResult(config.run.out, final, progress, begun, stopped_by)
+    return TrainResult(config.run.out, final, progress, begun, stopped_by, layout.is_first)
 
 
 def _open_data(config: RunConfig) -> TokenDataset:
@@ -94,12 +107,14 @@ def _open_data(config: RunConfig) -> TokenDataset:
     return data
 
 
-def _open_folder(config: RunConfig, data: TokenDataset) -> tuple[Path | None, int | None]:
-    """The newest checkpoint and its step, None in a new run."""
+def _prepare_folder(config: RunConfig, data: TokenDataset) -> None:
     open_run_folder(config, data.manifest.fingerprint)
-    checkpoints = config.run.out / CHECKPOINTS
-    remove_unfinished(checkpoints)
-    newest = next(reversed(list_checkpoints(checkpoints)), None)
+    remove_unfinished(config.run.out / CHECKPOINTS)
+
+
+def _find_newest(config: RunConfig) -> tuple[Path | None, int | None]:
+    """The newest checkpoint and its step, None in a new run."""
+    newest = next(reversed(list_checkpoints(config.run.out / CHECKPOINTS)), None)
     if newest is None:
         return None, None
     done = read_progress(newest).step
@@ -111,17 +126,23 @@ def _open_folder(config: RunConfig, data: TokenDataset) -> tuple[Path | None, in
     return newest, done
 
 
-def _build(config: RunConfig, data: TokenDataset, device: torch.device) -> Trainer:
+def _build(
+    config: RunConfig, data: TokenDataset, device: torch.device, layout: Layout = ALONE
+) -> Trainer:
     model = HybridModel(_with_end_of_text(config.model, data))
+    # Whole on every rank before it is divided, so that all layouts begin with the same weights.
     init_weights(model, seed=config.run.seed)
     model.to(device)
+    divide_model(model, layout)
     if config.checkpointing.every_layers is not None:
         recompute_blocks(model, config.checkpointing.every_layers)
     if config.compile.enabled:
         compile_parts(model, autocast=config.precision.autocast)
+    shard_weights(model, layout)
     optimizer = build_adamw(model.named_parameters(), config.optimizer)
+    optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
     loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
-    return Trainer(config, model, optimizer, loader)
+    return Trainer(config, model, optimizer, loader, layout)
 
 
 def _with_end_of_text(config: ModelConfig, data: TokenDataset) -> ModelConfig:
@@ -133,9 +154,12 @@ def _with_end_of_text(config: ModelConfig, data: TokenDataset) -> ModelConfig:
 
 def _resume(trainer: Trainer, checkpoint: Path | None) -> Progress:
     progress = Progress()
+    layout = trainer.layout
     if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, run_tensors(trainer.model, trainer.optimizer))
-    truncate_metrics(trainer.config.run.out / METRICS_FILE, progress.next_sample)
+        tensors = run_tensors(trainer.model, trainer.optimizer, layout)
+        progress = load_checkpoint(checkpoint, tensors, layout=layout)
+    metrics = trainer.config.run.out / METRICS_FILE
+    first_for_all(layout, lambda: truncate_metrics(metrics, progress.next_sample))
     return progress
 
 
@@ -145,14 +169,15 @@ def _continue(
     config, device = trainer.config, trainer.model.device
     listeners = () if on_step is None else (on_step,)
     peak_flops = config.run.peak_flops or known_peak_flops(device, config.precision.autocast)
-    with (
-        MetricsFile(config.run.out / METRICS_FILE) as metrics,
-        tensorboard_listener(config.run, progress.step) as written,
-    ):
+    with ExitStack() as stack:
+        metrics = None
+        if trainer.layout.is_first:
+            metrics = stack.enter_context(MetricsFile(config.run.out / METRICS_FILE))
+            listeners += stack.enter_context(tensorboard_listener(config.run, progress.step))
         recorder = Recorder(
             trainer=trainer,
             metrics=metrics,
-            listeners=(*listeners, *written),
+            listeners=listeners if trainer.layout.is_first else (),
             validate=_validation(trainer),
             flops=FlopsCounter(config.model),
             peak_flops=peak_flops,
@@ -181,10 +206,21 @@ def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
         num_samples,
         micro_batch_rows=config.batch.micro_batch_rows,
         autocast=config.precision.autocast,
+        layout=trainer.layout,
     )
 
 
-def _export(trainer: Trainer) -> Path:
-    final = trainer.config.run.out / FINAL
-    save_model(trainer.model, final, tokenizer=trainer.config.data.path, overwrite=True)
+def _export(trainer: Trainer, data: TokenDataset) -> Path:
+    config = trainer.config
+    final = config.run.out / FINAL
+
+    def save() -> None:
+        model = trainer.model
+        if not trainer.layout.is_alone:
+            # The checkpoint has the whole weights, of which each rank holds a part.
+            model = HybridModel(_with_end_of_text(config.model, data))
+            read_weights(list_checkpoints(config.run.out / CHECKPOINTS)[-1], model)
+        save_model(model, final, tokenizer=config.data.path, overwrite=True)
+
+    first_for_all(trainer.layout, save)
     return final

@@ -34,6 +34,7 @@ _CHANGEABLE = {
     "run.tensorboard",
     "run.peak_flops",
     "batch.micro_batch_rows",
+    "parallel",
     "compile",
     "checkpointing",
     "guard",

@@ -33,7 +33,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        rows, weight = _rows(x), weight.detach().contiguous()
+        # A copy: numpy pins what it views, and fully_shard frees a weight between its uses.
+        rows, weight = _rows(x), weight.detach().clone(memory_format=torch.contiguous_format)
         ctx.save_for_backward(rows, None if gate is None else _rows(gate), weight)
         ctx.eps, ctx.shape = eps, x.shape
         y = torch.empty_like(rows)

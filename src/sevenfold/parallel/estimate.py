@@ -1,0 +1,247 @@
+"""What a layout costs each rank: bytes and seconds, by arithmetic alone.
+
+Weights, gradients and moments are counted parameter by parameter on the meta device, and are exact.
+Activations and times are estimates: they leave out allocator and kernel overheads, and say of what
+they are made.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sevenfold.models import HybridModel, ModelConfig
+from sevenfold.models.accounting import training_flops
+from sevenfold.parallel.config import ParallelConfig
+from sevenfold.parallel.parts import parts_of
+
+_FP32_BYTES = 4
+# torch.optim.AdamW keeps two moments beside the weight and the gradient.
+_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does.
+
+    seq_len: tokens of a row, each taken as one document: the dearest case.
+    step_rows: rows of a step, over all ranks.
+    micro_batch_rows: rows that go through the model at once, over all ranks.
+    element_bytes: of activations in products; 2 for bf16.
+    recomputed_layers: blocks whose activations are computed again in the backward.
+    """
+
+    seq_len: int
+    step_rows: int
+    micro_batch_rows: int
+    element_bytes: int
+    recomputed_layers: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Passes through the model in a step."""
+        return math.ceil(self.step_rows / self.micro_batch_rows)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one rank reaches; the defaults are an H200 in nodes of eight.
+
+    flops_per_s: of products, sustained.
+    near_bytes_per_s, far_bytes_per_s: that a rank sends within its node, and beyond it.
+    node_ranks: ranks of a node.
+    """
+
+    flops_per_s: float = 0.5 * 989e12
+    near_bytes_per_s: float = 300e9
+    far_bytes_per_s: float = 40e9
+    node_ranks: int = 8
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank.
+
+    whole_weights: what fully_shard has gathered at once: the outermost unit, and two blocks.
+    whole_gradients: of the outermost unit and one block, before they are divided.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    whole_weights: int
+    whole_gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        divided = self.weights + self.gradients + self.moments
+        return divided + self.whole_weights + self.whole_gradients + self.activations
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on a rank: products, and what each kind of group exchanges."""
+
+    compute_s: float
+    exchange_s: dict[str, float]
+
+    @property
+    def overlapped_s(self) -> float:
+        """If every exchange hides behind products, or they behind it."""
+        return max(self.compute_s, sum(self.exchange_s.values()))
+
+    @property
+    def serial_s(self) -> float:
+        """If nothing overlaps."""
+        return self.compute_s + sum(self.exchange_s.values())
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Elements of what fully_shard gathers at once: whole on a rank, and divided."""
+
+    whole: int
+    divided: int
+
+
+def rank_memory(model: ModelConfig, parallel: ParallelConfig, work: Work) -> RankMemory:
+    """Count what a rank holds at the highest point of a step.
+
+    Args:
+        model: the model.
+        parallel: degrees that suit it.
+        work: one step.
+
+    Returns:
+        The bytes by kind.
+    """
+    outer, *blocks = _units(model, parallel)
+    divided = sum(unit.divided for unit in (outer, *blocks)) * _FP32_BYTES
+    largest = max(unit.whole for unit in blocks)
+    gathers = parallel.token_ranks > 1
+    return RankMemory(
+        weights=divided,
+        gradients=divided,
+        moments=_MOMENTS * divided,
+        whole_weights=(outer.whole + 2 * largest) * _FP32_BYTES if gathers else 0,
+        whole_gradients=(outer.whole + largest) * _FP32_BYTES if gathers else 0,
+        activations=_activation_bytes(model, parallel, work),
+    )
+
+
+def step_time(
+    model: ModelConfig, parallel: ParallelConfig, work: Work, rates: Rates
+) -> StepTime:
+    """Estimate a step's time from its FLOPs and what each group exchanges.
+
+    Args:
+        model: the model.
+        parallel: degrees that suit it.
+        work: one step.
+        rates: what a rank reaches.
+
+    Returns:
+        The times; the exchange of a group that spans nodes runs at the far rate.
+    """
+    flops = training_flops(model, [work.seq_len]) * work.step_rows
+    again = work.recomputed_layers / model.num_hidden_layers / 3  # a forward is a third of a step
+    compute = flops * (1 + again) / parallel.num_ranks / rates.flops_per_s
+    sent = _exchanged_bytes(model, parallel, work)
+    spans = {
+        "weights": parallel.tensor * parallel.weight_shards,
+        "copies": parallel.num_ranks,
+        "tensor": parallel.tensor,
+        "context": parallel.tensor * parallel.context,
+        "expert": parallel.tensor * parallel.expert,
+    }
+    speeds = {
+        name: rates.near_bytes_per_s if span <= rates.node_ranks else rates.far_bytes_per_s
+        for name, span in spans.items()
+    }
+    return StepTime(compute, {name: size / speeds[name] for name, size in sent.items() if size})
+
+
+def _units(model: ModelConfig, parallel: ParallelConfig) -> Sequence[_Unit]:
+    """Embedding, last norm and head; then each block."""
+    with torch.device("meta"):
+        plain = HybridModel(model)
+    own = set(plain.layers.parameters())
+    blocks = [dict(block.named_parameters(prefix=f"layers.{i}")) for i, block in
+              enumerate(plain.layers)]
+    outer = {name: p for name, p in plain.named_parameters() if p not in own}
+    return [_unit(part, parallel) for part in (outer, *blocks)]
+
+
+def _unit(parameters: dict[str, torch.nn.Parameter], parallel: ParallelConfig) -> _Unit:
+    whole = divided = 0
+    for name, parameter in parameters.items():
+        parts = parts_of(name)
+        experts = parallel.expert if parts.is_expert else 1
+        tensor = 1 if parts.tensor is None else parallel.tensor
+        size = parameter.numel() // (experts * tensor)
+        whole += size
+        divided += size // (parallel.weight_shards // experts)
+    return _Unit(whole, divided)
+
+
+def _rank_tokens(parallel: ParallelConfig, work: Work) -> int:
+    return work.micro_batch_rows * work.seq_len // parallel.token_ranks
+
+
+def _activation_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -> int:
+    """Kept for the backward: every block's, or its input and one block's at a time."""
+    tokens, L = _rank_tokens(parallel, work), model.num_hidden_layers
+    per_block = max(_block_bytes(model, parallel, work, kind) for kind in model.layer_types)
+    kept = L - work.recomputed_layers + (1 if work.recomputed_layers else 0)
+    inputs = work.recomputed_layers * model.hidden_size * _FP32_BYTES
+    return tokens * (kept * per_block + inputs)
+
+
+def _block_bytes(
+    model: ModelConfig, parallel: ParallelConfig, work: Work, layer_type: str
+) -> int:
+    """Of one token in one block: four values of the stream, and what enters products."""
+    D, e = model.hidden_size, work.element_bytes
+    heads = model.num_attention_heads // parallel.tensor
+    stream = 4 * D * _FP32_BYTES + 2 * D * e
+    if layer_type == "linear_attention":
+        mixer = 9 * heads * model.head_dim * e  # qkv twice, o, gate, what leaves the norm
+    else:
+        kv_heads = model.num_key_value_heads // parallel.tensor
+        mixer = 2 * (heads + kv_heads) * model.head_dim * e
+    width = model.intermediate_size // parallel.tensor
+    if model.moe is None:
+        return stream + mixer + 3 * width * e
+    chosen = model.moe.num_experts_per_tok
+    return stream + mixer + chosen * (3 * width * e + 2 * D * e)
+
+
+def _exchanged_bytes(
+    model: ModelConfig, parallel: ParallelConfig, work: Work
+) -> dict[str, float]:
+    """Bytes that a rank sends in a step, by group."""
+    units, passes = _units(model, parallel), work.num_micro_batches
+    tokens, e = _rank_tokens(parallel, work) * passes, work.element_bytes
+    D, layers = model.hidden_size, model.num_hidden_layers
+    forwards = 1 + work.recomputed_layers / layers
+    gathered = sum(unit.whole - unit.divided for unit in units) * _FP32_BYTES * passes
+    divided = sum(unit.divided for unit in units) * _FP32_BYTES * passes
+    t, c, x = parallel.tensor, parallel.context, parallel.expert
+    state = model.num_attention_heads // t * model.head_dim**2 * _FP32_BYTES
+    keys = 2 * model.num_key_value_heads // t * model.head_dim * e * tokens
+    num_linear = model.count("linear_attention")
+    states = num_linear * (c - 1) * state * (forwards + 1) * passes
+    keys_sent = (layers - num_linear) * (c - 1) * keys * (forwards + 1)
+    chosen = 0 if model.moe is None else model.moe.num_experts_per_tok
+    there_and_back = 2 * chosen * D * _FP32_BYTES * tokens * (x - 1) / x
+    return {
+        # Gathered forward and backward, and the gradients divided.
+        "weights": 3.0 * gathered,
+        "copies": 2.0 * divided * (parallel.replicate - 1) / parallel.replicate,
+        "tensor": layers * 2 * (forwards + 1) * tokens * D * e * 2 * (t - 1) / t,
+        "context": states + keys_sent,
+        "expert": layers * (forwards + 1) * there_and_back,
+    }

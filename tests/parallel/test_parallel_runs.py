@@ -1,0 +1,88 @@
+"""Whole runs over ranks: the metrics of one process, and checkpoints that any layout resumes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_helpers import MODEL, MOE, run_ranks
+
+from sevenfold.config import parse_config
+from sevenfold.data import PrepareConfig, prepare
+from sevenfold.models.checkpoint import load_model
+from sevenfold.ops.testing import error_bound
+from sevenfold.train import RunConfig, read_metrics, train
+from sevenfold.train.toml import to_toml
+
+WORDS = "the river held its colour while nine grey herons stood quite still beside old stones"
+LAYOUTS = {
+    "alone": {},
+    "tensor": {"tensor": 2},
+    "expert": {"shard": 2, "expert": 2},
+    "context": {"context": 2},
+    "replicate": {"replicate": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").mkdir()
+    words = WORDS.split()
+    for i in range(40):
+        text = " ".join(words[(i * j + i) % len(words)] for j in range(5 + 7 * (i % 9)))
+        (folder / "text" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    out = folder / "tokens"
+    sources = (folder / "text",)
+    prepare(PrepareConfig(sources=sources, out=out, vocab_size=300, validation_fraction=0.2))
+    return out
+
+
+def run_file(folder: Path, out: str, data: Path, steps: int, layout: str) -> str:
+    table = {
+        "run": {"out": str(folder / out), "steps": steps, "keep_checkpoints": 9},
+        "data": {"path": str(data), "seq_len": 24},
+        "model": MODEL | {"vocab_size": 304, "moe": MOE | {"capacity_factor": None}},
+        "optimizer": {"lr": 0.01},
+        "batch": {"tokens_per_step": 6 * 24, "micro_batch_rows": 2},
+        "validation": {"every_steps": 1, "num_samples": 2},
+        "parallel": LAYOUTS[layout],
+    }
+    config = parse_config(RunConfig, table, "test")
+    file = folder / f"{out}-{steps}-{layout}.toml"
+    file.write_text(to_toml(config.model_dump(mode="json")), encoding="utf-8")
+    return str(file)
+
+
+def whole_run(folder: Path, data: Path, steps: int, out: str) -> list[dict]:
+    from sevenfold.train import load_run_config
+
+    result = train(load_run_config(Path(run_file(folder, out, data, steps, "alone"))))
+    return read_metrics(result.folder / "metrics.jsonl")
+
+
+def test_a_run_changes_its_layout_at_every_checkpoint(data: Path, tmp_path: Path) -> None:
+    expected = whole_run(tmp_path, data, 7, "whole")
+    order = ["tensor", "expert", "context", "replicate"]
+    files = [run_file(tmp_path, "run", data, n + 1, layout) for n, layout in enumerate(order)]
+    run_ranks("runs", 2, tmp_path / "ranks", *files)
+    found = whole_run(tmp_path, data, 7, "run")  # and ends as one process
+
+    assert [line["step"] for line in found] == list(range(1, 8))
+    for name in ("loss", "grad_norm", "balance_loss", "validation_loss", "bits_per_byte"):
+        ours, theirs = ([line[name] for line in lines] for lines in (found, expected))
+        assert [x is None for x in ours] == [x is None for x in theirs]
+        pair = [torch.tensor([x for x in xs if x is not None]) for xs in (ours, theirs)]
+        # Seven steps of an optimizer stand between rounding and the last loss.
+        assert float((pair[0] - pair[1]).abs().max()) <= 50 * error_bound(
+            pair[1].double(), pair[1]
+        )
+    for name in ("next_sample", "tokens"):
+        assert [line[name] for line in found] == [line[name] for line in expected]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        f"step-{n}" for n in (1, 2, 3, 4, 7)
+    ]
+    models = [load_model(tmp_path / out / "final") for out in ("run", "whole")]
+    for (name, a), (_, b) in zip(
+        models[0].named_parameters(), models[1].named_parameters(), strict=True
+    ):
+        assert float((a - b).abs().max()) <= 1000 * error_bound(b.double(), b), name
