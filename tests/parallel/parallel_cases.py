@@ -19,9 +19,14 @@ CASES = (
     Case("context-4", {"context": 4}, micro_batch_rows=2, model=DENSE),
     Case("shard-context", {"shard": 2, "context": 2}, micro_batch_rows=2, model=DENSE),
     Case("expert-4", {"shard": 4, "expert": 4}, model=MIXTURE, recompute=True),
-    Case("expert-2-of-4", {"shard": 4, "expert": 2}, model={"moe": MOE | {"capacity_factor": None}}),
-    Case("replicate-expert", {"replicate": 2, "shard": 2, "expert": 2},
-         model={"moe": MOE | {"capacity_factor": None}}),
+    Case(
+        "expert-2-of-4", {"shard": 4, "expert": 2}, model={"moe": MOE | {"capacity_factor": None}}
+    ),
+    Case(
+        "replicate-expert",
+        {"replicate": 2, "shard": 2, "expert": 2},
+        model={"moe": MOE | {"capacity_factor": None}},
+    ),
     Case("tensor-4", {"tensor": 4}, model=MIXTURE),
     Case("tensor-shard", {"tensor": 2, "shard": 2}, model=DENSE),
     Case("tensor-expert", {"tensor": 2, "shard": 2, "expert": 2}, model=MIXTURE, recompute=True),

@@ -106,9 +106,7 @@ def build(case: Case, layout: Layout, dtype: torch.dtype) -> tuple[HybridModel, 
 def take_step(case: Case, model: HybridModel, optimizer: Any, layout: Layout) -> dict[str, Any]:
     """One step of training, as the loop takes it: what it computed, and this rank's tensors."""
     size = case.micro_batch_rows
-    step = read_step(
-        Rows(), 0, 2 * size, micro_batch_rows=size, device=model.device, layout=layout
-    )
+    step = read_step(Rows(), 0, 2 * size, micro_batch_rows=size, device=model.device, layout=layout)
     losses = layout.sum_over_tokens(forward_backward(model, step, autocast=None))
     norm = gradient_norm(model.named_parameters(), layout)
     clip_gradients(model.parameters(), 0.5, norm)

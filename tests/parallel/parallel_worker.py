@@ -9,11 +9,12 @@ import traceback
 from pathlib import Path
 
 import parallel_cases
+import parallel_generation
 import torch
 from parallel_helpers import build, take_step
 from torch import distributed as dist
 
-from sevenfold.parallel import Layout
+from sevenfold.parallel import Layout, ParallelConfig, divide_model
 from sevenfold.train import load_run_config, train
 
 
@@ -22,9 +23,7 @@ def steps(folder: Path, rank: int, *names: str) -> None:
     for case in (c for c in parallel_cases.CASES if c.name in names):
         layout = Layout.join(case.config, "cpu")
         model, optimizer = build(case, layout, torch.float64)
-        torch.save(
-            take_step(case, model, optimizer, layout), folder / f"{case.name}.{rank}.pt"
-        )
+        torch.save(take_step(case, model, optimizer, layout), folder / f"{case.name}.{rank}.pt")
 
 
 def runs(folder: Path, rank: int, *run_files: str) -> None:
@@ -33,7 +32,17 @@ def runs(folder: Path, rank: int, *run_files: str) -> None:
         train(load_run_config(Path(run_file)))
 
 
-JOBS = {"steps": steps, "runs": runs}
+def generation(folder: Path, rank: int, layers: str, *arguments: str) -> None:
+    """Greedy tokens of the decoder and of the engine on a divided model."""
+    layout = Layout.join(ParallelConfig(tensor=dist.get_world_size()), "cpu")
+    for experts in (False, True):
+        model = parallel_generation.model_of(layers, experts)
+        divide_model(model, layout)
+        tokens = parallel_generation.generate(model)
+        torch.save(tokens, folder / f"{layers}-{experts}.{rank}.pt")
+
+
+JOBS = {"steps": steps, "runs": runs, "generation": generation}
 
 
 def process(job: str, rank: int, num_ranks: int, folder: Path, arguments: list[str]) -> None:

@@ -100,11 +100,16 @@ def test_router_losses_count_with_their_coefficients_and_by_labels() -> None:
     exact_means, exact = router_losses_by_definition(tiny_model(dtype=torch.float64, moe=MOE), step)
     means, eager = router_losses_by_definition(tiny_model(moe=MOE), step)
     losses, gradients = run(tiny_model(moe=MOE), step)
-    check_error("losses", losses[:3], means, exact_means)
+    layers = losses[1:].view(2, 3 + MOE["num_local_experts"])
+    found = torch.cat([losses[:1], layers[:, :2].mean(0)])
+    check_error("losses", found, means, exact_means)
     for name, gradient in gradients.items():
         check_error(name, gradient, eager[name], exact[name])
-    assert losses[1] > 0
-    assert losses[2] > 0
+    assert (layers[:, :2] > 0).all()
+    values = to_host(tiny_model(moe=MOE), losses, torch.tensor(0.0))
+    assert values.dropped_by_layer == (0.0, 0.0)
+    assert values.load_by_layer == tuple((2 * layers[:, 3:].amax(1)).tolist())
+    assert torch.equal(layers[:, 3:].sum(1), torch.ones(2))
 
 
 def test_a_coefficient_of_zero_leaves_the_gradient_alone() -> None:
@@ -148,6 +153,6 @@ def test_the_gradient_norm_is_over_all_parameters() -> None:
     ],
 )
 def test_what_is_not_finite_is_named(losses: list[float], norm: float, fault: str | None) -> None:
-    values = to_host(torch.tensor(losses), torch.tensor(norm))
+    values = to_host(tiny_model(moe=MOE), torch.tensor([*losses, 0.5, 0.5]), torch.tensor(norm))
     assert isinstance(values, StepValues)
     assert fault_of(values) == fault

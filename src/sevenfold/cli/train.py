@@ -41,8 +41,9 @@ def train_command(
 def _ending(result: TrainResult, config: RunConfig, run: Path) -> str:
     steps = config.run.steps
     if result.final is None:
+        signal = result.signal_name or "a signal to another rank"
         return (
-            f"Stopped by {result.signal_name} after step {result.progress.step} of {steps}; all is "
+            f"Stopped by {signal} after step {result.progress.step} of {steps}; all is "
             f"saved in {result.folder}. The same command goes on: sevenfold train {run}"
         )
     if result.resumed_step == steps:

@@ -2,13 +2,13 @@
 
 from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import MixtureOfExperts
-from sevenfold.models.mixers import SoftmaxAttention
+from sevenfold.models.mixers import LightningAttention, SoftmaxAttention
 from sevenfold.parallel.context.lightning import ContextLightning
 from sevenfold.parallel.context.softmax import ContextSoftmax
 from sevenfold.parallel.experts import divide_experts, share_statistics
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.sharding import shard_model
-from sevenfold.parallel.tensor import divide_tensors
+from sevenfold.parallel.tensor import TensorLightning, divide_tensors
 
 
 def divide_model(model: HybridModel, layout: Layout) -> None:
@@ -46,5 +46,5 @@ def _divide_context(model: HybridModel, layout: Layout) -> None:
         mixer = block.self_attn
         if isinstance(mixer, SoftmaxAttention):
             mixer.attend = ContextSoftmax(mixer.scale, mixer.window, group)
-        else:
+        elif isinstance(mixer, LightningAttention | TensorLightning):
             mixer.attend = ContextLightning(mixer.log_decay, group)

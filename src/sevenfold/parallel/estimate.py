@@ -132,9 +132,7 @@ def rank_memory(model: ModelConfig, parallel: ParallelConfig, work: Work) -> Ran
     )
 
 
-def step_time(
-    model: ModelConfig, parallel: ParallelConfig, work: Work, rates: Rates
-) -> StepTime:
+def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: Rates) -> StepTime:
     """Estimate a step's time from its FLOPs and what each group exchanges.
 
     Args:
@@ -169,8 +167,9 @@ def _units(model: ModelConfig, parallel: ParallelConfig) -> Sequence[_Unit]:
     with torch.device("meta"):
         plain = HybridModel(model)
     own = set(plain.layers.parameters())
-    blocks = [dict(block.named_parameters(prefix=f"layers.{i}")) for i, block in
-              enumerate(plain.layers)]
+    blocks = [
+        dict(block.named_parameters(prefix=f"layers.{i}")) for i, block in enumerate(plain.layers)
+    ]
     outer = {name: p for name, p in plain.named_parameters() if p not in own}
     return [_unit(part, parallel) for part in (outer, *blocks)]
 
@@ -200,9 +199,7 @@ def _activation_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) 
     return tokens * (kept * per_block + inputs)
 
 
-def _block_bytes(
-    model: ModelConfig, parallel: ParallelConfig, work: Work, layer_type: str
-) -> int:
+def _block_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work, layer_type: str) -> int:
     """Of one token in one block: four values of the stream, and what enters products."""
     D, e = model.hidden_size, work.element_bytes
     heads = model.num_attention_heads // parallel.tensor
@@ -219,9 +216,7 @@ def _block_bytes(
     return stream + mixer + chosen * (3 * width * e + 2 * D * e)
 
 
-def _exchanged_bytes(
-    model: ModelConfig, parallel: ParallelConfig, work: Work
-) -> dict[str, float]:
+def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -> dict[str, float]:
     """Bytes that a rank sends in a step, by group."""
     units, passes = _units(model, parallel), work.num_micro_batches
     tokens, e = _rank_tokens(parallel, work) * passes, work.element_bytes

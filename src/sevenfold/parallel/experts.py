@@ -1,8 +1,10 @@
 """Expert parallelism: each rank holds some experts, and tokens travel to them and back.
 
 The router is global: an expert's capacity is shared over the expert-parallel group before any token
-is dropped, in the order of the ranks, which is that of the tokens; so a group drops what one process
-with all its tokens would. Source: arXiv 2501.08313 section 2.2.2 (global router), 3.1 (groups).
+is dropped, in the order of the ranks, which is that of the tokens; so a group drops what one
+process with all its tokens would.
+
+Source: arXiv 2501.08313 section 2.2.2 (global router), 3.1 (groups).
 """
 
 from collections.abc import Callable
@@ -47,15 +49,13 @@ def share_statistics(moe: MixtureOfExperts, layout: Layout) -> None:
     )
 
 
-def shared_stats(
-    logits: Tensor, experts: Tensor, kept: Tensor, *, layout: Layout
-) -> RouterStats:
+def shared_stats(logits: Tensor, experts: Tensor, kept: Tensor, *, layout: Layout) -> RouterStats:
     """Return this rank's share of the statistics of all ranks' tokens: shares sum to the whole.
 
         balance_r = E * sum_i f_i (sum over own tokens of p_i) / T      f_i and T over all ranks
 
     f takes no gradient, so no collective has one, and the sum of the ranks' gradients is the whole
-    micro-batch's. load is the whole f on each rank.
+    micro-batch's.
 
     Args:
         logits: [T_r, E] of the rank's tokens, as many on each rank.
@@ -65,12 +65,13 @@ def shared_stats(
     """
     E, num_tokens = logits.shape[1], len(logits) * layout.config.token_ranks
     chosen = (experts.flatten()[:, None] == torch.arange(E, device=experts.device)).sum(0)
-    load = layout.sum_over_tokens(chosen.to(logits.dtype)) / num_tokens
+    own = chosen.to(logits.dtype) / num_tokens
+    load = layout.sum_over_tokens(own)
     balance = E * (load * logits.softmax(-1).sum(0)).sum() / num_tokens
     z_loss = torch.logsumexp(logits, dim=-1).square().sum() / num_tokens
     lost = experts.numel() - kept.sum().to(logits.dtype)
     dropped = lost / (num_tokens * experts.shape[1])
-    return RouterStats(balance, z_loss, load.detach(), dropped)
+    return RouterStats(balance, z_loss, own, dropped)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Which dimension of each parameter is divided, and by whom.
 
 Every matrix has one side of hidden_size, which fully_shard divides, and one of heads, width or
-vocabulary, which tensor parallelism divides: so no dimension is divided twice, but for the weight of
-lightning attention's norm, first by tensor.
+vocabulary, which tensor parallelism divides: so no dimension is divided twice, but for the weight
+of lightning attention's norm, first by tensor.
 """
 
 from dataclasses import dataclass

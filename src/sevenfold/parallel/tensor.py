@@ -42,7 +42,8 @@ def divide_tensors(model: HybridModel, layout: Layout) -> None:
         _divide_block(block, index, size, group)  # pyright: ignore[reportArgumentType]
     start = index * len(model.embed_tokens.weight)
     # Callables take the place of methods; a module keeps its parameters under their names.
-    model.embed_tokens.forward = partial(_embed, model.embed_tokens, start, group)
+    embed = partial(_embed, model.embed_tokens, start, group)
+    model.embed_tokens.forward = embed  # pyright: ignore[reportAttributeAccessIssue]
     model.cross_entropy = partial(_cross_entropy, model, start, group)
     model.logits = partial(_logits, model, group)
     heads = ("num_attention_heads", "num_key_value_heads")
@@ -58,7 +59,8 @@ def _divide_block(block: Block, index: int, size: int, group: dist.ProcessGroup)
     elif isinstance(mixer, SoftmaxAttention):
         mixer.num_heads //= size
         mixer.num_kv_heads //= size
-        mixer.forward = partial(_mix_in_parts, mixer.forward, group)
+        mix = partial(_mix_in_parts, mixer.forward, group)
+        mixer.forward = mix  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(block.mlp, MixtureOfExperts):
         block.mlp.routed = partial(_routed_in_parts, block.mlp.routed, group)
         if block.mlp.shared_mlp is not None:
@@ -76,7 +78,7 @@ class TensorLightning(nn.Module):
         super().__init__()
         self.qkv_proj, self.output_gate = plain.qkv_proj, plain.output_gate
         self.norm, self.out_proj = plain.norm, plain.out_proj
-        self.group, self.size = group, size
+        self.group = group
         plain.num_heads //= size
         plain.log_decay = plain.log_decay.chunk(size)[index].clone()
         self.num_heads, self.log_decay = plain.num_heads, plain.log_decay
@@ -89,9 +91,8 @@ class TensorLightning(nn.Module):
         x = copy_to_ranks(x, self.group)
         q, k, v = self.project(x)
         o, state = self.attend(q, k, v, batch, state)  # pyright: ignore[reportArgumentType]
-        o = gated_norm_of_parts(
-            o.flatten(2), self.output_gate(x), self.norm.weight, self.norm.eps, self.group
-        )
+        o, gate = o.reshape(*x.shape[:2], -1), self.output_gate(x)
+        o = gated_norm_of_parts(o, gate, self.norm.weight, self.norm.eps, self.group)
         return sum_of_parts(self.out_proj(o), self.group), state
 
 
@@ -141,9 +142,7 @@ def _routed_in_parts(
     return sum_of_parts(y, group), kept
 
 
-def _embed(
-    embedding: nn.Embedding, start: int, group: dist.ProcessGroup, ids: Tensor
-) -> Tensor:
+def _embed(embedding: nn.Embedding, start: int, group: dist.ProcessGroup, ids: Tensor) -> Tensor:
     """Look up ids whose rows lie on several ranks: each adds its own, the others zeros."""
     own = ids - start
     mine = (own >= 0) & (own < len(embedding.weight))

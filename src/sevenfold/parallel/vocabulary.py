@@ -2,8 +2,8 @@
 
     loss = sum_t log(sum over ranks of sum_j exp(z_tj)) - z_t[y_t]
 
-Two collectives for all tokens of a chunk, of one and two numbers a token: logits never travel. As in
-sevenfold.ops.linear_cross_entropy the gradient is taken while a chunk's logits exist.
+Two collectives for all tokens of a chunk, of one and two numbers a token: logits never travel. As
+in sevenfold.ops.linear_cross_entropy the gradient is taken while a chunk's logits exist.
 """
 
 from typing import Any
@@ -79,7 +79,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
 def _gradient(
     hidden: Tensor, weight: Tensor, target: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of this rank's logits and the losses [t]; target counts from the rank's first row."""
+    """Gradient of this rank's logits, and losses [t]; target counts from the rank's first row."""
     logits = head_logits(hidden, weight)
     highest = logits.amax(-1)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)

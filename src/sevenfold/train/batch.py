@@ -146,8 +146,8 @@ def _micro_batch(samples: Sequence[Sample], device: torch.device, layout: Layout
         batch = Batch.packed(lengths, device=device)
         input_ids, labels = input_ids.reshape(1, -1), labels.reshape(1, -1)
     num_labels = int((labels != IGNORED_LABEL).sum())
-    moved = (_moved(np.ascontiguousarray(x), device) for x in (input_ids, labels))
-    return MicroBatch(*moved, batch, lengths, num_labels)
+    ids, targets = (_moved(np.ascontiguousarray(x), device) for x in (input_ids, labels))
+    return MicroBatch(ids, targets, batch, lengths, num_labels)
 
 
 def _moved(values: np.ndarray, device: torch.device) -> Tensor:

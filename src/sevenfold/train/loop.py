@@ -113,7 +113,7 @@ def train_steps(
         losses, norm = trainer.layout.sum_over_tokens(losses), trainer.gradient_norm()
         # Read ahead while a GPU works; what comes next does not depend on this step's outcome.
         upcoming = trainer.read(progress.next_sample + batch.num_rows)
-        values = to_host(losses, norm)
+        values = to_host(trainer.model, losses, norm)
         fault, lr = fault_of(values), trainer.lr(progress.step)
         if fault is None:
             trainer.update(norm, values, lr)

@@ -31,6 +31,8 @@ class StepRecord:
         mfu: flops_per_s over the device's peak.
         peak_memory_bytes: of the device's allocator; on a CPU of the process.
         validation_loss, validation_bits_per_byte: where the step ended with a validation.
+        dropped_by_layer, load_by_layer: of each layer with experts; load is what the busiest expert
+            was chosen for, over an even share.
     """
 
     step: int
@@ -51,6 +53,8 @@ class StepRecord:
     peak_memory_bytes: int
     validation_loss: float | None = None
     validation_bits_per_byte: float | None = None
+    dropped_by_layer: tuple[float | None, ...] | None = None
+    load_by_layer: tuple[float | None, ...] | None = None
 
     def as_json(self) -> str:
         """Return one line of JSON."""

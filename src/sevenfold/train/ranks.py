@@ -31,7 +31,8 @@ def join_ranks(parallel: ParallelConfig, run: RunSection) -> Iterator[tuple[Layo
         yield Layout(parallel), run
         return
     if device_type == "cuda":
-        run = run.model_copy(update={"device": f"cuda:{dist.get_node_local_rank(0)}"})
+        index = dist.get_node_local_rank(0)  # pyright: ignore[reportPrivateImportUsage]
+        run = run.model_copy(update={"device": f"cuda:{index}"})
         torch.cuda.set_device(run.device)
     if started:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")

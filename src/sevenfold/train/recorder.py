@@ -100,4 +100,6 @@ class Recorder:
             peak_memory_bytes=peak_memory_bytes(self.trainer.model.device),
             validation_loss=finite(found.loss) if found else None,
             validation_bits_per_byte=finite(found.bits_per_byte) if found else None,
+            dropped_by_layer=tuple(map(finite, values.dropped_by_layer)) or None,
+            load_by_layer=tuple(map(finite, values.load_by_layer)) or None,
         )

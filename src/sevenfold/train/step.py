@@ -18,6 +18,8 @@ class StepValues:
 
     loss: mean cross-entropy over the step's labels, nats; grad_norm: before clipping.
     balance_loss, z_loss, dropped: mean over layers with experts, 0 without; dropped is a share.
+    dropped_by_layer: of each layer with experts.
+    load_by_layer: what the busiest expert of each was chosen for, over an even share; 1 at best.
     """
 
     loss: float
@@ -25,6 +27,8 @@ class StepValues:
     balance_loss: float
     z_loss: float
     dropped: float
+    dropped_by_layer: tuple[float, ...] = ()
+    load_by_layer: tuple[float, ...] = ()
 
 
 def autocast_context(device: torch.device, autocast: str | None) -> AbstractContextManager[object]:
@@ -53,8 +57,9 @@ def forward_backward(model: HybridModel, step: StepBatch, *, autocast: str | Non
         autocast: "bf16" or None.
 
     Returns:
-        [4] fp32 on the device: loss, balance_loss, z_loss, dropped, this rank's share of each;
-        losses without coefficients.
+        [1 + (3 + E) L] fp32 on the device: the loss, and for each of L layers with experts
+        balance_loss, z_loss, dropped and the experts' loads; this rank's share of each, losses
+        without coefficients.
     """
     parts = []
     for micro in step.micro_batches:
@@ -62,10 +67,10 @@ def forward_backward(model: HybridModel, step: StepBatch, *, autocast: str | Non
         with autocast_context(model.device, autocast):
             result = model.hidden(micro.input_ids, micro.batch)
             summed = model.cross_entropy(result.hidden, micro.labels)
-            router = _router_means(result, summed)
+            router = _router_rows(result, summed)
         loss = summed / step.num_labels
         (loss + share * _auxiliary(model, router)).backward()
-        parts.append(torch.cat([loss.detach()[None], share * router.detach()]))
+        parts.append(torch.cat([loss.detach()[None], share * router.detach().flatten()]))
     return torch.stack(parts).sum(0)
 
 
@@ -74,25 +79,34 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def to_host(losses: Tensor, grad_norm: Tensor) -> StepValues:
+def to_host(model: HybridModel, losses: Tensor, grad_norm: Tensor) -> StepValues:
     """Read a step's numbers back: the one synchronisation with the device in a step."""
-    loss, balance_loss, z_loss, dropped, norm = torch.cat([losses, grad_norm[None]]).tolist()
-    return StepValues(loss, norm, balance_loss, z_loss, dropped)
+    loss, *router, norm = torch.cat([losses, grad_norm[None]]).cpu().tolist()
+    if model.config.moe is None:
+        return StepValues(loss, norm, 0.0, 0.0, 0.0)
+    E, k = model.config.moe.num_local_experts, model.config.moe.num_experts_per_tok
+    rows = [router[at : at + 3 + E] for at in range(0, len(router), 3 + E)]
+    balance, z_loss, dropped = ([row[i] for row in rows] for i in range(3))
+    loads = tuple(max(row[3:]) * E / k for row in rows)
+    means = [sum(values) / len(rows) for values in (balance, z_loss, dropped)]
+    return StepValues(loss, norm, means[0], means[1], means[2], tuple(dropped), loads)
 
 
-def _router_means(result: HiddenResult, like: Tensor) -> Tensor:
-    """[3]: balance_loss, z_loss and dropped, mean over the layers with experts."""
+def _router_rows(result: HiddenResult, like: Tensor) -> Tensor:
+    """[L, 3 + E]: balance_loss, z_loss, dropped and loads of each layer with experts."""
     if not result.router:
-        return like.new_zeros(3)
-    rows = [torch.stack([s.balance_loss, s.z_loss, s.dropped]) for s in result.router]
-    return torch.stack(rows).mean(0)
+        return like.new_zeros(0, 3)
+    scalars = [torch.stack([s.balance_loss, s.z_loss, s.dropped]) for s in result.router]
+    rows = [torch.cat([x, s.load]) for x, s in zip(scalars, result.router, strict=True)]
+    return torch.stack(rows)
 
 
 def _auxiliary(model: HybridModel, router: Tensor) -> Tensor | float:
     moe = model.config.moe
     if moe is None:
         return 0.0
-    weighted = ((moe.router_aux_loss_coef, router[0]), (moe.router_z_loss_coef, router[1]))
+    balance, z_loss = router[:, 0].mean(), router[:, 1].mean()
+    weighted = ((moe.router_aux_loss_coef, balance), (moe.router_z_loss_coef, z_loss))
     # A coefficient of 0 must spare the backward, and 0 * inf would be NaN.
     return sum((coefficient * loss for coefficient, loss in weighted if coefficient), start=0.0)
 

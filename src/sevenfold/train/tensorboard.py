@@ -9,7 +9,7 @@ from sevenfold.train.config import RunSection
 from sevenfold.train.metrics import StepRecord
 
 TENSORBOARD = "tensorboard"
-_NOT_SCALARS = ("step", "next_sample", "skipped")
+_NOT_SCALARS = ("step", "next_sample", "skipped", "dropped_by_layer", "load_by_layer")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class SoftmaxAttention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: KVState | PagedKV | None
     ) -> Tensor:
-        """Attend q [B, T, H, D] to keys that are rotated; sevenfold.parallel may stand in for it."""
+        """Attend q [B, T, H, D] to rotated keys; sevenfold.parallel may stand in for it."""
         if state is None:
             how = {"lengths": batch.lengths, "scale": self.scale, "window": self.window}
             return attention(q, k, v, **how)

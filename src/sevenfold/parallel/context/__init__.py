@@ -1,0 +1,1 @@
+"""Context parallelism: a row's tokens divided among ranks."""

@@ -6,7 +6,7 @@ in eight, take the row as it lies.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -58,9 +58,7 @@ def divide_row(
     size = total // num_ranks
     starts = [0, *accumulate(lengths)]
     own = _pieces(starts, rank * size, (rank + 1) * size)
-    base = Batch.packed(
-        [n for _, n in own], past=[past for past, _ in own], device=device
-    )
+    base = Batch.packed([n for _, n in own], past=[past for past, _ in own], device=device)
     # The first token of the document that each border lies in; the border itself if it is none.
     begun = [max(s for s in starts if s <= border) for border in range(0, total, size)]
     entered = [begun[r] < r * size for r in range(num_ranks)]
@@ -77,10 +75,24 @@ def divide_row(
     )
 
 
+def stretch_of(batch: Batch, state: object) -> ContextBatch:
+    """Return the batch as a rank's stretch of a row.
+
+    Raises:
+        TypeError: it is a whole batch, or there is a state, which goes between calls and not ranks.
+    """
+    if not isinstance(batch, ContextBatch) or state is not None:
+        raise TypeError(
+            f"batch must be a ContextBatch (see divide_row) without a state under context "
+            f"parallelism, got {type(batch).__name__} and {type(state).__name__}"
+        )
+    return batch
+
+
 def _pieces(starts: Sequence[int], first: int, end: int) -> list[tuple[int, int]]:
     """Past and length of each piece of a document between two tokens of the row."""
     found = []
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in pairwise(starts):
         if max(a, first) < min(b, end):
             found.append((max(0, first - a), min(b, end) - max(a, first)))
     return found

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from sevenfold.models import Batch
 from sevenfold.models.state import LinearState, PooledState
 from sevenfold.ops import lightning_attention
-from sevenfold.parallel.context.batch import ContextBatch
+from sevenfold.parallel.context.batch import ContextBatch, stretch_of
 
 # What has decayed by more is 0: the smallest number that fp32 holds with all its digits.
 _LEAST = torch.finfo(torch.float32).tiny
@@ -42,25 +43,23 @@ class ContextLightning:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        batch: ContextBatch,
+        batch: Batch,
         state: LinearState | PooledState | None,
     ) -> tuple[Tensor, None]:
         """Attend [1, T, H, D] over this stretch and what comes before it; no state goes in."""
-        if state is not None:
-            raise ValueError(f"state must be None under context parallelism, got {type(state)}")
-        log_decay = self.log_decay
+        stretch, log_decay = stretch_of(batch, state), self.log_decay
         result = lightning_attention(
             q,
             k,
             v,
             log_decay,
-            return_final_state=batch.crosses,
-            cu_seqlens=batch.cu_seqlens,
+            return_final_state=stretch.crosses,
+            cu_seqlens=stretch.cu_seqlens,
         )
         if result.final_state is None:
             return result.o, None
-        before = _states_before(result.final_state[-1], log_decay, batch, self.group)
-        return self._with_earlier(result.o, q, before, log_decay, batch), None
+        before = _states_before(result.final_state[-1], log_decay, stretch, self.group)
+        return self._with_earlier(result.o, q, before, log_decay, stretch), None
 
     def _with_earlier(
         self, o: Tensor, q: Tensor, before: Tensor, log_decay: Tensor, batch: ContextBatch

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from sevenfold.models import Batch
 from sevenfold.models.state import KVState, PagedKV
 from sevenfold.ops import attention_cached
 from sevenfold.parallel.collectives import gather_tokens
-from sevenfold.parallel.context.batch import ContextBatch
+from sevenfold.parallel.context.batch import stretch_of
 
 
 class ContextSoftmax:
@@ -26,20 +27,19 @@ class ContextSoftmax:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        batch: ContextBatch,
+        batch: Batch,
         state: KVState | PagedKV | None,
     ) -> Tensor:
         """Attend q [1, T, H, D] to the keys of its documents, wherever they lie."""
-        if state is not None:
-            raise ValueError(f"state must be None under context parallelism, got {type(state)}")
+        stretch = stretch_of(batch, state)
         keys, values = k[0], v[0]
-        first = batch.first_token
-        if batch.crosses:
+        first = stretch.first_token
+        if stretch.crosses:
             keys, values = gather_tokens(torch.cat([keys, values], -1), self.group).chunk(2, -1)
         else:
             first = 0
         parts, at = [], 0
-        for past, length in zip(batch.past, batch.lengths, strict=True):
+        for past, length in zip(stretch.past, stretch.lengths, strict=True):
             span = slice(first + at - past, first + at + length)
             parts.append(
                 attention_cached(

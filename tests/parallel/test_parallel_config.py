@@ -1,0 +1,95 @@
+"""Degrees that do not suit a model, a batch or the number of processes are refused by name."""
+
+import pytest
+from parallel_helpers import MODEL, MOE
+
+from sevenfold.config import ConfigError, parse_config
+from sevenfold.models import ModelConfig
+from sevenfold.parallel import Layout, ParallelConfig, Place, check_num_ranks
+from sevenfold.parallel.layout import place_of
+from sevenfold.train import RunConfig
+
+
+def run_config(**sections: dict) -> RunConfig:
+    table = {
+        "run": {"out": "out", "steps": 2},
+        "data": {"path": "data", "seq_len": 16},
+        "model": MODEL,
+        "optimizer": {"lr": 0.1},
+        "batch": {"tokens_per_step": 128},
+    }
+    return parse_config(RunConfig, table | sections, "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changes", "message"),
+    [
+        ({"shard": 3}, {}, r"shard \* context must divide hidden_size = 16, got 3"),
+        ({"tensor": 8}, {"vocab_size": 60}, "tensor must divide vocab_size = 60, got 8"),
+        ({"tensor": 4}, {"num_key_value_heads": 2}, "divide num_key_value_heads = 2, got 4"),
+        ({"tensor": 4}, {"intermediate_size": 6}, "divide intermediate_size = 6, got 4"),
+        ({"tensor": 4}, {"moe": MOE | {"shared_intermediate_size": 6}}, "shared_intermediate_size"),
+        ({"shard": 2, "expert": 2}, {}, "expert must be 1 for a model without experts, got 2"),
+        ({"shard": 8, "expert": 8}, {"moe": MOE}, "divide num_local_experts = 4, got 8"),
+        ({"shard": 2, "expert": 4}, {"moe": MOE}, r"divide shard \* context = 2, got 4"),
+        (
+            {"shard": 8, "tensor": 4},
+            {},
+            r"shard \* context \* tensor must divide num_attention_heads \* head_dim = 16, got 32",
+        ),
+    ],
+)
+def test_degrees_that_do_not_suit_the_model(parallel: dict, changes: dict, message: str) -> None:
+    model = parse_config(ModelConfig, MODEL | changes, "test")
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**parallel).check_model(model)
+
+
+def test_rows_that_do_not_divide() -> None:
+    message = r"replicate \* shard must divide the rows of a micro-batch of a step = 3, got 2"
+    with pytest.raises(ConfigError, match=message):
+        run_config(parallel={"shard": 2}, batch={"tokens_per_step": 96, "micro_batch_rows": 3})
+    message = "divide the rows of the last micro-batch of a step = 1, got 2"
+    with pytest.raises(ConfigError, match=message):
+        run_config(parallel={"shard": 2}, batch={"tokens_per_step": 80, "micro_batch_rows": 4})
+    with pytest.raises(ConfigError, match="a micro-batch of validation = 5, got 2"):
+        run_config(parallel={"replicate": 2}, validation={"every_steps": 1, "num_samples": 5})
+    message = "context must divide the tokens of a rank's rows in a micro-batch of a step = 20"
+    with pytest.raises(ConfigError, match=message):
+        run_config(
+            parallel={"context": 8},
+            data={"path": "data", "seq_len": 20},
+            batch={"tokens_per_step": 20},
+        )
+
+
+def test_a_misspelt_degree_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"parallel.tensr .* did you mean parallel.tensor"):
+        run_config(parallel={"tensr": 2})
+
+
+def test_degrees_must_make_the_processes() -> None:
+    message = r"must be the 8 processes of the run, got 2 \* 1 \* 2 \* 1 = 4"
+    with pytest.raises(ConfigError, match=message):
+        check_num_ranks(ParallelConfig(replicate=2, context=2), 8)
+    with pytest.raises(ConfigError, match="the 1 processes"):
+        Layout.join(ParallelConfig(shard=2), "cpu")
+
+
+def test_every_rank_has_a_place_of_its_own() -> None:
+    config = ParallelConfig(replicate=2, shard=2, context=2, tensor=3, expert=4)
+    places = [place_of(config, rank) for rank in range(config.num_ranks)]
+    assert len({(p.data, p.context, p.tensor) for p in places}) == 24
+    assert places[0] == Place(0, 0, 0, 0)
+    assert places[3 + 1] == Place(0, 1, 1, 1)
+    assert places[23] == Place(3, 1, 2, 3)
+    # An expert group is whole: next to each other but for tensor.
+    assert [p.expert for p in places[::3]] == [0, 1, 2, 3] * 2
+
+
+def test_a_layout_of_one_process_has_no_mesh() -> None:
+    layout = Layout(ParallelConfig())
+    assert layout.agree(True)
+    assert not layout.agree(False)
+    with pytest.raises(ValueError, match="several processes to have a mesh, got one"):
+        layout.group("tensor")
