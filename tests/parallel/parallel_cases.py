@@ -1,4 +1,13 @@
-"""Layouts that are compared with one process."""
+"""Layouts that are compared with one process.
+
+Errors that other trainers had without a word, and the case that would show each: copies of norms and
+routers that tensor ranks do not sum (tensor*, by the ranks' copies); a norm that undercounts experts
+or counts copies twice (tensor-expert, replicate-expert); a norm of each expert group's own (expert*);
+gradients of experts times the group's size, or none (expert*); experts overwritten by the first
+rank's (expert*, by their weights after the step); a document that leaks over a border, or whose
+positions begin anew (context*); a mean over ranks of means over labels (shard, context: labels are
+uneven); balance counted again by recomputation, or of local tokens alone (*recompute, expert-4).
+"""
 
 from parallel_helpers import MOE, Case
 
@@ -8,13 +17,15 @@ MIXTURE = {"moe": MOE}
 CASES = (
     Case("shard", {"shard": 2}, model=MIXTURE | {"moe": MOE | {"capacity_factor": None}}),
     Case("tied-shard", {"shard": 2}, model=DENSE, recompute=True),
-    Case("replicate", {"replicate": 2}, model=DENSE),
+    Case("replicate", {"replicate": 2}, model=DENSE, is_slow=True),
     Case("context", {"context": 2}, micro_batch_rows=3, model=DENSE),
-    Case("context-recompute", {"context": 2}, micro_batch_rows=1, recompute=True),
-    Case("expert", {"shard": 2, "expert": 2}, model=MIXTURE),
+    Case("context-recompute", {"context": 2}, micro_batch_rows=1, recompute=True, is_slow=True),
+    Case("context-bf16", {"context": 2}, micro_batch_rows=3, autocast="bf16"),
+    Case("tensor-bf16", {"tensor": 2}, autocast="bf16"),
+    Case("expert", {"shard": 2, "expert": 2}, model=MIXTURE, is_slow=True),
     Case("expert-context", {"context": 2, "expert": 2}, micro_batch_rows=3, model=MIXTURE),
     Case("tensor", {"tensor": 2}, model=MIXTURE),
-    Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True),
+    Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True, is_slow=True),
     Case("hybrid-shard", {"replicate": 2, "shard": 2}, model=DENSE),
     Case("context-4", {"context": 4}, micro_batch_rows=2, model=DENSE),
     Case("shard-context", {"shard": 2, "context": 2}, micro_batch_rows=2, model=DENSE),

@@ -63,6 +63,8 @@ class Case:
     micro_batch_rows: int = 4
     model: dict[str, Any] = field(default_factory=dict)
     recompute: bool = False
+    autocast: str | None = None
+    is_slow: bool = False
 
     @property
     def config(self) -> ParallelConfig:
@@ -107,7 +109,7 @@ def take_step(case: Case, model: HybridModel, optimizer: Any, layout: Layout) ->
     """One step of training, as the loop takes it: what it computed, and this rank's tensors."""
     size = case.micro_batch_rows
     step = read_step(Rows(), 0, 2 * size, micro_batch_rows=size, device=model.device, layout=layout)
-    losses = layout.sum_over_tokens(forward_backward(model, step, autocast=None))
+    losses = layout.sum_over_tokens(forward_backward(model, step, autocast=case.autocast))
     norm = gradient_norm(model.named_parameters(), layout)
     clip_gradients(model.parameters(), 0.5, norm)
     gradients = {name: held(p.grad).clone() for name, p in model.named_parameters()}

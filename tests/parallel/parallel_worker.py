@@ -22,7 +22,7 @@ def steps(folder: Path, rank: int, *names: str) -> None:
     """Take a step of every named case."""
     for case in (c for c in parallel_cases.CASES if c.name in names):
         layout = Layout.join(case.config, "cpu")
-        model, optimizer = build(case, layout, torch.float64)
+        model, optimizer = build(case, layout, torch.float32 if case.autocast else torch.float64)
         torch.save(take_step(case, model, optimizer, layout), folder / f"{case.name}.{rank}.pt")
 
 

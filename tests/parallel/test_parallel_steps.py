@@ -1,5 +1,6 @@
 """Every layout takes the step that one process takes: loss, gradients, norm, weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,35 +12,36 @@ from sevenfold.ops.testing import check_error
 from sevenfold.parallel import Layout, ParallelConfig
 
 ALONE = Layout(ParallelConfig())
-BY_RANKS = {n: [case for case in CASES if case.config.num_ranks == n] for n in (2, 4)}
+TWO = [case for case in CASES if case.config.num_ranks == 2]
+QUICK = [case for case in TWO if not case.is_slow]
+SLOW = [case for case in TWO if case.is_slow]
+FOUR = [case for case in CASES if case.config.num_ranks == 4]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    run_ranks("steps", 2, folder, *(case.name for case in BY_RANKS[2]))
-    return folder
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran(QUICK, 2, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran(SLOW, 2, tmp_path_factory.mktemp("slow"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("four")
-    run_ranks("steps", 4, folder, *(case.name for case in BY_RANKS[4]))
+    return ran(FOUR, 4, tmp_path_factory.mktemp("four"))
+
+
+def ran(cases: list[Case], num_ranks: int, folder: Path) -> Path:
+    """All cases in one start of the processes."""
+    run_ranks("steps", num_ranks, folder, *(case.name for case in cases))
     return folder
 
 
 def one_process(case: Case, dtype: torch.dtype) -> dict:
-    return _one_process(repr(case.model), case.micro_batch_rows, case.recompute, dtype, (case,))
-
-
-_CACHE: dict = {}
-
-
-def _one_process(model: str, rows: int, recompute: bool, dtype: torch.dtype, by: tuple) -> dict:
-    key = (model, rows, recompute, dtype)
-    if key not in _CACHE:
-        _CACHE[key] = take_step(by[0], *build(by[0], ALONE, dtype), ALONE)
-    return _CACHE[key]
+    case = replace(case, autocast=None) if dtype is torch.float64 else case
+    return take_step(case, *build(case, ALONE, dtype), ALONE)
 
 
 def agrees_with_one_process(case: Case, folder: Path) -> None:
@@ -51,20 +53,33 @@ def agrees_with_one_process(case: Case, folder: Path) -> None:
     for rank in ranks:
         assert (rank["labels"], rank["bytes"]) == (exact["labels"], exact["bytes"])
         for name in ("losses", "norm"):
-            check_error(f"{case.name}: {name}", rank[name], eager[name], exact[name])
-    for kind in ("gradients", "weights"):
+            check_error(f"{case.name}: {name}", rank[name], rounded(case, eager[name]), exact[name])
+    # AdamW's first step is a sign, which the rounding of bf16 turns where a gradient is near 0.
+    for kind in ("gradients",) if case.autocast else ("gradients", "weights"):
         for name, whole in exact[kind].items():
             found = joined(case, ranks, kind, name, whole)
-            check_error(f"{case.name}: {kind} {name}", found, eager[kind][name], whole)
+            known = rounded(case, eager[kind][name])
+            check_error(f"{case.name}: {kind} {name}", found, known, whole)
 
 
-@pytest.mark.parametrize("case", BY_RANKS[2], ids=lambda case: case.name)
-def test_two_ranks_take_the_step_of_one_process(case: Case, two: Path) -> None:
-    agrees_with_one_process(case, two)
+def rounded(case: Case, eager: torch.Tensor) -> torch.Tensor:
+    """What one process has, in the dtype of its products, whose eps the error rule counts."""
+    return eager if case.autocast is None else eager.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def test_two_ranks_take_the_step_of_one_process(case: Case, quick: Path) -> None:
+    agrees_with_one_process(case, quick)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", BY_RANKS[4], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW, ids=lambda case: case.name)
+def test_other_layouts_of_two_ranks_do_so_too(case: Case, slow: Path) -> None:
+    agrees_with_one_process(case, slow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FOUR, ids=lambda case: case.name)
 def test_four_ranks_take_the_step_of_one_process(case: Case, four: Path) -> None:
     agrees_with_one_process(case, four)
 

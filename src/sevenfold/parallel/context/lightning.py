@@ -23,7 +23,7 @@ from torch import distributed as dist
 
 from sevenfold.models import Batch
 from sevenfold.models.state import LinearState, PooledState
-from sevenfold.ops import lightning_attention
+from sevenfold.ops import full_precision, lightning_attention
 from sevenfold.parallel.context.batch import ContextBatch, stretch_of
 
 # What has decayed by more is 0: the smallest number that fp32 holds with all its digits.
@@ -72,7 +72,8 @@ class ContextLightning:
         place = torch.arange(1, n + 1, device=q.device)
         fading = powers(log_decay.to(before.dtype), place)  # [H, n]
         faded = q[0, :n].to(before.dtype) * fading.t()[..., None]  # [n, H, K]
-        earlier = torch.einsum("nhk,hkv->nhv", faded, before)
+        with full_precision(q.device):
+            earlier = torch.einsum("nhk,hkv->nhv", faded, before)
         return torch.cat([(o[0, :n] + earlier).to(o.dtype), o[0, n:]])[None]
 
 
@@ -135,4 +136,5 @@ def _gathered_sum(state: Tensor, weights: Tensor, group: dist.ProcessGroup) -> T
     """sum_p weights[h, p] state_p[h]."""
     gathered = state.new_empty(weights.shape[1], *state.shape)
     dist.all_gather_into_tensor(gathered, state[None].contiguous(), group=group)
-    return torch.einsum("hp,phkv->hkv", weights, gathered)
+    with full_precision(state.device):
+        return torch.einsum("hp,phkv->hkv", weights, gathered)
