@@ -1,12 +1,13 @@
 """Layouts that are compared with one process.
 
-Errors that other trainers had without a word, and the case that would show each: copies of norms and
-routers that tensor ranks do not sum (tensor*, by the ranks' copies); a norm that undercounts experts
-or counts copies twice (tensor-expert, replicate-expert); a norm of each expert group's own (expert*);
-gradients of experts times the group's size, or none (expert*); experts overwritten by the first
-rank's (expert*, by their weights after the step); a document that leaks over a border, or whose
-positions begin anew (context*); a mean over ranks of means over labels (shard, context: labels are
-uneven); balance counted again by recomputation, or of local tokens alone (*recompute, expert-4).
+Errors that other trainers had without a word, and the case that would show each: copies of norms
+and routers that tensor ranks do not sum (tensor*, by the ranks' copies); a norm that undercounts
+experts or counts copies twice (tensor-expert, replicate-expert); a norm of each expert group's own
+(expert*); gradients of experts times the group's size, or none (expert*); experts overwritten by
+the first rank's (expert*, by their weights after the step); a document that leaks over a border, or
+whose positions begin anew (context*); a mean over ranks of means over labels (shard, context:
+labels are uneven); balance counted again by recomputation, or of local tokens alone (*recompute,
+expert-4).
 """
 
 from parallel_helpers import MOE, Case

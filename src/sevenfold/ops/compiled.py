@@ -40,6 +40,14 @@ def use_torch_threads() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), _MOST_THREADS))
 
 
+def lent(x: torch.Tensor) -> np.ndarray:
+    """View a weight as an array and leave its storage free to be resized.
+
+    torch.Tensor.numpy pins the storage for good, and fully_shard frees a weight between its uses.
+    """
+    return torch.from_dlpack(x.detach()).numpy()
+
+
 def empty(*shape: int) -> torch.Tensor:
     """A fresh fp32 tensor on the CPU, from numpy, which asks for huge pages from 4 MB on.
 

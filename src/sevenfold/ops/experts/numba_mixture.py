@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sevenfold.ops.compiled import empty, use_torch_threads
+from sevenfold.ops.compiled import empty, lent, use_torch_threads
 from sevenfold.ops.experts import compiled
 
 _UNIT_ROWS = 512
@@ -66,7 +66,7 @@ def _forward(
     token, D = choice // row.shape[1], x.shape[1]
     rows, y = empty(len(choice), D), empty(len(x), D)
     use_torch_threads()
-    inputs = (t.detach().numpy() for t in (x, token, gate_up_proj, down_proj))
+    inputs = (lent(t) for t in (x, token, gate_up_proj, down_proj))
     compiled.feed(*inputs, blocks, kept.numpy(), rows.numpy())
     compiled.combine(*(t.detach().numpy() for t in (rows, row, weights, y)))
     return y
@@ -102,7 +102,7 @@ class _Mixture(torch.autograd.Function):
         ddown_proj_t = down_proj.new_zeros(down_proj.mT.shape)
         use_torch_threads()
         tensors = (dy, token, share, gate_up_proj, down_proj)
-        inputs, done = [t.numpy() for t in tensors], 0
+        inputs, done = [lent(t) for t in tensors], 0
         for e, blocks in enumerate(_blocks(rows_per_expert)):
             if not len(blocks):
                 continue

@@ -14,7 +14,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import compiled, dot32, exp32, use_torch_threads
+from sevenfold.ops.compiled import compiled, dot32, exp32, lent, use_torch_threads
 
 _F = np.float32
 _BLOCK_ROWS = 64
@@ -33,16 +33,15 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        # A copy: numpy pins what it views, and fully_shard frees a weight between its uses.
-        rows, weight = _rows(x), weight.detach().clone(memory_format=torch.contiguous_format)
+        rows, weight = _rows(x), weight.detach().contiguous()
         ctx.save_for_backward(rows, None if gate is None else _rows(gate), weight)
         ctx.eps, ctx.shape = eps, x.shape
         y = torch.empty_like(rows)
         use_torch_threads()
         if gate is None:
-            _forward(rows.numpy(), weight.numpy(), _F(eps), y.numpy())
+            _forward(rows.numpy(), lent(weight), _F(eps), y.numpy())
         else:
-            arrays = (rows.numpy(), _rows(gate).numpy(), weight.numpy())
+            arrays = (rows.numpy(), _rows(gate).numpy(), lent(weight))
             _gated_forward(*arrays, _F(eps), y.numpy())
         return y.view(x.shape)
 
@@ -54,11 +53,11 @@ class _Norm(torch.autograd.Function):
         use_torch_threads()
         if gate is None:
             inputs = (rows, weight, dy)
-            _backward(*(t.numpy() for t in inputs), _F(ctx.eps), dx.numpy(), parts.numpy())
+            _backward(*(lent(t) for t in inputs), _F(ctx.eps), dx.numpy(), parts.numpy())
             return dx.view(ctx.shape), None, parts.sum(0), None
         dgate = torch.empty_like(gate)
         inputs, outputs = (rows, gate, weight, dy), (dx, dgate, parts)
-        arrays = (t.numpy() for t in inputs)
+        arrays = (lent(t) for t in inputs)
         _gated_backward(*arrays, _F(ctx.eps), *(t.numpy() for t in outputs))
         return dx.view(ctx.shape), dgate.view(ctx.shape), parts.sum(0), None
 
