@@ -9,7 +9,7 @@ import pytest
 import torch
 from numba import njit
 
-from sevenfold.ops.compiled import FASTMATH, dot32, exp32, max32, sum32
+from sevenfold.ops.compiled import FASTMATH, dot32, exp32, lent, max32, sum32
 
 
 @njit(fastmath=FASTMATH)
@@ -60,3 +60,12 @@ def test_torch_keeps_its_number_of_threads() -> None:
     script += "print(torch.get_num_threads())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert done.stdout == b"1\n"
+
+
+def test_a_lent_weight_can_be_freed_and_filled_again() -> None:
+    weight = torch.arange(6.0).view(2, 3).requires_grad_()
+    array = lent(weight)
+    assert array.tolist() == weight.tolist()
+    del array
+    weight.untyped_storage().resize_(0)
+    weight.untyped_storage().resize_(24)

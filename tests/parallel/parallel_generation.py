@@ -42,13 +42,17 @@ def model_of(layers: str, experts: bool) -> HybridModel:
 
 def generate(model: HybridModel) -> dict[str, list[list[int]]]:
     """Greedy tokens of PROMPTS, all at once, by the decoder, by the engine, and without a cache."""
-    return {"decoder": by_decoder(model), "engine": by_engine(model), "uncached": uncached(model)}
+    return {
+        "decoder": by_decoder(model, NUM_TOKENS),
+        "engine": by_engine(model),
+        "uncached": uncached(model),
+    }
 
 
-def by_decoder(model: HybridModel) -> list[list[int]]:
+def by_decoder(model: HybridModel, num_tokens: int) -> list[list[int]]:
     decoder = Decoder(model, PROMPTS, capacity_tokens=64)
-    rows = [decoder.prefill(5).argmax(-1).tolist()]
-    while len(rows) < NUM_TOKENS:
+    rows = [decoder.prefill(32).argmax(-1).tolist()]
+    while len(rows) < num_tokens:
         rows.append(decoder.step(rows[-1]).argmax(-1).tolist())
     return [list(tokens) for tokens in zip(*rows, strict=True)]
 

@@ -32,7 +32,15 @@ def runs(folder: Path, rank: int, *run_files: str) -> None:
         train(load_run_config(Path(run_file)))
 
 
-def generation(folder: Path, rank: int, layers: str, *arguments: str) -> None:
+def decoding(folder: Path, rank: int, layers: str) -> None:
+    """Greedy tokens of the decoder on a divided mixture of experts."""
+    model = parallel_generation.model_of(layers, True)
+    divide_model(model, Layout.join(ParallelConfig(tensor=dist.get_world_size()), "cpu"))
+    tokens = parallel_generation.by_decoder(model, 3)
+    torch.save(tokens, folder / f"{layers}.{rank}.pt")
+
+
+def generation(folder: Path, rank: int, layers: str) -> None:
     """Greedy tokens of the decoder and of the engine on a divided model."""
     layout = Layout.join(ParallelConfig(tensor=dist.get_world_size()), "cpu")
     for experts in (False, True):
@@ -42,7 +50,7 @@ def generation(folder: Path, rank: int, layers: str, *arguments: str) -> None:
         torch.save(tokens, folder / f"{layers}-{experts}.{rank}.pt")
 
 
-JOBS = {"steps": steps, "runs": runs, "generation": generation}
+JOBS = {"steps": steps, "runs": runs, "decoding": decoding, "generation": generation}
 
 
 def process(job: str, rank: int, num_ranks: int, folder: Path, arguments: list[str]) -> None:

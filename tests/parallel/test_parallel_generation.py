@@ -4,14 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_generation import generate, model_of
+from parallel_generation import by_decoder, generate, model_of
 from parallel_helpers import run_ranks
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "layers"),
-    [(2, "lfs"), pytest.param(4, "llf", marks=pytest.mark.slow)],
-)
+def test_ranks_decode_the_greedy_tokens_of_one_process(tmp_path: Path) -> None:
+    run_ranks("decoding", 2, tmp_path, "lf")
+    alone = by_decoder(model_of("lf", True), 3)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"lf.{rank}.pt", weights_only=True) == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "layers"), [(2, "lfs"), (4, "llf")])
 def test_ranks_generate_the_greedy_tokens_of_one_process(
     num_ranks: int, layers: str, tmp_path: Path
 ) -> None:

@@ -1,5 +1,7 @@
 """Whole runs over ranks: the metrics of one process, and checkpoints that any layout resumes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,14 @@ from sevenfold.config import parse_config
 from sevenfold.data import PrepareConfig, prepare
 from sevenfold.models.checkpoint import load_model
 from sevenfold.ops.testing import error_bound
-from sevenfold.train import RunConfig, read_metrics, train
+from sevenfold.train import RunConfig, load_run_config, read_metrics, train
 from sevenfold.train.toml import to_toml
 
 WORDS = "the river held its colour while nine grey herons stood quite still beside old stones"
 LAYOUTS = {
     "alone": {},
     "tensor": {"tensor": 2},
+    "context": {"context": 2},
     "expert": {"shard": 2, "expert": 2},
     "hybrid": {"replicate": 2, "shard": 2},
     "tensor-context": {"tensor": 2, "context": 2},
@@ -24,7 +27,8 @@ LAYOUTS = {
     "four-experts": {"shard": 4, "expert": 4},
 }
 ORDERS = [
-    pytest.param(2, ["tensor", "expert"], id="2"),
+    pytest.param(2, ["expert"], id="2"),
+    pytest.param(2, ["tensor", "context", "expert"], id="2-more", marks=pytest.mark.slow),
     pytest.param(
         4,
         ["tensor-context", "hybrid", "tensor-expert", "four-experts"],
@@ -54,8 +58,8 @@ def run_file(folder: Path, out: str, data: Path, steps: int, layout: str) -> str
         "data": {"path": str(data), "seq_len": 24},
         "model": MODEL | {"vocab_size": 304, "moe": MOE | {"capacity_factor": None}},
         "optimizer": {"lr": 0.01},
-        "batch": {"tokens_per_step": 6 * 24, "micro_batch_rows": 2},
-        "validation": {"every_steps": 1, "num_samples": 2},
+        "batch": {"tokens_per_step": 8 * 24, "micro_batch_rows": 4},
+        "validation": {"every_steps": 1, "num_samples": 4},
         "parallel": LAYOUTS[layout],
     }
     config = parse_config(RunConfig, table, "test")
@@ -65,8 +69,6 @@ def run_file(folder: Path, out: str, data: Path, steps: int, layout: str) -> str
 
 
 def whole_run(folder: Path, data: Path, steps: int, out: str) -> list[dict]:
-    from sevenfold.train import load_run_config
-
     result = train(load_run_config(Path(run_file(folder, out, data, steps, "alone"))))
     return read_metrics(result.folder / "metrics.jsonl")
 
@@ -98,3 +100,21 @@ def test_a_run_changes_its_layout_at_every_checkpoint(
 def after_steps(num_steps: int, exact: torch.Tensor) -> float:
     """The error rule, for each step once for each digit that AdamW's division can lose."""
     return 100 * num_steps * error_bound(exact.double(), exact)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_and_the_first_rank_speaks(data: Path, tmp_path: Path) -> None:
+    program = "from sevenfold.cli.main import main; main()"
+    (tmp_path / "program.py").write_text(program)
+    file = run_file(tmp_path, "run", data, 2, "context")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "program.py"), "train", file],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("Done: 2 steps") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]

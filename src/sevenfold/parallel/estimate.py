@@ -8,6 +8,7 @@ they are made.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -162,6 +163,7 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
     return StepTime(compute, {name: size / speeds[name] for name, size in sent.items() if size})
 
 
+@lru_cache(maxsize=4)
 def _units(model: ModelConfig, parallel: ParallelConfig) -> Sequence[_Unit]:
     """Embedding, last norm and head; then each block."""
     with torch.device("meta"):
