@@ -8,7 +8,6 @@ they are made.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -163,17 +162,19 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
     return StepTime(compute, {name: size / speeds[name] for name, size in sent.items() if size})
 
 
-@lru_cache(maxsize=4)
 def _units(model: ModelConfig, parallel: ParallelConfig) -> Sequence[_Unit]:
     """Embedding, last norm and head; then each block."""
+    kinds = tuple(dict.fromkeys(model.layer_types))
     with torch.device("meta"):
-        plain = HybridModel(model)
-    own = set(plain.layers.parameters())
-    blocks = [
-        dict(block.named_parameters(prefix=f"layers.{i}")) for i, block in enumerate(plain.layers)
-    ]
-    outer = {name: p for name, p in plain.named_parameters() if p not in own}
-    return [_unit(part, parallel) for part in (outer, *blocks)]
+        plain = HybridModel(model.model_copy(update={"layer_types": kinds}))
+    blocks = {
+        kind: dict(block.named_parameters(prefix="layers.0"))
+        for kind, block in zip(kinds, plain.layers, strict=True)
+    }
+    own = {id(parameter) for parameter in plain.layers.parameters()}
+    outer = {name: p for name, p in plain.named_parameters() if id(p) not in own}
+    by_kind = {kind: _unit(parameters, parallel) for kind, parameters in blocks.items()}
+    return [_unit(outer, parallel), *(by_kind[kind] for kind in model.layer_types)]
 
 
 def _unit(parameters: dict[str, torch.nn.Parameter], parallel: ParallelConfig) -> _Unit:
