@@ -56,8 +56,8 @@ class PageTable:
 
     pages: [N, M] int64, sequence n's pages in the order of its tokens; unused ones are any page.
     page, place: [tokens] int64, where each new token goes.
-    key_lengths: [N] int64 beside the pages, each sequence's tokens, for kernels that read lengths on
-        a device; None has them read from the batch, on the host.
+    key_lengths: [N] int64 beside the pages, each sequence's tokens, for kernels that read lengths
+        on a device; None has them read from the batch, on the host.
     cu_seqlens: [N + 1] int64 beside key_lengths, cumulative numbers of new tokens, where they are
         packed in one row.
     """

@@ -71,9 +71,7 @@ def test_opcheck_of_writing() -> None:
     pools = [apart(torch.zeros(4, 4, 3, width)) for width in (5, 6)]
     k, v = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
     where = (torch.tensor([1, 3]), torch.tensor([0, 2]))
-    torch.library.opcheck(
-        torch.ops.sevenfold.write_pages.default, (k, v, *pools, *where, "eager")
-    )
+    torch.library.opcheck(torch.ops.sevenfold.write_pages.default, (k, v, *pools, *where, "eager"))
     write_pages(k, v, *pools, *where)
     assert torch.equal(pools[0][1, 0], k[0])
     assert torch.equal(pools[1][3, 2], v[1])
@@ -128,7 +126,9 @@ def test_wrong_writes() -> None:
         write_pages(k, k, pools[0], pools[1].double(), *where)
     with pytest.raises(ValueError, match="k_pages must be contiguous within a page, got strides"):
         write_pages(k, k, pools[0].transpose(1, 2).contiguous().transpose(1, 2), pools[1], *where)
-    with pytest.raises(ValueError, match=re.escape("place must have shape [tokens] = [2], got [3]")):
+    with pytest.raises(
+        ValueError, match=re.escape("place must have shape [tokens] = [2], got [3]")
+    ):
         write_pages(k, k, *pools, where[0], torch.zeros(3).long())
 
 

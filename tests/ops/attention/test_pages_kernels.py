@@ -80,9 +80,7 @@ def test_company_and_room_change_no_bit(name: str) -> None:
         q = x.q.flatten(0, 1)[rows][None]
         starts = torch.tensor([0, length], device=DEVICE) if case.packed else None
         lengths = x.key_lengths[n : n + 1]
-        own = replace(
-            x, q=q, pages=x.pages[n : n + 1], key_lengths=lengths, cu_seqlens=starts
-        )
+        own = replace(x, q=q, pages=x.pages[n : n + 1], key_lengths=lengths, cu_seqlens=starts)
         assert torch.equal(together[rows], attend(own, case, "triton")[0])
         first += length
 

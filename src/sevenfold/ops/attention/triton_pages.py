@@ -96,6 +96,61 @@ def _sees(
 
 
 @triton.jit
+def _block(
+    starts, key_lengths, T, N, BQ: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """Which rows a program owns.
+
+    Sequence, its first row, its new tokens, the first of them here, keys before all of them.
+    """
+    if PACKED:
+        n = _sequence_of(starts, tl.program_id(0), N, BQ)
+        start = tl.load(starts + n).to(tl.int32)
+        T = tl.load(starts + n + 1).to(tl.int32) - start
+        first_t = (tl.program_id(0) - start // BQ - n) * BQ
+    else:
+        blocks = tl.cdiv(T, BQ)
+        n = tl.program_id(0) // blocks
+        start = n * T
+        first_t = (tl.program_id(0) % blocks) * BQ
+    n = n.to(tl.int64)
+    return n, start, T, first_t, tl.load(key_lengths + n).to(tl.int32) - T
+
+
+@triton.jit
+def _over_keys(
+    query, k, v, pages, ancestors, depths, n, t, at, base, T, begin, end, scale, window,
+    k_page, k_token, v_page, v_token,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """acc, m and l of the rows over keys `begin` to `end` of their sequence."""
+    exact: tl.constexpr = "ieee" if query.dtype == tl.float32 else "tf32"
+    i, iv, ar_n = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BN)
+    m, l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BV], tl.float32)
+    for offset in range(begin, end, BN):
+        p = offset + ar_n
+        held = p < end
+        page = tl.load(pages + p // PAGE, held, other=0).to(tl.int64)
+        k_at = k + page * k_page + (p % PAGE) * k_token
+        key = tl.load(k_at[None, :] + i[:, None], held[None, :] & (i < D)[:, None], other=0.0)
+        s = tl.dot(query, key, input_precision=exact) * scale
+        sees = _sees(ancestors, depths, n, t, at, p, base, T, window, TREE, WINDOW)
+        s = tl.where(sees & held[None, :], s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        weight, kept = tl.exp2(s - finite[:, None]), tl.exp2(m - finite)
+        l = l * kept + tl.sum(weight, 1)
+        v_at = v + page * v_page + (p % PAGE) * v_token
+        value = tl.load(v_at[:, None] + iv[None, :], held[:, None] & (iv < V)[None, :], other=0.0)
+        acc = acc * kept[:, None]
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=exact)
+        m = top
+    return acc, m, l
+
+
+@triton.jit
 def _attend_kernel(
     q, k, v, pages, key_lengths, starts, ancestors, depths, o, lse, scale, window,
     q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head, pages_row,
@@ -107,69 +162,37 @@ def _attend_kernel(
 ):  # fmt: skip
     """A program owns BM rows of one key head, and one share of their keys where SPLIT."""
     BQ: tl.constexpr = BM // GROUP
-    g = tl.program_id(1)
-    if PACKED:
-        n = _sequence_of(starts, tl.program_id(0), N, BQ)
-        start = tl.load(starts + n).to(tl.int32)
-        T = tl.load(starts + n + 1).to(tl.int32) - start
-        first_t = (tl.program_id(0) - start // BQ - n) * BQ
-    else:
-        blocks = tl.cdiv(T, BQ)
-        n = tl.program_id(0) // blocks
-        start = n * T
-        first_t = (tl.program_id(0) % blocks) * BQ
+    g, r = tl.program_id(1), tl.arange(0, BM)
+    n, start, T, first_t, base = _block(starts, key_lengths, T, N, BQ, PACKED)
     if first_t >= T:
         return
-    n = n.to(tl.int64)
-    keys = tl.load(key_lengths + n).to(tl.int32)
-    r, ar_n = tl.arange(0, BM), tl.arange(0, BN)
     t, h = first_t + r // GROUP, g * GROUP + r % GROUP
     inside = (r < BQ * GROUP) & (t < T)
-    base = keys - T
-    at, nearest, last = base + t, base + first_t, tl.minimum(keys, base + first_t + BQ)
+    at, nearest, end = base + t, base + first_t, base + tl.minimum(T, first_t + BQ)
     if TREE:
         at = base + tl.load(depths + n * T + t, inside, other=0).to(tl.int32)
-        nearest, last = base, keys
-    first = 0
+        nearest, end = base, base + T
+    begin = 0
     if WINDOW:
-        first = tl.maximum(nearest - window + 1, 0) // BN * BN
-    begin, end = first, last
+        begin = tl.maximum(nearest - window + 1, 0) // BN * BN
     if SPLIT:
-        begin, end = _share(first, last, tl.program_id(2), MOST, LEAST)
-    i, iv = tl.arange(0, BD), tl.arange(0, BV)
-    row = (start + t).to(tl.int64)
+        begin, end = _share(begin, end, tl.program_id(2), MOST, LEAST)
+    i, iv, row = tl.arange(0, BD), tl.arange(0, BV), (start + t).to(tl.int64)
     q_at = q + row[:, None] * q_token + h[:, None] * q_head + i[None, :]
     query = tl.load(q_at, inside[:, None] & (i < D)[None, :], other=0.0)
-    exact: tl.constexpr = "ieee" if query.dtype == tl.float32 else "tf32"
-    m, l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BV], tl.float32)
-    for offset in range(begin, end, BN):
-        p = offset + ar_n
-        held = p < end
-        page = tl.load(pages + n * pages_row + p // PAGE, held, other=0).to(tl.int64)
-        k_at = k + page * k_page + (p % PAGE) * k_token + g * k_head
-        key = tl.load(k_at[None, :] + i[:, None], held[None, :] & (i < D)[:, None], other=0.0)
-        s = tl.dot(query, key, input_precision=exact) * scale
-        sees = _sees(ancestors, depths, n, t, at, p, base, T, window, TREE, WINDOW)
-        s = tl.where(sees & held[None, :], s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 1))
-        finite = tl.where(top == float("-inf"), 0.0, top)
-        weight, kept = tl.exp2(s - finite[:, None]), tl.exp2(m - finite)
-        l = l * kept + tl.sum(weight, 1)
-        v_at = v + page * v_page + (p % PAGE) * v_token + g * v_head
-        value = tl.load(v_at[:, None] + iv[None, :], held[:, None] & (iv < V)[None, :], other=0.0)
-        acc = acc * kept[:, None]
-        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=exact)
-        m = top
+    acc, m, l = _over_keys(
+        query, k + g * k_head, v + g * v_head, pages + n * pages_row, ancestors, depths, n, t, at,
+        base, T, begin, end, scale, window, k_page, k_token, v_page, v_token,
+        D, V, BD, BV, PAGE, BM, BN, TREE, WINDOW,
+    )  # fmt: skip
     some = tl.where(l > 0, l, 1.0)
-    acc = acc / some[:, None]
     out_row = row * H + h
     if SPLIT:
         out_row += tl.program_id(2).to(tl.int64) * rows * H
-        total = tl.where(l > 0, m + tl.log2(some), float("-inf"))
-        tl.store(lse + out_row, total, inside)
+        tl.store(lse + out_row, tl.where(l > 0, m + tl.log2(some), float("-inf")), inside)
     out_at = o + out_row[:, None] * V + iv[None, :]
-    tl.store(out_at, acc.to(o.dtype.element_ty), inside[:, None] & (iv < V)[None, :])
+    out = (acc / some[:, None]).to(o.dtype.element_ty)
+    tl.store(out_at, out, inside[:, None] & (iv < V)[None, :])
 
 
 @triton.jit
@@ -194,7 +217,7 @@ def _combine_kernel(
 def attend(call: Call) -> Tensor:
     """Run a checked call; the result is the public operator's."""
     _check_runnable(call)
-    q, (H, D), V = call.q, call.q.shape[2:], call.v_pages.shape[-1]
+    q, H, V = call.q, call.q.shape[2], call.v_pages.shape[-1]
     rows = q.shape[0] * q.shape[1]
     o = q.new_empty(*q.shape[:3], V)
     if o.numel() == 0:
