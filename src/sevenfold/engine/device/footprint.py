@@ -3,13 +3,13 @@
 from sevenfold.models import ModelConfig
 
 _MOST_SPLITS = 32  # shares of a sequence's keys, each with an fp32 output
-_LIBRARIES = 64 << 20  # cuBLAS's workspace and the kernels' code
+_LIBRARIES = 128 << 20  # cuBLAS's workspaces on two streams, and the graphs themselves
 
 
 def graph_bytes(config: ModelConfig, most_rows: int, *, element_bytes: int) -> int:
     """Return bytes that graphs of up to most_rows rows take, which share one pool.
 
-        logits + one layer's activations + one softmax layer's shares + 64 MiB for libraries
+        logits + one layer's activations + one softmax layer's shares + 128 MiB for libraries
 
     Args:
         config: the model.

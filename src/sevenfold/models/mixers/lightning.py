@@ -83,9 +83,10 @@ class LightningAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PooledState, kept: Snapshots
     ) -> Tensor:
         if batch.is_step and not kept.stops:
-            tokens = (x.flatten(0, 1) for x in (q, k, v))
-            o = lightning_attention_decode(*tokens, self.log_decay, state.pool, state.slots)
-            return o.view_as(v)
+            q, k, values = (x.flatten(0, 1) for x in (q, k, v))
+            return lightning_attention_decode(
+                q, k, values, self.log_decay, state.pool, state.slots
+            ).view_as(v)
         o, kv = lightning_attention_prefill(
             q,
             k,

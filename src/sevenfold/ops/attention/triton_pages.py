@@ -15,6 +15,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (2023), PagedAttenti
 
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
+from sevenfold.ops.row_launch import next_power_of_2
 from sevenfold.ops.tuning import best_config
 
 WIDEST = 256
@@ -96,9 +98,7 @@ def _sees(
 
 
 @triton.jit
-def _block(
-    starts, key_lengths, T, N, BQ: tl.constexpr, PACKED: tl.constexpr
-):  # fmt: skip
+def _block(starts, key_lengths, T, N, BQ: tl.constexpr, PACKED: tl.constexpr):
     """Which rows a program owns.
 
     Sequence, its first row, its new tokens, the first of them here, keys before all of them.
@@ -231,7 +231,7 @@ def attend(call: Call) -> Tensor:
     _launch(call, config, parts, lse, splits)
     _combine_kernel[(rows * H,)](
         parts, lse, o, rows * H, splits,
-        V=V, BV=triton.next_power_of_2(V), MOST=MOST_SPLITS, num_warps=2,
+        V=V, BV=next_power_of_2(V), MOST=MOST_SPLITS, num_warps=2,
     )  # fmt: skip
     return o
 
@@ -241,7 +241,7 @@ def num_splits(call: Call) -> int:
     if call.starts is not None or call.q.shape[1] > FEW_ROWS:
         return 1
     most = call.pages.shape[1] * call.k_pages.shape[1]
-    return max(1, min(MOST_SPLITS, triton.cdiv(most, LEAST_SPLIT_TOKENS)))
+    return max(1, min(MOST_SPLITS, -(-most // LEAST_SPLIT_TOKENS)))
 
 
 FEW_ROWS = 16  # new tokens of a sequence up to which its keys are split
@@ -263,8 +263,8 @@ def _launch(call: Call, config: dict[str, int], o: Tensor, lse: Tensor, splits: 
         float(call.scale) * _LOG2E, 0 if call.window is None else call.window,
         *q_rows.stride()[:2], *k.stride()[:3], *v.stride()[:3], call.pages.stride(0),
         T, N, H, B * T,
-        GROUP=H // G, D=D, V=V, BD=max(16, triton.next_power_of_2(D)),
-        BV=max(16, triton.next_power_of_2(V)), PAGE=page_tokens, BM=BM, BN=config["BN"],
+        GROUP=H // G, D=D, V=V, BD=max(16, next_power_of_2(D)),
+        BV=max(16, next_power_of_2(V)), PAGE=page_tokens, BM=BM, BN=config["BN"],
         MOST=MOST_SPLITS, LEAST=LEAST_SPLIT_TOKENS, SPLIT=splits > 1,
         PACKED=call.starts is not None, TREE=sees is not None, WINDOW=call.window is not None,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
@@ -274,16 +274,16 @@ def _launch(call: Call, config: dict[str, int], o: Tensor, lse: Tensor, splits: 
 def _block_rows(call: Call, config: dict[str, int]) -> int:
     """Rows of a program: the configuration's, or fewer where a sequence has fewer."""
     group = call.q.shape[2] // call.k_pages.shape[2]
-    least = max(16, triton.next_power_of_2(group))
+    least = max(16, next_power_of_2(group))
     if call.starts is not None:
         return max(least, config["BM"])
-    return max(least, min(config["BM"], triton.next_power_of_2(call.q.shape[1] * group)))
+    return max(least, min(config["BM"], next_power_of_2(call.q.shape[1] * group)))
 
 
 def _config(call: Call) -> dict[str, int]:
     q, width = call.q, max(call.q.shape[-1], call.v_pages.shape[-1])
     few = call.starts is None and q.shape[1] <= FEW_ROWS
-    size = max(16, triton.next_power_of_2(width))
+    size = max(16, next_power_of_2(width))
     name = torch.cuda.get_device_name(q.device) if q.is_cuda else "default"
     key = f"D{size} {8 * q.itemsize} bits {'few' if few else 'many'} rows"
     return best_config("attention_pages", key, name)
