@@ -15,6 +15,7 @@ from sevenfold.engine import engine as engine_module
 from sevenfold.engine.device import decode_batch_sizes, graph_bytes
 from sevenfold.engine.device.graphs import DecodeGraphs
 from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.runners import is_recordable
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.transfer import fetch, upload
 from sevenfold.models import Batch, HybridModel, empty_state
@@ -173,6 +174,13 @@ def test_a_cpu_records_no_graphs(tokenizer: Tokenizer) -> None:
     assert isinstance(engine._runner, Runner)
     with pytest.raises(ConfigError, match="decode_batch_sizes must be None on cpu, which records"):
         engine_module.make_runner(model, new_storage(model), (16, 4), (1, 2))
+
+
+def test_a_graph_holds_steps_that_do_not_wait() -> None:
+    assert is_recordable(tiny_model("lf"))
+    # Experts on a CPU count their rows on the host; no kernel takes such a head.
+    assert not is_recordable(tiny_model("lf", torch.bfloat16, moe=MOE))
+    assert not is_recordable(tiny_model("lf", head_dim=257))
 
 
 def test_more_rows_than_any_size_run_as_they_come() -> None:
