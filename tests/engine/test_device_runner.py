@@ -156,10 +156,12 @@ def test_sizes() -> None:
     assert decode_batch_sizes(100) == (1, 2, 4, *range(8, 64, 8), 64, 96, 100)
     graphs = DecodeGraphs(lambda x: x.ids, FakeCapture(), (2, 4), device=CPU)
     row = Row([1], 0, None, [1, 2, 3], {})
-    assert (graphs.size_of([row]).rows, graphs.size_of([row]).pages) == (2, 4)
+    assert (graphs.size_of([row]).rows, graphs.size_of([row]).pages) == (2, 16)
+    long = Row([1], 0, None, list(range(129)), {})
+    assert (graphs.size_of([row, row, long]).rows, graphs.size_of([long]).pages) == (4, 1024)
     assert graphs.size_of([row] * 4).rows == 4
     assert graphs.size_of([row] * 5) is None
-    assert graphs.size_of([Row([1], 0, 1, [], {})]).pages == 1
+    assert graphs.size_of([Row([1], 0, 1, [], {})]).pages == 16
 
 
 @pytest.mark.parametrize("sizes", [(), (0, 1), (2, 2), (4, 2)])

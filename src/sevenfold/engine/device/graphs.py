@@ -14,6 +14,10 @@ from sevenfold.engine.runner import Row
 
 Step = Callable[[DecodeInputs], Tensor]
 
+# Room costs an upload of 8 bytes a page and row, a size costs a graph: so sizes are few.
+_LEAST_PAGES = 16
+_GROWTH = 8
+
 
 @dataclass(frozen=True)
 class _Recorded:
@@ -24,7 +28,7 @@ class _Recorded:
 class DecodeGraphs:
     """Decoding over a set of batch sizes, recorded when a size is first met.
 
-    Tables of pages have room for a power of two of pages. With one batch size alone every product
+    Tables have room for 16, 128, 1024 and so on pages a row. With one batch size alone each product
     of a step has one shape, whatever the batch: no row's result depends on its company.
     """
 
@@ -55,8 +59,10 @@ class DecodeGraphs:
     def size_of(self, rows: Sequence[Row]) -> Size | None:
         """The least size that holds the rows; None where they are more than any."""
         fitting = [size for size in self._batch_sizes if size >= len(rows)]
-        most = max(1, *(len(row.pages) for row in rows))
-        return Size(fitting[0], 1 << (most - 1).bit_length()) if fitting else None
+        room = _LEAST_PAGES
+        while room < max(len(row.pages) for row in rows):
+            room *= _GROWTH
+        return Size(fitting[0], room) if fitting else None
 
     def run(self, rows: Sequence[Row], size: Size, page_tokens: int) -> Tensor:
         """Run rows in a step of a size.
