@@ -177,13 +177,14 @@ class Engine:
         self, requests: list[Request], logits: Tensor, sampler: Sampler
     ) -> list["TokenEvent | None"]:
         underway = [self._underway[request.id] for request in requests]
+        finite = torch.isfinite(logits).all(-1)
         tokens = sampler.choose(mask_logits(logits, [one.constraint for one in underway]))
-        ids, finite = fetch([tokens, torch.isfinite(logits).all(-1)])
+        ids, are_finite = fetch([tokens, finite])
         params = [one.output.params for one in underway]
         logprobs = read_logprobs(logits, tokens, params)
         events: list[TokenEvent | None] = []
         for n, (one, token) in enumerate(zip(underway, ids, strict=True)):
-            if not finite[n]:
+            if not are_finite[n]:
                 self.scheduler.fail(
                     one.request, "the model's logits are not finite for this request"
                 )
