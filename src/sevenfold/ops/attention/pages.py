@@ -45,6 +45,7 @@ def attention_pages(
     The last keys of a sequence are its new tokens'. A new token sees every key before them, itself,
     and those of its ancestors among them: all before it, unless `ancestors` says which. Keys that
     are `window` or more places behind it are not seen; a place counts ancestors.
+    Among a sequence's own keys and values a NaN reaches tokens that do not see it, too.
 
     Unlike attention_paged it reads no length on the host (impl "triton"), so that a CUDA graph can
     hold it, and a sequence's result is the same bit for bit whatever else is in the batch. It takes
