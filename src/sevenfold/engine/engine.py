@@ -11,11 +11,13 @@ from sevenfold.engine.cache import CacheCounters, CacheManager, Lookup
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.request import FinishReason, Request
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.runner import Row
+from sevenfold.engine.runners import make_runner
 from sevenfold.engine.sampling import Logprobs, Output, Sampler, SamplingParams, read_logprobs
 from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, SchedulerConfig
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.text import TextStream
+from sevenfold.engine.transfer import fetch, upload
 from sevenfold.models import HybridModel
 
 
@@ -52,6 +54,8 @@ class Engine:
         tokenizer: Tokenizer,
         plan: MemoryPlan,
         config: SchedulerConfig,
+        *,
+        decode_batch_sizes: Sequence[int] | None = None,
     ) -> None:
         """Allocate the plan's memory.
 
@@ -60,10 +64,18 @@ class Engine:
             tokenizer: its own.
             plan: of the model's config, with kv_element_bytes of its dtype.
             config: the scheduler's limits.
+            decode_batch_sizes: rows of decoding steps that a GPU records as graphs; None takes
+                device.decode_batch_sizes, and none records nothing. With one size of max_running
+                rows, decoding gives a request the same bits in any company.
+
+        Raises:
+            ConfigError: decode_batch_sizes are given for a CPU, or do not rise from 1.
         """
         storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
         self._model, self._tokenizer, self._storage = model, tokenizer, storage
-        self._runner = Runner(model, storage, page_tokens=plan.page_tokens)
+        self._runner = make_runner(
+            model, storage, (plan.page_tokens, config.max_running), decode_batch_sizes
+        )
         self.cache = CacheManager(plan, headroom_tokens=config.headroom_tokens)
         self.scheduler = Scheduler(self.cache, config)
         self._underway: dict[str, _Underway] = {}
@@ -142,7 +154,7 @@ class Engine:
         if not yielding:
             return []
         requests = [chunks[n].request for n in yielding]
-        rows = logits[torch.tensor(yielding, device=logits.device)]
+        rows = logits[upload(yielding, logits.device)]
         return self._choose(requests, rows, self._new_sampler(requests))
 
     def _restore(self, chunks: Sequence[PrefillChunk]) -> None:
@@ -165,13 +177,14 @@ class Engine:
         self, requests: list[Request], logits: Tensor, sampler: Sampler
     ) -> list["TokenEvent | None"]:
         underway = [self._underway[request.id] for request in requests]
-        finite = torch.isfinite(logits).all(-1).tolist()
+        finite = torch.isfinite(logits).all(-1)
         tokens = sampler.choose(mask_logits(logits, [one.constraint for one in underway]))
+        ids, are_finite = fetch([tokens, finite])
         params = [one.output.params for one in underway]
         logprobs = read_logprobs(logits, tokens, params)
         events: list[TokenEvent | None] = []
-        for n, (one, token) in enumerate(zip(underway, tokens.tolist(), strict=True)):
-            if not finite[n]:
+        for n, (one, token) in enumerate(zip(underway, ids, strict=True)):
+            if not are_finite[n]:
                 self.scheduler.fail(
                     one.request, "the model's logits are not finite for this request"
                 )

@@ -14,7 +14,8 @@ from sevenfold.models.accounting import state_bytes
 SnapshotDtype = Literal["fp32", "fp16", "int8"]
 
 _SLAB_ALIGNMENT_BYTES = 512
-_ITEM_ALIGNMENT_BYTES = 16  # the widest load of a GPU thread
+# Triton loads by vectors where strides are known to be multiples of 16 elements, of fp32 at most.
+_ITEM_ALIGNMENT_BYTES = 64
 _SCALE_BYTES = 4  # int8 keeps one fp32 scale for each head and key channel
 _MAX_GROWTH = 16  # a slab grows by a 16th at most to hold one more snapshot
 

@@ -5,6 +5,7 @@ import os
 import torch
 
 from sevenfold.config import ConfigError
+from sevenfold.engine.device import graph_bytes
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.scheduler import SchedulerConfig
 from sevenfold.models import HybridModel
@@ -13,6 +14,7 @@ PAGE_TOKENS = 64
 # Of what is free once the weights are loaded; activations take the rest.
 _FREE_SHARE = {"cuda": 0.8, "cpu": 0.25}
 _MOST_CPU_BYTES = 4 << 30
+_MOST_ROWS = SchedulerConfig.model_fields["max_running"].default
 # What a step computes on a CPU: enough to fill its products, and short enough to stream.
 _CPU_LIMITS = {"max_step_tokens": 2048, "max_running": 64, "min_chunk_tokens": 128}
 
@@ -21,7 +23,8 @@ def default_budget_bytes(model: HybridModel) -> int:
     """Return the bytes that states, pages and snapshots may take beside a model's weights."""
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        return int(_FREE_SHARE["cuda"] * free)
+        graphs = graph_bytes(model.config, _MOST_ROWS, element_bytes=model.dtype.itemsize)
+        return int(_FREE_SHARE["cuda"] * free) - graphs
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_MOST_CPU_BYTES, int(_FREE_SHARE["cpu"] * free))
 

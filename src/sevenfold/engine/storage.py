@@ -10,6 +10,7 @@ from sevenfold.config import UnsupportedError
 from sevenfold.engine.cache import Fresh
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
+from sevenfold.engine.transfer import upload
 from sevenfold.models import ModelConfig
 
 
@@ -60,7 +61,7 @@ class Storage:
         for tenant, items in ((Tenant.STATE, fresh.states), (Tenant.PAGE, fresh.pages)):
             if items:
                 rows = _pool(self._arena, self.layout, tenant, 0, torch.uint8, self._item(tenant))
-                rows[torch.tensor(items, device=rows.device)] = 0
+                rows[upload(items, rows.device)] = 0
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
@@ -73,7 +74,7 @@ class Storage:
     def _copy(self, source: Sequence[int], target: Sequence[int], come: str, go: str) -> None:
         if not source:
             return
-        first, last = (torch.tensor(ids, device=self._arena.device) for ids in (source, target))
+        first, last = (upload(ids, self._arena.device) for ids in (source, target))
         for layer in self.layers:
             if isinstance(layer, LinearStorage):
                 getattr(layer, go)[last] = getattr(layer, come)[first]

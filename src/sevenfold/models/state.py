@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.models.config import LayerType, ModelConfig
+from sevenfold.ops import Snapshots
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,13 @@ class PooledState:
     """States of lightning attention in a pool [S, H, K, V] fp32: sequence n's in slots[n].
 
     slots: [N] int64 on the pool's device, no two alike.
+    kept: states to keep on the way, by the sequences' order. With it states are advanced where they
+        lie, by kernels that take slots; without it they are taken out and put back.
     """
 
     pool: Tensor
     slots: Tensor
+    kept: Snapshots | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,17 @@ class PageTable:
 
     pages: [N, M] int64, sequence n's pages in the order of its tokens; unused ones are any page.
     page, place: [tokens] int64, where each new token goes.
+    key_lengths: [N] int64 beside the pages, each sequence's tokens, for kernels that read lengths
+        on a device; None has them read from the batch, on the host.
+    cu_seqlens: [N + 1] int64 beside key_lengths, cumulative numbers of new tokens, where they are
+        packed in one row.
     """
 
     pages: Tensor
     page: Tensor
     place: Tensor
+    key_lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
 
 @dataclass(frozen=True)

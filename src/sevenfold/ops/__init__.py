@@ -1,6 +1,12 @@
 """Operators: functions of tensors, each with one meaning and one or more implementations."""
 
-from sevenfold.ops.attention import attention, attention_cached, attention_paged
+from sevenfold.ops.attention import (
+    attention,
+    attention_cached,
+    attention_paged,
+    attention_pages,
+    write_pages,
+)
 from sevenfold.ops.cross_entropy import IGNORED_LABEL, linear_cross_entropy
 from sevenfold.ops.experts import (
     Dispatch,
@@ -59,6 +65,7 @@ __all__ = [
     "attention",
     "attention_cached",
     "attention_paged",
+    "attention_pages",
     "autocast",
     "combine",
     "full_precision",
@@ -86,4 +93,5 @@ __all__ = [
     "silu_qkv",
     "suits_few_rows",
     "swiglu",
+    "write_pages",
 ]

@@ -378,19 +378,19 @@ def test_fresh_items_are_told_once() -> None:
     run.manager.open(request)
     fresh = run.manager.take_fresh()
     assert fresh.states == [run.manager.placement(request).state]
-    assert fresh.pages == run.manager.pages(request)
+    assert fresh.pages == list(run.manager.pages(request))
     assert len(fresh.pages) == 2
     again = run.manager.take_fresh()
     assert (again.states, again.pages) == ([], [])
     assert run.manager.extend(request, 3 * P)
-    assert run.manager.take_fresh().pages == run.manager.pages(request, 2)
+    assert run.manager.take_fresh().pages == list(run.manager.pages(request, 2))
     run.manager.close(request, keep=False)
     run.serve(blocks("abc"))
     request = run.request(blocks("abc"))
     assert run.manager.open(request) == 2 * P
     # Its state is read from a snapshot, and two of its pages are cached ones.
     fresh = run.manager.take_fresh()
-    assert (fresh.states, fresh.pages) == ([], run.manager.pages(request, 2))
+    assert (fresh.states, fresh.pages) == ([], list(run.manager.pages(request, 2)))
 
 
 def test_a_snapshot_of_rejected_drafts_is_named_again() -> None:

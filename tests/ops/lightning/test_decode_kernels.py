@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from decode_cases import DEVICE, GPU_UNLESS_INTERPRETED, INTERPRETED, KERNEL_DTYPES, Course, Sizes
+from decode_cases import (
+    DEVICE,
+    GPU_UNLESS_INTERPRETED,
+    INTERPRETED,
+    KERNEL_DTYPES,
+    Course,
+    Sizes,
+    gaps,
+    spread,
+)
 from lightning_statements import make_inputs, recurrence
 
-from sevenfold.ops import lightning_attention_decode
+from sevenfold.ops import lightning_attention_decode, lightning_attention_step
 from sevenfold.ops.testing import check_error
 
 pytestmark = [
@@ -29,7 +38,7 @@ def test_steps_agree_with_the_recurrence(K: int, V: int, dtype: torch.dtype, dec
     x = x._replace(initial_state=start[[2, 1, 0]])
     exact = recurrence(x._replace(initial_state=x.initial_state).to(torch.float64), scale=0.5)
     honest = recurrence(x.to(torch.float32), scale=0.5)
-    pool = start.to(DEVICE)
+    pool = spread(start.to(DEVICE))
     q, k, v, log_decay = (y.to(DEVICE) for y in x[:4])
     found = torch.stack(
         [
@@ -44,13 +53,33 @@ def test_steps_agree_with_the_recurrence(K: int, V: int, dtype: torch.dtype, dec
     assert not found[1].any()
     check_error("pool", pool.cpu()[[2, 0]], honest[1][::2], exact[1][::2])
     assert torch.equal(pool[1].cpu(), start[1])
+    assert bool((gaps(pool) == 7).all())
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_steps_over_states_of_their_own_leave_them_as_they_are(dtype: torch.dtype) -> None:
+    (K, V), T = WIDTHS[0], 2
+    x = make_inputs("mixed", T, B=3, K=K, V=V, dtype=dtype)
+    exact, honest = (recurrence(x.to(d), scale=0.5) for d in (torch.float64, torch.float32))
+    q, k, v, log_decay = (y.to(DEVICE) for y in x[:4])
+    state, outputs = x.initial_state.to(DEVICE), []
+    for t in range(T):
+        before = state.clone()
+        o, after = lightning_attention_step(
+            q[:, t], k[:, t], v[:, t], log_decay, state, scale=0.5, impl="triton"
+        )
+        assert torch.equal(state, before)
+        outputs.append(o)
+        state = after
+    check_error("o", torch.stack(outputs, 1).cpu(), honest[0].to(dtype), exact[0])
+    check_error("state", state.cpu(), honest[1], exact[1])
 
 
 @pytest.mark.parametrize(("R", "decay"), RINGS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_any_course_of_calls(K: int, V: int, dtype: torch.dtype, R: int, decay: str) -> None:
-    sizes = Sizes(K, V, R, min(R, 16), decay, slots=2 if INTERPRETED else 4)
+    sizes = Sizes(K, V, R, min(R, 16), decay, slots=2 if INTERPRETED else 4, apart=True)
     Course("triton", sizes, dtype, str(DEVICE), seed=R).run(CALLS).check()
 
 

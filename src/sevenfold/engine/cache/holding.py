@@ -1,7 +1,9 @@
 """What one open request holds."""
 
+from array import array
 from dataclasses import dataclass, field
 
+from sevenfold.engine.cache.arena import index_of
 from sevenfold.engine.cache.keys import KeyChain
 from sevenfold.engine.cache.lookup import Lookup
 from sevenfold.engine.cache.tree import Anchor, Node
@@ -23,6 +25,7 @@ class Holding:
     anchors: those that it has made.
     rolling: the last of them made while decoding, which the next one replaces.
     counted: whether its lookup is in the counters.
+    page_indices: where the pages lie, int64.
     """
 
     request: Request
@@ -39,6 +42,10 @@ class Holding:
     anchors: list[Anchor] = field(default_factory=list)
     rolling: Anchor | None = None
     counted: bool = False
+    page_indices: array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.page_indices = array("q", map(index_of, self.pages))
 
     @property
     def last_anchor_tokens(self) -> int:

@@ -1,5 +1,6 @@
 """The cache manager: memory of open requests and of the prefixes that later ones go on from."""
 
+from array import array
 from dataclasses import replace
 
 from sevenfold.engine.cache.admission import PromptPlaces, decode_snapshot, wanted_snapshots
@@ -165,9 +166,12 @@ class CacheManager:
             snapshots={at: index_of(handle) for at, handle in holding.pending.items()},
         )
 
-    def pages(self, request: Request, first: int = 0) -> list[int]:
-        """Return the indices of an open request's pages, from its page number first on."""
-        return [index_of(page) for page in self._holding(request).pages[first:]]
+    def pages(self, request: Request, first: int = 0) -> array:
+        """Return the indices of an open request's pages, from its page number first on.
+
+        An array of 64-bit integers, which costs no loop over thousands of pages at every step.
+        """
+        return self._holding(request).page_indices[first:]
 
     def take_fresh(self) -> Fresh:
         """Return the items to be zeroed before the model runs, once."""
@@ -258,8 +262,10 @@ class CacheManager:
         return holding
 
     def _give_pages(self, holding: Holding, pages: list[int]) -> None:
+        indices = [index_of(page) for page in pages]
         holding.pages.extend(pages)
-        self._fresh.pages.extend(map(index_of, pages))
+        holding.page_indices.extend(indices)
+        self._fresh.pages.extend(indices)
 
     def _obtain(self, tenant: Tenant, count: int) -> list[int] | None:
         """Take items, evicting what must go; None when that would not be enough."""

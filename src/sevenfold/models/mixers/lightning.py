@@ -10,9 +10,12 @@ from sevenfold.models.config import ModelConfig
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import LinearState, PooledState
 from sevenfold.ops import (
+    Snapshots,
     gated_rms_norm,
     layer_log_decay,
     lightning_attention,
+    lightning_attention_decode,
+    lightning_attention_prefill,
     lightning_attention_step,
     silu_qkv,
 )
@@ -75,9 +78,31 @@ class LightningAttention(nn.Module):
         if isinstance(state, LinearState):
             o, kv = self._advance(q, k, v, batch, state.kv)
             return o, LinearState(kv)
+        if state.kept is not None:
+            return self._attend_in_place(q, k, v, batch, state, state.kept), state
         o, kv = self._advance(q, k, v, batch, state.pool[state.slots])
         state.pool[state.slots] = kv
         return o, state
+
+    def _attend_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PooledState, kept: Snapshots
+    ) -> Tensor:
+        if batch.is_step and not kept.stops:
+            q, k, values = (x.flatten(0, 1) for x in (q, k, v))
+            return lightning_attention_decode(
+                q, k, values, self.log_decay, state.pool, state.slots
+            ).view_as(v)
+        o, kv = lightning_attention_prefill(
+            q,
+            k,
+            v,
+            self.log_decay,
+            kept,
+            initial_state=state.pool[state.slots],
+            cu_seqlens=batch.cu_seqlens,
+        )
+        state.pool[state.slots] = kv  # pyright: ignore[reportArgumentType]
+        return o
 
     def _advance(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: Tensor

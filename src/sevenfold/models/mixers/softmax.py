@@ -7,7 +7,13 @@ from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
 from sevenfold.models.layers import Linear, rotate
 from sevenfold.models.state import KVState, PagedKV
-from sevenfold.ops import attention, attention_cached, attention_paged
+from sevenfold.ops import (
+    attention,
+    attention_cached,
+    attention_paged,
+    attention_pages,
+    write_pages,
+)
 
 
 class SoftmaxAttention(nn.Module):
@@ -72,13 +78,26 @@ class SoftmaxAttention(nn.Module):
     def _attend_pages(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PagedKV
     ) -> Tensor:
-        at = (state.table.page, state.table.place)
-        state.k[at], state.v[at] = k.flatten(0, 1), v.flatten(0, 1)
+        table, tokens = state.table, (k.flatten(0, 1), v.flatten(0, 1))
+        if table.key_lengths is not None:
+            write_pages(*tokens, state.k, state.v, table.page, table.place)
+            return attention_pages(
+                q,
+                state.k,
+                state.v,
+                table.pages,
+                table.key_lengths,
+                scale=self.scale,
+                window=self.window,
+                cu_seqlens=table.cu_seqlens,
+            )
+        at = (table.page, table.place)
+        state.k[at], state.v[at] = tokens
         return attention_paged(
             q,
             state.k,
             state.v,
-            state.table.pages,
+            table.pages,
             lengths=batch.lengths,
             key_lengths=batch.totals,
             scale=self.scale,

@@ -2,5 +2,14 @@
 
 from sevenfold.ops.attention.api import attention, attention_cached, default_attention_impl
 from sevenfold.ops.attention.paged import attention_paged
+from sevenfold.ops.attention.pages import attention_pages
+from sevenfold.ops.attention.pages_write import write_pages
 
-__all__ = ["attention", "attention_cached", "attention_paged", "default_attention_impl"]
+__all__ = [
+    "attention",
+    "attention_cached",
+    "attention_paged",
+    "attention_pages",
+    "default_attention_impl",
+    "write_pages",
+]

@@ -8,6 +8,7 @@ from torch import Tensor
 from sevenfold.config import UnsupportedError
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
 from sevenfold.ops.lightning import eager, reference, triton_op
+from sevenfold.ops.lightning.decode_checks import default_impl as default_decode_impl
 from sevenfold.ops.lightning.lengths import read_lengths
 from sevenfold.ops.lightning.snapshots import (
     Snapshots,
@@ -21,7 +22,7 @@ from sevenfold.ops.types import Impl, OpResult
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.NUMBA, Impl.TRITON)
 _NUMBA_WIDTH = 32  # whole tiles
-_STEP_IMPLS = (Impl.REFERENCE, Impl.EAGER)
+_STEP_IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.TRITON)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -200,7 +201,9 @@ def lightning_attention_step(
         log_decay: [H] fp32, <= 0; its sign is not checked here, where every microsecond counts.
         state: [B, H, K, V] fp32 (fp64 with fp64 inputs); it is not changed.
         scale: multiplies the output.
-        impl: "reference" or "eager"; None takes eager. A named one never falls back.
+        impl: "reference", "eager" or "triton", which takes no gradient; None takes triton for bf16,
+            fp16 and fp32 on a GPU where none is asked for and K, V <= 256, else eager. A named one
+            never falls back.
 
     Returns:
         OpResult(o [B, H, V] in v's dtype, final_state [B, H, K, V], a new tensor).
@@ -214,7 +217,11 @@ def lightning_attention_step(
         raise ValueError(f"q must have shape [B, H, K], got {list(q.shape)}")
     _check_tokens(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), log_decay)
     _check_state("state", state, q, (*q.shape, v.shape[-1]))
-    chosen = choose_impl("lightning_attention_step", impl, Impl.EAGER, _STEP_IMPLS)
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state))
+    default = Impl.EAGER if wants_gradient else default_decode_impl(q, v.shape[-1])
+    chosen = choose_impl("lightning_attention_step", impl, default, _STEP_IMPLS)
+    if chosen is Impl.TRITON:
+        return OpResult(*triton_op.lightning_step(q, k, v, log_decay, state, float(scale)))
     if chosen is Impl.REFERENCE:
         decay = torch.exp(log_decay.to(state.dtype))
         q_, k_, v_ = (x.to(state.dtype) for x in (q, k, v))

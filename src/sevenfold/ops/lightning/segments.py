@@ -210,4 +210,7 @@ def _longest_program(lengths: Sequence[int], counts: Sequence[int], room: Room) 
 
 
 def _table(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int32).view(-1, width).to(device)
+    table = torch.tensor(list(rows), dtype=torch.int32).view(-1, width)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return table.to(device)  # in a capture an error: a graph would copy what has been freed
+    return table.pin_memory().to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,11 +19,11 @@ from sevenfold.ops.lightning.triton_decode_common import (
 
 @triton.jit
 def _decode_kernel(
-    q, k, v, log_decay, pool, slots, o, scale,
-    q_row, q_head, k_row, k_head, v_row, v_head,
+    q, k, v, log_decay, pool, into, slots, o, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, pool_slot,
     H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BV value columns of one sequence's head."""
+    """A program owns BV value columns of one sequence's head; `into` may be the pool."""
     tiles: tl.constexpr = (V + BV - 1) // BV
     bh = tl.program_id(0) // tiles
     b, h = (bh // H).to(tl.int64), bh % H
@@ -32,14 +33,14 @@ def _decode_kernel(
     if slot < 0:
         tl.store(o + bh.to(tl.int64) * V + iv, tl.zeros([BV], o.dtype.element_ty), mask=in_v)
         return
-    at = pool + (slot * H + h) * K * V + ik[:, None] * V + iv[None, :]
+    at = slot * pool_slot + h * K * V + ik[:, None] * V + iv[None, :]
     inside = in_k[:, None] & in_v[None, :]
-    S = tl.load(at, mask=inside, other=0.0)
+    S = tl.load(pool + at, mask=inside, other=0.0)
     query = tl.load(q + b * q_row + h * q_head + ik, mask=in_k, other=0.0).to(tl.float32)
     key = tl.load(k + b * k_row + h * k_head + ik, mask=in_k, other=0.0).to(tl.float32)
     value = tl.load(v + b * v_row + h * v_head + iv, mask=in_v, other=0.0).to(tl.float32)
     S = power(load_log_decay(log_decay, h), 1.0) * S + key[:, None] * value[None, :]
-    tl.store(at, S, mask=inside)
+    tl.store(into + at, S, mask=inside)
     out = scale * tl.sum(query[:, None] * S, axis=0)
     tl.store(o + bh.to(tl.int64) * V + iv, out.to(o.dtype.element_ty), mask=in_v)
 
@@ -48,6 +49,29 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, pool: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """Run one token of every sequence; arguments and result as in the public operator."""
+    return _run(q, k, v, log_decay, pool, pool, slots, scale)
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Run one token of every sequence; arguments and result as in lightning_attention_step."""
+    state = state.contiguous()
+    after = torch.empty_like(state)
+    slots = torch.arange(len(q), device=q.device)
+    return _run(q, k, v, log_decay, state, after, slots, scale), after
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    pool: Tensor,
+    into: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> Tensor:
     (B, H, K), V = q.shape, v.shape[-1]
     check_runnable(_decode_kernel, q, V)
     o = q.new_empty(B, H, V)
@@ -56,8 +80,8 @@ def decode(
     BV = min(config["BV"], triton.next_power_of_2(V))
     if o.numel():
         _decode_kernel[(B * H * triton.cdiv(V, BV),)](
-            q, k, v, log_decay, pool, slots, o, scale,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            q, k, v, log_decay, pool, into, slots, o, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], pool.stride(0),
             H, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
         )  # fmt: skip
     return o

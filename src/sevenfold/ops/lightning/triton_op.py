@@ -125,6 +125,21 @@ def _(q, k, v, log_decay, scale, initial_state, cu_seqlens, pool, stops):
     return v.new_empty(v.shape), _states(q, v, N)
 
 
+@torch.library.custom_op("sevenfold::lightning_step", mutates_args=())
+def lightning_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One token of each sequence, without a gradient: o, and new states."""
+    from sevenfold.ops.lightning import triton_decode
+
+    return triton_decode.step(q, k, v, log_decay, state, scale)
+
+
+@lightning_step.register_fake
+def _(q, k, v, log_decay, state, scale):
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
 @torch.library.custom_op("sevenfold::lightning_scan_backward", mutates_args=())
 def lightning_scan_backward(
     do: Tensor,

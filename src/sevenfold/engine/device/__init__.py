@@ -1,0 +1,14 @@
+"""The engine where the model lies on a GPU: one upload a step, decoding by captured graphs."""
+
+from sevenfold.engine.device.capture import CudaCapture
+from sevenfold.engine.device.footprint import graph_bytes
+from sevenfold.engine.device.graphs import DecodeGraphs, decode_batch_sizes
+from sevenfold.engine.device.runner import DeviceRunner
+
+__all__ = [
+    "CudaCapture",
+    "DecodeGraphs",
+    "DeviceRunner",
+    "decode_batch_sizes",
+    "graph_bytes",
+]

@@ -1,0 +1,49 @@
+"""A function of buffers that stay where they are, recorded once and replayed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A recorded function: replay runs it anew on what its inputs hold now, into output."""
+
+    replay: Callable[[], object]
+    output: Tensor
+
+
+class Capture(Protocol):
+    """Records a function that takes nothing and returns a tensor."""
+
+    def __call__(self, run: Callable[[], Tensor]) -> Captured:
+        """Record it; it may run any number of times now."""
+        ...
+
+
+class CudaCapture:
+    """Records CUDA graphs that share one memory pool: replay them one after another.
+
+    The first runs outside a graph compile kernels and let libraries allocate what they keep.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Captured:
+        """Run twice on a stream of its own, then record."""
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = run()
+        return Captured(graph.replay, output)

@@ -1,0 +1,26 @@
+"""What recorded decoding steps take of a GPU's memory, beside weights, states and pages."""
+
+from sevenfold.models import ModelConfig
+
+_MOST_SPLITS = 32  # shares of a sequence's keys, each with an fp32 output
+_LIBRARIES = 128 << 20  # cuBLAS's workspaces on two streams, and the graphs themselves
+
+
+def graph_bytes(config: ModelConfig, most_rows: int, *, element_bytes: int) -> int:
+    """Return bytes that graphs of up to most_rows rows take, which share one pool.
+
+        logits + one layer's activations + one softmax layer's shares + 128 MiB for libraries
+
+    Args:
+        config: the model.
+        most_rows: of the largest decoding step.
+        element_bytes: of the model's dtype.
+    """
+    H, D = config.num_attention_heads, config.head_dim
+    chosen = 1 if config.moe is None else config.moe.num_experts_per_tok
+    # qkv, gate and output of a mixer; gate, up and their product of each expert; five streams.
+    widths = 6 * H * D + 3 * chosen * config.intermediate_size + 5 * config.hidden_size
+    has_pages = config.count("full_attention") + config.count("sliding_attention") > 0
+    shares = 4 * _MOST_SPLITS * H * (D + 1) if has_pages else 0
+    logits = 4 * config.vocab_size
+    return most_rows * (element_bytes * widths + shares + logits) + _LIBRARIES

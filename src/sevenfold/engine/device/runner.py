@@ -1,0 +1,127 @@
+"""Runs the model on rows whose states and keys stay where they lie, without waiting for it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sevenfold.engine.device.capture import Capture
+from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
+from sevenfold.engine.device.graphs import DecodeGraphs
+from sevenfold.engine.memory_layout import SINK
+from sevenfold.engine.runner import Row
+from sevenfold.engine.storage import LinearStorage, Storage
+from sevenfold.engine.transfer import upload_parts
+from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
+from sevenfold.ops import Snapshots, Stop
+
+
+class DeviceRunner:
+    """A model over the storage of the requests that it runs; results as engine.runner.Runner's.
+
+    Indices go to the device in one copy a run. Decoding advances states in the arena by their
+    slots; a prefill writes snapshots on its way, in one run.
+    """
+
+    def __init__(
+        self,
+        model: HybridModel,
+        storage: Storage,
+        *,
+        page_tokens: int,
+        batch_sizes: Sequence[int] = (),
+        capture: Capture | None = None,
+    ) -> None:
+        """Record nothing yet.
+
+        Args:
+            model: in the storage's dtype, on its device.
+            storage: of states, pages and snapshots.
+            page_tokens: tokens of a page.
+            batch_sizes: of decoding steps that are recorded; none without `capture`.
+            capture: records them; None runs each step as it comes.
+        """
+        self._model, self._storage, self._page_tokens = model.eval(), storage, page_tokens
+        self._graphs = None
+        if capture is not None:
+            self._graphs = DecodeGraphs(self._step, capture, batch_sizes, device=model.device)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """Run new tokens of N requests, one or more, and write their snapshots.
+
+        Returns:
+            [N, vocab_size] fp32, the logits after each row's last token; the next run may overwrite
+            it.
+        """
+        if all(len(row.tokens) == 1 for row in rows):
+            return self._decode(rows)
+        return self._prefill(rows)
+
+    def _decode(self, rows: Sequence[Row]) -> Tensor:
+        size = None if self._graphs is None else self._graphs.size_of(rows)
+        if self._graphs is not None and size is not None:
+            logits = self._graphs.run(rows, size, self._page_tokens)
+        else:
+            most = max(1, *(len(row.pages) for row in rows))
+            inputs = DecodeInputs(Size(len(rows), most), self._model.device)
+            inputs.fill(rows, self._page_tokens)
+            logits = self._step(inputs)
+        kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
+        self._storage.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
+        return logits
+
+    def _step(self, inputs: DecodeInputs) -> Tensor:
+        rows = inputs.size.rows
+        batch = Batch((1,) * rows, (0,) * rows, inputs.positions, None)
+        table = PageTable(inputs.pages, inputs.page, inputs.place, inputs.key_lengths)
+        state = self._values(inputs.slots, table, ())
+        return self._model.logits(self._model.hidden(inputs.ids, batch, state).hidden[:, 0])
+
+    def _prefill(self, rows: Sequence[Row]) -> Tensor:
+        parts = upload_parts(_prefill_inputs(rows, self._page_tokens), self._model.device)
+        ids, positions, page, place, slots, key_lengths, starts, pages = parts
+        lengths, past = (tuple(x) for x in ([len(r.tokens) for r in rows], [r.past for r in rows]))
+        borders = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        batch = Batch(lengths, past, positions[None], borders)
+        pages = pages.view(len(rows), -1)
+        table = PageTable(pages, page, place, key_lengths, starts)
+        state = self._values(slots, table, _stops(rows))
+        hidden = self._model.hidden(ids[None], batch, state).hidden[0]
+        return self._model.logits(hidden[starts[1:] - 1])
+
+    def _values(
+        self, slots: Tensor, table: PageTable, stops: tuple[Stop, ...]
+    ) -> tuple[LayerState, ...]:
+        return tuple(
+            PooledState(layer.states, slots, Snapshots(layer.snapshots, stops))
+            if isinstance(layer, LinearStorage)
+            else PagedKV(layer.k, layer.v, table)
+            for layer in self._storage.layers
+        )
+
+
+def _stops(rows: Sequence[Row]) -> tuple[Stop, ...]:
+    return tuple(
+        Stop(n, at - row.past, slot)
+        for n, row in enumerate(rows)
+        for at, slot in row.snapshots.items()
+    )
+
+
+def _prefill_inputs(rows: Sequence[Row], page_tokens: int) -> list[np.ndarray]:
+    """ids, positions, page, place of each token; slot, keys and start of each row; its pages."""
+    most = max(1, *(len(row.pages) for row in rows))
+    table = np.full((len(rows), most), SINK)
+    for n, row in enumerate(rows):
+        table[n, : len(row.pages)] = row.pages
+    lengths = [len(row.tokens) for row in rows]
+    ids = np.concatenate([np.asarray(row.tokens) for row in rows])
+    positions = np.concatenate([np.arange(row.past, row.end) for row in rows])
+    block = np.minimum(positions // page_tokens, most - 1)
+    page = table[np.repeat(np.arange(len(rows)), lengths), block]
+    slots = np.array([SINK if row.state is None else row.state for row in rows])
+    keys = np.array([row.end for row in rows])
+    starts = np.cumsum([0, *lengths])
+    return [ids, positions, page, positions % page_tokens, slots, keys, starts, table.ravel()]

@@ -1,0 +1,66 @@
+"""Which runner serves a model: by the device that it lies on."""
+
+from collections.abc import Sequence
+
+from sevenfold.config import ConfigError
+from sevenfold.engine.device import CudaCapture, DeviceRunner, decode_batch_sizes
+from sevenfold.engine.runner import Runner
+from sevenfold.engine.storage import Storage
+from sevenfold.models import HybridModel
+from sevenfold.models.feed_forward import MixtureOfExperts
+from sevenfold.ops import Impl
+from sevenfold.ops.experts import default_mixture_impl
+
+_WIDEST_HEAD = 256  # of the kernels that read a pool of states or pages
+
+
+def make_runner(
+    model: HybridModel,
+    storage: Storage,
+    limits: tuple[int, int],
+    batch_sizes: Sequence[int] | None,
+) -> Runner | DeviceRunner:
+    """Return the runner of a model over its storage.
+
+    Args:
+        model: on its device.
+        storage: beside it.
+        limits: tokens of a page, and rows of a decoding step at most.
+        batch_sizes: of decoding steps that are recorded on a GPU; None takes decode_batch_sizes of
+            the most rows, or none where a graph cannot hold the model's step.
+
+    Raises:
+        ConfigError: batch_sizes are given for a CPU or for a model whose steps a graph cannot hold,
+            or do not rise from 1.
+    """
+    page_tokens, most_rows = limits
+    if model.device.type != "cuda":
+        if batch_sizes is not None:
+            raise ConfigError(
+                f"decode_batch_sizes must be None on {model.device}, which records no graphs, got "
+                f"{list(batch_sizes)}"
+            )
+        return Runner(model, storage, page_tokens=page_tokens)
+    can_record = is_recordable(model)
+    if batch_sizes and not can_record:
+        raise ConfigError(
+            "decode_batch_sizes must be empty where a step waits for the host, as with experts in "
+            f"another dtype than bf16 and heads above {_WIDEST_HEAD}, got {list(batch_sizes)}"
+        )
+    if batch_sizes is None:
+        batch_sizes = decode_batch_sizes(most_rows) if can_record else ()
+    capture = CudaCapture(model.device) if batch_sizes else None
+    return DeviceRunner(
+        model, storage, page_tokens=page_tokens, batch_sizes=batch_sizes, capture=capture
+    )
+
+
+def is_recordable(model: HybridModel) -> bool:
+    """Whether no part of a decoding step on a GPU waits for the host, so that a graph can hold it.
+
+    A mixture of experts counts its rows on the host where it has no kernel of its own.
+    """
+    x = model.embed_tokens.weight[:1]
+    mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
+    chosen = [default_mixture_impl(x, layer.experts.gate_up_proj) for layer in mixtures]
+    return model.config.head_dim <= _WIDEST_HEAD and set(chosen) <= {Impl.TRITON}

@@ -1,0 +1,37 @@
+"""Numbers to the device and back without the host waiting for more than it must.
+
+An ordinary copy to a GPU waits for all work before it; one from pinned memory does not.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def upload(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+    """Return integers as an int64 tensor on the device; nothing waits for the copy."""
+    host = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def upload_parts(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Return several rows of integers on the device, sent there in one copy."""
+    whole = upload(np.concatenate(parts), device)
+    return list(whole.split([len(part) for part in parts]))
+
+
+def fetch(columns: Sequence[Tensor]) -> list[list[int]]:
+    """Return the numbers of equally long integer or bool tensors, by one copy and one wait."""
+    packed = torch.stack([column.to(torch.int64) for column in columns])
+    if packed.device.type != "cuda":
+        return packed.tolist()
+    host = torch.empty(packed.shape, dtype=torch.int64, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    arrived.synchronize()
+    return host.tolist()
