@@ -87,7 +87,7 @@ def test_the_samples_are_what_the_models_write(report: str, folder: Path) -> Non
     params = tour.SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
     for form, prompt, text in samples:
         assert html.unescape(prompt) == PROMPT
-        [done] = LLM.load(folder / "runs" / form / "final").generate([PROMPT], params)
+        [done] = LLM(folder / "runs" / form / "final").generate([PROMPT], params)
         # HTML has one kind of line end.
         assert html.unescape(text) == done.text.replace("\r\n", "\n").replace("\r", "\n")
 

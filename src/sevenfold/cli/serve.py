@@ -72,16 +72,16 @@ def _serve(
     dtype: torch.dtype | None,
     size: dict[str, int | None],
 ) -> None:
-    from sevenfold.engine import LLM
+    from sevenfold.engine import TextModel
     from sevenfold.engine.memory_report import plan_report
     from sevenfold.engine.sizing import size_engine
     from sevenfold.server import BatchingEngine, ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
-        llm = LLM.load(checkpoint, device=device, dtype=dtype)
-        plan, limits = size_engine(llm.model, **size)
+        source = TextModel.load(checkpoint, device=device, dtype=dtype)
+        plan, limits = size_engine(source.model, **size)
         typer.echo(plan_report(plan))
-        engine = BatchingEngine(llm, name, plan, limits)
+        engine = BatchingEngine(source, name, plan, limits)
         app = ServerApp(engine, settings, read_template(checkpoint))
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown

@@ -10,9 +10,17 @@ from torch import Tensor
 from sevenfold.engine.cache import CacheCounters, CacheManager, Lookup
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.request import FinishReason, Request
+from sevenfold.engine.prompt_logprobs import prompt_logprobs
+from sevenfold.engine.request import FinishReason, Request, Status
 from sevenfold.engine.runner import Row, Runner
-from sevenfold.engine.sampling import Logprobs, Output, Sampler, SamplingParams, read_logprobs
+from sevenfold.engine.sampling import (
+    Logprobs,
+    Output,
+    Sampler,
+    SamplingParams,
+    bad_word_tokens,
+    read_logprobs,
+)
 from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, SchedulerConfig
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.text import TextStream
@@ -28,6 +36,8 @@ class TokenEvent:
     finish_reason: None until the request's last event.
     logprobs: if they were asked for.
     prompt: what was found in the prefix cache; comes with the first token.
+    prompt_logprobs: one entry for each prompt token but the first, if they were asked for;
+        they come with the first token.
     error: what went wrong, where finish_reason is "error".
     """
 
@@ -37,6 +47,7 @@ class TokenEvent:
     finish_reason: FinishReason | None
     logprobs: Logprobs | None = None
     prompt: Lookup | None = None
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
     error: str | None = None
 
 
@@ -88,16 +99,23 @@ class Engine:
                 f"request.max_tokens must be params.max_tokens = {params.max_tokens}, got "
                 f"{request.max_tokens}"
             )
+        words = bad_word_tokens(self._tokenizer, params.bad_words)
         self.scheduler.submit(request)
         eos = self._model.config.eos_token_id
         ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
         text = TextStream(self._tokenizer, params.stop)
-        output = Output(params, request.prompt, ends, request.generated)
+        output = Output(params, request.prompt, ends, request.generated, words)
         self._underway[request.id] = _Underway(request, output, text, constraint)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step; returns whether it was under way."""
         return self.scheduler.cancel(request_id)
+
+    def abandon(self, message: str) -> None:
+        """End every request under way with an error: a step of theirs did not come to its end."""
+        for underway in self._underway.values():
+            if underway.request.status is not Status.ENDED:
+                self.scheduler.fail(underway.request, message)
 
     @property
     def has_work(self) -> bool:
@@ -190,8 +208,16 @@ class Engine:
         if reason is not None:
             text += underway.text.finish()
             reason = "stop" if underway.text.stopped else reason
-        prompt = underway.prompt if len(request.generated) == 1 else None
-        return TokenEvent(request.id, token, text, reason, logprobs, prompt)
+        first = len(request.generated) == 1
+        prompt = underway.prompt if first else None
+        scored = self._prompt_logprobs(underway) if first else None
+        return TokenEvent(request.id, token, text, reason, logprobs, prompt, scored)
+
+    def _prompt_logprobs(self, underway: "_Underway") -> tuple[Logprobs, ...] | None:
+        num_top = underway.output.params.prompt_logprobs
+        if num_top is None:
+            return None
+        return prompt_logprobs(self._model, underway.request.prompt, num_top)
 
     def _end(self, request: Request) -> TokenEvent | None:
         """The last event of a request; one that ended by a token has had it."""

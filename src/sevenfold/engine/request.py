@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from sevenfold.config import SevenfoldError
+
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -15,6 +17,10 @@ class Status(Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     ENDED = "ended"
+
+
+class RequestFailedError(SevenfoldError, RuntimeError):
+    """One request could not go on; the others do."""
 
 
 # eq=False: a request is itself, and a key of dictionaries, however its fields change.

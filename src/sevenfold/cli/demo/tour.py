@@ -13,6 +13,7 @@ from sevenfold.config import parse_config
 from sevenfold.data import PrepareConfig, austen_paths, prepare, progress_bar
 from sevenfold.engine import LLM, SamplingParams
 from sevenfold.models import preset
+from sevenfold.models.checkpoint import load_model
 from sevenfold.train import RunConfig, read_metrics, train
 from sevenfold.train.display import show_run
 
@@ -77,13 +78,13 @@ def _train(form: str, out: Path, steps: int, console: Console) -> TrainedModel:
     if result.final is None:
         raise typer.Exit(1)
     params = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
-    [completion] = LLM.load(result.final).generate([PROMPT], params)
+    [completion] = LLM(result.final).generate([PROMPT], params)
     metrics = read_metrics(result.folder / "metrics.jsonl")
     return TrainedModel(form, result.final, metrics, completion.text)
 
 
 def _measure(models: list[TrainedModel], console: Console) -> dict[str, list[ContextCost]]:
-    measured = {model.form: LLM.load(model.checkpoint).model for model in models[:2]}
+    measured = {model.form: load_model(model.checkpoint) for model in models[:2]}
     with console.status("measuring"):
         return measure_contexts(measured)
 
