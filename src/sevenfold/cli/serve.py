@@ -1,12 +1,16 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
 from sevenfold.config import ConfigError, parse_config
+
+if TYPE_CHECKING:
+    from sevenfold.server import BatchingEngine, ServerSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +40,10 @@ def serve_command(
     max_context: Annotated[
         int | None, typer.Option(help="Tokens that a request must be able to reach.")
     ] = None,
+    max_sessions: Annotated[
+        int, typer.Option(help="Conversations that may keep their prefix; 0 for none.")
+    ] = 64,
+    session_idle: Annotated[float, typer.Option(help="Seconds until one loses it.")] = 600.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
@@ -43,6 +51,7 @@ def serve_command(
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
+        from sevenfold.engine.cache import SessionLimits
         from sevenfold.server.settings import MIN_KEY_CHARS, ServerSettings
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -60,32 +69,35 @@ def serve_command(
     settings = parse_config(ServerSettings, values, "serve")
     name = model_name or checkpoint.resolve().name
     budget = None if memory_gib is None else int(memory_gib * 2**30)
-    size = {"budget_bytes": budget, "context_tokens": max_context}
-    _serve(checkpoint, name, settings, device, None if dtype is None else DTYPES[dtype], size)
+    kept = {"max_sessions": max_sessions, "idle_s": session_idle}
+    sessions = parse_config(SessionLimits, kept, "serve")
+
+    def load() -> "BatchingEngine":
+        from sevenfold.engine import TextModel
+        from sevenfold.engine.memory_report import plan_report
+        from sevenfold.engine.sizing import size_engine
+        from sevenfold.server import BatchingEngine
+
+        values = None if dtype is None else DTYPES[dtype]
+        source = TextModel.load(checkpoint, device=device, dtype=values)
+        plan, limits = size_engine(source.model, budget_bytes=budget, context_tokens=max_context)
+        typer.echo(plan_report(plan))
+        return BatchingEngine(source, name, plan, limits, sessions)
+
+    _serve(checkpoint, settings, load)
 
 
 def _serve(
-    checkpoint: Path,
-    name: str,
-    settings,
-    device: str,
-    dtype: torch.dtype | None,
-    size: dict[str, int | None],
+    checkpoint: Path, settings: "ServerSettings", load: Callable[[], "BatchingEngine"]
 ) -> None:
-    from sevenfold.engine import TextModel
-    from sevenfold.engine.memory_report import plan_report
-    from sevenfold.engine.sizing import size_engine
-    from sevenfold.server import BatchingEngine, ServerApp, bind, listen, read_template
+    from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
-        source = TextModel.load(checkpoint, device=device, dtype=dtype)
-        plan, limits = size_engine(source.model, **size)
-        typer.echo(plan_report(plan))
-        engine = BatchingEngine(source, name, plan, limits)
+        engine = load()
         app = ServerApp(engine, settings, read_template(checkpoint))
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
-        typer.echo(f"{name} at http://{shown}:{port} (chat at /, routes at /docs)")
+        typer.echo(f"{engine.model_name} at http://{shown}:{port} (chat at /, routes at /docs)")
         listen(app, settings, taken)
 
 

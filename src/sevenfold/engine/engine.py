@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sevenfold.engine.cache import CacheCounters, CacheManager, Lookup
+from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.prompt_logprobs import prompt_logprobs
@@ -63,6 +63,7 @@ class Engine:
         tokenizer: Tokenizer,
         plan: MemoryPlan,
         config: SchedulerConfig,
+        sessions: SessionLimits | None = None,
     ) -> None:
         """Allocate the plan's memory.
 
@@ -71,11 +72,14 @@ class Engine:
             tokenizer: its own.
             plan: of the model's config, with kv_element_bytes of its dtype.
             config: the scheduler's limits.
+            sessions: how many conversations may keep their prefixes; None takes the defaults.
         """
         storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
         self._model, self._tokenizer, self._storage = model, tokenizer, storage
         self._runner = Runner(model, storage, page_tokens=plan.page_tokens)
-        self.cache = CacheManager(plan, headroom_tokens=config.headroom_tokens)
+        self.cache = SessionCache(
+            plan, headroom_tokens=config.headroom_tokens, limits=sessions or SessionLimits()
+        )
         self.scheduler = Scheduler(self.cache, config)
         self._underway: dict[str, _Underway] = {}
         self._sampler: tuple[tuple[str, ...], Sampler] | None = None

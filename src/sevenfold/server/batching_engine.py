@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from sevenfold.engine import RequestFailedError, TextModel
-from sevenfold.engine.cache import MissReason
+from sevenfold.engine.cache import MissReason, SessionLimits
 from sevenfold.engine.engine import Engine, TokenEvent
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
@@ -47,10 +47,13 @@ class _Job:
 class BatchingEngine:
     """Serves by sevenfold.engine.engine.Engine: many outputs at a time, and a prefix cache."""
 
-    features: frozenset[Feature] = frozenset({"constraint", "prompt_logprobs", "priority"})
-
     def __init__(
-        self, source: TextModel, model_name: str, plan: MemoryPlan, config: SchedulerConfig
+        self,
+        source: TextModel,
+        model_name: str,
+        plan: MemoryPlan,
+        config: SchedulerConfig,
+        sessions: SessionLimits | None = None,
     ) -> None:
         """Allocate the plan's memory and start.
 
@@ -59,7 +62,13 @@ class BatchingEngine:
             model_name: what clients call it.
             plan: of the model's config.
             config: the scheduler's limits.
+            sessions: how many conversations may keep their prefixes; None takes the defaults.
         """
+        sessions = sessions or SessionLimits()
+        offered: set[Feature] = {"constraint", "prompt_logprobs", "priority"}
+        if sessions.max_sessions:
+            offered.add("session")
+        self.features: frozenset[Feature] = frozenset(offered)
         self.model_name, self.tokenizer = model_name, source.tokenizer
         limits = (source.model.config.max_position_embeddings, config.max_request_tokens)
         self.max_context_tokens = min(n for n in limits if n is not None)
@@ -67,7 +76,7 @@ class BatchingEngine:
         self.eos_token_id = source.model.config.eos_token_id
         self._plan = plan
         self._weight_bytes = sum(p.numel() * p.element_size() for p in source.model.parameters())
-        self._engine = Engine(source.model, source.tokenizer, plan, config)
+        self._engine = Engine(source.model, source.tokenizer, plan, config, sessions)
         self._jobs: dict[str, _Job] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -173,6 +182,7 @@ class BatchingEngine:
                 else time.monotonic() + asked.deadline_s,
                 marks=asked.marks,
                 salt=asked.salt,
+                session=asked.session,
             )
             self._engine.submit(request, asked.sampling, asked.constraint)
         except QueueFullError as error:
@@ -231,6 +241,7 @@ class BatchingEngine:
             snapshots_evicted=counters.num_evicted,
             preemptions=scheduler.num_preemptions,
             effective_concurrency=plan.concurrency(self.max_context_tokens),
+            sessions=self._engine.cache.num_sessions,
             smallest_cacheable_prefix_tokens=plan.smallest_cacheable_prefix_tokens,
         )
 

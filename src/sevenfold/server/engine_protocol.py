@@ -114,6 +114,7 @@ class EngineStats:
     potential_tokens: prompt tokens whose keys and values were cached, but no state with them.
     recomputed_tokens: computed again after a preemption or for lack of a snapshot.
     effective_concurrency: requests of full length that memory holds at a time.
+    sessions: conversations that keep their prefix now.
     smallest_cacheable_prefix_tokens: None if nothing is cached.
     """
 
@@ -131,6 +132,7 @@ class EngineStats:
     snapshots_evicted: int = 0
     preemptions: int = 0
     effective_concurrency: int = 1
+    sessions: int = 0
     smallest_cacheable_prefix_tokens: int | None = None
 
 
