@@ -53,8 +53,10 @@ class Sampler:
         The caller appends it to the outputs; nothing here waits for the device.
         """
         logits = self._without(self._penalties.apply(logits))
-        draws = uniform(self._seeds, self._places)
-        tokens = choose_tokens(logits, self._rules, draws)
+        if self._rules.all_greedy:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = choose_tokens(logits, self._rules, uniform(self._seeds, self._places))
         self._penalties.record(tokens)
         self._places = self._places + 1
         return tokens
