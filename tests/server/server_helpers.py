@@ -202,7 +202,9 @@ def message(response: httpx.Response) -> str:
     return error["message"]
 
 
-async def disconnecting(app: Any, body: Mapping[str, Any], after: int) -> list[dict]:
+async def disconnecting(
+    app: Any, body: Mapping[str, Any], after: int, path: str = "/v1/chat/completions"
+) -> list[dict]:
     """Ask as a client that leaves after so many messages of the response."""
     sent: list[dict] = []
     gone = asyncio.Event()
@@ -228,8 +230,8 @@ async def disconnecting(app: Any, body: Mapping[str, Any], after: int) -> list[d
         "http_version": "1.1",
         "method": "POST",
         "scheme": "http",
-        "path": "/v1/chat/completions",
-        "raw_path": b"/v1/chat/completions",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
         "headers": headers,
