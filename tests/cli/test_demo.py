@@ -47,6 +47,9 @@ def folder(_tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run_cli("demo", "--out", out, "--steps", STEPS)
     assert result.exit_code == 0, (result.output, result.exception)
     assert f"The report: {out / 'report.html'}" in result.output
+    said = re.search(r"Of the second turn's (\d+) tokens, (\d+) were cached.", result.output)
+    assert said is not None
+    assert int(said[1]) > int(said[2]) >= 64
     command = f'.venv/bin/sevenfold generate {out / "runs" / "hybrid" / "final"} "{PROMPT}"'
     assert f"Try next:   {command}" in result.output
     return out
