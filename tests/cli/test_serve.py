@@ -160,7 +160,7 @@ def test_a_killed_server_starts_again_on_its_port(tiny_run: TinyRun) -> None:
 
 
 def test_a_full_disk_under_its_output(tiny_run: TinyRun) -> None:
-    """The server writes nothing else: no cache, no log."""
+    """Its output is all that the server writes, but for the cache of compiled loops."""
     with open("/dev/full", "w") as full:
         process = serving(tiny_run.checkpoint, 0, stdout=full, stderr=subprocess.PIPE)
         _, said = process.communicate(timeout=120)

@@ -37,7 +37,8 @@ def load_peer(
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/peer"
         save_model(model, path, format="hf")
-        return MiniMaxForCausalLM.from_pretrained(path, dtype=dtype).to(device or "cpu")
+        peer: Any = MiniMaxForCausalLM.from_pretrained(path, dtype=dtype)
+        return peer if device is None else peer.to(device)
 
 
 def peer_logits(peer: Any, input_ids: Tensor) -> Tensor:

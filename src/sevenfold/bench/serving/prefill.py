@@ -40,8 +40,10 @@ def run_prefill(
     rows = []
     for length in lengths:
         ids = random_ids(sides.config, 1, length)
-        runs = {name: partial(_first_token, serving, ids[0].tolist()) for name, serving in (
-            ("ours", ours), ("softmax_twin", twin))}  # fmt: skip
+        runs: dict[str, Callable[[], object]] = {
+            "ours": partial(_first_token, ours, ids[0].tolist()),
+            "softmax_twin": partial(_first_token, twin, ids[0].tolist()),
+        }
         if length <= peer_most_tokens:
             runs["transformers"] = partial(peer_prefill, sides.peer, ids.to(sides.device))
         times = interleaved_median_s(runs, repeats)

@@ -1,6 +1,6 @@
 """The second turn of a long chat: time to its first token, beside computing all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ def _measure(
     held = _held_bytes(serving)
     question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
     prompt = [*first, *asked.generated, *question]
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "cached": partial(_turn, serving, prompt, salt),
         "whole": partial(_turn, serving, prompt, None),
     }
