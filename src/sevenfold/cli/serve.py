@@ -1,6 +1,6 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +8,10 @@ import torch
 import typer
 
 from sevenfold.config import ConfigError, parse_config
+from sevenfold.engine import TextModel
+from sevenfold.engine.cache import SessionLimits
+from sevenfold.engine.memory_report import plan_report
+from sevenfold.engine.sizing import size_engine
 
 if TYPE_CHECKING:
     from sevenfold.server import BatchingEngine, ServerSettings
@@ -51,7 +55,6 @@ def serve_command(
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
-        from sevenfold.engine.cache import SessionLimits
         from sevenfold.server.settings import MIN_KEY_CHARS, ServerSettings
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -67,33 +70,46 @@ def serve_command(
         "drain_s": drain,
     }
     settings = parse_config(ServerSettings, values, "serve")
-    name = model_name or checkpoint.resolve().name
-    budget = None if memory_gib is None else int(memory_gib * 2**30)
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
-    sessions = parse_config(SessionLimits, kept, "serve")
+    engine = _EngineOptions(
+        model_name=model_name or checkpoint.resolve().name,
+        device=device,
+        dtype=None if dtype is None else DTYPES[dtype],
+        memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
+        context_tokens=max_context,
+        sessions=parse_config(SessionLimits, kept, "serve"),
+    )
+    _serve(checkpoint, settings, engine)
 
-    def load() -> "BatchingEngine":
-        from sevenfold.engine import TextModel
-        from sevenfold.engine.memory_report import plan_report
-        from sevenfold.engine.sizing import size_engine
+
+@dataclass(frozen=True)
+class _EngineOptions:
+    """What is asked of the engine; None leaves the choice to it."""
+
+    model_name: str
+    device: str
+    dtype: torch.dtype | None
+    memory_bytes: int | None
+    context_tokens: int | None
+    sessions: SessionLimits
+
+    def build(self, checkpoint: Path) -> "BatchingEngine":
+        """Load the checkpoint, say what the memory gives, and start."""
         from sevenfold.server import BatchingEngine
 
-        values = None if dtype is None else DTYPES[dtype]
-        source = TextModel.load(checkpoint, device=device, dtype=values)
-        plan, limits = size_engine(source.model, budget_bytes=budget, context_tokens=max_context)
+        source = TextModel.load(checkpoint, device=self.device, dtype=self.dtype)
+        plan, limits = size_engine(
+            source.model, budget_bytes=self.memory_bytes, context_tokens=self.context_tokens
+        )
         typer.echo(plan_report(plan))
-        return BatchingEngine(source, name, plan, limits, sessions)
-
-    _serve(checkpoint, settings, load)
+        return BatchingEngine(source, self.model_name, plan, limits, self.sessions)
 
 
-def _serve(
-    checkpoint: Path, settings: "ServerSettings", load: Callable[[], "BatchingEngine"]
-) -> None:
+def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions) -> None:
     from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
-        engine = load()
+        engine = options.build(checkpoint)
         app = ServerApp(engine, settings, read_template(checkpoint))
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
