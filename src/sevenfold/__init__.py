@@ -11,7 +11,14 @@ from sevenfold.config import (
     TrainingError,
     UnsupportedError,
 )
-from sevenfold.engine import LLM, Completion, SamplingParams
+from sevenfold.engine import (
+    LLM,
+    Completion,
+    Grammar,
+    RequestFailedError,
+    SamplingParams,
+    TextModel,
+)
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig, preset
 from sevenfold.models.checkpoint import load_model, save_model
 
@@ -23,11 +30,14 @@ __all__ = [
     "Completion",
     "ConfigError",
     "DataError",
+    "Grammar",
     "HybridModel",
     "MoEConfig",
     "ModelConfig",
+    "RequestFailedError",
     "SamplingParams",
     "SevenfoldError",
+    "TextModel",
     "TrainingError",
     "UnsupportedError",
     "__version__",

@@ -47,6 +47,9 @@ def folder(_tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run_cli("demo", "--out", out, "--steps", STEPS)
     assert result.exit_code == 0, (result.output, result.exception)
     assert f"The report: {out / 'report.html'}" in result.output
+    said = re.search(r"Of the second turn's (\d+) tokens, (\d+) were cached.", result.output)
+    assert said is not None
+    assert int(said[1]) > int(said[2]) >= 64
     command = f'.venv/bin/sevenfold generate {out / "runs" / "hybrid" / "final"} "{PROMPT}"'
     assert f"Try next:   {command}" in result.output
     return out
@@ -87,7 +90,7 @@ def test_the_samples_are_what_the_models_write(report: str, folder: Path) -> Non
     params = tour.SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
     for form, prompt, text in samples:
         assert html.unescape(prompt) == PROMPT
-        [done] = LLM.load(folder / "runs" / form / "final").generate([PROMPT], params)
+        [done] = LLM(folder / "runs" / form / "final").generate([PROMPT], params)
         # HTML has one kind of line end.
         assert html.unescape(text) == done.text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -124,7 +124,7 @@ def generated(checkpoint: Path, *options: str) -> str:
 
 
 def test_generate_prints_prompt_and_continuation(tiny_run: TinyRun) -> None:
-    llm = LLM.load(tiny_run.checkpoint)
+    llm = LLM(tiny_run.checkpoint)
     cases = {
         ("--temperature", "0"): SamplingParams(max_tokens=12, temperature=0.0),
         ("--seed", "3"): SamplingParams(max_tokens=12, temperature=0.8, seed=3),

@@ -126,3 +126,44 @@ def test_help() -> None:
     result = run_cli("serve", "--help")
     assert result.exit_code == 0
     assert "--api-keys-file" in result.output
+
+
+def serving(checkpoint: Path, port: int, **options) -> subprocess.Popen:
+    script = "from sevenfold.cli.main import main; main()"
+    command = [sys.executable, "-c", script, "serve", str(checkpoint), "--port", str(port)]
+    return subprocess.Popen([*command, "--memory-gib", "0.05"], text=True, **options)
+
+
+def test_a_killed_server_starts_again_on_its_port(tiny_run: TinyRun) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    body = {"prompt": "the river", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    texts = []
+    for kills in (True, False):
+        process = serving(tiny_run.checkpoint, port, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        try:
+            assert any(line.startswith("final at") for line in process.stdout)
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            if kills:
+                with httpx.stream("POST", url, json=body | {"stream": True}, timeout=120) as said:
+                    next(said.iter_lines())
+                    process.kill()
+                    assert process.wait(60) == -signal.SIGKILL
+            else:
+                texts.append(httpx.post(url, json=body, timeout=120).json()["choices"][0]["text"])
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    assert len(texts[0]) > 0
+
+
+def test_a_full_disk_under_its_output(tiny_run: TinyRun) -> None:
+    """Its output is all that the server writes, but for the cache of compiled loops."""
+    with open("/dev/full", "w") as full:
+        process = serving(tiny_run.checkpoint, 0, stdout=full, stderr=subprocess.PIPE)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "No space left on device" in said
+    assert "Traceback" not in said

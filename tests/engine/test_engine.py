@@ -172,6 +172,19 @@ def test_cancelling_frees_at_the_next_step(model: HybridModel, tokenizer: Tokeni
     assert not engine.cancel("long")
 
 
+def test_what_was_cancelled_can_be_gone_on_from(model: HybridModel, tokenizer: Tokenizer) -> None:
+    engine = build(model, tokenizer)
+    (prompt,) = prompts(4, [90])
+    submit(engine, "first", prompt, 50, marks=(80,))
+    for _ in range(4):
+        engine.step()
+    engine.cancel("first")
+    engine.step()
+    again = submit(engine, "again", prompt, 5)
+    assert tokens(run(engine)["again"]) == uncached(model, prompt, 5)
+    assert again.num_cached_tokens >= 80
+
+
 def test_sampling_is_the_same_alone_and_in_company(tokenizer: Tokenizer) -> None:
     model = tiny_model("lsf")
     texts = prompts(5, [12, 30, 5])

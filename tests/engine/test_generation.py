@@ -1,7 +1,11 @@
 """Generation: the same tokens whatever the cache, the chunks and the batch; how outputs end."""
 
+import asyncio
+import json
+import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,9 +21,20 @@ from engine_helpers import (
 )
 from tokenizers import Tokenizer
 
-from sevenfold.config import CheckpointError
-from sevenfold.engine import LLM, Completion, Decoder, SamplingParams
+from sevenfold.config import CheckpointError, ConfigError
+from sevenfold.engine import (
+    LLM,
+    Completion,
+    Decoder,
+    Grammar,
+    RequestFailedError,
+    SamplingParams,
+    TextModel,
+    sizing,
+)
+from sevenfold.models import HybridModel
 from sevenfold.models.checkpoint import save_model
+from sevenfold.ops.testing import check_error
 
 # Windows of 4 are smaller than most prompts, and one of 64 is larger than all.
 MIXES = {
@@ -35,9 +50,13 @@ GREEDY = SamplingParams(max_tokens=10, temperature=0.0)
 SAMPLED = SamplingParams(max_tokens=10, temperature=1.2, top_p=0.95, seed=7)
 
 
+def make_llm(model: HybridModel, tokenizer: Tokenizer) -> LLM:
+    return LLM(TextModel(model, tokenizer), memory_bytes=1 << 22)
+
+
 @pytest.fixture(scope="module")
 def llm(tokenizer: Tokenizer) -> LLM:
-    return LLM(tiny_model(), tokenizer)
+    return make_llm(tiny_model(), tokenizer)
 
 
 def alone(llm: LLM, params: SamplingParams) -> list[Completion]:
@@ -45,22 +64,19 @@ def alone(llm: LLM, params: SamplingParams) -> list[Completion]:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_greedy_tokens_whatever_the_cache_the_chunks_and_the_batch(
-    mix: str, tokenizer: Tokenizer
-) -> None:
+def test_greedy_tokens_whatever_the_cache_and_the_batch(mix: str, tokenizer: Tokenizer) -> None:
     model = tiny_model(**MIXES[mix])
-    # Experts in fp64: on another machine two of a random model tied to within fp32's rounding.
-    llm = LLM(model.double() if "moe" in MIXES[mix] else model, tokenizer)
+    llm = make_llm(model, tokenizer)
     prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
     assert sorted(len(prompt) > 4 for prompt in prompts) == [False, False, True]
     expected = [tuple(uncached(llm.model, prompt, 10)) for prompt in prompts]
     assert len({tokens[0] for tokens in expected}) > 1
-    for chunk in (1, 3, 7, 2048):
-        done = llm.generate(PROMPTS, GREEDY, prefill_chunk_tokens=chunk)
-        assert [one.token_ids for one in done] == expected, chunk
-        assert [list(one.prompt_token_ids) for one in done] == prompts
-        assert [one.finish_reason for one in done] == ["length"] * 3
-        assert [one.text for one in done] == [tokenizer.decode(one.token_ids) for one in done]
+    done = llm.generate(PROMPTS, GREEDY)
+    assert [one.token_ids for one in done] == expected
+    assert [list(one.prompt_token_ids) for one in done] == prompts
+    assert [one.finish_reason for one in done] == ["length"] * 3
+    assert [one.text for one in done] == [tokenizer.decode(one.token_ids) for one in done]
+    assert llm.generate(prompts, GREEDY) == done
     assert alone(llm, GREEDY) == done
 
 
@@ -130,7 +146,7 @@ def test_eos_ends_one_output_and_no_other(
 ) -> None:
     before = llm.generate(PROMPTS, params)
     eos = first_seen(before)
-    ending = LLM(with_eos(llm.model, eos), tokenizer)
+    ending = make_llm(with_eos(llm.model, eos), tokenizer)
     done = ending.generate(PROMPTS, params)
     kept = before[0].token_ids[: before[0].token_ids.index(eos) + 1]
     assert (done[0].token_ids, done[0].finish_reason) == (kept, "stop")
@@ -186,7 +202,6 @@ def test_a_stream_joins_to_the_text(llm: LLM, tokenizer: Tokenizer, params: Samp
         assert "".join(delta.text for delta in deltas) == done.text
         assert tuple(delta.token_id for delta in deltas) == done.token_ids
         assert [delta.finish_reason for delta in deltas] == [None] * 9 + ["length"]
-        assert {delta.index for delta in deltas} == {0}
 
 
 def test_defaults_are_those_of_the_parameters(llm: LLM) -> None:
@@ -200,7 +215,7 @@ def test_no_prompts(llm: LLM) -> None:
 
 
 def test_a_model_in_training_mode_is_put_to_rest(tokenizer: Tokenizer) -> None:
-    assert not LLM(tiny_model().train(), tokenizer).model.training
+    assert not make_llm(tiny_model().train(), tokenizer).model.training
 
 
 def test_the_context_limit(llm: LLM, tokenizer: Tokenizer) -> None:
@@ -226,20 +241,20 @@ def test_prompts_without_a_token(llm: LLM) -> None:
 def test_a_tokenizer_larger_than_the_vocabulary(tokenizer: Tokenizer) -> None:
     rule = f"tokenizer must have at most the model's {VOCAB_SIZE - 1} tokens, got {VOCAB_SIZE}"
     with pytest.raises(ValueError, match=rule):
-        LLM(tiny_model(vocab_size=VOCAB_SIZE - 1), tokenizer)
-    assert LLM(tiny_model(vocab_size=VOCAB_SIZE + 1), tokenizer).tokenizer is tokenizer
+        TextModel(tiny_model(vocab_size=VOCAB_SIZE - 1), tokenizer)
+    assert make_llm(tiny_model(vocab_size=VOCAB_SIZE + 1), tokenizer).tokenizer is tokenizer
 
 
 def test_load(llm: LLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_model(llm.model, tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"tokenizer.json must exist to generate text; copy"):
-        LLM.load(tmp_path / "model")
+        LLM(tmp_path / "model")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     shutil.copy(tmp_path / "tokenizer.json", tmp_path / "model")
-    loaded = LLM.load(str(tmp_path / "model"))
+    loaded = LLM(str(tmp_path / "model"))
     assert loaded.generate(PROMPTS, GREEDY) == llm.generate(PROMPTS, GREEDY)
     assert loaded.tokenizer.token_to_id(EOS) == tokenizer.token_to_id(EOS)
-    low = LLM.load(tmp_path / "model", dtype=torch.bfloat16)
+    low = LLM(tmp_path / "model", dtype=torch.bfloat16)
     assert low.model.dtype == torch.bfloat16
     ours = dict(low.model.named_parameters())
     for name, parameter in llm.model.named_parameters():
@@ -247,24 +262,30 @@ def test_load(llm: LLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_logprobs_come_with_each_token(tokenizer: Tokenizer) -> None:
-    llm = LLM(tiny_model().double(), tokenizer)
-    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=3)
+    llm = make_llm(tiny_model(), tokenizer)
+    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=3, prompt_logprobs=2)
     asked = llm.generate(PROMPTS, params)
-    plain = llm.generate(PROMPTS, params.model_copy(update={"logprobs": None}))
+    plain = llm.generate(
+        PROMPTS, params.model_copy(update={"logprobs": None, "prompt_logprobs": None})
+    )
     for one, other in zip(asked, plain, strict=True):
         assert one.token_ids == other.token_ids
-        assert other.logprobs is None
+        assert other.logprobs is other.prompt_logprobs is None
         assert one.logprobs is not None
         assert len(one.logprobs) == 4
         for token, logprobs in zip(one.token_ids, one.logprobs, strict=True):
             assert logprobs.top[0] == (token, logprobs.chosen)
             assert len(logprobs.top) == 3
-    with torch.no_grad():
-        row = torch.tensor([[*asked[0].prompt_token_ids, *asked[0].token_ids]])
-        z = llm.model(row)[0].log_softmax(-1)
-    first = len(asked[0].prompt_token_ids) - 1
-    for n, logprobs in enumerate(asked[0].logprobs or ()):
-        assert logprobs.chosen == pytest.approx(float(z[first + n, asked[0].token_ids[n]]))
+    ids = torch.tensor([[*asked[0].prompt_token_ids, *asked[0].token_ids]])
+
+    def chosen(dtype: torch.dtype) -> torch.Tensor:
+        z = tiny_model(dtype=dtype)(ids)[0, :-1].to(torch.float64).log_softmax(-1)
+        return z.gather(-1, ids[0, 1:, None])[:, 0]
+
+    found = [*(asked[0].prompt_logprobs or ()), *(asked[0].logprobs or ())]
+    values = torch.tensor([one.chosen for one in found], dtype=torch.float64)
+    check_error("logprobs", values, chosen(torch.float32), chosen(torch.float64))
+    assert [len(one.top) for one in asked[0].prompt_logprobs or ()] == [2] * (ids.shape[1] - 5)
 
 
 def test_stop_tokens_and_biases(llm: LLM) -> None:
@@ -283,3 +304,127 @@ def test_stop_tokens_and_biases(llm: LLM) -> None:
         ValueError, match=f"logit_bias must name tokens below vocab_size = {VOCAB_SIZE}"
     ):
         llm.generate(PROMPTS[:1], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}))
+
+
+def test_a_second_call_goes_on_from_the_first(llm: LLM, tokenizer: Tokenizer) -> None:
+    other = make_llm(llm.model, tokenizer)
+    prompt = [n * 7 % 290 for n in range(70)]
+    [first] = other.generate([prompt], GREEDY)
+    [second] = other.generate([prompt], GREEDY)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 64)
+    assert first.token_ids == second.token_ids
+
+
+def test_more_prompts_than_may_wait(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"max_running": 2, "max_waiting": 3}
+    monkeypatch.setattr(sizing, "_CPU_LIMITS", sizing._CPU_LIMITS | few)
+    prompts = [[n, n + 1] for n in range(40)]
+    done = make_llm(llm.model, llm.tokenizer).generate(
+        prompts, SamplingParams(max_tokens=1, temperature=0.0)
+    )
+    assert [list(one.prompt_token_ids) for one in done] == prompts
+    with torch.inference_mode():
+        logits = llm.model(torch.tensor(prompts))[:, -1]
+    assert torch.equal(torch.tensor([one.token_ids[0] for one in done]), logits.argmax(-1))
+
+
+def test_bad_words_are_never_said(llm: LLM, tokenizer: Tokenizer) -> None:
+    [plain] = llm.generate(PROMPTS[:1], GREEDY)
+    word = tokenizer.decode(list(plain.token_ids[2:4]))
+    tokens = tokenizer.encode(word, add_special_tokens=False).ids
+    assert tuple(tokens) == plain.token_ids[2:4], "the word's own tokens"
+    [done] = llm.generate(PROMPTS[:1], GREEDY.model_copy(update={"bad_words": (word,)}))
+    assert done.token_ids[:3] == plain.token_ids[:3]
+    assert done.token_ids[3] != plain.token_ids[3]
+    pairs = zip(done.token_ids, done.token_ids[1:], strict=False)
+    assert tuple(tokens) not in pairs
+
+
+def test_outputs_match_their_grammar(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    wide = SamplingParams(max_tokens=40, seed=3)
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    [done, other] = llm.generate(PROMPTS[:2], wide, grammar=Grammar.json_schema(schema))
+    assert json.loads(done.text)["a"] in ("x", "yy")
+    assert json.loads(other.text)["a"] in ("x", "yy")
+    assert done.finish_reason == other.finish_reason == "stop"
+    [done] = llm.generate(PROMPTS[:1], wide, grammar=Grammar.regex("[0-9]{3}-[a-c]!"))
+    assert re.fullmatch("[0-9]{3}-[a-c]!", done.text)
+    text = "".join(
+        d.text for d in llm.stream("x", wide, grammar=Grammar.lark('start: "yes" | "no"'))
+    )
+    assert text in ("yes", "no")
+    with pytest.raises(ValueError, match="grammar must be valid"):
+        llm.generate(PROMPTS[:1], wide, grammar=Grammar.lark("start: nothing"))
+
+
+def test_asynchronous_outputs_run_together(llm: LLM) -> None:
+    expected = [done.text for done in alone(llm, SAMPLED)]
+
+    async def text(prompt: str) -> str:
+        return "".join([delta.text async for delta in llm.stream_async(prompt, SAMPLED)])
+
+    async def all_of_them() -> list[str]:
+        return await asyncio.gather(*(text(prompt) for prompt in PROMPTS))
+
+    assert asyncio.run(all_of_them()) == expected
+    assert asyncio.run(llm.generate_async(PROMPTS, SAMPLED)) == llm.generate(PROMPTS, SAMPLED)
+    with pytest.raises(ValueError, match="prompt must have at least one token"):
+        asyncio.run(llm.generate_async(["x", ""], SAMPLED))
+
+
+def test_an_iterator_that_is_closed_cancels(llm: LLM, tokenizer: Tokenizer) -> None:
+    other = make_llm(llm.model, tokenizer)
+    engine = other._driver._engine
+    idle = engine.cache.usage()
+    stream = other.stream("x", SAMPLED)
+    next(stream)
+    stream.close()
+
+    async def leave_early() -> None:
+        async for _ in other.stream_async("x", SAMPLED):
+            break
+
+    asyncio.run(leave_early())
+    other._thread.submit(lambda: None).result()
+    other.generate(["y"], SamplingParams(max_tokens=1))
+    engine.step()
+    assert not engine.has_work
+    engine.cache.clear()
+    assert engine.cache.usage() == idle
+
+
+def test_a_failed_output_raises_and_the_engine_goes_on(tokenizer: Tokenizer) -> None:
+    model = tiny_model()
+    model.embed_tokens.weight[7] = float("nan")
+    llm = make_llm(model, tokenizer)
+    with pytest.raises(RequestFailedError, match="logits are not finite"):
+        llm.generate([[7]], GREEDY)
+    with pytest.raises(RequestFailedError, match="logits are not finite"):
+        asyncio.run(llm.generate_async([[8], [7]], GREEDY))
+    assert len(llm.generate([[8]], GREEDY)[0].token_ids) == 10
+
+
+def test_an_interrupted_step_leaves_an_engine_that_works(
+    llm: LLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_llm(llm.model, tokenizer)
+    stream = other.stream("x", GREEDY)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(HybridModel, "hidden", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            other.generate(PROMPTS, GREEDY)
+    with pytest.raises(RequestFailedError, match="a step was interrupted"):
+        next(stream)
+    assert other.generate(PROMPTS, GREEDY) == llm.generate(PROMPTS, GREEDY)
+
+
+def test_arguments_of_a_model_that_is_loaded(llm: LLM, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="device and dtype must be left out for a model that is"):
+        LLM(TextModel(llm.model, tokenizer), device="cpu")
+    with pytest.raises(ConfigError, match="context_tokens must lie in 1 to"):
+        LLM(TextModel(llm.model, tokenizer), context_tokens=101)
+    with pytest.raises(ValueError, match="prompt must hold tokens from 0 to below vocab_size"):
+        llm.generate([[VOCAB_SIZE]], GREEDY)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine import SamplingParams
@@ -12,11 +13,13 @@ from sevenfold.engine.sampling import (
     Output,
     Penalties,
     Sampler,
+    bad_word_tokens,
     build_rules,
     choose_tokens,
     read_logprobs,
     uniform,
 )
+from sevenfold.engine.sampling.bad_words import completing_tokens
 
 VOCAB = 12
 NOTHING_SEEN = torch.tensor([], dtype=torch.int64)
@@ -347,3 +350,30 @@ def test_a_row_of_nan_leaves_the_others_alone() -> None:
     assert 0 <= drawn < VOCAB
     assert first == choose_token(logits[0], NOTHING_SEEN, params[0], 0.3)
     assert third == choose_token(logits[2], NOTHING_SEEN, params[2], 0.5)
+
+
+def test_tokens_that_would_complete_a_bad_word() -> None:
+    words = ((5,), (1, 2), (1, 2, 3), (2, 2, 4))
+    assert completing_tokens(words, []) == [5]
+    assert completing_tokens(words, [1]) == [5, 2]
+    assert completing_tokens(words, [9, 1, 2]) == [5, 3]
+    assert completing_tokens(words, [2, 2]) == [5, 4]
+
+
+def test_a_bad_word_is_taken_at_the_beginning_and_after_a_space(tokenizer: Tokenizer) -> None:
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    assert bad_word_tokens(tokenizer, ["heron"]) == (ids("heron"), ids(" heron"))
+    assert bad_word_tokens(tokenizer, [" heron"]) == (ids(" heron"),)
+    assert bad_word_tokens(tokenizer, []) == ()
+
+
+def test_a_bad_words_last_token_is_never_drawn() -> None:
+    params = SamplingParams(seed=0, temperature=5.0)
+    one = Output(params, [1], (), [3], ((3, 0), (7, 1)))
+    sampler = Sampler([one], 3, torch.device("cpu"))
+    logits = torch.tensor([[9.0, 5.0, 1.0]])
+    drawn = {int(sampler.choose(logits)) for _ in range(100)}
+    assert drawn == {1, 2}
+    assert torch.equal(logits, torch.tensor([[9.0, 5.0, 1.0]])), "what comes in stays as it is"

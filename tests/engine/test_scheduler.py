@@ -320,7 +320,8 @@ def test_what_ends_early_frees_its_memory_for_the_same_step(end: object, num_ste
     assert (request.finish_reason, step.ended) == (reason, (request,))
     assert [row.request for row in step.prefills] == [other]
     assert request not in w.cache.pages
-    assert request.prompt[:PAGE] not in w.cache.kept[b""]
+    # What was computed stays for whoever asks again.
+    assert (request.prompt[:PAGE] in w.cache.kept[b""]) == (num_steps > 0)
 
 
 def test_a_deadline_is_not_early() -> None:

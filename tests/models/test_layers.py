@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sevenfold.models.layers import Linear, RMSNorm, rotate
+from sevenfold.models.layers import Linear, RMSNorm, rotate, rotation
 from sevenfold.ops.testing import check_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -25,13 +25,17 @@ def turned(x: torch.Tensor, rotary_dim: int, theta: float) -> torch.Tensor:
     return torch.cat([y.real, y.imag, x[..., r:].double()], dim=-1)
 
 
+def turn(x: torch.Tensor, positions: torch.Tensor, rotary_dim: int, theta: float) -> torch.Tensor:
+    return rotate(x, rotation(positions, rotary_dim, theta, dtype=x.dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotary_dim", [2, 4, 8])
 @pytest.mark.parametrize("theta", [1e4, 1e7])
 def test_rotation_is_a_complex_product(rotary_dim: int, theta: float, dtype: torch.dtype) -> None:
     x = random(2, 4, 3, 8, dtype=dtype)
     exact = turned(x, rotary_dim, theta)
-    found = rotate(x, POSITIONS, rotary_dim, theta)
+    found = turn(x, POSITIONS, rotary_dim, theta)
     assert found.dtype == dtype
     check_error("y", found, honest_rotation(x, rotary_dim, theta), exact)
 
@@ -53,11 +57,11 @@ def honest_rotation(x: torch.Tensor, rotary_dim: int, theta: float) -> torch.Ten
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_other_channels_pass_untouched(dtype: torch.dtype) -> None:
     x = random(2, 4, 3, 8, dtype=dtype)
-    y = rotate(x, POSITIONS, 4, 1e4)
+    y = turn(x, POSITIONS, 4, 1e4)
     assert torch.equal(y[..., 4:], x[..., 4:])
     assert torch.equal(y[0, 0], x[0, 0])  # position 0
     assert not bool((y[1, :, :, :2] == x[1, :, :, :2]).any())
-    assert torch.equal(rotate(x, POSITIONS, 0, 1e4), x)
+    assert torch.equal(turn(x, POSITIONS, 0, 1e4), x)
 
 
 def test_scores_depend_on_the_distance_only() -> None:
@@ -65,7 +69,7 @@ def test_scores_depend_on_the_distance_only() -> None:
 
     def score(i: int, j: int) -> torch.Tensor:
         places = (torch.tensor([[n]]) for n in (i, j))
-        return (rotate(q, next(places), 8, 1e4) * rotate(k, next(places), 8, 1e4)).sum()
+        return (turn(q, next(places), 8, 1e4) * turn(k, next(places), 8, 1e4)).sum()
 
     near, far, other = score(5, 3), score(105, 103), score(5, 4)
     check_error("score", far, score(1005, 1003), near)

@@ -13,7 +13,7 @@ import httpx
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sevenfold.engine import LLM
+from sevenfold.engine import LLM, TextModel
 from sevenfold.engine.sizing import size_engine
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig, init_weights
 from sevenfold.server import (
@@ -70,13 +70,13 @@ def make_llm() -> LLM:
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(2 * noise * parameter.shape[-1] ** -0.5)
-    return LLM(model.requires_grad_(False), byte_tokenizer())
+    return LLM(TextModel(model.requires_grad_(False), byte_tokenizer()), memory_bytes=1 << 20)
 
 
 def make_engine(llm: LLM) -> BatchingEngine:
     """A megabyte for states, keys and cached prefixes."""
     plan, limits = size_engine(llm.model, budget_bytes=1 << 20)
-    return BatchingEngine(llm, "tiny", plan, limits)
+    return BatchingEngine(TextModel(llm.model, llm.tokenizer), "tiny", plan, limits)
 
 
 @dataclass
@@ -202,7 +202,9 @@ def message(response: httpx.Response) -> str:
     return error["message"]
 
 
-async def disconnecting(app: Any, body: Mapping[str, Any], after: int) -> list[dict]:
+async def disconnecting(
+    app: Any, body: Mapping[str, Any], after: int, path: str = "/v1/chat/completions"
+) -> list[dict]:
     """Ask as a client that leaves after so many messages of the response."""
     sent: list[dict] = []
     gone = asyncio.Event()
@@ -228,8 +230,8 @@ async def disconnecting(app: Any, body: Mapping[str, Any], after: int) -> list[d
         "http_version": "1.1",
         "method": "POST",
         "scheme": "http",
-        "path": "/v1/chat/completions",
-        "raw_path": b"/v1/chat/completions",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
         "headers": headers,

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from server_helpers import HELLO, ScriptedEngine, chat, client_of, disconnecting
+from soak_helpers import soak
 
 from sevenfold.server import ServerSettings
 
@@ -42,3 +43,12 @@ async def test_nothing_is_left_behind(num: int) -> None:
         lines = (await client.get("/metrics")).text.splitlines()
     ended = [float(one.split()[-1]) for one in lines if one.startswith("sevenfold_outputs_total{")]
     assert sum(ended) == len(engine.asked)
+
+
+@pytest.mark.parametrize("num", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_the_engine_answers_all_as_each_alone_and_frees_everything(num: int) -> None:
+    counts = await soak(num)
+    assert counts["answers compared"] >= counts["stays"] > 0
+    assert counts["leaves"] > 0
+    assert counts["hurries"] > 0
+    assert counts["cached_tokens"] > 0

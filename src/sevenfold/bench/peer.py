@@ -12,8 +12,18 @@ from sevenfold.models import HybridModel
 from sevenfold.models.checkpoint import save_model
 
 
-def load_peer(model: HybridModel) -> Any:
+def load_peer(
+    model: HybridModel,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """Return transformers' model with the same weights.
+
+    Args:
+        model: ours.
+        device: where the peer shall be; None is the CPU.
+        dtype: of its weights.
 
     Raises:
         UnsupportedError: transformers is not installed.
@@ -27,7 +37,8 @@ def load_peer(model: HybridModel) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/peer"
         save_model(model, path, format="hf")
-        return MiniMaxForCausalLM.from_pretrained(path, dtype=torch.float32)
+        peer: Any = MiniMaxForCausalLM.from_pretrained(path, dtype=dtype)
+        return peer if device is None else peer.to(device)
 
 
 def peer_logits(peer: Any, input_ids: Tensor) -> Tensor:
@@ -41,8 +52,24 @@ def peer_loss(peer: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
     return peer(input_ids, labels=labels, use_cache=False, output_router_logits=True).loss
 
 
+@torch.inference_mode()
+def peer_prefill(peer: Any, input_ids: Tensor) -> int:
+    """Run the peer on a prompt [1, T] as generation does: its cache filled, one row of logits.
+
+    Returns:
+        The next token; it waits for the device.
+    """
+    logits = peer(input_ids, use_cache=True, logits_to_keep=1).logits
+    return int(logits[0, -1].argmax())
+
+
 def peer_generate(peer: Any, input_ids: Tensor, num_tokens: int) -> Tensor:
-    """Generate greedily with the peer's own loop; the new tokens."""
+    """Generate greedily with the peer's own loop; the new tokens of the first row."""
+    return peer_generate_batch(peer, input_ids, num_tokens)[0]
+
+
+def peer_generate_batch(peer: Any, input_ids: Tensor, num_tokens: int) -> Tensor:
+    """Generate greedily after each row [B, T] with the peer's own loop: [B, num_tokens]."""
     out = peer.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -51,4 +78,4 @@ def peer_generate(peer: Any, input_ids: Tensor, num_tokens: int) -> Tensor:
         do_sample=False,
         pad_token_id=0,
     )
-    return out[0, input_ids.shape[1] :]
+    return out[:, input_ids.shape[1] :]

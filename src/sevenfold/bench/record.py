@@ -12,18 +12,25 @@ from typing import Any
 import torch
 
 
-def write_record(path: Path, command: str, cases: Sequence[Mapping[str, Any]]) -> None:
+def write_record(
+    path: Path,
+    command: str,
+    cases: Sequence[Mapping[str, Any]],
+    *,
+    device: torch.device | None = None,
+) -> None:
     """Write a benchmark's cases as JSON.
 
     Args:
         path: the file.
         command: what a reader runs to repeat it.
         cases: one flat table row each.
+        device: where they ran; None is the CPU.
     """
     record = {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": _device(),
+        "device": _device(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("sevenfold", "torch", "transformers")},
@@ -34,7 +41,9 @@ def write_record(path: Path, command: str, cases: Sequence[Mapping[str, Any]]) -
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _device() -> str:
+def _device(device: torch.device | None) -> str:
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -1,15 +1,22 @@
 """`sevenfold bench`: speed against peers and against the machine's floor."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
 from sevenfold.bench.cpu import run_cpu_benchmark
 from sevenfold.bench.kernels.command import Request, run_kernel_benchmark
 from sevenfold.bench.record import write_record
+
+if TYPE_CHECKING:
+    from sevenfold.bench.serving.sides import Sides
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SERVING = Path("benchmarks/results/serving")
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against peers.")
 
@@ -42,6 +49,116 @@ def cpu_command(
     rows = run_cpu_benchmark(report)
     write_record(out, "sevenfold bench cpu", rows)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+Preset = Annotated[str, typer.Option(help="Which model, with random weights.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16."),
+]
+PeerMost = Annotated[int, typer.Option(help="Longer prompts are left to our side alone.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each side; medians.")]
+
+
+@bench_app.command("prefill")
+def prefill_command(
+    preset: Preset = "bench-19m",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens; may be given again.")
+    ] = None,
+    peer_most_tokens: PeerMost = 131_072,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = _SERVING / "prefill.json",
+) -> None:
+    """Compare the first token's time after long prompts with transformers and a softmax twin."""
+    from sevenfold.bench.serving.prefill import run_prefill
+
+    sides, checked, say = _sides(preset, device, dtype)
+    limits = {"peer_most_tokens": peer_most_tokens, "repeats": repeats}
+    rows = run_prefill(sides, lengths or [8192, 131_072], **limits, report=say)
+    _record(out, f"bench prefill --preset {preset} --device {device}", checked, rows)
+
+
+@bench_app.command("decode")
+def decode_command(
+    preset: Preset = "bench-19m",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    batches: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests side by side; may be given again.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Of each request.")] = 64,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = _SERVING / "decode.json",
+) -> None:
+    """Compare decoding steps of some batches with transformers' own loop."""
+    from sevenfold.bench.serving.decode import run_decode
+
+    sides, checked, say = _sides(preset, device, dtype)
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    rows = run_decode(sides, batches or [1, 64], **sizes, report=say)
+    _record(out, f"bench decode --preset {preset} --device {device}", checked, rows)
+
+
+@bench_app.command("serve")
+def serve_command(
+    preset: Preset = "bench-19m",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option(min=64, help="Tokens of a first turn; may be given again.")
+    ] = None,
+    peer_most_tokens: PeerMost = 131_072,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = _SERVING / "serve.json",
+) -> None:
+    """Compare the second turn of a long chat with computing all of it, and weigh a request."""
+    from sevenfold.bench.serving.second_turn import run_second_turn
+
+    sides, checked, say = _sides(preset, device, dtype)
+    limits = {"peer_most_tokens": peer_most_tokens, "repeats": repeats}
+    rows = run_second_turn(sides, lengths or [32_768], **limits, report=say)
+    _record(out, f"bench serve --preset {preset} --device {device}", checked, rows)
+
+
+def _sides(
+    preset: str, device: str, dtype: str | None
+) -> "tuple[Sides, dict[str, Any], Callable[[Mapping[str, Any]], None]]":
+    """Both sides, what checking them gave, and how to say a row."""
+    from sevenfold.bench.serving.agreement import check_sides
+    from sevenfold.bench.serving.sides import build_sides
+
+    name = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if name not in DTYPES:
+        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    sides = build_sides(preset, device, DTYPES[name])
+    rates = {
+        "dtype": name,
+        "device": sides.device,
+        "matmul_flops_per_s": sides.rates.flops_per_s,
+        "read_bytes_per_s": sides.rates.bytes_per_s,
+    }
+    console = Console()
+
+    def say(row: Mapping[str, Any]) -> None:
+        shown = {k: f"{v:,.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        line = ", ".join(f"{key} {value}" for key, value in shown.items())
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    return sides, check_sides(sides) | rates, say
+
+
+def _record(
+    out: Path, command: str, checked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    same = {name: value for name, value in checked.items() if name != "device"}
+    cases = [{**row, **same} for row in rows]
+    write_record(out, f"sevenfold {command}", cases, device=checked["device"])
+    typer.echo(f"written to {out}")
 
 
 @bench_app.command("kernels")

@@ -40,7 +40,7 @@ def generate_command(
     params = parse_config(SamplingParams, values, "generate")
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    llm = LLM.load(checkpoint, device=device, dtype=None if dtype is None else DTYPES[dtype])
+    llm = LLM(checkpoint, device=device, dtype=None if dtype is None else DTYPES[dtype])
     try:
         deltas = llm.stream(prompt, params)
     except ValueError as error:

@@ -1,12 +1,20 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
 from sevenfold.config import ConfigError, parse_config
+from sevenfold.engine import TextModel
+from sevenfold.engine.cache import SessionLimits
+from sevenfold.engine.memory_report import plan_report
+from sevenfold.engine.sizing import size_engine
+
+if TYPE_CHECKING:
+    from sevenfold.server import BatchingEngine, ServerSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +44,10 @@ def serve_command(
     max_context: Annotated[
         int | None, typer.Option(help="Tokens that a request must be able to reach.")
     ] = None,
+    max_sessions: Annotated[
+        int, typer.Option(help="Conversations that may keep their prefix; 0 for none.")
+    ] = 64,
+    session_idle: Annotated[float, typer.Option(help="Seconds until one loses it.")] = 600.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
@@ -58,34 +70,50 @@ def serve_command(
         "drain_s": drain,
     }
     settings = parse_config(ServerSettings, values, "serve")
-    name = model_name or checkpoint.resolve().name
-    budget = None if memory_gib is None else int(memory_gib * 2**30)
-    size = {"budget_bytes": budget, "context_tokens": max_context}
-    _serve(checkpoint, name, settings, device, None if dtype is None else DTYPES[dtype], size)
+    kept = {"max_sessions": max_sessions, "idle_s": session_idle}
+    engine = _EngineOptions(
+        model_name=model_name or checkpoint.resolve().name,
+        device=device,
+        dtype=None if dtype is None else DTYPES[dtype],
+        memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
+        context_tokens=max_context,
+        sessions=parse_config(SessionLimits, kept, "serve"),
+    )
+    _serve(checkpoint, settings, engine)
 
 
-def _serve(
-    checkpoint: Path,
-    name: str,
-    settings,
-    device: str,
-    dtype: torch.dtype | None,
-    size: dict[str, int | None],
-) -> None:
-    from sevenfold.engine import LLM
-    from sevenfold.engine.memory_report import plan_report
-    from sevenfold.engine.sizing import size_engine
-    from sevenfold.server import BatchingEngine, ServerApp, bind, listen, read_template
+@dataclass(frozen=True)
+class _EngineOptions:
+    """What is asked of the engine; None leaves the choice to it."""
+
+    model_name: str
+    device: str
+    dtype: torch.dtype | None
+    memory_bytes: int | None
+    context_tokens: int | None
+    sessions: SessionLimits
+
+    def build(self, checkpoint: Path) -> "BatchingEngine":
+        """Load the checkpoint, say what the memory gives, and start."""
+        from sevenfold.server import BatchingEngine
+
+        source = TextModel.load(checkpoint, device=self.device, dtype=self.dtype)
+        plan, limits = size_engine(
+            source.model, budget_bytes=self.memory_bytes, context_tokens=self.context_tokens
+        )
+        typer.echo(plan_report(plan))
+        return BatchingEngine(source, self.model_name, plan, limits, self.sessions)
+
+
+def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions) -> None:
+    from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
-        llm = LLM.load(checkpoint, device=device, dtype=dtype)
-        plan, limits = size_engine(llm.model, **size)
-        typer.echo(plan_report(plan))
-        engine = BatchingEngine(llm, name, plan, limits)
+        engine = options.build(checkpoint)
         app = ServerApp(engine, settings, read_template(checkpoint))
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
-        typer.echo(f"{name} at http://{shown}:{port} (chat at /, routes at /docs)")
+        typer.echo(f"{engine.model_name} at http://{shown}:{port} (chat at /, routes at /docs)")
         listen(app, settings, taken)
 
 

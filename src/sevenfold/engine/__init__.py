@@ -1,15 +1,21 @@
-"""Inference: incremental decoding with a hybrid cache, sampling, text."""
+"""Inference: continuous batching under one memory budget, a prefix cache, sampling, text."""
 
 from sevenfold.engine.decoding import Decoder
+from sevenfold.engine.grammar import Grammar
 from sevenfold.engine.llm import LLM, Completion, Delta
+from sevenfold.engine.request import RequestFailedError
 from sevenfold.engine.sampling import SamplingParams
 from sevenfold.engine.text import TextStream
+from sevenfold.engine.text_model import TextModel
 
 __all__ = [
     "LLM",
     "Completion",
     "Decoder",
     "Delta",
+    "Grammar",
+    "RequestFailedError",
     "SamplingParams",
+    "TextModel",
     "TextStream",
 ]

@@ -7,13 +7,21 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sevenfold.engine.cache import CacheCounters, CacheManager, Lookup
+from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.request import FinishReason, Request
+from sevenfold.engine.prompt_logprobs import prompt_logprobs
+from sevenfold.engine.request import FinishReason, Request, Status
 from sevenfold.engine.runner import Row
 from sevenfold.engine.runners import make_runner
-from sevenfold.engine.sampling import Logprobs, Output, Sampler, SamplingParams, read_logprobs
+from sevenfold.engine.sampling import (
+    Logprobs,
+    Output,
+    Sampler,
+    SamplingParams,
+    bad_word_tokens,
+    read_logprobs,
+)
 from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, SchedulerConfig
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.text import TextStream
@@ -30,6 +38,8 @@ class TokenEvent:
     finish_reason: None until the request's last event.
     logprobs: if they were asked for.
     prompt: what was found in the prefix cache; comes with the first token.
+    prompt_logprobs: one entry for each prompt token but the first, if they were asked for;
+        they come with the first token.
     error: what went wrong, where finish_reason is "error".
     """
 
@@ -39,6 +49,7 @@ class TokenEvent:
     finish_reason: FinishReason | None
     logprobs: Logprobs | None = None
     prompt: Lookup | None = None
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
     error: str | None = None
 
 
@@ -55,6 +66,7 @@ class Engine:
         plan: MemoryPlan,
         config: SchedulerConfig,
         *,
+        sessions: SessionLimits | None = None,
         decode_batch_sizes: Sequence[int] | None = None,
     ) -> None:
         """Allocate the plan's memory.
@@ -64,6 +76,7 @@ class Engine:
             tokenizer: its own.
             plan: of the model's config, with kv_element_bytes of its dtype.
             config: the scheduler's limits.
+            sessions: how many conversations may keep their prefixes; None takes the defaults.
             decode_batch_sizes: rows of decoding steps that a GPU records as graphs; None takes
                 device.decode_batch_sizes, and none records nothing. With one size of max_running
                 rows, decoding gives a request the same bits in any company.
@@ -76,7 +89,9 @@ class Engine:
         self._runner = make_runner(
             model, storage, (plan.page_tokens, config.max_running), decode_batch_sizes
         )
-        self.cache = CacheManager(plan, headroom_tokens=config.headroom_tokens)
+        self.cache = SessionCache(
+            plan, headroom_tokens=config.headroom_tokens, limits=sessions or SessionLimits()
+        )
         self.scheduler = Scheduler(self.cache, config)
         self._underway: dict[str, _Underway] = {}
         self._sampler: tuple[tuple[str, ...], Sampler] | None = None
@@ -100,16 +115,23 @@ class Engine:
                 f"request.max_tokens must be params.max_tokens = {params.max_tokens}, got "
                 f"{request.max_tokens}"
             )
+        words = bad_word_tokens(self._tokenizer, params.bad_words)
         self.scheduler.submit(request)
         eos = self._model.config.eos_token_id
         ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
         text = TextStream(self._tokenizer, params.stop)
-        output = Output(params, request.prompt, ends, request.generated)
+        output = Output(params, request.prompt, ends, request.generated, words)
         self._underway[request.id] = _Underway(request, output, text, constraint)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step; returns whether it was under way."""
         return self.scheduler.cancel(request_id)
+
+    def abandon(self, message: str) -> None:
+        """End every request under way with an error: a step of theirs did not come to its end."""
+        for underway in self._underway.values():
+            if underway.request.status is not Status.ENDED:
+                self.scheduler.fail(underway.request, message)
 
     @property
     def has_work(self) -> bool:
@@ -203,8 +225,16 @@ class Engine:
         if reason is not None:
             text += underway.text.finish()
             reason = "stop" if underway.text.stopped else reason
-        prompt = underway.prompt if len(request.generated) == 1 else None
-        return TokenEvent(request.id, token, text, reason, logprobs, prompt)
+        first = len(request.generated) == 1
+        prompt = underway.prompt if first else None
+        scored = self._prompt_logprobs(underway) if first else None
+        return TokenEvent(request.id, token, text, reason, logprobs, prompt, scored)
+
+    def _prompt_logprobs(self, underway: "_Underway") -> tuple[Logprobs, ...] | None:
+        num_top = underway.output.params.prompt_logprobs
+        if num_top is None:
+            return None
+        return prompt_logprobs(self._model, underway.request.prompt, num_top)
 
     def _end(self, request: Request) -> TokenEvent | None:
         """The last event of a request; one that ended by a token has had it."""

@@ -1,27 +1,27 @@
-"""Text in, text out: a checkpoint with its tokenizer, offline."""
+"""Text in, text out: a checkpoint on the engine, offline and asynchronous."""
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 
-from sevenfold.config import CheckpointError
-from sevenfold.engine.decoding import Decoder
-from sevenfold.engine.sampling import (
-    Logprobs,
-    Output,
-    Sampler,
-    SamplingParams,
-    read_logprobs,
-)
-from sevenfold.engine.text import TextStream
+from sevenfold.engine.driving import Driver
+from sevenfold.engine.engine import Engine, TokenEvent
+from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
+from sevenfold.engine.request import Request, RequestFailedError
+from sevenfold.engine.sampling import Logprobs, SamplingParams
+from sevenfold.engine.sizing import size_engine
+from sevenfold.engine.text_model import TextModel
 from sevenfold.models import HybridModel
-from sevenfold.models.checkpoint import load_model
 
-PREFILL_CHUNK_TOKENS = 2048
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Completion:
     """One prompt's output; finish_reason is "stop" for a token or string that ends it.
 
     logprobs: one entry for each token, if they were asked for.
+    prompt_logprobs: one entry for each prompt token after the first, if they were asked for.
+    cached_tokens: of the prompt, found in the prefix cache.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -36,126 +38,186 @@ class Completion:
     text: str
     finish_reason: Literal["stop", "length"]
     logprobs: tuple[Logprobs, ...] | None
+    prompt_logprobs: tuple[Logprobs, ...] | None
+    cached_tokens: int
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one output; finish_reason is None until its last delta."""
+    """What one token added to an output; finish_reason is None until its last delta.
 
-    index: int
+    cached_tokens: of the prompt, found in the prefix cache.
+    prompt_logprobs: with the first delta, if they were asked for.
+    """
+
     text: str
     token_id: int
     finish_reason: Literal["stop", "length"] | None
     logprobs: Logprobs | None
+    prompt_logprobs: tuple[Logprobs, ...] | None
+    cached_tokens: int
 
 
 class LLM:
-    """A model and its tokenizer, ready to generate."""
+    """A model on a continuous-batching engine with a prefix cache.
 
-    def __init__(self, model: HybridModel, tokenizer: Tokenizer) -> None:
-        if tokenizer.get_vocab_size() > model.config.vocab_size:
-            raise ValueError(
-                f"tokenizer must have at most the model's {model.config.vocab_size} tokens, got "
-                f"{tokenizer.get_vocab_size()}"
-            )
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+    Calls may overlap, from threads and from tasks: whoever waits for a token takes the engine's
+    next step, which serves everybody.
+    """
 
-    @classmethod
-    def load(
-        cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
-    ) -> Self:
-        """Load a checkpoint directory and the tokenizer.json in it.
+    def __init__(
+        self,
+        source: str | Path | TextModel,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_bytes: int | None = None,
+        context_tokens: int | None = None,
+    ) -> None:
+        """Load a checkpoint and allocate the engine's memory.
 
         Args:
-            path: the directory, in any format that load_model reads.
-            device: where to run.
-            dtype: of the weights; None keeps the file's.
-
-        Returns:
-            The model, ready to generate.
+            source: a checkpoint directory with its tokenizer.json, or what TextModel.load returned.
+            device: where to run a directory's model; None is "cpu".
+            dtype: of a directory's weights; None keeps the file's.
+            memory_bytes: for states, keys and values, and cached prefixes, beside the weights; None
+                takes a share of what is free. A CPU's memory is taken as it is used.
+            context_tokens: what one request must be able to reach; None takes what the model
+                allows, or less if the memory holds less.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
+            ConfigError: the memory cannot hold one request of context_tokens.
+            UnsupportedError: the model's dtype cannot be served.
+            ValueError: device or dtype stands beside a model that is loaded.
         """
-        if not Path(path).is_dir():
-            raise CheckpointError(f"{path} must be a checkpoint folder, got none of that name")
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{file} must exist to generate text; copy the tokenizer there")
-        model = load_model(Path(path), device=device, dtype=dtype)
-        return cls(model, Tokenizer.from_file(str(file)))
+        if not isinstance(source, TextModel):
+            source = TextModel.load(source, device=device or "cpu", dtype=dtype)
+        elif device is not None or dtype is not None:
+            raise ValueError("device and dtype must be left out for a model that is loaded")
+        self.model: HybridModel = source.model
+        self.tokenizer: Tokenizer = source.tokenizer
+        self.plan, limits = size_engine(
+            self.model, budget_bytes=memory_bytes, context_tokens=context_tokens
+        )
+        self._driver = Driver(Engine(self.model, self.tokenizer, self.plan, limits))
+        config = self.model.config
+        self._grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_id)
+        self._names = count()
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         params: SamplingParams | None = None,
         *,
-        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Complete prompts of any lengths together; each as if it were alone.
 
         Args:
-            prompts: texts.
+            prompts: texts or token ids.
             params: what to ask of the sampler; None takes its defaults.
-            prefill_chunk_tokens: prompt tokens that are run at once: bounds memory, no more.
+            grammar: what each output must match; None is any text.
 
         Returns:
             One completion for each prompt, in order.
 
         Raises:
-            ValueError: a prompt has no token, or does not fit with max_tokens into the model.
+            ValueError: a prompt has no token, does not fit with max_tokens, or the grammar is
+                wrong.
+            RequestFailedError: the model's logits are not finite, or nothing can follow in the
+                grammar.
         """
-        params = params or SamplingParams()
-        prompt_ids = [self._encode(prompt, params) for prompt in prompts]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        texts = [""] * len(prompts)
-        logprobs: list[list[Logprobs]] = [[] for _ in prompts]
-        reasons: list[Literal["stop", "length"]] = ["length"] * len(prompts)
-        for delta in self._deltas(prompt_ids, params, prefill_chunk_tokens):
-            tokens[delta.index].append(delta.token_id)
-            texts[delta.index] += delta.text
-            logprobs[delta.index] += [] if delta.logprobs is None else [delta.logprobs]
-            reasons[delta.index] = delta.finish_reason or "length"
-        return [
-            Completion(
-                tuple(prompt_ids[n]),
-                tuple(tokens[n]),
-                texts[n],
-                reasons[n],
-                None if params.logprobs is None else tuple(logprobs[n]),
-            )
-            for n in range(len(prompts))
-        ]
+        outputs = [self._output(prompt, params, grammar) for prompt in prompts]
+        try:
+            for output in outputs:
+                self._submit(output)
+            return [_completion(o.request.prompt, list(self._deltas(o))) for o in outputs]
+        finally:
+            for output in outputs:
+                self._driver.leave(output.request.id)
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+    ) -> Iterator[Delta]:
         """Complete one prompt, giving its text as it comes, in whole characters.
 
-        Args:
-            prompt: the text.
-            params: what to ask of the sampler; None takes its defaults.
+        Closing the iterator cancels the output. Arguments and errors are those of generate; a wrong
+        argument raises at once, not with the first token.
 
         Yields:
             One delta for each token; joined, their texts are the completion's text.
-
-        Raises:
-            ValueError: as generate.
         """
-        params = params or SamplingParams()
-        prompt_ids = [self._encode(prompt, params)]
-        return self._deltas(prompt_ids, params, PREFILL_CHUNK_TOKENS)
+        return self._streamed(self._output(prompt, params, grammar))
 
-    def _encode(self, prompt: str, params: SamplingParams) -> list[int]:
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        limit = self.model.config.max_position_embeddings
-        beyond = [t for t in params.logit_bias if t >= self.model.config.vocab_size]
-        if beyond:
-            raise ValueError(
-                f"logit_bias must name tokens below vocab_size = {self.model.config.vocab_size}, "
-                f"got {beyond[0]}"
-            )
+    async def stream_async(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+    ) -> AsyncIterator[Delta]:
+        """Complete one prompt as stream does, without blocking the event loop.
+
+        Outputs of many tasks run together. Closing the iterator cancels the output.
+
+        Yields:
+            One delta for each token.
+        """
+        async for delta in self._deltas_async(self._output(prompt, params, grammar)):
+            yield delta
+
+    async def generate_async(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+    ) -> list[Completion]:
+        """Complete prompts as generate does, without blocking the event loop."""
+
+        async def one(output: _Output) -> Completion:
+            deltas = [delta async for delta in self._deltas_async(output)]
+            return _completion(output.request.prompt, deltas)
+
+        outputs = [self._output(prompt, params, grammar) for prompt in prompts]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(output)) for output in outputs]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        return [task.result() for task in tasks]
+
+    def _output(
+        self, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None
+    ) -> "_Output":
+        params = params or SamplingParams()
+        self._check(params)
+        request = Request(
+            id=str(next(self._names)),
+            prompt=self._encode(prompt, params),
+            max_tokens=params.max_tokens,
+        )
+        constraint = None if grammar is None else self._grammars.compile(grammar)
+        return _Output(request, params, constraint)
+
+    def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=False).ids)
+        else:
+            ids = tuple(prompt)
+        limit, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
         if not ids:
             raise ValueError(f"prompt must have at least one token, got {prompt!r}")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            raise ValueError(
+                f"prompt must hold tokens from 0 to below vocab_size = {vocab_size}, got "
+                f"{min(ids)} to {max(ids)}"
+            )
         if len(ids) + params.max_tokens > limit:
             raise ValueError(
                 f"prompt and max_tokens must fit into max_position_embeddings = {limit} tokens, "
@@ -163,62 +225,92 @@ class LLM:
             )
         return ids
 
-    def _deltas(
-        self, prompts: list[list[int]], params: SamplingParams, chunk_tokens: int
-    ) -> Iterator[Delta]:
-        if not prompts:
-            return
-        capacity = max(len(prompt) for prompt in prompts) + params.max_tokens
-        decoder = Decoder(self.model, prompts, capacity_tokens=capacity)
-        running = [_Running(n, ids, self, params) for n, ids in enumerate(prompts)]
-        sampler = self._sampler(running)
-        logits = decoder.prefill(chunk_tokens)
-        while True:
-            tokens = sampler.choose(logits)
-            logprobs = read_logprobs(logits, tokens, [params] * len(running))
-            rows = zip(running, tokens.tolist(), logprobs, strict=True)
-            deltas = [one.advance(token, logprob) for one, token, logprob in rows]
-            yield from deltas
-            alive = [n for n, delta in enumerate(deltas) if delta.finish_reason is None]
-            if not alive:
-                return
-            if len(alive) < len(running):
-                decoder.keep(alive)
-                running = [running[n] for n in alive]
-                sampler = self._sampler(running)
-            logits = decoder.step([one.output.tokens[-1] for one in running])
+    def _check(self, params: SamplingParams) -> None:
+        vocab_size = self.model.config.vocab_size
+        named = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        for name, tokens in named.items():
+            beyond = [token for token in tokens if token >= vocab_size]
+            if beyond:
+                raise ValueError(
+                    f"{name} must name tokens below vocab_size = {vocab_size}, got {beyond[0]}"
+                )
 
-    def _sampler(self, running: "list[_Running]") -> Sampler:
-        outputs = [one.output for one in running]
-        return Sampler(outputs, self.model.config.vocab_size, self.model.device)
+    def _streamed(self, output: "_Output") -> Iterator[Delta]:
+        self._submit(output)
+        yield from self._deltas(output)
 
-    def end_ids(self, params: SamplingParams) -> tuple[int, ...]:
-        """Tokens that end an output."""
-        eos = self.model.config.eos_token_id
-        return (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
+    def _submit(self, output: "_Output") -> None:
+        self._driver.submit(output.request, output.params, output.constraint)
+
+    def _deltas(self, output: "_Output") -> Iterator[Delta]:
+        """Each token of an output that was submitted; leaves the engine at the end."""
+        try:
+            ended = False
+            while not ended:
+                delta = output.delta(self._driver.next(output.request.id))
+                ended = delta.finish_reason is not None
+                yield delta
+        finally:
+            self._driver.leave(output.request.id)
+
+    async def _deltas_async(self, output: "_Output") -> AsyncIterator[Delta]:
+        """The same for an output that was not submitted yet, without blocking the event loop."""
+        loop, name = asyncio.get_running_loop(), output.request.id
+        await loop.run_in_executor(self._thread, self._submit, output)
+        try:
+            ended = False
+            while not ended:
+                event = self._driver.ready(name)
+                if event is None:
+                    event = await loop.run_in_executor(self._thread, self._driver.next, name)
+                delta = output.delta(event)
+                ended = delta.finish_reason is not None
+                yield delta
+        finally:
+            # Not here: it would wait for the step under way.
+            self._thread.submit(self._driver.leave, name)
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        """Where steps run that asynchronous callers wait for: one thread, as they take turns."""
+        return ThreadPoolExecutor(1, thread_name_prefix="sevenfold-llm")
 
 
-class _Running:
-    """One sequence being generated."""
+@dataclass
+class _Output:
+    """One output, before and while it is generated."""
 
-    def __init__(self, index: int, prompt: list[int], llm: LLM, params: SamplingParams) -> None:
-        self.index, self.params = index, params
-        self.text = TextStream(llm.tokenizer, params.stop)
-        self.output = Output(params, prompt, llm.end_ids(params))
+    request: Request
+    params: SamplingParams
+    constraint: GrammarConstraint | None
 
-    def advance(self, token: int, logprobs: Logprobs | None) -> Delta:
-        """Take the next token, and say what it added."""
-        self.output.tokens.append(token)
-        text, reason = self._shown(token)
-        return Delta(self.index, text, token, reason, logprobs)
+    def delta(self, event: TokenEvent) -> Delta:
+        """What an event gave.
 
-    def _shown(self, token: int) -> tuple[str, Literal["stop", "length"] | None]:
-        if token in self.output.end_ids:
-            return self.text.finish(), "stop"
-        shown = self.text.push(token)
-        if self.text.stopped:
-            return shown, "stop"
-        if len(self.output.tokens) < self.params.max_tokens:
-            return shown, None
-        shown += self.text.finish()
-        return shown, "stop" if self.text.stopped else "length"
+        Raises:
+            RequestFailedError: the output ended without coming to its end.
+        """
+        if event.token_id is None:
+            raise RequestFailedError(event.error or f"the output ended: {event.finish_reason}")
+        reason = event.finish_reason and ("stop" if event.finish_reason == "stop" else "length")
+        return Delta(
+            text=event.text,
+            token_id=event.token_id,
+            finish_reason=reason,
+            logprobs=event.logprobs,
+            prompt_logprobs=event.prompt_logprobs,
+            cached_tokens=self.request.num_cached_tokens,
+        )
+
+
+def _completion(prompt: tuple[int, ...], deltas: Sequence[Delta]) -> Completion:
+    logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+    return Completion(
+        prompt_token_ids=prompt,
+        token_ids=tuple(delta.token_id for delta in deltas),
+        text="".join(delta.text for delta in deltas),
+        finish_reason=deltas[-1].finish_reason or "length",
+        logprobs=tuple(logprobs) if logprobs else None,
+        prompt_logprobs=deltas[0].prompt_logprobs,
+        cached_tokens=deltas[-1].cached_tokens,
+    )

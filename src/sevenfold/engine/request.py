@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from sevenfold.config import SevenfoldError
+
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -17,12 +19,16 @@ class Status(Enum):
     ENDED = "ended"
 
 
+class RequestFailedError(SevenfoldError, RuntimeError):
+    """One request could not go on; the others do."""
+
+
 # eq=False: a request is itself, and a key of dictionaries, however its fields change.
 @dataclass(eq=False, slots=True)
 class Request:
     """A prompt, what its caller wants, and how far it has come.
 
-    The caller sets the first fields; the scheduler alone writes those after draft_tokens. The last
+    The caller sets the first fields; the scheduler alone writes those after session. The last
     token is known before it is computed, so that num_computed_tokens < num_tokens always holds.
 
     Args:
@@ -37,6 +43,8 @@ class Request:
             key.
         draft_tokens: tokens to speculate in each decoding step at most; may be changed between
             steps; default 0.
+        session: a conversation, under the salt, that keeps what this request leaves in the prefix
+            cache for its next one; None keeps nothing beyond what everybody may find.
 
     Raises:
         ValueError: an argument breaks its rule.
@@ -50,6 +58,7 @@ class Request:
     marks: tuple[int, ...] = ()
     salt: bytes = b""
     draft_tokens: int = 0
+    session: str | None = None
     generated: list[int] = field(default_factory=list, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,13 +99,15 @@ class Runner:
         self._storage.snapshot(
             [state for state, _ in kept if state is not None], [s for _, s in kept]
         )
+        if batch.is_step:
+            return hidden
         ends = torch.tensor(lengths).cumsum(0) - 1
         return hidden[ends.to(device)]
 
     def _values(self, rows: list[Row], lengths: list[int]) -> tuple[LayerState, ...]:
         device = self._model.device
         slots = torch.tensor([row.state or SINK for row in rows]).to(device)
-        table = self._table(rows, lengths)
+        table = page_table(rows, self._page_tokens, device)
         return tuple(
             PooledState(layer.states, slots)
             if isinstance(layer, LinearStorage)
@@ -112,11 +115,16 @@ class Runner:
             for layer in self._storage.layers
         )
 
-    def _table(self, rows: list[Row], lengths: list[int]) -> PageTable:
-        most = max(1, *(len(row.pages) for row in rows))
-        pages = torch.tensor([[*row.pages, *(SINK,) * (most - len(row.pages))] for row in rows])
-        row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
-        token = torch.cat([torch.arange(row.past, row.end) for row in rows])
-        block = (token // self._page_tokens).clamp(max=most - 1)
-        at = (pages, pages[row, block], token % self._page_tokens)
-        return PageTable(*(x.to(self._model.device) for x in at))
+
+def page_table(rows: Sequence[Row], page_tokens: int, device: torch.device) -> PageTable:
+    """Return where the new tokens of rows go, and which pages they read."""
+    # NumPy: on arrays this small a call of PyTorch's takes ten times as long.
+    most = max(1, *(len(row.pages) for row in rows))
+    pages = np.full((len(rows), most), SINK)
+    for n, row in enumerate(rows):
+        pages[n, : len(row.pages)] = row.pages
+    row = np.repeat(np.arange(len(rows)), [len(row.tokens) for row in rows])
+    token = np.concatenate([np.arange(row.past, row.end) for row in rows])
+    page = pages[row, np.minimum(token // page_tokens, most - 1)]
+    at = (pages, page, token % page_tokens)
+    return PageTable(*(torch.from_numpy(x).to(device) for x in at))

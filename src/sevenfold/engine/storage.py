@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class Storage:
             raise UnsupportedError(f"the model must be bf16, fp16 or fp32 to serve, got {dtype}")
         self.layout = plan.layout
         size = plan.layout.num_slabs * plan.layout.slab_bytes
-        self._arena = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._arena = _zeros(size, device)
         self.layers = tuple(_layers(config, plan, self._arena, dtype))
 
     def zero(self, fresh: Fresh) -> None:
@@ -81,6 +82,13 @@ class Storage:
 
     def _item(self, tenant: Tenant) -> tuple[int]:
         return (self.layout.stride_bytes(tenant),)
+
+
+def _zeros(num_bytes: int, device: torch.device) -> Tensor:
+    """Zeroed bytes; on a CPU NumPy's, which the system hands out page by page as they are used."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _layers(config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype):

@@ -1,5 +1,7 @@
 """Small layers that every block shares: Linear, RMSNorm, rotary position embedding."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -30,31 +32,55 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tensor:
-    """Turn the first rotary_dim channels by the position, half against half.
+class Rotation(NamedTuple):
+    """cos and sin [B, T, 1, r / 2] of the angles that positions turn channels by."""
 
-        angle_i = position * theta^(-2 i / rotary_dim)
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(
+    positions: Tensor, rotary_dim: int, theta: float, *, dtype: torch.dtype
+) -> Rotation | None:
+    """Return the angles of a batch's positions.
+
+        angle_i = position * theta^(-2 i / rotary_dim),  i < rotary_dim / 2
+
+    Args:
+        positions: [B, T] int64.
+        rotary_dim: r, even; 0 turns nothing.
+        theta: base of the angles.
+        dtype: of what is turned; angles, cos and sin are fp32 (fp64 for fp64).
+
+    Returns:
+        Their cos and sin; None for rotary_dim 0.
+    """
+    if rotary_dim == 0:
+        return None
+    dtype = torch.promote_types(dtype, torch.float32)
+    channel = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=dtype)
+    angle = positions[..., None].to(dtype) * theta ** (-channel / rotary_dim)  # [B, T, r / 2]
+    return Rotation(angle.cos()[:, :, None], angle.sin()[:, :, None])
+
+
+def rotate(x: Tensor, turns: Rotation | None) -> Tensor:
+    """Turn the first r channels, half against half; the others pass through.
+
         y_i = x_i cos - x_{i + r/2} sin,  y_{i + r/2} = x_{i + r/2} cos + x_i sin,  i < r/2
 
     Args:
         x: [B, T, H, D].
-        positions: [B, T] int64.
-        rotary_dim: r, even, at most D; the other channels pass through.
-        theta: base of the angles.
+        turns: of its positions; None turns nothing.
 
     Returns:
-        [B, T, H, D] in x's dtype; angles, cos and sin are fp32 (fp64 for fp64 x).
+        [B, T, H, D] in x's dtype.
 
     Source: RoPE, arXiv 2104.09864, in the half-split layout of the published checkpoints.
     """
-    if rotary_dim == 0:
+    if turns is None:
         return x
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    channel = torch.arange(0, rotary_dim, 2, device=x.device, dtype=dtype)
-    angle = positions[..., None].to(dtype) * theta ** (-channel / rotary_dim)  # [B, T, r / 2]
-    cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
-    first, second, rest = x.to(dtype).split(
-        [rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1
-    )
+    cos, sin = turns
+    half = cos.shape[-1]
+    first, second, rest = x.to(cos.dtype).split([half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin, rest)
     return torch.cat(turned, dim=-1).to(x.dtype)

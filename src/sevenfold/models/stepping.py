@@ -27,17 +27,19 @@ from sevenfold.ops import (
 class _Halves:
     """A block's halves, ready to run, and the tensors that they read; None goes layer by layer.
 
-    sources: (where a tensor hangs, its name, its address): a module's own dictionaries, because
-        nn.Module's attributes cost as much as a product of one token.
+    sources: (where a tensor hangs, its name): a module's own dictionaries, because nn.Module's
+        attributes cost as much as a product of one token.
+    places: the tensors' addresses.
     """
 
     mix: LightningRows | None
     feed: Callable[[Tensor], Tensor] | None
-    sources: tuple[tuple[dict, str, int], ...]
+    sources: tuple[tuple[dict, str], ...]
+    places: list[int]
 
     def are_current(self) -> bool:
         """Whether the block's tensors lie where they lay."""
-        return all(held[name].data_ptr() == at for held, name, at in self.sources)
+        return [held[name].data_ptr() for held, name in self.sources] == self.places
 
 
 _HALVES: WeakKeyDictionary[Block, _Halves] = WeakKeyDictionary()
@@ -61,9 +63,7 @@ def run_by_rows(
         y, kv = halves.mix(x.flatten(0, 1), state.kv)
         x, state = y.view_as(x), LinearState(kv)
     elif halves.mix is not None and isinstance(state, PooledState):
-        y, kv = halves.mix(x.flatten(0, 1), state.pool[state.slots])
-        state.pool[state.slots] = kv
-        x = y.view_as(x)
+        x = _mix_in_pool(halves.mix, x.flatten(0, 1), state).view_as(x)
     else:
         x, after = layer.mix(x, batch, state)
         state = state if after is None else after
@@ -72,16 +72,25 @@ def run_by_rows(
     return halves.feed(x.flatten(0, 1)).view_as(x), state
 
 
+def _mix_in_pool(mix: LightningRows, x: Tensor, state: PooledState) -> Tensor:
+    if len(state.slots) == 1:
+        at = int(state.slots)
+        return mix.advance(x, state.pool[at : at + 1])
+    y, kv = mix(x, state.pool[state.slots])
+    state.pool[state.slots] = kv
+    return y
+
+
 def _halves(layer: Block) -> _Halves:
-    sources = [(m._parameters, n, p.data_ptr()) for m, n, p in _parameters(layer)]
+    sources = [(module._parameters, name) for module, name, _ in _parameters(layer)]
     mix = feed = None
     if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
         feed = None if _is_replaced(*layer.mlp.modules()) else _feed(layer)
         if isinstance(layer.self_attn, LightningAttention):
             mix = _mix(layer, layer.self_attn)
-            decay = layer.self_attn.log_decay
-            sources.append((vars(layer.self_attn), "log_decay", decay.data_ptr()))
-    return _Halves(mix, feed, tuple(sources))
+            sources.append((vars(layer.self_attn), "log_decay"))
+    places = [held[name].data_ptr() for held, name in sources]
+    return _Halves(mix, feed, tuple(sources), places)
 
 
 def _is_replaced(*modules: nn.Module) -> bool:

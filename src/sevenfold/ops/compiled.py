@@ -1,5 +1,6 @@
 """What the loops share that numba compiles. Imported late: numba takes half a second to load."""
 
+import threading
 from collections.abc import Callable
 
 import numba
@@ -23,6 +24,7 @@ def _launch_threads() -> int:
 
 
 _MOST_THREADS = _launch_threads()
+_caller = threading.local()
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -37,7 +39,11 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 def use_torch_threads() -> None:
     """Run the caller's compiled loops with as many threads as PyTorch uses, if numba has them."""
-    numba.set_num_threads(min(torch.get_num_threads(), _MOST_THREADS))
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    # numba takes 4 us to set them, for each thread that calls; a decoding step asks 20 times.
+    if getattr(_caller, "threads", None) != threads:
+        numba.set_num_threads(threads)
+        _caller.threads = threads
 
 
 def lent(x: torch.Tensor) -> np.ndarray:

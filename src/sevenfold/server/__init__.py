@@ -1,5 +1,6 @@
 """The server: OpenAI's interface over an engine. Needs the extra `serve`."""
 
+from sevenfold.engine import RequestFailedError
 from sevenfold.server.app import ServerApp
 from sevenfold.server.batching_engine import BatchingEngine
 from sevenfold.server.chat_template import TemplateSource, read_template
@@ -9,7 +10,6 @@ from sevenfold.server.engine_protocol import (
     EngineStoppedError,
     GenerationRequest,
     PromptOutput,
-    RequestFailedError,
     ServingEngine,
     TokenConstraint,
     TokenOutput,

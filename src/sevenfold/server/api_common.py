@@ -69,6 +69,7 @@ class SamplingFields(ApiRequest):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=64)] | None = None
     stop: Stop | Stops | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None

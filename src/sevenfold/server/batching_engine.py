@@ -7,15 +7,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-import torch
-
-from sevenfold.engine import LLM
-from sevenfold.engine.cache import MissReason
+from sevenfold.engine import RequestFailedError, TextModel
+from sevenfold.engine.cache import MissReason, SessionLimits
 from sevenfold.engine.engine import Engine, TokenEvent
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
-from sevenfold.engine.sampling import Logprobs, SamplingParams, read_logprobs
 from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig
 from sevenfold.server.engine_protocol import (
     EngineFullError,
@@ -25,13 +22,11 @@ from sevenfold.server.engine_protocol import (
     GenerationRequest,
     Pool,
     PromptOutput,
-    RequestFailedError,
     TokenOutput,
 )
 from sevenfold.server.engine_protocol import MissReason as PublicReason
 
 _JOIN_S = 10.0  # a long prefill does not keep the program from ending
-_LOGPROB_TOKENS = 1024  # of a prompt at once: all logits of a long prompt would not fit
 _REASONS: dict[MissReason, PublicReason] = {
     MissReason.TOO_SHORT: "too_short",
     MissReason.NO_KV: "cold",
@@ -47,33 +42,41 @@ class _Job:
 
     request: GenerationRequest
     give: Callable[[TokenOutput | Exception], None]
-    logprobs: tuple[Logprobs, ...] | None = None
 
 
 class BatchingEngine:
     """Serves by sevenfold.engine.engine.Engine: many outputs at a time, and a prefix cache."""
 
-    features: frozenset[Feature] = frozenset({"constraint", "prompt_logprobs", "priority"})
-
     def __init__(
-        self, llm: LLM, model_name: str, plan: MemoryPlan, config: SchedulerConfig
+        self,
+        source: TextModel,
+        model_name: str,
+        plan: MemoryPlan,
+        config: SchedulerConfig,
+        sessions: SessionLimits | None = None,
     ) -> None:
         """Allocate the plan's memory and start.
 
         Args:
-            llm: the model and its tokenizer.
+            source: the model and its tokenizer.
             model_name: what clients call it.
             plan: of the model's config.
             config: the scheduler's limits.
+            sessions: how many conversations may keep their prefixes; None takes the defaults.
         """
-        self.model_name, self.tokenizer = model_name, llm.tokenizer
-        limits = (llm.model.config.max_position_embeddings, config.max_request_tokens)
+        sessions = sessions or SessionLimits()
+        offered: set[Feature] = {"constraint", "prompt_logprobs", "priority"}
+        if sessions.max_sessions:
+            offered.add("session")
+        self.features: frozenset[Feature] = frozenset(offered)
+        self.model_name, self.tokenizer = model_name, source.tokenizer
+        limits = (source.model.config.max_position_embeddings, config.max_request_tokens)
         self.max_context_tokens = min(n for n in limits if n is not None)
-        self.vocab_size = llm.model.config.vocab_size
-        self.eos_token_id = llm.model.config.eos_token_id
-        self._llm, self._plan = llm, plan
-        self._weight_bytes = sum(p.numel() * p.element_size() for p in llm.model.parameters())
-        self._engine = Engine(llm.model, llm.tokenizer, plan, config)
+        self.vocab_size = source.model.config.vocab_size
+        self.eos_token_id = source.model.config.eos_token_id
+        self._plan = plan
+        self._weight_bytes = sum(p.numel() * p.element_size() for p in source.model.parameters())
+        self._engine = Engine(source.model, source.tokenizer, plan, config, sessions=sessions)
         self._jobs: dict[str, _Job] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -131,9 +134,11 @@ class BatchingEngine:
     def _work(self) -> None:
         try:
             while self._next():
-                for event in self._engine.step():
-                    self._tell(event)
+                events = self._engine.step()
+                # First: whoever gets a token finds it in the stats.
                 self._stats = self._read_stats()
+                for event in events:
+                    self._tell(event)
         finally:
             with self._wake:
                 self._closed = True
@@ -177,8 +182,8 @@ class BatchingEngine:
                 else time.monotonic() + asked.deadline_s,
                 marks=asked.marks,
                 salt=asked.salt,
+                session=asked.session,
             )
-            job.logprobs = self._prompt_logprobs(asked)
             self._engine.submit(request, asked.sampling, asked.constraint)
         except QueueFullError as error:
             _give(job, EngineFullError(str(error)))
@@ -206,23 +211,8 @@ class BatchingEngine:
         if found is not None:
             public = found.public_reason
             missed = None if public is None else _REASONS[public]
-            prompt = PromptOutput(found.hit_tokens, missed, job.logprobs)
+            prompt = PromptOutput(found.hit_tokens, missed, event.prompt_logprobs)
         _give(job, TokenOutput(event.token_id, event.text, reason, event.logprobs, prompt))
-
-    @torch.inference_mode()
-    def _prompt_logprobs(self, request: GenerationRequest) -> tuple[Logprobs, ...] | None:
-        if request.prompt_logprobs is None:
-            return None
-        model = self._llm.model
-        ids = torch.tensor(request.prompt, device=model.device)
-        asked = SamplingParams(logprobs=request.prompt_logprobs)
-        hidden = model.hidden(ids[None]).hidden[0]
-        found: list[Logprobs | None] = []
-        for first in range(0, len(ids) - 1, _LOGPROB_TOKENS):
-            last = min(first + _LOGPROB_TOKENS, len(ids) - 1)
-            logits = model.logits(hidden[first:last])
-            found += read_logprobs(logits, ids[first + 1 : last + 1], [asked] * (last - first))
-        return tuple(row for row in found if row is not None)
 
     def _read_stats(self) -> EngineStats:
         scheduler, counters = self._engine.scheduler, self._engine.counters()
@@ -251,6 +241,7 @@ class BatchingEngine:
             snapshots_evicted=counters.num_evicted,
             preemptions=scheduler.num_preemptions,
             effective_concurrency=plan.concurrency(self.max_context_tokens),
+            sessions=self._engine.cache.num_sessions,
             smallest_cacheable_prefix_tokens=plan.smallest_cacheable_prefix_tokens,
         )
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from sevenfold.server.answers import AnswerBuilder, token_logprobs
 from sevenfold.server.api_chat import ChatCompletion, ChatRequest, NamedTool
-from sevenfold.server.constraints import Grammar, call_grammar, format_grammar
+from sevenfold.server.constraints import AskedGrammar, call_grammar, format_grammar
 from sevenfold.server.disconnects import EventStream, unless_gone
 from sevenfold.server.engine_protocol import GenerationRequest
 from sevenfold.server.errors import bad_request
@@ -90,7 +90,7 @@ def _named(choice: NamedTool, names: list[str]) -> list[str]:
 
 def _grammar(
     service: Service, body: ChatRequest, forced: list[dict[str, Any]] | None
-) -> Grammar | None:
+) -> AskedGrammar | None:
     grammar = format_grammar(body.response_format, service.settings)
     if forced is None:
         return grammar
@@ -103,7 +103,7 @@ def _grammar(
 
 
 async def _requests(
-    service: Service, body: ChatRequest, prompt: Prompt, salt: bytes, grammar: Grammar | None
+    service: Service, body: ChatRequest, prompt: Prompt, salt: bytes, grammar: AskedGrammar | None
 ) -> list[GenerationRequest]:
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs must be left out without logprobs", "top_logprobs")
@@ -113,6 +113,7 @@ async def _requests(
         body,
         max_tokens=check_length(prompt, asked, default, service.codec, "messages"),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=None,
         stop=service.template.stop,
         codec=service.codec,
     )

@@ -99,6 +99,7 @@ async def _requests(
             body,
             max_tokens=check_length(prompt, asked, asked, service.codec, "prompt"),
             logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
             stop=(),
             codec=service.codec,
         )
@@ -109,7 +110,6 @@ async def _requests(
                 prompt=prompt.ids,
                 sampling=seeded(params, n),
                 constraint=constraint,
-                prompt_logprobs=body.logprobs if body.echo else None,
                 priority=body.priority,
                 deadline_s=service.deadline_s(body),
                 salt=salt,

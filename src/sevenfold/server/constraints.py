@@ -1,32 +1,30 @@
-"""Schemas, regular expressions and grammars, compiled by llguidance into masks over tokens."""
+"""The schemas, regular expressions and grammars that requests bring: limits, errors, a memory."""
 
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-import numpy as np
 from tokenizers import Tokenizer
 
+from sevenfold.config import UnsupportedError
+from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
 from sevenfold.server.api_common import ResponseFormat
 from sevenfold.server.errors import ApiError, bad_request
 from sevenfold.server.settings import ServerSettings
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+Source = TypeVar("Source")
 
 _CACHED_GRAMMARS = 64
-# Without a bound an unsure model may write white space for ever.
-_WHITE_SPACE = r"[ \n]{0,20}"
 
 
 @dataclass(frozen=True)
-class Grammar:
-    """What an output must match: source is in llguidance's form, param names it in errors."""
+class AskedGrammar:
+    """A grammar that a request asks for; param names it in errors."""
 
-    source: str
+    grammar: Grammar
     param: str
 
 
@@ -40,81 +38,46 @@ class Compiler:
         eos_token_id: int | None,
         settings: ServerSettings,
     ) -> None:
-        self._build = (tokenizer, vocab_size, eos_token_id)
+        self._compiler = GrammarCompiler(tokenizer, vocab_size, eos_token_id)
         self._settings = settings
-        self._tokenizer: LLTokenizer | None = None
-        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._known: OrderedDict[str, GrammarConstraint] = OrderedDict()
         self._lock = asyncio.Lock()
 
-    async def compile(self, grammar: Grammar) -> "Constraint":
+    async def compile(self, asked: AskedGrammar) -> GrammarConstraint:
         """Return a fresh constraint.
 
         Raises:
             ApiError: the grammar is wrong, or too costly to compile.
         """
+        source = asked.grammar.source
         async with self._lock:
-            matcher = self._matchers.get(grammar.source)
-            if matcher is None:
-                matcher = await self._compiled(grammar)
-                self._matchers[grammar.source] = matcher
-            self._matchers.move_to_end(grammar.source)
-            if len(self._matchers) > _CACHED_GRAMMARS:
-                self._matchers.popitem(last=False)
-        return Constraint(matcher.deep_copy())
+            constraint = self._known.get(source)
+            if constraint is None:
+                constraint = await self._compiled(asked)
+                self._known[source] = constraint
+            self._known.move_to_end(source)
+            if len(self._known) > _CACHED_GRAMMARS:
+                self._known.popitem(last=False)
+        return constraint.fresh()
 
-    async def _compiled(self, grammar: Grammar) -> "LLMatcher":
-        work = asyncio.to_thread(self._match, grammar.source)
+    async def _compiled(self, asked: AskedGrammar) -> GrammarConstraint:
+        work = asyncio.to_thread(self._compiler.compile, asked.grammar)
         try:
             # llguidance bounds its own work; the time bounds how long anybody waits for it.
-            matcher = await asyncio.wait_for(work, self._settings.grammar_timeout_s)
+            return await asyncio.wait_for(work, self._settings.grammar_timeout_s)
+        except UnsupportedError as error:
+            raise _unsupported(error, asked.param) from error
         except ValueError as error:
-            raise bad_request(
-                f"{grammar.param} must be left out: llguidance cannot use this model's tokenizer: "
-                f"{error}",
-                grammar.param,
-                "unsupported_parameter",
-            ) from error
+            said = str(error).removeprefix("grammar ")
+            raise bad_request(f"{asked.param} {said}", asked.param) from error
         except TimeoutError as error:
             limit = self._settings.grammar_timeout_s
             raise bad_request(
-                f"{grammar.param} must compile within {limit} s", grammar.param
+                f"{asked.param} must compile within {limit} s", asked.param
             ) from error
-        if matcher.is_error():
-            said = matcher.get_error().split("\n")[0][:300]
-            raise bad_request(f"{grammar.param} must be valid: {said}", grammar.param)
-        return matcher
-
-    def _match(self, source: str) -> "LLMatcher":
-        from llguidance import LLMatcher, LLTokenizer
-
-        if self._tokenizer is None:
-            tokenizer, vocab_size, eos = self._build
-            self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=eos)
-        return LLMatcher(self._tokenizer, source, log_level=0)
 
 
-class Constraint:
-    """One output's place in its grammar."""
-
-    def __init__(self, matcher: "LLMatcher") -> None:
-        self._matcher = matcher
-
-    def fill(self, mask: np.ndarray) -> None:
-        """Write the allowed tokens, one bit each, into a row [ceil(vocab_size / 32)] int32."""
-        from llguidance.numpy import fill_next_token_bitmask
-
-        fill_next_token_bitmask(self._matcher, mask[None])
-
-    def accept(self, token_id: int) -> bool:
-        """Take the token that was chosen; False if it may not follow."""
-        return self._matcher.consume_token(token_id)
-
-    def finished(self) -> bool:
-        """Whether nothing more can follow, so that the output ends with "stop"."""
-        return self._matcher.is_stopped()
-
-
-def format_grammar(body: ResponseFormat | None, settings: ServerSettings) -> Grammar | None:
+def format_grammar(body: ResponseFormat | None, settings: ServerSettings) -> AskedGrammar | None:
     """Return the grammar of a response_format; None for free text.
 
     Raises:
@@ -139,13 +102,13 @@ def format_grammar(body: ResponseFormat | None, settings: ServerSettings) -> Gra
     if body.grammar is not None:
         param = "response_format.grammar"
         _check_length(body.grammar, settings.max_grammar_chars, param)
-        return Grammar(_matcher().grammar_from_lark(body.grammar), param)
+        return _made(Grammar.lark, body.grammar, param)
     return None
 
 
 def call_grammar(
     tools: Sequence[Mapping[str, Any]], settings: ServerSettings, param: str = "tools"
-) -> Grammar:
+) -> AskedGrammar:
     """Return the grammar of one call of one of the tools, as a JSON object."""
     calls = [
         {
@@ -178,25 +141,30 @@ def _rebased(node: Any, place: str) -> Any:
     return made
 
 
-def _schema(schema: Mapping[str, Any], param: str, settings: ServerSettings) -> Grammar:
+def _schema(schema: Mapping[str, Any], param: str, settings: ServerSettings) -> AskedGrammar:
     text = json.dumps(schema)
     _check_length(text, settings.max_grammar_chars, param)
     for pattern in _patterns(schema):
         _check_length(pattern, settings.max_regex_chars, f"{param}: pattern")
-    try:
-        return Grammar(
-            _matcher().grammar_from_json_schema(
-                text, defaults={"whitespace_pattern": _WHITE_SPACE}
-            ),
-            param,
-        )
-    except ValueError as error:
-        raise bad_request(f"{param} must be a JSON schema: {error}", param) from error
+    return _made(Grammar.json_schema, schema, param)
 
 
-def _regex(pattern: str, param: str, settings: ServerSettings) -> Grammar:
+def _regex(pattern: str, param: str, settings: ServerSettings) -> AskedGrammar:
     _check_length(pattern, settings.max_regex_chars, param)
-    return Grammar(_matcher().grammar_from_regex(pattern), param)
+    return _made(Grammar.regex, pattern, param)
+
+
+def _made(make: Callable[[Source], Grammar], source: Source, param: str) -> AskedGrammar:
+    try:
+        return AskedGrammar(make(source), param)
+    except UnsupportedError as error:
+        raise _unsupported(error, param) from error
+    except ValueError as error:
+        raise bad_request(f"{param} must be valid: {error}", param) from error
+
+
+def _unsupported(error: UnsupportedError, param: str) -> ApiError:
+    return bad_request(f"{param} must be left out: {error}", param, "unsupported_parameter")
 
 
 def _patterns(schema: Any) -> list[str]:
@@ -217,17 +185,3 @@ def _patterns(schema: Any) -> list[str]:
 def _check_length(text: str, most: int, param: str) -> None:
     if len(text) > most:
         raise bad_request(f"{param} must have at most {most} characters, got {len(text)}", param)
-
-
-def _matcher() -> "type[LLMatcher]":
-    try:
-        from llguidance import LLMatcher
-    except ModuleNotFoundError as error:
-        raise ApiError(
-            400,
-            "response_format and forced tool calls need llguidance, which this server lacks; "
-            "pip install 'sevenfold[serve]' brings it",
-            param="response_format",
-            code="unsupported_parameter",
-        ) from error
-    return LLMatcher

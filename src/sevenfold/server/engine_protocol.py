@@ -16,10 +16,6 @@ Feature = Literal["constraint", "prompt_logprobs", "priority", "session"]
 MissReason = Literal["cold", "no_state", "too_short"]
 
 
-class RequestFailedError(SevenfoldError, RuntimeError):
-    """One request could not go on; the others do."""
-
-
 class EngineFullError(SevenfoldError, RuntimeError):
     """The engine takes no more requests now."""
 
@@ -50,10 +46,9 @@ class GenerationRequest:
 
     id: names the output; no two under way share one.
     prompt: token ids, one or more; with sampling.max_tokens at most max_context_tokens.
-    sampling: how tokens are chosen, and when the output ends.
+    sampling: how tokens are chosen, and when the output ends; prompt_logprobs needs the feature of
+        that name.
     constraint: masks the logits before the choice; needs the feature "constraint".
-    prompt_logprobs: also give the log probability of each prompt token after the first, and of so
-        many of the most probable ones; needs the feature "prompt_logprobs".
     priority: the greater, the sooner; other than 0 needs the feature "priority".
     deadline_s: seconds from submission after which nobody waits for the output.
     salt: outputs share cached tokens only under one salt.
@@ -65,7 +60,6 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     constraint: TokenConstraint | None = None
-    prompt_logprobs: int | None = None
     priority: int = 0
     deadline_s: float | None = None
     salt: bytes = b""
@@ -120,6 +114,7 @@ class EngineStats:
     potential_tokens: prompt tokens whose keys and values were cached, but no state with them.
     recomputed_tokens: computed again after a preemption or for lack of a snapshot.
     effective_concurrency: requests of full length that memory holds at a time.
+    sessions: conversations that keep their prefix now.
     smallest_cacheable_prefix_tokens: None if nothing is cached.
     """
 
@@ -137,6 +132,7 @@ class EngineStats:
     snapshots_evicted: int = 0
     preemptions: int = 0
     effective_concurrency: int = 1
+    sessions: int = 0
     smallest_cacheable_prefix_tokens: int | None = None
 
 

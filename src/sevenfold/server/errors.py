@@ -10,10 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from sevenfold.engine import RequestFailedError
 from sevenfold.server.engine_protocol import (
     EngineFullError,
     EngineStoppedError,
-    RequestFailedError,
 )
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}

@@ -15,6 +15,7 @@ _GAUGES = {
         "effective_concurrency",
         "Requests of full length that memory holds at a time.",
     ),
+    "sevenfold_sessions": ("sessions", "Conversations that keep their prefix."),
 }
 _COUNTERS = {
     "sevenfold_cache_queried_tokens": ("prompt_tokens", "Prompt tokens looked up in the cache."),

@@ -24,6 +24,7 @@ def sampling_params(
     *,
     max_tokens: int,
     logprobs: int | None,
+    prompt_logprobs: int | None,
     stop: tuple[str, ...],
     codec: Codec,
 ) -> SamplingParams:
@@ -36,6 +37,7 @@ def sampling_params(
         body: the request.
         max_tokens: new tokens at most.
         logprobs: of how many tokens a place, beside the chosen one's; None for none.
+        prompt_logprobs: the same of the prompt's own tokens.
         stop: strings beside the body's own.
         codec: knows which tokens there are.
 
@@ -53,6 +55,8 @@ def sampling_params(
         "max_tokens": max_tokens,
         "temperature": temperature,
         "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "bad_words": tuple(body.bad_words or ()),
         "stop": (*_stops(body), *stop),
         "stop_token_ids": _known(body.stop_token_ids or [], "stop_token_ids", codec),
         "logit_bias": _biases(body, codec),

@@ -74,9 +74,11 @@ class Runner:
         max_tokens: int = 1000,
         marks: tuple[int, ...] = (),
         salt: bytes = b"",
+        session: str | None = None,
     ) -> Request:
         self.num_made += 1
-        return Request(f"r{self.num_made}", prompt, max_tokens, marks=marks, salt=salt)
+        name = f"r{self.num_made}"
+        return Request(name, prompt, max_tokens, marks=marks, salt=salt, session=session)
 
     def start(self, request: Request) -> int | None:
         """Open a request, and check the prefix that it is to go on from."""

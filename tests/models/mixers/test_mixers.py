@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sevenfold.models import Batch, KVState, ModelConfig
-from sevenfold.models.layers import rotate
+from sevenfold.models.layers import rotate, rotation
 from sevenfold.models.mixers import LightningAttention, SoftmaxAttention, build_mixer
 from sevenfold.ops import layer_log_decay
 from sevenfold.ops.testing import check_error
@@ -67,7 +67,8 @@ def literal(kind: str, mixer: torch.nn.Module, x: Tensor) -> Tensor:
         return ((normed * torch.sigmoid(x[0] @ mixer.output_gate.weight.T)) @ out(mixer).T)[None]
     heads = (x[0] @ w.T for w in (mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight))
     q, k, v = (y.view(1, T, -1, D) for y in heads)
-    q, k = (rotate(y, torch.arange(T)[None], 4, 10_000.0) for y in (q, k))
+    turns = rotation(torch.arange(T)[None], 4, 10_000.0, dtype=x.dtype)
+    q, k = rotate(q, turns), rotate(k, turns)
     hidden = (age < 0) | (age >= (WINDOW if kind == "sliding_attention" else T))
     scores = torch.einsum("ihd,jgd->hij", q[0], k[0]) / D**0.5
     p = scores.masked_fill(hidden, -torch.inf).softmax(-1)

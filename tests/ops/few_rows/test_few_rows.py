@@ -106,6 +106,16 @@ def test_lightning_rows(N: int, residual: Residual) -> None:
         check_error(name, *three)
 
 
+def test_a_state_that_is_advanced_in_place_is_the_state_after() -> None:
+    x, norm, weights, residual, state = lightning_case(3, RESIDUALS[1], torch.float32)
+    rows = LightningRows(norm, weights, residual)
+    with torch.no_grad():
+        y, after = rows(x, state)
+        found = rows.advance(x, state)
+    assert torch.equal(found, y)
+    assert torch.equal(state, after)
+
+
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize(("N", "num_chosen"), [(1, 1), (1, 4), (3, 2), (8, 3)])
 def test_expert_rows(N: int, num_chosen: int, residual: Residual) -> None:

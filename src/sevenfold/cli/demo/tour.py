@@ -9,10 +9,12 @@ from rich.console import Console
 
 from sevenfold.cli.demo.context import CONTEXTS, ContextCost, measure_contexts
 from sevenfold.cli.demo.model import PROMPT, TrainedModel
+from sevenfold.cli.demo.served import Chat, ask_served
 from sevenfold.config import parse_config
 from sevenfold.data import PrepareConfig, austen_paths, prepare, progress_bar
 from sevenfold.engine import LLM, SamplingParams
 from sevenfold.models import preset
+from sevenfold.models.checkpoint import load_model
 from sevenfold.train import RunConfig, read_metrics, train
 from sevenfold.train.display import show_run
 
@@ -26,7 +28,7 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for data, models and report.")] = Path("demo"),
     steps: Annotated[int, typer.Option(help="Training steps of 2,048 tokens a model.")] = 150,
 ) -> None:
-    """Train three small models on six novels, and report what the linear layers buy."""
+    """Train three small models on six novels, report what the linear layers buy, serve one."""
     # Here, and not above: no other command should wait for matplotlib.
     from sevenfold.cli.demo.report import write_report
 
@@ -39,9 +41,13 @@ def demo_command(
     costs = _measure(models, console)
     report = out / "report.html"
     write_report(report, models, costs, time.perf_counter() - began)
+    _say(console, "4. Serve the hybrid on this machine, and ask it through the openai client")
+    _show_chat(ask_served(models[0].checkpoint), console)
     _say(console, f"The report: {report}")
     command = f'sevenfold generate {models[0].checkpoint} "{PROMPT}"'
     console.print(f"Try next:   .venv/bin/{command}", highlight=False, soft_wrap=True)
+    command = f"sevenfold serve {models[0].checkpoint}"
+    console.print(f"            .venv/bin/{command}", highlight=False, soft_wrap=True)
 
 
 def run_table(form: str, out: Path, steps: int) -> dict[str, Any]:
@@ -77,15 +83,27 @@ def _train(form: str, out: Path, steps: int, console: Console) -> TrainedModel:
     if result.final is None:
         raise typer.Exit(1)
     params = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
-    [completion] = LLM.load(result.final).generate([PROMPT], params)
+    [completion] = LLM(result.final).generate([PROMPT], params)
     metrics = read_metrics(result.folder / "metrics.jsonl")
     return TrainedModel(form, result.final, metrics, completion.text)
 
 
 def _measure(models: list[TrainedModel], console: Console) -> dict[str, list[ContextCost]]:
-    measured = {model.form: LLM.load(model.checkpoint).model for model in models[:2]}
+    measured = {model.form: load_model(model.checkpoint) for model in models[:2]}
     with console.status("measuring"):
         return measure_contexts(measured)
+
+
+def _show_chat(chat: Chat, console: Console) -> None:
+    for answer in chat.answers:
+        console.print(
+            f"> {' '.join(answer.split())}", highlight=False, soft_wrap=True, markup=False
+        )
+    console.print(
+        f"Of the second turn's {chat.prompt_tokens} tokens, {chat.cached_tokens} were cached.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _say(console: Console, text: str) -> None:

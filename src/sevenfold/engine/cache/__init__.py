@@ -4,6 +4,7 @@ from sevenfold.engine.cache.arena import Arena, ArenaUsage, StaleReferenceError
 from sevenfold.engine.cache.holding import CacheCounters, Fresh, Placement
 from sevenfold.engine.cache.lookup import Lookup, MissReason
 from sevenfold.engine.cache.manager import CacheManager
+from sevenfold.engine.cache.sessions import SessionCache, SessionLimits
 
 __all__ = [
     "Arena",
@@ -14,5 +15,7 @@ __all__ = [
     "Lookup",
     "MissReason",
     "Placement",
+    "SessionCache",
+    "SessionLimits",
     "StaleReferenceError",
 ]

@@ -302,7 +302,7 @@ class CacheManager:
         if at in holding.pending:
             return True
         last = holding.rolling
-        if last is not None and last.alive and not last.num_hits:
+        if last is not None and last.alive and not last.num_hits and not last.pins:
             holding.anchors.remove(last)
             snapshot = self._tree.withdraw(last)
             return self._note_pending(holding, at, None if snapshot is None else [snapshot])

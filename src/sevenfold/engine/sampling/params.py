@@ -25,6 +25,8 @@ class SamplingParams(StrictModel):
     presence_penalty: taken from the logits of tokens that the output already holds.
     frequency_penalty: taken from them once for each time that the output holds them.
     logit_bias: added to the logits of tokens, by their ids.
+    bad_words: words that the output shall not have: the last token of a word's tokens is not chosen
+        after the others, with and without a space before the word.
     stop: strings that end the output, and are not part of it.
     stop_token_ids: tokens that end the output, beside the end-of-sequence token.
     min_tokens: new tokens before one may end the output.
@@ -32,6 +34,7 @@ class SamplingParams(StrictModel):
     ignore_eos: go on after the end-of-sequence token.
     logprobs: give the log probability of each new token, and of so many of the most probable ones;
         None gives none. They are the model's own, before any of the rules above.
+    prompt_logprobs: the same of each prompt token after the first.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] = 64
@@ -43,12 +46,14 @@ class SamplingParams(StrictModel):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = Field(default_factory=dict)
+    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     min_tokens: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

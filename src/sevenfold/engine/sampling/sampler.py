@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sevenfold.engine.sampling.bad_words import completing_tokens
 from sevenfold.engine.sampling.draws import uniform
 from sevenfold.engine.sampling.params import SamplingParams
 from sevenfold.engine.sampling.penalties import Penalties
@@ -19,12 +20,14 @@ class Output:
     """What the sampler must know of one request: what it asks, and its tokens so far.
 
     end_ids: tokens that would end it, which min_tokens holds back.
+    bad_words: token sequences that it shall not have.
     """
 
     params: SamplingParams
     prompt: Sequence[int]
     end_ids: Sequence[int]
     tokens: list[int] = field(default_factory=list)
+    bad_words: Sequence[Sequence[int]] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,18 +52,26 @@ class Sampler:
 
         The caller appends it to the outputs; nothing here waits for the device.
         """
-        logits = self._penalties.apply(self._without_ends(logits))
-        draws = uniform(self._seeds, self._places)
-        tokens = choose_tokens(logits, self._rules, draws)
+        logits = self._without(self._penalties.apply(logits))
+        if self._rules.all_greedy:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = choose_tokens(logits, self._rules, uniform(self._seeds, self._places))
         self._penalties.record(tokens)
         self._places = self._places + 1
         return tokens
 
-    def _without_ends(self, logits: Tensor) -> Tensor:
-        early = [n for n, o in enumerate(self._outputs) if len(o.tokens) < o.params.min_tokens]
-        if not early:
+    def _without(self, logits: Tensor) -> Tensor:
+        """Forbid ends that come too early, and what would complete a bad word."""
+        forbidden = [(n, token) for n, o in enumerate(self._outputs) for token in _forbidden(o)]
+        if not forbidden:
             return logits
-        logits = logits.clone()
-        for n in early:
-            logits[n, list(self._outputs[n].end_ids)] = -math.inf
-        return logits
+        rows, tokens = torch.tensor(forbidden, device=logits.device).T
+        return logits.index_put((rows, tokens), logits.new_tensor(-math.inf))
+
+
+def _forbidden(output: Output) -> list[int]:
+    """Tokens that an output must not have next."""
+    early = len(output.tokens) < output.params.min_tokens
+    ends = list(output.end_ids) if early else []
+    return ends + completing_tokens(output.bad_words, output.tokens)

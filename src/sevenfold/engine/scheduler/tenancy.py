@@ -79,9 +79,9 @@ class Tenancy:
         self.num_preemptions += 1
 
     def release(self, entry: Entry, reason: FinishReason) -> None:
-        """End a request; the prefix cache keeps the work of one that came to its own end."""
+        """End a request; the prefix cache keeps its work, unless that may be faulty."""
         if entry.request.status is not Status.WAITING:
-            self._free(entry, keep=reason in ("stop", "length"))
+            self._free(entry, keep=reason != "error")
             self._num_releases += 1
         self._roster.remove(entry, reason)
 

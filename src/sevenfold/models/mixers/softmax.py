@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
-from sevenfold.models.layers import Linear, rotate
+from sevenfold.models.layers import Linear, rotate, rotation
 from sevenfold.models.state import KVState, PagedKV
 from sevenfold.ops import (
     attention,
@@ -38,8 +38,10 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, KVState | PagedKV | None]:
         """Mix x [B, T, hidden_size]; the state's storage is written in place."""
         B, T, _ = x.shape
-        q = self._rotated(self.q_proj(x).view(B, T, self.num_heads, self.head_dim), batch)
-        k = self._rotated(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim), batch)
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        turns = rotation(batch.positions, self.rotary_dim, self.rope_theta, dtype=x.dtype)
+        q, k = rotate(q, turns), rotate(k, turns)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
         o = self.attend(q, k, v, batch, state)
         return self.o_proj(o.reshape(B, T, -1)), state
@@ -56,9 +58,6 @@ class SoftmaxAttention(nn.Module):
         if self.window is None:
             return self._attend_all(q, k, v, batch, state)
         return self._attend_window(q, k, v, batch, state)
-
-    def _rotated(self, x: Tensor, batch: Batch) -> Tensor:
-        return rotate(x, batch.positions, self.rotary_dim, self.rope_theta)
 
     def _attend_all(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: KVState) -> Tensor:
         if max(batch.totals) > state.num_places:

@@ -95,11 +95,26 @@ class LightningRows:
         Returns:
             y [N, D] and the new state.
         """
-        y, after = torch.empty_like(x), torch.empty_like(state)
-        run = _kernels().lightning
+        after = torch.empty_like(state)
+        return self._run(x, state, after), after
+
+    def advance(self, x: Tensor, state: Tensor) -> Tensor:
+        """Run one token as a call does, and leave the new state [N, H, K, V] in place of the old.
+
+        Args:
+            x: [N, D].
+            state: contiguous.
+
+        Returns:
+            y [N, D].
+        """
+        return self._run(x, state, state)
+
+    def _run(self, x: Tensor, state: Tensor, after: Tensor) -> Tensor:
+        y = torch.empty_like(x)
         arrays = (state.numpy(), after.numpy(), y.numpy())
-        run(x.numpy(), self._norm, self._weights, self._residual, *arrays)
-        return y, after
+        _kernels().lightning(x.numpy(), self._norm, self._weights, self._residual, *arrays)
+        return y
 
 
 class ExpertRows:

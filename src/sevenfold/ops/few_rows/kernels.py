@@ -39,7 +39,7 @@ def _rms_norm(x, norm):
 
 @njit(fastmath=FASTMATH, cache=True)
 def lightning(x, norm, weights, residual, state, after, y):
-    """Lightning attention; x, y [N, D], state and after [N, H, K, V]."""
+    """Lightning attention; x, y [N, D], state and after [N, H, K, V], which may be one array."""
     qkv_weight, gate_weight, out_weight, norm_weight, eps, decay = weights
     alpha, beta, post_norm = residual
     N, H, K, V = state.shape

@@ -1,0 +1,1 @@
+"""Prefill, decoding and serving of one model: ours, transformers', and the machine's floor."""

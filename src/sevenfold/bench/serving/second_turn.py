@@ -1,0 +1,102 @@
+"""The second turn of a long chat: time to its first token, beside computing all of it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from sevenfold.bench.measure import interleaved_median_s
+from sevenfold.bench.peer import peer_prefill
+from sevenfold.bench.serving.agreement import check_tokens
+from sevenfold.bench.serving.prefill import Report
+from sevenfold.bench.serving.sides import Serving, Sides, random_ids
+from sevenfold.engine.memory_layout import Tenant
+from sevenfold.models.accounting import kv_bytes, state_bytes
+
+_ANSWER_TOKENS = 16
+_QUESTION_TOKENS = 64
+
+
+def run_second_turn(
+    sides: Sides,
+    lengths: Sequence[int],
+    *,
+    peer_most_tokens: int,
+    repeats: int,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """Time a second turn of chats whose first turn is so long.
+
+    Ours, cached: the first turn has been served, and 64 tokens are new. Ours, whole: the same
+    prompt under a salt that has cached nothing. Theirs: a prefill of the whole prompt. The cached
+    turn's tokens are checked to be the model's.
+
+    Args:
+        sides: checked.
+        lengths: of first turns, tokens, 64 or more.
+        peer_most_tokens: longer ones are left to our side alone.
+        repeats: timed runs of each side.
+        report: called with each row as it is done.
+
+    Returns:
+        One row a length.
+    """
+    serving, rows = Serving(sides.model), []
+    for length in lengths:
+        row = _measure(sides, serving, length, (peer_most_tokens, repeats))
+        report(row)
+        rows.append(row)
+    return rows
+
+
+def _measure(
+    sides: Sides, serving: Serving, length: int, limits: tuple[int, int]
+) -> dict[str, Any]:
+    peer_most_tokens, repeats = limits
+    salt = f"chat of {length}".encode()
+    first = random_ids(sides.config, length).tolist()
+    asked = serving.submit(first, _ANSWER_TOKENS, salt=salt, turn=length)
+    held = _held_bytes(serving)
+    question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
+    prompt = [*first, *asked.generated, *question]
+    runs: dict[str, Callable[[], object]] = {
+        "cached": partial(_turn, serving, prompt, salt),
+        "whole": partial(_turn, serving, prompt, None),
+    }
+    if len(prompt) <= peer_most_tokens:
+        ids = torch.tensor([prompt], device=sides.device)
+        runs["transformers"] = partial(peer_prefill, sides.peer, ids)
+    times = interleaved_median_s(runs, repeats)
+    again = serving.submit(prompt, _ANSWER_TOKENS, salt=salt)
+    serving.run()
+    check_tokens(sides.model, prompt, again.generated)
+    element_bytes = sides.model.dtype.itemsize
+    tokens = length + _ANSWER_TOKENS
+    accounted = state_bytes(sides.config) + kv_bytes(sides.config, tokens, element_bytes)
+    return {
+        "case": f"second turn of {length:,}",
+        "tokens": len(prompt),
+        "cached_tokens": again.num_cached_tokens,
+        "ours_s": times["cached"],
+        "ours_whole_s": times["whole"],
+        "transformers_s": times.get("transformers"),
+        "share_of_whole": times["cached"] / times["whole"],
+        "request_bytes": held,
+        "accounted_bytes": accounted,
+    }
+
+
+def _turn(serving: Serving, prompt: list[int], salt: bytes | None) -> None:
+    serving.submit(prompt, 1, salt=salt)
+    serving.run()
+
+
+def _held_bytes(serving: Serving) -> int:
+    """Serve what waits; bytes of pages and state that its request held at its end."""
+    plan, most = serving.plan, 0
+    for _ in serving.steps():
+        pinned = serving.engine.cache.usage().num_pinned_items
+        held = pinned[Tenant.PAGE] * plan.page_bytes + pinned[Tenant.STATE] * plan.state_bytes
+        most = max(most, held)
+    return most

@@ -1,0 +1,58 @@
+"""A model with its tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from tokenizers import Tokenizer
+
+from sevenfold.config import CheckpointError
+from sevenfold.models import HybridModel
+from sevenfold.models.checkpoint import load_model
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model that reads and writes text; it is put into eval mode.
+
+    tokenizer: with at most the model's vocab_size tokens.
+    """
+
+    model: HybridModel
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        most, size = self.model.config.vocab_size, self.tokenizer.get_vocab_size()
+        if size > most:
+            raise ValueError(f"tokenizer must have at most the model's {most} tokens, got {size}")
+        self.model.eval()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> Self:
+        """Load a checkpoint directory and the tokenizer.json in it.
+
+        Args:
+            path: the directory, in any format that load_model reads.
+            device: where to run.
+            dtype: of the weights; None keeps the file's.
+
+        Raises:
+            CheckpointError: the checkpoint or its tokenizer cannot be read.
+        """
+        if not Path(path).is_dir():
+            raise CheckpointError(f"{path} must be a checkpoint folder, got none of that name")
+        file = Path(path) / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{file} must exist to generate text; copy the tokenizer there")
+        model = load_model(Path(path), device=device, dtype=dtype)
+        return cls(model, _read_tokenizer(file))
+
+
+def _read_tokenizer(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise CheckpointError(f"{file} must be a tokenizer's JSON, got {error}") from error
