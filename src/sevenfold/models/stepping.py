@@ -82,7 +82,9 @@ def _mix_in_pool(mix: LightningRows, x: Tensor, state: PooledState) -> Tensor:
 
 
 def _halves(layer: Block) -> _Halves:
-    sources = [(module._parameters, name) for module, name, _ in _parameters(layer)]
+    sources: list[tuple[dict[str, Any], str]] = [
+        (module._parameters, name) for module, name, _ in _parameters(layer)
+    ]
     mix = feed = None
     if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
         feed = None if _is_replaced(*layer.mlp.modules()) else _feed(layer)

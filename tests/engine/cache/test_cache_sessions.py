@@ -139,7 +139,7 @@ def test_whatever_conversations_do_nothing_is_left(turns, layers) -> None:
     histories = [()] * 4
     for who, num_blocks, num_new, drops in turns:
         clock.now_s += 1
-        prompt = (*histories[who], *(who,) * (num_blocks * 7))[-(12 * P) :]
+        prompt = (*histories[who], *(who,) * (num_blocks * 7))[-(10 * P) :]
         output = tuple(range(num_new))
         run.serve(prompt, marks=(len(prompt),), output=output, session=str(who))
         histories[who] = prompt if drops else (*prompt, *output)
