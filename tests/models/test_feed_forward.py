@@ -136,8 +136,8 @@ def test_tokens_are_dropped_in_training_only(factor: float) -> None:
 )
 def test_capacity_formula(factor: float, num_tokens: int, capacity: int) -> None:
     # ceil(c * tokens * 2 / 3)
-    assert moe_layer(capacity_factor=factor)._capacity(num_tokens) == capacity
-    assert moe_layer()._capacity(num_tokens) is None
+    assert moe_layer(capacity_factor=factor).capacity(num_tokens) == capacity
+    assert moe_layer().capacity(num_tokens) is None
 
 
 def test_an_earlier_token_keeps_its_expert() -> None:
