@@ -20,6 +20,7 @@ from sevenfold.models import ModelConfig
 _SLAB_ALIGNMENT_BYTES = 512
 _ITEM_ALIGNMENT_BYTES = 16  # the widest load of a GPU thread
 _MAX_GROWTH = 16  # a slab grows by a 16th at most to hold one more snapshot
+_MOST_PER_SLAB = 3  # of its largest items, where that leaves at least a 16th less of it empty
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Cut a byte budget into slabs for states, pages and snapshots.
 
-    slab = max(state, page, snapshot), rounded up to 512 bytes and to whole strides; slab 0 is the sink
+    slab = max(state, page, snapshot), rounded up to 512 bytes and to whole strides (or two or
+    three of the largest, where that wastes less); slab 0 is the sink
 
     Args:
         config: the model; without linear, or without softmax layers, it has no states, or no pages.
@@ -173,15 +175,29 @@ def _active_layout(config: ModelConfig, dtype: StateDtype, token_bytes: int) -> 
 
 def _cut(state: int, page: int, snapshot: int) -> tuple[int, tuple[int, int, int]]:
     """Bytes of a slab, and how many states, pages and snapshots fit into it."""
-    least = max(state, page, snapshot)
-    if snapshot:
-        more = -(-least // snapshot) * snapshot
-        least = more if (more - least) * _MAX_GROWTH <= least else least
-    slab = -(-least // _SLAB_ALIGNMENT_BYTES) * _SLAB_ALIGNMENT_BYTES
-    states, pages, snapshots = (slab // size if size else 0 for size in (state, page, snapshot))
+    sizes = (state, page, snapshot)
+    slab = _slab_bytes(max(sizes), snapshot)
+    for multiple in range(2, _MOST_PER_SLAB + 1):
+        larger = _slab_bytes(multiple * max(sizes), snapshot)
+        if (_waste(slab, sizes) - _waste(larger, sizes)) * _MAX_GROWTH >= 1:
+            slab = larger
+    states, pages, snapshots = (slab // size if size else 0 for size in sizes)
     strides = [_ITEM_ALIGNMENT_BYTES * places for places in (states, pages, snapshots) if places]
     multiple = math.lcm(_SLAB_ALIGNMENT_BYTES, *strides)
     return -(-slab // multiple) * multiple, (states, pages, snapshots)
+
+
+def _slab_bytes(least: int, snapshot: int) -> int:
+    """The least, or a little more where that makes room for one more snapshot."""
+    if snapshot:
+        more = -(-least // snapshot) * snapshot
+        least = more if (more - least) * _MAX_GROWTH <= least else least
+    return -(-least // _SLAB_ALIGNMENT_BYTES) * _SLAB_ALIGNMENT_BYTES
+
+
+def _waste(slab: int, sizes: tuple[int, int, int]) -> float:
+    """The larger share of a slab that its states, or its snapshots, leave empty."""
+    return max(slab % size / slab if size else 0 for size in (sizes[0], sizes[2]))
 
 
 def _page_slabs(num_tokens: int, page_tokens: int, pages_per_slab: int) -> int:

@@ -54,10 +54,10 @@ def snapshot_formats(
 def check_state_dtype(config: ModelConfig, dtype: StateDtype) -> None:
     """Raise unless every head can do its work with an active state of that precision.
 
-    bf16 rounds to nearest, with a spacing of up to 2^-7 of the number. A head whose decay takes
-    away less than half of that in a token, 1 - exp(log_decay_h) < 2^-8 (a horizon of more than 255
-    tokens), has its decay rounded away, and likewise what one more token adds. fp16 is rounded
-    stochastically and int8 through the ring, which keep both.
+    bf16 rounds to nearest, with a spacing of up to 2^-7 of the number. To keep a state level a
+    token adds 1 - exp(log_decay_h) of it, as much as it takes away; where that is less than half
+    the spacing, 2^-8 (a horizon of more than 255 tokens), both can be rounded away. fp16 is rounded
+    stochastically and int8 through the ring, which keep them.
 
     Args:
         config: the model.

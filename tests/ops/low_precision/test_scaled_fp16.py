@@ -67,7 +67,7 @@ def test_stochastic_rounding_has_the_number_as_its_mean() -> None:
     num_draws, spacing = 20_000, 2.0**-10
     share = torch.tensor([0.0, 0.013, 0.25, 0.5, 0.77, 0.999])
     for base in (1.0, -1.75):
-        wanted = (base + base.__abs__() ** 0 * spacing * share).view(1, 1, -1)
+        wanted = (base + spacing * share).view(1, 1, -1)
         # A larger element beside them, so that all share one scale.
         x = torch.cat([wanted, torch.full((1, 1, 1), 1.999)], -1).expand(num_draws, -1, -1)
         noise = Noise(torch.full((num_draws,), 7), torch.arange(num_draws), 3)
