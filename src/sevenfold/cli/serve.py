@@ -7,6 +7,7 @@ import torch
 import typer
 
 from sevenfold.config import ConfigError, parse_config
+from sevenfold.engine.precision import Precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,6 +39,11 @@ def serve_command(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="int8 (all layers) or int8-experts: quantised on load.")
+    ] = None,
+    states: Annotated[str, typer.Option(help="Running: fp32, fp16, int8 or bf16.")] = "fp32",
+    snapshots: Annotated[str, typer.Option(help="Cached: fp32, fp16, int8 or auto.")] = "fp32",
 ) -> None:
     """Serve a checkpoint to OpenAI's clients and, at /, to people."""
     if dtype is not None and dtype not in DTYPES:
@@ -61,7 +67,10 @@ def serve_command(
     name = model_name or checkpoint.resolve().name
     budget = None if memory_gib is None else int(memory_gib * 2**30)
     size = {"budget_bytes": budget, "context_tokens": max_context}
-    _serve(checkpoint, name, settings, device, None if dtype is None else DTYPES[dtype], size)
+    values = {"weights": weights, "states": states, "snapshots": snapshots}
+    precision = parse_config(Precision, values, "serve")
+    found = None if dtype is None else DTYPES[dtype]
+    _serve(checkpoint, name, settings, device, found, size, precision)
 
 
 def _serve(
@@ -71,6 +80,7 @@ def _serve(
     device: str,
     dtype: torch.dtype | None,
     size: dict[str, int | None],
+    precision: Precision,
 ) -> None:
     from sevenfold.engine import LLM
     from sevenfold.engine.memory_report import plan_report
@@ -78,8 +88,10 @@ def _serve(
     from sevenfold.server import BatchingEngine, ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
-        llm = LLM.load(checkpoint, device=device, dtype=dtype)
-        plan, limits = size_engine(llm.model, **size)
+        llm = LLM.load(checkpoint, device=device, dtype=dtype, weights=precision.weights)
+        plan, limits = size_engine(
+            llm.model, **size, state_dtype=precision.states, snapshot_dtype=precision.snapshots
+        )
         typer.echo(plan_report(plan))
         engine = BatchingEngine(llm, name, plan, limits)
         app = ServerApp(engine, settings, read_template(checkpoint))

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from sevenfold.config import CheckpointError
 from sevenfold.engine.decoding import Decoder
+from sevenfold.engine.int8_weights import load_int8_model
 from sevenfold.engine.sampling import (
     Logprobs,
     Output,
@@ -19,6 +20,7 @@ from sevenfold.engine.sampling import (
 )
 from sevenfold.engine.text import TextStream
 from sevenfold.models import HybridModel
+from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import load_model
 
 PREFILL_CHUNK_TOKENS = 2048
@@ -63,7 +65,12 @@ class LLM:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        weights: WeightFormat | None = None,
     ) -> Self:
         """Load a checkpoint directory and the tokenizer.json in it.
 
@@ -71,19 +78,24 @@ class LLM:
             path: the directory, in any format that load_model reads.
             device: where to run.
             dtype: of the weights; None keeps the file's.
+            weights: which matrices to quantise to int8 as they are read; None none.
 
         Returns:
             The model, ready to generate.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
+            ConfigError: weights has no effect on the model.
         """
         if not Path(path).is_dir():
             raise CheckpointError(f"{path} must be a checkpoint folder, got none of that name")
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{file} must exist to generate text; copy the tokenizer there")
-        model = load_model(Path(path), device=device, dtype=dtype)
+        if weights is None:
+            model = load_model(Path(path), device=device, dtype=dtype)
+        else:
+            model = load_int8_model(Path(path), weights, device=device, dtype=dtype)
         return cls(model, Tokenizer.from_file(str(file)))
 
     def generate(

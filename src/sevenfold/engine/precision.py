@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from sevenfold.config import ConfigError
+from sevenfold.config import ConfigError, StrictModel
 from sevenfold.models import ModelConfig
+from sevenfold.models.accounting import WeightFormat
 from sevenfold.ops import layer_log_decay
 
 StateFormat = Literal["fp32", "bf16", "fp16", "int8"]
@@ -17,6 +18,19 @@ _LARGEST_ERROR = 2**-7
 # Largest rounding error, relative to the row's (int8) or its own (fp16) largest element.
 _ROUNDING: dict[StateFormat, float] = {"int8": 1 / 254, "fp16": 2**-11}
 _BF16_HALF_SPACING = 2**-8  # relative to a number at the lower end of its binade
+
+
+class Precision(StrictModel):
+    """What is kept in how many bits.
+
+    weights: which matrices are quantised on load: "int8" all of the layers', "int8-experts" the
+        experts'; None none.
+    states: of running requests. snapshots: of cached states.
+    """
+
+    weights: WeightFormat | None = None
+    states: StateDtype = "fp32"
+    snapshots: SnapshotDtype = "fp32"
 
 
 def linear_layers(config: ModelConfig) -> list[int]:

@@ -76,12 +76,17 @@ def _halves(layer: Block) -> _Halves:
     sources = [(m._parameters, n, p.data_ptr()) for m, n, p in _parameters(layer)]
     mix = feed = None
     if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
-        feed = _feed(layer)
-        if isinstance(layer.self_attn, LightningAttention):
+        feed = _feed(layer) if _is_plain(layer.mlp) else None
+        if isinstance(layer.self_attn, LightningAttention) and _is_plain(layer.self_attn):
             mix = _mix(layer, layer.self_attn)
             decay = layer.self_attn.log_decay
             sources.append((vars(layer.self_attn), "log_decay", decay.data_ptr()))
     return _Halves(mix, feed, tuple(sources))
+
+
+def _is_plain(half: nn.Module) -> bool:
+    """Whether a half holds its weights as parameters; what holds them otherwise has buffers."""
+    return next(half.buffers(), None) is None
 
 
 def _parameters(layer: Block) -> list[tuple[nn.Module, str, Tensor]]:

@@ -43,7 +43,7 @@ class LightningAttention(nn.Module):
         # The decay is no parameter and no buffer: it follows the weights to their device, is never
         # stored, and is never cast.
         super()._apply(fn, recurse)
-        device = self.qkv_proj.weight.device
+        device = self.norm.weight.device
         if device.type != "meta":
             self.log_decay = self.log_decay.to(device)
         return self
