@@ -90,9 +90,7 @@ def test_bf16_is_refused_where_it_would_erase_a_horizon() -> None:
         plan_memory(TEXT_01, budget_bytes=10 << 30, context_tokens=1, state_dtype="bf16")
     # Two heads of slopes 1/16 and 1/256: in one layer, 1 - exp(-1/256) lies just below 2^-8.
     with pytest.raises(ConfigError, match="got 1 such heads, the slowest of them head 1 of layer"):
-        plan_memory(
-            tiny_model("l").config, budget_bytes=MIB, context_tokens=1, state_dtype="bf16"
-        )
+        plan_memory(tiny_model("l").config, budget_bytes=MIB, context_tokens=1, state_dtype="bf16")
 
 
 @pytest.mark.parametrize(("horizon", "erased"), [(200, 0), (254, 0), (257, 1), (512, 128)])
@@ -164,9 +162,7 @@ def test_a_snapshot_of_a_restored_snapshot_is_the_same(snapshot_dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     state, last = plan.layout.places[Tenant.STATE], 2 * plan.layout.places[Tenant.SNAPSHOT]
     for layer in linear:
-        layer.write_states(
-            torch.tensor([state]), torch.randn(1, 2, 8, 8, generator=generator)
-        )
+        layer.write_states(torch.tensor([state]), torch.randn(1, 2, 8, 8, generator=generator))
     storage.snapshot([state], [last])
     first = [layer.snapshots.read(torch.tensor([last])) for layer in linear]
     stride = plan.layout.stride_bytes(Tenant.SNAPSHOT)

@@ -63,7 +63,10 @@ def test_the_released_model_on_eight_devices_of_80_gb() -> None:
     """
     node = {"num_devices": 8, "device_bytes": 80 * 10**9}
     assert not plan_deployment(TEXT_01, **node).fits
-    for weights, least, tokens in (("int8", 57.3e9, 1_956_158), ("int8-experts", 59.6e9, 1_500_686)):
+    for weights, least, tokens in (
+        ("int8", 57.3e9, 1_956_158),
+        ("int8-experts", 59.6e9, 1_500_686),
+    ):
         plan = plan_deployment(TEXT_01, **node, weights=weights)
         # An eighth of the whole, and what is whole on each device: 4.9 GB and a little.
         assert plan.weight_bytes >= least > weight_bytes(TEXT_01, weights) / 8 - 0.2e9

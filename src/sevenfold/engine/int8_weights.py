@@ -53,8 +53,9 @@ class Int8Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
         """Send x [T, D] through its experts, and sum by weights [T, k]."""
-        held = (Int8Rows(m.codes, m.scale) for m in (self.gate_up_proj, self.down_proj))
-        return int8_mixture(x, weights, *held, dispatch)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        held = (Int8Rows(gate_up.codes, gate_up.scale), Int8Rows(down.codes, down.scale))
+        return int8_mixture(x, weights, held[0], held[1], dispatch)
 
 
 def load_int8_model(

@@ -10,6 +10,7 @@ from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.engine.precision import (
     SnapshotDtype,
     StateDtype,
+    StateFormat,
     check_state_dtype,
     linear_layers,
     snapshot_formats,
@@ -168,7 +169,8 @@ def _kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
 
 
 def _active_layout(config: ModelConfig, dtype: StateDtype, token_bytes: int) -> StateLayout:
-    formats = [(dtype,) * config.num_attention_heads] * len(linear_layers(config))
+    heads: tuple[StateFormat, ...] = (dtype,) * config.num_attention_heads
+    formats = [heads] * len(linear_layers(config))
     ring = RING_TOKENS if dtype == "int8" else None
     return lay_out_states(config, formats, token_bytes=token_bytes, ring_tokens=ring)
 

@@ -79,7 +79,7 @@ def lay_out_states(
     for section in sorted(sections, key=lambda s: -_width(s, token_bytes)):
         placed.append((at, section))
         at += section.num_bytes
-    counts = Counter(name for heads in formats for name in heads)
+    counts: Counter[StateFormat] = Counter(name for heads in formats for name in heads)
     return StateLayout(tuple(placed), at, dict(counts))
 
 

@@ -12,7 +12,13 @@ from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.engine.precision import linear_layers
 from sevenfold.engine.state_layout import Section, StateLayout
-from sevenfold.engine.state_pool import ActiveStates, HeadGroup, RingStates, RoundedStates, StatePool
+from sevenfold.engine.state_pool import (
+    ActiveStates,
+    HeadGroup,
+    RingStates,
+    RoundedStates,
+    StatePool,
+)
 from sevenfold.models import ModelConfig
 from sevenfold.ops import Int8ReplayPool, layer_log_decay
 

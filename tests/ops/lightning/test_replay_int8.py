@@ -39,8 +39,8 @@ def test_between_two_folds_nothing_is_lost() -> None:
     states, slots = pool(), torch.tensor([4, 1])
     start = torch.randn(2, H, D, D, generator=torch.Generator().manual_seed(3))
     states.write(slots, start)
-    S = S32 = dequantise_rows(*quantise_rows(start))
-    S = S.double()
+    before = S32 = dequantise_rows(*quantise_rows(start))
+    S = S32.double()
     for step, (q, k, v) in enumerate(tokens(0, 3 * R, 2).transpose(0, 1)):
         held = states.codes.clone()
         o = lightning_attention_replay_int8(q, k, v, DECAY, states, slots)
@@ -71,7 +71,9 @@ def test_the_error_is_that_of_the_folds_and_no_more() -> None:
         peak = torch.maximum(peak, S.abs().amax(-1).float())
         # 1 + 2^-6: the states that are rounded hold the errors of those before.
         bound = (q.abs() * peak).sum(-1) * (step // R) / 254 * (1 + 2**-6)
-        assert ((o.double() - exact).abs().amax(-1) <= bound.double() + 2**-20 * S.abs().max()).all()
+        assert (
+            (o.double() - exact).abs().amax(-1) <= bound.double() + 2**-20 * S.abs().max()
+        ).all()
 
 
 def test_a_sequence_is_alone_in_any_batch_and_others_are_untouched() -> None:

@@ -1,4 +1,4 @@
-"""int8 with a scale a row: its error, that it rounds once, and what it does with what is no number."""
+"""int8 with a scale a row: its error, that it rounds once, and what is no number."""
 
 import pytest
 import torch
@@ -53,7 +53,9 @@ def test_the_product_is_that_of_the_dequantised_weight(dtype: torch.dtype) -> No
     got = int8_linear(x, codes, scale)
     assert got.dtype is dtype
     assert torch.equal(got, linear(x, (codes * scale[:, None]).to(dtype)))
-    with pytest.raises(ValueError, match=r"x must have shape \[..., K\] = \[2, 16\], got \[2, 15\]"):
+    with pytest.raises(
+        ValueError, match=r"x must have shape \[..., K\] = \[2, 16\], got \[2, 15\]"
+    ):
         int8_linear(torch.zeros(2, 15), codes, scale)
     with pytest.raises(TypeError, match=r"codes must be torch.int8, got torch.float32"):
         int8_linear(x, weight, scale)

@@ -83,12 +83,15 @@ def advance_states(
     tokens: Sequence[Tensor], log_decay: Tensor, batch: Batch, kv: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run q, k, v [B, T, H, D] from states kv [N, H, K, V]: the output, and the states after it."""
+    q, k, v = tokens
     if batch.is_step:
         q, k, v = (x.reshape(batch.num_sequences, *x.shape[2:]) for x in tokens)
         result = lightning_attention_step(q, k, v, log_decay, kv)
     else:
         result = lightning_attention(
-            *tokens,
+            q,
+            k,
+            v,
             log_decay,
             initial_state=kv,
             return_final_state=True,
