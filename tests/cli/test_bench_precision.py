@@ -14,7 +14,7 @@ from sevenfold.models.accounting import weight_bytes
 from sevenfold.models.checkpoint import read_config
 
 ROOT = Path(__file__).parent.parent.parent
-RECORD = ROOT / "benchmarks" / "results" / "precision.json"
+RECORD = ROOT / "benchmarks" / "results" / "precision" / "demo-hybrid.json"
 
 
 def test_the_model_s_figures(tiny_run: TinyRun) -> None:

@@ -75,7 +75,7 @@ def kernels_command(
 def precision_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path(
-        "benchmarks/results/precision.json"
+        "benchmarks/results/precision/demo-hybrid.json"
     ),
 ) -> None:
     """Measure what fewer bits of snapshots, states and weights change, against fp32."""

@@ -22,7 +22,7 @@ from sevenfold.models.feed_forward import Experts, MixtureOfExperts
 from sevenfold.models.layers import Linear
 from sevenfold.ops import Dispatch, Int8Rows, int8_linear, int8_mixture, quantise_rows
 
-_ELEMENTS_AT_ONCE = 1 << 22  # quantised in one go: bounds what lies in memory beside the model
+_ELEMENTS_AT_ONCE = 1 << 20  # quantised in one go: bounds what lies in memory beside the model
 
 
 class Int8Linear(nn.Module):
@@ -67,7 +67,7 @@ def load_int8_model(
 ) -> HybridModel:
     """Load a checkpoint, quantising each tensor as it is read.
 
-    Never more than the quantised model, one stored tensor and a few blocks of 4M elements lie in
+    Never more than the quantised model, one stored tensor and a few blocks of 1M elements lie in
     memory: the model in its own precision never exists.
 
     Args:

@@ -117,11 +117,11 @@ def test_loading_takes_the_model_and_little_more(measured, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["b", "c"])
 def test_quantising_takes_the_quantised_model_and_a_few_blocks(measured, name: str) -> None:
-    """Four blocks of 4M elements in fp32 lie beside it, whatever the size of the model."""
+    """Five blocks of 1M elements in fp32 lie beside it, whatever the size of the model."""
     size, results = measured
     assert results["int8"] < 0.6 * size
     peak = results[f"load {name} in int8"]
-    assert 0.9 * results["int8"] <= peak <= results["int8"] + 4 * (4 << 22) + SLACK_BYTES, results
+    assert 0.9 * results["int8"] <= peak <= results["int8"] + 5 * (4 << 20) + SLACK_BYTES, results
 
 
 def test_loading_to_a_wider_dtype_takes_the_wide_model(measured) -> None:
