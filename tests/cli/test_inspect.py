@@ -112,3 +112,25 @@ def test_a_misspelt_name(target: str, nearest: str, capfd: pytest.CaptureFixture
 )
 def test_units(number: float, text: str) -> None:
     assert _unit(number, "B") == text
+
+
+def test_a_plan_for_several_devices() -> None:
+    """The node that MiniMax-Text-01 was sized for: int8 weights, more than 1M tokens."""
+    result = run_cli("inspect", "minimax-text-01", "--on", "8x80", columns=80)
+    assert result.exit_code == 0
+    assert "…" not in result.output
+    assert "Served on 8 x 80 GB, a tenth reserved; per device" in result.output
+    table = rows(result.output)
+    assert table["bf16"][-2:] == ["does not fit", ""]
+    assert table["int8"] == ["61.9 GB", "36.7 MB", "5.37 GB", "10.1 GB", "1,956,158 tokens"]
+    assert table["int8-experts"][-1] == "1,500,686 tokens"
+    dense = run_cli("inspect", "nano-lightning", "--on", "1x0.5")
+    assert rows(dense.output)["int8"][-1] == "any"
+
+
+@pytest.mark.parametrize("on", ["8", "0x80", "8x", "8x80GB", "x80"])
+def test_devices_that_are_none(on: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("inspect", "nano", "--on", on) == 2
+    assert f"on must be a number of devices, x and the GB of each, got {on!r}" in (
+        capfd.readouterr().err.replace("\n", " ")
+    )

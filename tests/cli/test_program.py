@@ -11,6 +11,7 @@ from cli_helpers import TinyRun, exit_code, run_cli
 
 from sevenfold.cli.main import app
 from sevenfold.engine import LLM, SamplingParams
+from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import detect_format
 
 COMMANDS = ["demo", "data", "train", "generate", "serve", "inspect", "convert", "bench"]
@@ -151,6 +152,14 @@ def test_generate_prints_prompt_and_continuation(tiny_run: TinyRun) -> None:
     )
 
 
+@pytest.mark.parametrize("weights", ["int8", "int8-experts"])
+def test_generate_from_int8_weights(tiny_run: TinyRun, weights: WeightFormat) -> None:
+    llm = LLM(tiny_run.checkpoint, weights=weights)
+    [done] = llm.generate([PROMPT], SamplingParams(max_tokens=12, temperature=0))
+    options = ("--temperature", "0", "--weights", weights)
+    assert generated(tiny_run.checkpoint, *options) == PROMPT + done.text + "\n"
+
+
 def test_generate_in_another_dtype(tiny_run: TinyRun) -> None:
     options = ("--dtype", "float32", "--temperature", "0")
     assert generated(tiny_run.checkpoint, *options) == generated(
@@ -166,6 +175,7 @@ def test_generate_in_another_dtype(tiny_run: TinyRun) -> None:
         (["--top-p", "1.5"], "top_p must be valid: Input should be less than or equal to 1"),
         (["--max-tokens", "0"], "max_tokens must be valid"),
         (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--weights", "int4"], "weights must be"),
         (["--max-tokens", "1000"], "must fit into max_position_embeddings = 256"),
     ],
 )

@@ -13,6 +13,8 @@ import httpx
 import pytest
 from cli_helpers import TinyRun, exit_code, run_cli
 
+FEWER_BITS = ("--states", "int8", "--snapshots", "auto", "--weights", "int8")
+
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
@@ -24,7 +26,7 @@ def test_it_serves_until_a_signal_and_ends_what_is_under_way(tiny_run: TinyRun) 
     script = "from sevenfold.cli.main import main; main()"
     command = [sys.executable, "-c", script, "serve", str(tiny_run.checkpoint), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--model-name", "tiny", "--memory-gib", "0.05"],
+        [*command, "--model-name", "tiny", "--memory-gib", "0.05", *FEWER_BITS],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -72,6 +74,9 @@ def test_a_port_in_use(
         (["--port", "99999"], 2, "port must be valid"),
         (["--max-requests", "0"], 2, "max_requests must be valid"),
         (["--dtype", "int3"], 2, "dtype must be one of"),
+        (["--snapshots", "int3"], 2, "snapshots must be"),
+        (["--states", "bf16", "--memory-gib", "0.05"], 2, "state_dtype must not be bf16 where"),
+        (["--weights", "int3"], 2, "weights must be"),
         (["--api-keys-file", "/nowhere"], 1, "/nowhere"),
     ],
 )

@@ -14,6 +14,8 @@ from sevenfold.models import ModelConfig, preset
 from sevenfold.models.accounting import kv_bytes, prefill_flops, state_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
+# Of the released model's heads: how many remember up to 730 tokens, up to 7,933, and more.
+AUTO = (4202 * (128**2 + 4 * 128) + 264 * (2 * 128**2 + 4) + 14 * 4 * 128**2) / MIB
 
 
 @st.composite
@@ -34,16 +36,18 @@ def configs(draw) -> ModelConfig:
 
 
 PLANS = st.builds(
-    lambda config, page, dtype, slabs: plan_memory(
+    lambda config, page, state, dtype, slabs: plan_memory(
         config,
         budget_bytes=slabs * MIB,
         context_tokens=1,
         page_tokens=page,
+        state_dtype=state,
         snapshot_dtype=dtype,
     ),
     configs(),
     st.sampled_from([16, 32, 48, 64]),
     st.sampled_from(["fp32", "fp16", "int8"]),
+    st.sampled_from(["fp32", "fp16", "int8", "auto"]),
     st.integers(20, 60),
 )
 
@@ -105,8 +109,14 @@ def test_the_longest_context_is_the_longest(plan: MemoryPlan) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "snapshot_mib", "snapshots", "slab_mib"),
-    # int8: 70 MiB, and a scale of 4 bytes for each of 70 x 64 x 128 rows.
-    [("fp32", 280.0, 1, 280.0), ("fp16", 140.0, 2, 280.0), ("int8", 72.1875, 4, 288.75)],
+    # fp16: 140 MiB, and a scale of 4 bytes for each of 70 x 64 heads; int8: 70 MiB, and one for
+    # each of 70 x 64 x 128 rows.
+    [
+        ("fp32", 280.0, 1, 280.0),
+        ("fp16", 140 + 70 * 64 * 4 / MIB, 2, 280.0),
+        ("int8", 72.1875, 4, 288.75),
+        ("auto", AUTO, 7, 560.0),
+    ],
 )
 def test_the_released_model(dtype, snapshot_mib, snapshots, slab_mib) -> None:
     plan = plan_memory(

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from sevenfold.bench.cpu import run_cpu_benchmark
 from sevenfold.bench.kernels.command import Request, run_kernel_benchmark
+from sevenfold.bench.precision import run_precision_benchmark
+from sevenfold.bench.precision_states import run_state_benchmark
 from sevenfold.bench.record import write_record
 
 if TYPE_CHECKING:
@@ -184,3 +186,25 @@ def kernels_command(
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     run_kernel_benchmark(Request(cases or (), sides or (), out, commit), say)
+
+
+@bench_app.command("precision")
+def precision_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path(
+        "benchmarks/results/precision/demo-hybrid.json"
+    ),
+) -> None:
+    """Measure what fewer bits of snapshots, states and weights change, against fp32."""
+    console = Console()
+
+    def report(row: Mapping[str, Any]) -> None:
+        figures = ", ".join(f"{name} {x:.3g}" for name, x in row.items() if name != "case")
+        console.print(f"{row['case']:>32}: {figures}", highlight=False, soft_wrap=True)
+
+    rows = run_precision_benchmark(checkpoint, report)
+    for row in run_state_benchmark():
+        report(row)
+        rows.append(row)
+    write_record(out, "sevenfold bench precision CKPT", rows)
+    console.print(f"written to {out}", highlight=False, soft_wrap=True)

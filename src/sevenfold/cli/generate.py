@@ -8,6 +8,7 @@ import typer
 
 from sevenfold.config import parse_config
 from sevenfold.engine import LLM, SamplingParams
+from sevenfold.engine.precision import Precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,6 +26,9 @@ def generate_command(
     seed: Annotated[int | None, typer.Option(help="Makes the output reproducible.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="int8 (all layers) or int8-experts: quantised on load.")
+    ] = None,
 ) -> None:
     """Print the prompt's continuation as it is generated."""
     values = {
@@ -40,7 +44,9 @@ def generate_command(
     params = parse_config(SamplingParams, values, "generate")
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    llm = LLM(checkpoint, device=device, dtype=None if dtype is None else DTYPES[dtype])
+    options = parse_config(Precision, {"weights": weights}, "generate")
+    found = None if dtype is None else DTYPES[dtype]
+    llm = LLM(checkpoint, device=device, dtype=found, weights=options.weights)
     try:
         deltas = llm.stream(prompt, params)
     except ValueError as error:

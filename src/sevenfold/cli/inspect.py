@@ -1,5 +1,6 @@
 """`sevenfold inspect`: what a configuration costs and how far it sees, before any training."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from sevenfold.config import ConfigError, unknown_name
 from sevenfold.models import LayerType, ModelConfig, preset, preset_names
 from sevenfold.models.accounting import (
+    WeightFormat,
     count_parameters,
     decode_bytes,
     decode_flops,
@@ -20,6 +22,7 @@ from sevenfold.models.accounting import (
     training_flops,
 )
 from sevenfold.models.checkpoint import read_config
+from sevenfold.models.deployment import plan_deployment
 from sevenfold.ops import layer_log_decay
 from sevenfold.train import load_run_config
 
@@ -28,14 +31,20 @@ CONTEXTS = (1024, 8192, 65_536, 1_048_576)
 
 def inspect_command(
     target: Annotated[str, typer.Argument(metavar="PRESET|CKPT|RUN.toml", help="What to inspect.")],
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="NxGB", help="Also plan to serve it: 8x80 is 8 devices of 80 GB."),
+    ] = None,
 ) -> None:
     """Print parameters, cost against context, and how far each layer sees."""
-    config = find_config(target)
+    config, devices = find_config(target), None if on is None else _devices(on)
     console = Console()
     console.print(_layers_line(target, config), highlight=False, soft_wrap=True)
     console.print(parameter_table(config))
     console.print(context_table(config))
     console.print(reach_table(config))
+    if devices is not None:
+        console.print(deployment_table(config, *devices))
 
 
 def find_config(target: str) -> ModelConfig:
@@ -114,6 +123,42 @@ def reach_table(config: ModelConfig) -> Table:
     if full := _layers_of(config, "full_attention"):
         table.add_row(f"{len(full)} full", "all", "all")
     return table
+
+
+def deployment_table(config: ModelConfig, num_devices: int, device_bytes: int) -> Table:
+    """Return what serving by tensor parallelism takes of each device, in each weight format."""
+    table = _table(
+        f"Served on {num_devices} x {device_bytes / 1e9:g} GB, a tenth reserved; per device",
+        *("weights", "bytes", "state", "KV of 1M", "free", "longest context"),
+    )
+    formats: dict[str, WeightFormat | None] = {"bf16": None, "int8": "int8"}
+    if config.moe is not None:
+        formats["int8-experts"] = "int8-experts"
+    for name, weights in formats.items():
+        plan = plan_deployment(
+            config, num_devices=num_devices, device_bytes=device_bytes, weights=weights
+        )
+        table.add_row(
+            name,
+            _unit(plan.weight_bytes, "B"),
+            _unit(plan.state_bytes, "B"),
+            _unit(plan.kv_bytes_per_token * CONTEXTS[-1], "B"),
+            _unit(plan.free_bytes, "B") if plan.fits else "does not fit",
+            _tokens(plan.context_tokens) if plan.fits else "",
+        )
+    return table
+
+
+def _devices(on: str) -> tuple[int, int]:
+    """Number and bytes of the devices that --on names."""
+    found = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)", on)
+    if found is None:
+        raise ConfigError(f"on must be a number of devices, x and the GB of each, got {on!r}")
+    return int(found[1]), int(float(found[2]) * 1e9)
+
+
+def _tokens(number: int | None) -> str:
+    return "any" if number is None else f"{number:,} tokens"
 
 
 def _layers_of(config: ModelConfig, layer_type: LayerType) -> list[int]:

@@ -11,6 +11,7 @@ from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine import TextModel
 from sevenfold.engine.cache import SessionLimits
 from sevenfold.engine.memory_report import plan_report
+from sevenfold.engine.precision import Precision
 from sevenfold.engine.sizing import size_engine
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ def serve_command(
     session_idle: Annotated[float, typer.Option(help="Seconds until one loses it.")] = 600.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="int8 (all layers) or int8-experts: quantised on load.")
+    ] = None,
+    states: Annotated[str, typer.Option(help="Running: fp32, fp16, int8 or bf16.")] = "fp32",
+    snapshots: Annotated[str, typer.Option(help="Cached: fp32, fp16, int8 or auto.")] = "fp32",
 ) -> None:
     """Serve a checkpoint to OpenAI's clients and, at /, to people."""
     if dtype is not None and dtype not in DTYPES:
@@ -71,6 +77,7 @@ def serve_command(
     }
     settings = parse_config(ServerSettings, values, "serve")
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
+    bits = {"weights": weights, "states": states, "snapshots": snapshots}
     engine = _EngineOptions(
         model_name=model_name or checkpoint.resolve().name,
         device=device,
@@ -78,6 +85,7 @@ def serve_command(
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         context_tokens=max_context,
         sessions=parse_config(SessionLimits, kept, "serve"),
+        precision=parse_config(Precision, bits, "serve"),
     )
     _serve(checkpoint, settings, engine)
 
@@ -92,14 +100,22 @@ class _EngineOptions:
     memory_bytes: int | None
     context_tokens: int | None
     sessions: SessionLimits
+    precision: Precision
 
     def build(self, checkpoint: Path) -> "BatchingEngine":
         """Load the checkpoint, say what the memory gives, and start."""
         from sevenfold.server import BatchingEngine
 
-        source = TextModel.load(checkpoint, device=self.device, dtype=self.dtype)
+        bits = self.precision
+        source = TextModel.load(
+            checkpoint, device=self.device, dtype=self.dtype, weights=bits.weights
+        )
         plan, limits = size_engine(
-            source.model, budget_bytes=self.memory_bytes, context_tokens=self.context_tokens
+            source.model,
+            budget_bytes=self.memory_bytes,
+            context_tokens=self.context_tokens,
+            state_dtype=bits.states,
+            snapshot_dtype=bits.snapshots,
         )
         typer.echo(plan_report(plan))
         return BatchingEngine(source, self.model_name, plan, limits, self.sessions)

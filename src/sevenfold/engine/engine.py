@@ -193,6 +193,7 @@ class Engine:
             state=placement.state,
             pages=self.cache.pages(request),
             snapshots={at: s for at, s in placement.snapshots.items() if past < at <= end},
+            seed=self._underway[request.id].output.params.seed or 0,
         )
 
     def _choose(

@@ -20,6 +20,7 @@ from sevenfold.engine.sampling import Logprobs, SamplingParams
 from sevenfold.engine.sizing import size_engine
 from sevenfold.engine.text_model import TextModel
 from sevenfold.models import HybridModel
+from sevenfold.models.accounting import WeightFormat
 
 Prompt = str | Sequence[int]
 
@@ -71,6 +72,7 @@ class LLM:
         *,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        weights: WeightFormat | None = None,
         memory_bytes: int | None = None,
         context_tokens: int | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class LLM:
             source: a checkpoint directory with its tokenizer.json, or what TextModel.load returned.
             device: where to run a directory's model; None is "cpu".
             dtype: of a directory's weights; None keeps the file's.
+            weights: which matrices to quantise to int8 as they are read; None none.
             memory_bytes: for states, keys and values, and cached prefixes, beside the weights; None
                 takes a share of what is free. A CPU's memory is taken as it is used.
             context_tokens: what one request must be able to reach; None takes what the model
@@ -87,14 +90,17 @@ class LLM:
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
-            ConfigError: the memory cannot hold one request of context_tokens.
+            ConfigError: the memory cannot hold one request of context_tokens, or weights has no
+                effect on the model.
             UnsupportedError: the model's dtype cannot be served.
-            ValueError: device or dtype stands beside a model that is loaded.
+            ValueError: device, dtype or weights stands beside a model that is loaded.
         """
         if not isinstance(source, TextModel):
-            source = TextModel.load(source, device=device or "cpu", dtype=dtype)
-        elif device is not None or dtype is not None:
-            raise ValueError("device and dtype must be left out for a model that is loaded")
+            source = TextModel.load(source, device=device or "cpu", dtype=dtype, weights=weights)
+        elif not device is dtype is weights is None:
+            raise ValueError(
+                "device, dtype and weights must be left out for a model that is loaded"
+            )
         self.model: HybridModel = source.model
         self.tokenizer: Tokenizer = source.tokenizer
         self.plan, limits = size_engine(

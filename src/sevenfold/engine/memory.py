@@ -3,40 +3,56 @@
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Literal
 
 from sevenfold.config import ConfigError
 from sevenfold.engine.memory_cost import PrefillCost
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
+from sevenfold.engine.precision import (
+    SnapshotDtype,
+    StateDtype,
+    StateFormat,
+    check_state_dtype,
+    linear_layers,
+    snapshot_formats,
+)
+from sevenfold.engine.state_layout import RING_TOKENS, StateLayout, lay_out_states
 from sevenfold.models import ModelConfig
-from sevenfold.models.accounting import state_bytes
-
-SnapshotDtype = Literal["fp32", "fp16", "int8"]
 
 _SLAB_ALIGNMENT_BYTES = 512
 # Triton loads by vectors where strides are known to be multiples of 16 elements, of fp32 at most.
 _ITEM_ALIGNMENT_BYTES = 64
-_SCALE_BYTES = 4  # int8 keeps one fp32 scale for each head and key channel
 _MAX_GROWTH = 16  # a slab grows by a 16th at most to hold one more snapshot
+_MOST_PER_SLAB = 3  # of its largest items, where that leaves at least a 16th less of it empty
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """How a budget is cut, and what it gives.
 
-    state_bytes: one request's linear state, fp32; 0 without linear layers.
+    state: one request's linear state, with its ring if it is int8; empty without linear layers.
     page_bytes: keys and values of page_tokens tokens in all softmax layers; 0 without them.
-    snapshot_bytes: one cached state.
+    snapshot: one cached state.
     """
 
     budget_bytes: int
     page_tokens: int
+    state_dtype: StateDtype
     snapshot_dtype: SnapshotDtype
-    state_bytes: int
+    state: StateLayout
     page_bytes: int
-    snapshot_bytes: int
+    snapshot: StateLayout
     layout: ArenaLayout
     cost: PrefillCost
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one request's linear state."""
+        return self.state.num_bytes
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of one cached state."""
+        return self.snapshot.num_bytes
 
     @property
     def has_states(self) -> bool:
@@ -88,35 +104,46 @@ def plan_memory(
     budget_bytes: int,
     context_tokens: int,
     page_tokens: int = 64,
+    state_dtype: StateDtype = "fp32",
     snapshot_dtype: SnapshotDtype = "fp32",
     kv_element_bytes: int = 2,
 ) -> MemoryPlan:
     """Cut a byte budget into slabs for states, pages and snapshots.
 
-    slab = max(state, page), rounded up to 512 bytes and to whole strides; slab 0 is the sink
+    slab = max(state, page, snapshot), rounded up to 512 bytes and to whole strides (or two or
+    three of the largest, where that wastes less); slab 0 is the sink
 
     Args:
         config: the model; without linear, or without softmax layers, it has no states, or no pages.
         budget_bytes: for all three together.
         context_tokens: tokens that a request must be able to reach, 1 or more.
         page_tokens: tokens of a page: a multiple of 16 from 16 to 64.
-        snapshot_dtype: of cached states; int8 with one fp32 scale for each head and key channel.
+        state_dtype: of active states; int8 with a ring of 16 exact tokens.
+        snapshot_dtype: of cached states; "auto" chooses for each head (snapshot_formats).
         kv_element_bytes: of one element of keys and values; 2 for bf16.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigError: page_tokens or context_tokens breaks its rule, or the budget cannot hold one
-            request of context_tokens; the message shows the arithmetic.
+        ConfigError: page_tokens or context_tokens breaks its rule, state_dtype is bf16 and would
+            erase a head's horizon, or the budget cannot hold one request of context_tokens; the
+            message shows the arithmetic.
     """
     if page_tokens not in range(16, 65, 16):
         raise ConfigError(f"page_tokens must be a multiple of 16 from 16 to 64, got {page_tokens}")
     if context_tokens < 1:
         raise ConfigError(f"context_tokens must be 1 or more, got {context_tokens}")
-    state = state_bytes(config)
+    check_state_dtype(config, state_dtype)
+    states = _active_layout(config, state_dtype, kv_element_bytes)
+    snapshots = lay_out_states(
+        config,
+        snapshot_formats(config, snapshot_dtype),
+        token_bytes=kv_element_bytes,
+        ring_tokens=None,
+    )
+    state, snapshot = states.num_bytes, snapshots.num_bytes
     page = page_tokens * _kv_bytes_per_token(config, kv_element_bytes)
-    snapshot = _snapshot_bytes(config, snapshot_dtype)
     slab, places = _cut(state, page, snapshot)
     num_slabs = budget_bytes // slab
     needed = 1 + (state > 0) + _page_slabs(context_tokens, page_tokens, places[Tenant.PAGE])
@@ -126,10 +153,11 @@ def plan_memory(
     return MemoryPlan(
         budget_bytes=budget_bytes,
         page_tokens=page_tokens,
+        state_dtype=state_dtype,
         snapshot_dtype=snapshot_dtype,
-        state_bytes=state,
+        state=states,
         page_bytes=page,
-        snapshot_bytes=snapshot,
+        snapshot=snapshots,
         layout=ArenaLayout(num_slabs, slab, places),
         cost=PrefillCost.of(config),
     )
@@ -141,27 +169,38 @@ def _kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
     return layers * 2 * config.num_key_value_heads * config.head_dim * element_bytes
 
 
-def _snapshot_bytes(config: ModelConfig, dtype: SnapshotDtype) -> int:
-    state = state_bytes(config)
-    if dtype == "fp32":
-        return state
-    if dtype == "fp16":
-        return state // 2
-    scales = config.count("linear_attention") * config.num_attention_heads * config.head_dim
-    return state // 4 + scales * _SCALE_BYTES
+def _active_layout(config: ModelConfig, dtype: StateDtype, token_bytes: int) -> StateLayout:
+    heads: tuple[StateFormat, ...] = (dtype,) * config.num_attention_heads
+    formats = [heads] * len(linear_layers(config))
+    ring = RING_TOKENS if dtype == "int8" else None
+    return lay_out_states(config, formats, token_bytes=token_bytes, ring_tokens=ring)
 
 
 def _cut(state: int, page: int, snapshot: int) -> tuple[int, tuple[int, int, int]]:
     """Bytes of a slab, and how many states, pages and snapshots fit into it."""
-    least = max(state, page)
-    if snapshot:
-        more = -(-least // snapshot) * snapshot
-        least = more if (more - least) * _MAX_GROWTH <= least else least
-    slab = -(-least // _SLAB_ALIGNMENT_BYTES) * _SLAB_ALIGNMENT_BYTES
-    states, pages, snapshots = (slab // size if size else 0 for size in (state, page, snapshot))
+    sizes = (state, page, snapshot)
+    slab = _slab_bytes(max(sizes), snapshot)
+    for multiple in range(2, _MOST_PER_SLAB + 1):
+        larger = _slab_bytes(multiple * max(sizes), snapshot)
+        if (_waste(slab, sizes) - _waste(larger, sizes)) * _MAX_GROWTH >= 1:
+            slab = larger
+    states, pages, snapshots = (slab // size if size else 0 for size in sizes)
     strides = [_ITEM_ALIGNMENT_BYTES * places for places in (states, pages, snapshots) if places]
     multiple = math.lcm(_SLAB_ALIGNMENT_BYTES, *strides)
     return -(-slab // multiple) * multiple, (states, pages, snapshots)
+
+
+def _slab_bytes(least: int, snapshot: int) -> int:
+    """The least, or a little more where that makes room for one more snapshot."""
+    if snapshot:
+        more = -(-least // snapshot) * snapshot
+        least = more if (more - least) * _MAX_GROWTH <= least else least
+    return -(-least // _SLAB_ALIGNMENT_BYTES) * _SLAB_ALIGNMENT_BYTES
+
+
+def _waste(slab: int, sizes: tuple[int, int, int]) -> float:
+    """The larger share of a slab that its states, or its snapshots, leave empty."""
+    return max(slab % size / slab if size else 0 for size in (sizes[0], sizes[2]))
 
 
 def _page_slabs(num_tokens: int, page_tokens: int, pages_per_slab: int) -> int:

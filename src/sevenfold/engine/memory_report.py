@@ -4,6 +4,7 @@ from typing import Any
 
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.state_layout import RING_TOKENS
 
 CONTEXTS = (8_192, 131_072, 1_048_576)
 
@@ -21,7 +22,9 @@ def plan_values(plan: MemoryPlan) -> dict[str, Any]:
         "state_bytes": plan.state_bytes,
         "page_bytes": plan.page_bytes,
         "snapshot_bytes": plan.snapshot_bytes,
+        "state_dtype": plan.state_dtype,
         "snapshot_dtype": plan.snapshot_dtype,
+        "snapshot_heads": plan.snapshot.num_heads,
         "states_per_slab": layout.places[Tenant.STATE],
         "pages_per_slab": layout.places[Tenant.PAGE],
         "snapshots_per_slab": layout.places[Tenant.SNAPSHOT],
@@ -38,15 +41,28 @@ def plan_report(plan: MemoryPlan) -> str:
     rows = [
         ("memory", f"{_size(plan.budget_bytes)}: {layout.num_slabs:,} slabs of "
          f"{_size(layout.slab_bytes)}, one of them the sink"),
-        ("state", _item(plan, Tenant.STATE, plan.state_bytes, "a request, fp32")),
+        ("state", _item(plan, Tenant.STATE, plan.state_bytes, f"a request, {_active(plan)}")),
         ("page", _item(plan, Tenant.PAGE, plan.page_bytes, f"for {plan.page_tokens} tokens")),
-        ("snapshot", _item(plan, Tenant.SNAPSHOT, plan.snapshot_bytes, plan.snapshot_dtype)),
+        ("snapshot", _item(plan, Tenant.SNAPSHOT, plan.snapshot_bytes, _cached(plan))),
         ("longest context", "any" if longest is None else f"{longest:,} tokens"),
         *((f"at {context:,} tokens", f"{plan.concurrency(context):,} requests at a time")
           for context in CONTEXTS),
         ("cacheable prefix", f"from {plan.smallest_cacheable_prefix_tokens} tokens"),
     ]  # fmt: skip
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+def _active(plan: MemoryPlan) -> str:
+    ring = f" and a ring of {RING_TOKENS} tokens" if plan.state_dtype == "int8" else ""
+    return plan.state_dtype + ring
+
+
+def _cached(plan: MemoryPlan) -> str:
+    """The snapshots' precision; with "auto", how many heads have which."""
+    if plan.snapshot_dtype != "auto":
+        return plan.snapshot_dtype
+    heads = sorted(plan.snapshot.num_heads.items())
+    return "auto: " + ", ".join(f"{number:,} heads {name}" for name, number in heads)
 
 
 def _item(plan: MemoryPlan, tenant: Tenant, num_bytes: int, what: str) -> str:

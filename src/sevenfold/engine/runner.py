@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.storage import LinearStorage, Storage
+from sevenfold.engine.storage import EncodedStorage, LinearStorage, Storage
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
+from sevenfold.ops import Noise
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Row:
     state: its index among the states; None in a model without linear layers.
     pages: its pages, in the order of its tokens, with room for the new ones.
     snapshots: token count in (past, past + new tokens] -> snapshot to write the state into.
+    seed: of the stochastic rounding of its state, where there is any.
     """
 
     tokens: Sequence[int]
@@ -29,6 +31,7 @@ class Row:
     state: int | None
     pages: Sequence[int]
     snapshots: dict[int, int]
+    seed: int = 0
 
     @property
     def end(self) -> int:
@@ -45,6 +48,7 @@ class Row:
                 state=self.state,
                 pages=self.pages,
                 snapshots={last: self.snapshots[last]} if last in self.snapshots else {},
+                seed=self.seed,
             )
             for first, last in pairwise(cuts)
         ]
@@ -108,12 +112,19 @@ class Runner:
         device = self._model.device
         slots = torch.tensor([row.state or SINK for row in rows]).to(device)
         table = page_table(rows, self._page_tokens, device)
-        return tuple(
-            PooledState(layer.states, slots)
-            if isinstance(layer, LinearStorage)
-            else PagedKV(layer.k, layer.v, table)
-            for layer in self._storage.layers
-        )
+        # As signed 64-bit integers, which is what tensors have.
+        seeds = [row.seed - (row.seed >> 63 << 64) for row in rows]
+        key, seen = (torch.tensor(x).to(device) for x in (seeds, [row.end for row in rows]))
+        values: list[LayerState] = []
+        for n, layer in enumerate(self._storage.layers):
+            match layer:
+                case LinearStorage():
+                    values.append(PooledState(layer.states, slots))
+                case EncodedStorage():
+                    values.append(layer.states.at(slots, Noise(key, seen, n)))
+                case _:
+                    values.append(PagedKV(layer.k, layer.v, table))
+        return tuple(values)
 
 
 def page_table(rows: Sequence[Row], page_tokens: int, device: torch.device) -> PageTable:

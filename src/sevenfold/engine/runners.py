@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sevenfold.config import ConfigError
 from sevenfold.engine.device import CudaCapture, DeviceRunner, decode_batch_sizes
+from sevenfold.engine.int8_weights import Int8Linear
 from sevenfold.engine.runner import Runner
 from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel
@@ -41,12 +42,15 @@ def make_runner(
                 f"{list(batch_sizes)}"
             )
         return Runner(model, storage, page_tokens=page_tokens)
-    can_record = is_recordable(model)
+    can_record = storage.is_exact and is_recordable(model)
     if batch_sizes and not can_record:
         raise ConfigError(
             "decode_batch_sizes must be empty where a step waits for the host, as with experts in "
-            f"another dtype than bf16 and heads above {_WIDEST_HEAD}, got {list(batch_sizes)}"
+            f"another dtype than bf16, heads above {_WIDEST_HEAD}, states, snapshots or weights of "
+            f"fewer bits, got {list(batch_sizes)}"
         )
+    if not storage.is_exact:
+        return Runner(model, storage, page_tokens=page_tokens)
     if batch_sizes is None:
         batch_sizes = decode_batch_sizes(most_rows) if can_record else ()
     capture = CudaCapture(model.device) if batch_sizes else None
@@ -58,8 +62,10 @@ def make_runner(
 def is_recordable(model: HybridModel) -> bool:
     """Whether no part of a decoding step on a GPU waits for the host, so that a graph can hold it.
 
-    A mixture of experts counts its rows on the host where it has no kernel of its own.
+    A mixture of experts counts its rows on the host where it has no kernel, as with int8.
     """
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        return False
     x = model.embed_tokens.weight[:1]
     mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
     chosen = [default_mixture_impl(x, layer.experts.gate_up_proj) for layer in mixtures]

@@ -7,6 +7,7 @@ import torch
 from sevenfold.config import ConfigError
 from sevenfold.engine.device import graph_bytes
 from sevenfold.engine.memory import MemoryPlan, plan_memory
+from sevenfold.engine.precision import SnapshotDtype, StateDtype
 from sevenfold.engine.scheduler import SchedulerConfig
 from sevenfold.models import HybridModel
 
@@ -30,7 +31,12 @@ def default_budget_bytes(model: HybridModel) -> int:
 
 
 def size_engine(
-    model: HybridModel, *, budget_bytes: int | None = None, context_tokens: int | None = None
+    model: HybridModel,
+    *,
+    budget_bytes: int | None = None,
+    context_tokens: int | None = None,
+    state_dtype: StateDtype = "fp32",
+    snapshot_dtype: SnapshotDtype = "fp32",
 ) -> tuple[MemoryPlan, SchedulerConfig]:
     """Cut a budget for a model and set the scheduler's limits to it.
 
@@ -39,13 +45,15 @@ def size_engine(
         budget_bytes: for states, pages and snapshots; None takes default_budget_bytes.
         context_tokens: what one request must be able to reach; None takes what the model allows, or
             less if the budget holds less.
+        state_dtype: of the states of running requests.
+        snapshot_dtype: of cached states; "auto" keeps more bits of heads that remember longer.
 
     Returns:
         The plan and the limits.
 
     Raises:
-        ConfigError: the budget cannot hold one request of context_tokens, or they exceed what the
-            model allows.
+        ConfigError: the budget cannot hold one request of context_tokens, they exceed what the
+            model allows, or state_dtype would erase a head's horizon.
     """
     limit = model.config.max_position_embeddings
     if context_tokens is not None and not 1 <= context_tokens <= limit:
@@ -59,6 +67,8 @@ def size_engine(
         budget_bytes=budget,
         context_tokens=context_tokens or 1,
         page_tokens=PAGE_TOKENS,
+        state_dtype=state_dtype,
+        snapshot_dtype=snapshot_dtype,
         kv_element_bytes=model.dtype.itemsize,
     )
     longest = plan.longest_context_tokens

@@ -1,6 +1,6 @@
 """The arena as tensors: each layer's states, pages and snapshots are strided views of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +11,58 @@ from sevenfold.config import UnsupportedError
 from sevenfold.engine.cache import Fresh
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
+from sevenfold.engine.precision import linear_layers
+from sevenfold.engine.state_layout import Section, StateLayout
+from sevenfold.engine.state_pool import (
+    ActiveStates,
+    HeadGroup,
+    RingStates,
+    RoundedStates,
+    StatePool,
+)
 from sevenfold.engine.transfer import upload
 from sevenfold.models import ModelConfig
+from sevenfold.ops import Int8ReplayPool, layer_log_decay
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "int32": torch.int32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True)
 class LinearStorage:
-    """Active states and snapshots of one lightning-attention layer, each [items, H, K, V] fp32."""
+    """A lightning-attention layer's active states [items, H, K, V] fp32, and its snapshots."""
 
     states: Tensor
-    snapshots: Tensor
+    snapshots: StatePool
+
+    def read_states(self, slots: Tensor) -> Tensor:
+        """Return active states, [N, H, K, V] fp32."""
+        return self.states[slots]
+
+    def write_states(self, slots: Tensor, states: Tensor) -> None:
+        """Replace active states."""
+        self.states[slots] = states
+
+
+@dataclass(frozen=True)
+class EncodedStorage:
+    """A lightning-attention layer's active states in less than fp32, and its snapshots."""
+
+    states: ActiveStates
+    snapshots: StatePool
+
+    def read_states(self, slots: Tensor) -> Tensor:
+        """Return active states, [N, H, K, V] fp32."""
+        return self.states.read(slots)
+
+    def write_states(self, slots: Tensor, states: Tensor) -> None:
+        """Replace active states, rounded."""
+        self.states.write(slots, states)
 
 
 @dataclass(frozen=True)
@@ -41,21 +83,25 @@ class Storage:
 
         Args:
             config: the model that the plan was made for.
-            plan: with fp32 snapshots, and kv_element_bytes of dtype.
+            plan: with kv_element_bytes of dtype.
             device: the model's.
             dtype: of keys and values: the model's; bf16, fp16 or fp32.
 
         Raises:
-            UnsupportedError: the plan's snapshots are not fp32, or the model's dtype is fp64.
+            UnsupportedError: the model's dtype is fp64.
         """
-        if plan.snapshot_dtype != "fp32":
-            raise UnsupportedError(f"snapshot_dtype must be fp32, got {plan.snapshot_dtype}")
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise UnsupportedError(f"the model must be bf16, fp16 or fp32 to serve, got {dtype}")
         self.layout = plan.layout
         size = plan.layout.num_slabs * plan.layout.slab_bytes
         self._arena = _zeros(size, device)
         self.layers = tuple(_layers(config, plan, self._arena, dtype))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every state and snapshot is fp32."""
+        linear = [layer for layer in self.layers if not isinstance(layer, KVStorage)]
+        return all(isinstance(x, LinearStorage) and x.snapshots.exact is not None for x in linear)
 
     def zero(self, fresh: Fresh) -> None:
         """Clear items that were handed out."""
@@ -66,19 +112,24 @@ class Storage:
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
-        self._copy(snapshots, states, "snapshots", "states")
+        for layer, (source, target) in self._linear(snapshots, states):
+            layer.write_states(target, layer.snapshots.read(source))
 
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
-        """Copy states into snapshots."""
-        self._copy(states, snapshots, "states", "snapshots")
+        """Copy states into snapshots, rounded to their precision."""
+        for layer, (source, target) in self._linear(states, snapshots):
+            layer.snapshots.write(target, layer.read_states(source))
 
-    def _copy(self, source: Sequence[int], target: Sequence[int], come: str, go: str) -> None:
+    def _linear(
+        self, source: Sequence[int], target: Sequence[int]
+    ) -> Iterator[tuple[LinearStorage | EncodedStorage, tuple[Tensor, Tensor]]]:
+        """Each lightning-attention layer, with the items on its device; none without items."""
         if not source:
             return
-        first, last = (upload(ids, self._arena.device) for ids in (source, target))
+        items = tuple(upload(ids, self._arena.device) for ids in (source, target))
         for layer in self.layers:
-            if isinstance(layer, LinearStorage):
-                getattr(layer, go)[last] = getattr(layer, come)[first]
+            if not isinstance(layer, KVStorage):
+                yield layer, (items[0], items[1])
 
     def _item(self, tenant: Tenant) -> tuple[int]:
         return (self.layout.stride_bytes(tenant),)
@@ -93,29 +144,68 @@ def _zeros(num_bytes: int, device: torch.device) -> Tensor:
 
 def _layers(config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype):
     """Each layer's views; items lay their layers out one after another."""
-    H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    state_at = page_at = 0
-    page_shape = (plan.page_tokens, G, D)
+    G, D = config.num_key_value_heads, config.head_dim
+    linear = iter(_linear_layers(config, plan, arena, dtype))
+    page_at, page_shape = 0, (plan.page_tokens, G, D)
     page_bytes = plan.page_tokens * G * D * dtype.itemsize
     for kind in config.layer_types:
         if kind == "linear_attention":
-            places = (Tenant.STATE, Tenant.SNAPSHOT)
-            yield LinearStorage(
-                *(
-                    _pool(arena, plan.layout, place, state_at, torch.float32, (H, D, D))
-                    for place in places
-                )
+            yield next(linear)
+            continue
+        offsets = (page_at, page_at + page_bytes)
+        yield KVStorage(
+            *(
+                _pool(arena, plan.layout, Tenant.PAGE, offset, dtype, page_shape)
+                for offset in offsets
             )
-            state_at += H * D * D * torch.float32.itemsize
+        )
+        page_at += 2 * page_bytes
+
+
+def _linear_layers(
+    config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype
+) -> Iterator[LinearStorage | EncodedStorage]:
+    """The lightning-attention layers' views."""
+    H, L = config.num_attention_heads, config.num_hidden_layers
+    for n, layer in enumerate(linear_layers(config)):
+        active = _arrays(arena, plan.layout, Tenant.STATE, plan.state, n, dtype)
+        cached = _arrays(arena, plan.layout, Tenant.SNAPSHOT, plan.snapshot, n, dtype)
+        snapshots = StatePool(tuple(_groups(cached, H)))
+        if plan.state_dtype == "fp32":
+            [(_, states)] = active
+            yield LinearStorage(states, snapshots)
+        elif plan.state_dtype == "int8":
+            named = {section.part: view for section, view in active}
+            decay = layer_log_decay(H, layer, L).to(arena.device)
+            yield EncodedStorage(RingStates(Int8ReplayPool(**named), decay), snapshots)
         else:
-            offsets = (page_at, page_at + page_bytes)
-            yield KVStorage(
-                *(
-                    _pool(arena, plan.layout, Tenant.PAGE, offset, dtype, page_shape)
-                    for offset in offsets
-                )
-            )
-            page_at += 2 * page_bytes
+            yield EncodedStorage(RoundedStates(StatePool(tuple(_groups(active, H)))), snapshots)
+
+
+def _arrays(
+    arena: Tensor,
+    layout: ArenaLayout,
+    tenant: Tenant,
+    states: StateLayout,
+    layer: int,
+    token_dtype: torch.dtype,
+) -> list[tuple[Section, Tensor]]:
+    """One linear layer's sections of a tenant's items, each [items, *shape]."""
+    return [
+        (section, _pool(arena, layout, tenant, at, _DTYPES.get(section.element, token_dtype),
+                        section.shape))
+        for at, section in states.sections
+        if section.layer == layer
+    ]  # fmt: skip
+
+
+def _groups(arrays: list[tuple[Section, Tensor]], num_heads: int) -> Iterator[HeadGroup]:
+    """The heads' codes with their scales."""
+    scales = {section.heads: view for section, view in arrays if section.part == "scale"}
+    for section, codes in arrays:
+        if section.part == "codes":
+            heads = None if len(section.heads) == num_heads else section.heads
+            yield HeadGroup(heads, codes, scales.get(section.heads))
 
 
 def _pool(

@@ -8,7 +8,9 @@ import torch
 from tokenizers import Tokenizer
 
 from sevenfold.config import CheckpointError
+from sevenfold.engine.int8_weights import load_int8_model
 from sevenfold.models import HybridModel
+from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import load_model
 
 
@@ -30,7 +32,12 @@ class TextModel:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        weights: WeightFormat | None = None,
     ) -> Self:
         """Load a checkpoint directory and the tokenizer.json in it.
 
@@ -38,16 +45,21 @@ class TextModel:
             path: the directory, in any format that load_model reads.
             device: where to run.
             dtype: of the weights; None keeps the file's.
+            weights: which matrices to quantise to int8 as they are read; None none.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
+            ConfigError: weights has no effect on the model.
         """
         if not Path(path).is_dir():
             raise CheckpointError(f"{path} must be a checkpoint folder, got none of that name")
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{file} must exist to generate text; copy the tokenizer there")
-        model = load_model(Path(path), device=device, dtype=dtype)
+        if weights is None:
+            model = load_model(Path(path), device=device, dtype=dtype)
+        else:
+            model = load_int8_model(Path(path), weights, device=device, dtype=dtype)
         return cls(model, _read_tokenizer(file))
 
 

@@ -6,6 +6,7 @@ from sevenfold.models.hybrid import HiddenResult, HybridModel
 from sevenfold.models.init import deepnorm_alpha, deepnorm_beta, init_weights
 from sevenfold.models.presets import preset, preset_names, resolve_model
 from sevenfold.models.state import (
+    EncodedState,
     KVState,
     LayerState,
     LinearState,
@@ -19,6 +20,7 @@ from sevenfold.models.state import (
 
 __all__ = [
     "Batch",
+    "EncodedState",
     "HiddenResult",
     "HybridModel",
     "KVState",

@@ -7,10 +7,15 @@ its own overhead and no model FLOP.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sevenfold.models.config import LayerType, ModelConfig
 
+# Matrices in int8, one fp32 scale for each output channel: the experts', or all of the layers'.
+WeightFormat = Literal["int8", "int8-experts"]
+
 _STATE_ELEMENT_BYTES = 4  # the linear state is fp32
+_FULL_BYTES = 4  # so are the router, a shared expert's coefficient, and the scales of int8
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,68 @@ def count_parameters(config: ModelConfig) -> Parameters:
         norms=(2 * L + 1) * D + num_linear * inner,
         active_feed_forward=L * active,
     )
+
+
+def weight_bytes(
+    config: ModelConfig, weights: WeightFormat | None = None, element_bytes: int = 2
+) -> int:
+    """Count the bytes of a model's weights.
+
+    Args:
+        config: the model.
+        weights: which matrices are int8; None leaves all as they are.
+        element_bytes: of an element that is not int8; 2 for bf16. Routers, and a shared expert's
+            coefficient, take 4 at least.
+
+    Returns:
+        Bytes; a tied head counts once.
+    """
+    L, D, moe = config.num_hidden_layers, config.hidden_size, config.moe
+    in_full = 0 if moe is None else L * D * moe.num_local_experts
+    if moe is not None and moe.shared_intermediate_size:
+        in_full += L * D
+    in_int8 = sum(one.number * one.rows * one.columns for one in _in_int8(config, weights))
+    rest = count_parameters(config).total - in_full - in_int8
+    in_floats = rest * element_bytes + in_full * max(_FULL_BYTES, element_bytes)
+    return in_floats + in_int8 + int8_scale_bytes(config, weights)
+
+
+def int8_scale_bytes(config: ModelConfig, weights: WeightFormat | None) -> int:
+    """Count the bytes of the scales among weight_bytes: 4 for each output channel in int8."""
+    return sum(one.number * one.rows for one in _in_int8(config, weights)) * _FULL_BYTES
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of the layers: how many of it there are, [rows, columns], whether of experts."""
+
+    number: int
+    rows: int
+    columns: int
+    is_expert: bool = False
+
+
+def _in_int8(config: ModelConfig, weights: WeightFormat | None) -> list[_Matrix]:
+    if weights is None:
+        return []
+    return [one for one in _matrices(config) if weights == "int8" or one.is_expert]
+
+
+def _matrices(config: ModelConfig) -> list[_Matrix]:
+    """All matrices of the layers but routers and coefficients."""
+    L, D, moe = config.num_hidden_layers, config.hidden_size, config.moe
+    inner = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    linear = config.count("linear_attention")
+    found = [_Matrix(linear, 4 * inner, D), _Matrix(L, D, inner)]  # qkv and gate; every output
+    found += [_Matrix(L - linear, inner + 2 * keys, D)]
+    experts = L * (1 if moe is None else moe.num_local_experts)
+    widths = [(experts, config.intermediate_size, moe is not None)]
+    if moe is not None and moe.shared_intermediate_size:
+        widths.append((L, moe.shared_intermediate_size, False))
+    for number, F, is_expert in widths:
+        found += [_Matrix(number, 2 * F, D, is_expert), _Matrix(number, D, F, is_expert)]
+    return found
 
 
 def training_flops(config: ModelConfig, lengths: Sequence[int]) -> int:

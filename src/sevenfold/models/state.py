@@ -4,11 +4,14 @@ Whoever allocates it owns it. Storage that sequences share (PooledState, PagedKV
 written in place, so the value that went into a call must not be used again after it.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sevenfold.models.batch import Batch
 from sevenfold.models.config import LayerType, ModelConfig
 from sevenfold.ops import Snapshots
 
@@ -50,6 +53,23 @@ class PooledState:
     kept: Snapshots | None = None
 
 
+class EncodedState(ABC):
+    """States of lightning attention in a precision that only their owner knows."""
+
+    @abstractmethod
+    def advance(self, tokens: Sequence[Tensor], log_decay: Tensor, batch: Batch) -> Tensor:
+        """Run a batch's tokens, and keep the states after them.
+
+        Args:
+            tokens: q, k [B, T, H, K] and v [B, T, H, V].
+            log_decay: [H] fp32.
+            batch: what they belong to; sequence n's state is the n-th.
+
+        Returns:
+            o, of as many elements as v, in their order.
+        """
+
+
 @dataclass(frozen=True)
 class PageTable:
     """Where the tokens of a batch's sequences lie in pages; one for all layers.
@@ -79,7 +99,7 @@ class PagedKV:
 
 
 OwnState = LinearState | KVState
-LayerState = OwnState | PooledState | PagedKV
+LayerState = OwnState | PooledState | PagedKV | EncodedState
 
 
 def empty_state(
@@ -129,8 +149,9 @@ def _selected(layer: LayerState, sequences: Tensor) -> LayerState:
             return KVState(layer.k[sequences], layer.v[sequences])
         case PooledState():
             return PooledState(layer.pool, layer.slots[sequences])
-        case PagedKV():
-            raise TypeError("state must own its keys to be selected from, got pages")
+        case PagedKV() | EncodedState():
+            got = type(layer).__name__
+            raise TypeError(f"state must own its tensors to be selected from, got {got}")
 
 
 def _layer_state(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -87,17 +88,21 @@ def _halves(layer: Block) -> _Halves:
     ]
     mix = feed = None
     if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
-        feed = None if _is_replaced(*layer.mlp.modules()) else _feed(layer)
-        if isinstance(layer.self_attn, LightningAttention):
+        feed = _feed(layer) if _is_plain(layer.mlp) else None
+        if isinstance(layer.self_attn, LightningAttention) and _is_plain(layer.self_attn):
             mix = _mix(layer, layer.self_attn)
             sources.append((vars(layer.self_attn), "log_decay"))
     places = [held[name].data_ptr() for held, name in sources]
     return _Halves(mix, feed, tuple(sources), places)
 
 
-def _is_replaced(*modules: nn.Module) -> bool:
-    """Whether something stands in for a method of theirs, as sevenfold.parallel does."""
-    return any(vars(module).keys() & {"forward", "routed"} for module in modules)
+def _is_plain(half: nn.Module) -> bool:
+    """Whether a half holds its weights as parameters, and nothing stands in for its methods.
+
+    What holds weights otherwise has buffers; sevenfold.parallel replaces methods.
+    """
+    replaced = any(vars(m).keys() & {"forward", "routed"} for m in half.modules())
+    return not replaced and next(half.buffers(), None) is None
 
 
 def _parameters(layer: Block) -> list[tuple[nn.Module, str, Tensor]]:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sevenfold.engine.cache import CacheManager
-from sevenfold.engine.memory import MemoryPlan, SnapshotDtype, plan_memory
+from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.memory_layout import SINK, Tenant
+from sevenfold.engine.precision import SnapshotDtype
 from sevenfold.engine.request import Request
 from sevenfold.models import LayerType, ModelConfig
 

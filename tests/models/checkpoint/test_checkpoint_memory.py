@@ -17,6 +17,7 @@ MEASURE = """
 import gc, json, sys, threading, time
 from pathlib import Path
 import torch
+from sevenfold.engine.int8_weights import load_int8_model
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig
 from sevenfold.models.checkpoint import convert, load_model, save_model
 
@@ -58,6 +59,7 @@ def rehearse(path):
         [p.fill_(1.0) for p in model.parameters()]
     save_model(model, path / "small", overwrite=True)
     load_model(path / "small", dtype=torch.bfloat16)
+    load_int8_model(path / "small", "int8")
     convert(path / "small", path / "small-hf", to="hf", overwrite=True)
 
 rehearse(folder)
@@ -80,6 +82,13 @@ for name in ("a", "b", "c"):
     with Peak() as peak:
         model = load_model(folder / name)
     results[f"load {name}"] = peak.peak - peak.before
+    del model
+for name in ("b", "c"):
+    with Peak() as peak:
+        model = load_int8_model(folder / name, "int8")
+    results[f"load {name} in int8"] = peak.peak - peak.before
+    quantised = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    results["int8"] = quantised
     del model
 with Peak() as peak:
     model = load_model(folder / "b", dtype=torch.float32)
@@ -104,6 +113,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, i
 def test_loading_takes_the_model_and_little_more(measured, name: str) -> None:
     size, results = measured
     assert 0.9 * size <= results[f"load {name}"] <= 1.15 * size + SLACK_BYTES, results
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_quantising_takes_the_quantised_model_and_a_few_blocks(measured, name: str) -> None:
+    """Five blocks of 1M elements in fp32 lie beside it, whatever the size of the model."""
+    size, results = measured
+    assert results["int8"] < 0.6 * size
+    peak = results[f"load {name} in int8"]
+    assert 0.9 * results["int8"] <= peak <= results["int8"] + 5 * (4 << 20) + SLACK_BYTES, results
 
 
 def test_loading_to_a_wider_dtype_takes_the_wide_model(measured) -> None:

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sevenfold.config import UnsupportedError
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.runner import Row
-from sevenfold.engine.storage import LinearStorage, Storage
+from sevenfold.engine.storage import KVStorage, LinearStorage, Storage
 from sevenfold.engine.transfer import upload_parts
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
 from sevenfold.ops import Snapshots, Stop
@@ -37,7 +38,7 @@ class DeviceRunner:
 
         Args:
             model: in the storage's dtype, on its device.
-            storage: of states, pages and snapshots.
+            storage: of states and snapshots in fp32, and pages.
             page_tokens: tokens of a page.
             batch_sizes: of decoding steps that are recorded; none without `capture`.
             capture: records them; None runs each step as it comes.
@@ -94,12 +95,16 @@ class DeviceRunner:
     def _values(
         self, slots: Tensor, table: PageTable, stops: tuple[Stop, ...]
     ) -> tuple[LayerState, ...]:
-        return tuple(
-            PooledState(layer.states, slots, Snapshots(layer.snapshots, stops))
-            if isinstance(layer, LinearStorage)
-            else PagedKV(layer.k, layer.v, table)
-            for layer in self._storage.layers
-        )
+        values: list[LayerState] = []
+        for layer in self._storage.layers:
+            if isinstance(layer, KVStorage):
+                values.append(PagedKV(layer.k, layer.v, table))
+                continue
+            pool = layer.snapshots.exact
+            if not isinstance(layer, LinearStorage) or pool is None:
+                raise UnsupportedError("states and snapshots must be fp32 for DeviceRunner")
+            values.append(PooledState(layer.states, slots, Snapshots(pool, stops)))
+        return tuple(values)
 
 
 def _stops(rows: Sequence[Row]) -> tuple[Stop, ...]:

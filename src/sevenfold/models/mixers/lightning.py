@@ -1,6 +1,6 @@
 """The lightning-attention layer of MiniMax-Text-01."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
 from sevenfold.models.layers import Linear, RMSNorm
-from sevenfold.models.state import LinearState, PooledState
+from sevenfold.models.state import EncodedState, LinearState, PooledState
 from sevenfold.ops import (
     Snapshots,
     gated_rms_norm,
@@ -19,6 +19,8 @@ from sevenfold.ops import (
     lightning_attention_step,
     silu_qkv,
 )
+
+LightningState = LinearState | PooledState | EncodedState
 
 
 class LightningAttention(nn.Module):
@@ -44,14 +46,14 @@ class LightningAttention(nn.Module):
         # The decay is no parameter and no buffer: it follows the weights to their device, is never
         # stored, and is never cast.
         super()._apply(fn, recurse)
-        device = self.qkv_proj.weight.device
+        device = self.norm.weight.device
         if device.type != "meta":
             self.log_decay = self.log_decay.to(device)
         return self
 
     def forward(
-        self, x: Tensor, batch: Batch, state: LinearState | PooledState | None
-    ) -> tuple[Tensor, LinearState | PooledState | None]:
+        self, x: Tensor, batch: Batch, state: LightningState | None
+    ) -> tuple[Tensor, LightningState | None]:
         """Mix x [B, T, hidden_size]; the state comes back advanced, or None if none came in."""
         B, T, _ = x.shape
         q, k, v = self.project(x)
@@ -69,18 +71,20 @@ class LightningAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         batch: Batch,
-        state: LinearState | PooledState | None,
-    ) -> tuple[Tensor, LinearState | PooledState | None]:
+        state: LightningState | None,
+    ) -> tuple[Tensor, LightningState | None]:
         """Run the recurrence on q, k, v [B, T, H, D]; sevenfold.parallel may stand in for it."""
         if state is None:
             o = lightning_attention(q, k, v, self.log_decay, cu_seqlens=batch.cu_seqlens).o
             return o, None
+        if isinstance(state, EncodedState):
+            return state.advance((q, k, v), self.log_decay, batch), state
         if isinstance(state, LinearState):
-            o, kv = self._advance(q, k, v, batch, state.kv)
+            o, kv = advance_states((q, k, v), self.log_decay, batch, state.kv)
             return o, LinearState(kv)
         if state.kept is not None:
             return self._attend_in_place(q, k, v, batch, state, state.kept), state
-        o, kv = self._advance(q, k, v, batch, state.pool[state.slots])
+        o, kv = advance_states((q, k, v), self.log_decay, batch, state.pool[state.slots])
         state.pool[state.slots] = kv
         return o, state
 
@@ -104,21 +108,23 @@ class LightningAttention(nn.Module):
         state.pool[state.slots] = kv  # pyright: ignore[reportArgumentType]
         return o
 
-    def _advance(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The output, and the states [N, H, K, V] after the batch."""
-        if batch.is_step:
-            q, k, v = (x.reshape(batch.num_sequences, *x.shape[2:]) for x in (q, k, v))
-            result = lightning_attention_step(q, k, v, self.log_decay, kv)
-        else:
-            result = lightning_attention(
-                q,
-                k,
-                v,
-                self.log_decay,
-                initial_state=kv,
-                return_final_state=True,
-                cu_seqlens=batch.cu_seqlens,
-            )
-        return result  # pyright: ignore[reportReturnType]
+
+def advance_states(
+    tokens: Sequence[Tensor], log_decay: Tensor, batch: Batch, kv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run q, k, v [B, T, H, D] from states kv [N, H, K, V]: the output, and the states after it."""
+    q, k, v = tokens
+    if batch.is_step:
+        q, k, v = (x.reshape(batch.num_sequences, *x.shape[2:]) for x in tokens)
+        result = lightning_attention_step(q, k, v, log_decay, kv)
+    else:
+        result = lightning_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=kv,
+            return_final_state=True,
+            cu_seqlens=batch.cu_seqlens,
+        )
+    return result  # pyright: ignore[reportReturnType]

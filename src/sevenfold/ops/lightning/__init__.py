@@ -7,12 +7,14 @@ from sevenfold.ops.lightning.api import (
 )
 from sevenfold.ops.lightning.decode import lightning_attention_decode
 from sevenfold.ops.lightning.replay import ReplayPool, lightning_attention_replay
+from sevenfold.ops.lightning.replay_int8 import Int8ReplayPool, lightning_attention_replay_int8
 from sevenfold.ops.lightning.segments import Stop
 from sevenfold.ops.lightning.slopes import head_slopes, layer_log_decay
 from sevenfold.ops.lightning.snapshots import Snapshots
 from sevenfold.ops.lightning.verify import lightning_attention_commit, lightning_attention_verify
 
 __all__ = [
+    "Int8ReplayPool",
     "ReplayPool",
     "Snapshots",
     "Stop",
@@ -23,6 +25,7 @@ __all__ = [
     "lightning_attention_decode",
     "lightning_attention_prefill",
     "lightning_attention_replay",
+    "lightning_attention_replay_int8",
     "lightning_attention_step",
     "lightning_attention_verify",
 ]

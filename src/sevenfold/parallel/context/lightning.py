@@ -22,7 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sevenfold.models import Batch
-from sevenfold.models.state import LinearState, PooledState
+from sevenfold.models.mixers.lightning import LightningState
 from sevenfold.ops import full_precision, lightning_attention
 from sevenfold.parallel.context.batch import ContextBatch, stretch_of
 
@@ -44,7 +44,7 @@ class ContextLightning:
         k: Tensor,
         v: Tensor,
         batch: Batch,
-        state: LinearState | PooledState | None,
+        state: LightningState | None,
     ) -> tuple[Tensor, None]:
         """Attend [1, T, H, D] over this stretch and what comes before it; no state goes in."""
         stretch, log_decay = stretch_of(batch, state), self.log_decay

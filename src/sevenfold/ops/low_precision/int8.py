@@ -1,0 +1,84 @@
+"""int8 with one scale for each row, symmetric: rows of a state, output channels of a weight."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sevenfold.ops.checks import check_dtype, check_shape
+from sevenfold.ops.linear import linear
+
+_LARGEST = 127
+# A scale keeps 24 - 7 significant bits: 127 times it is exact in fp32, so rows that were quantised
+# once come back to the same codes and the same scale.
+_DROPPED_BITS = 0x7F
+
+
+class Int8Rows(NamedTuple):
+    """codes [..., C] int8 and scale [...] fp32; the row is codes * scale."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def quantise_rows(x: Tensor) -> Int8Rows:
+    """Round each row to 255 even steps.
+
+        scale_r = max_c |x_rc| / 127, rounded up to 17 significant bits
+        codes_rc = round(x_rc / scale_r)        |x - codes * scale| <= scale / 2
+
+    Rows that dequantise_rows returned in fp32 give the same codes and scales again, bit for bit.
+
+    Args:
+        x: [..., C], fp32, bf16 or fp16. A row with a NaN or an infinity comes back as NaN.
+
+    Returns:
+        Codes in -127 to 127, and scales; a row of zeros has scale 0.
+
+    Raises:
+        TypeError: x is of another dtype.
+    """
+    check_dtype("x", x, (torch.float32, torch.bfloat16, torch.float16))
+    x = x.float()
+    exact = x.abs().amax(-1) / _LARGEST
+    bits = (exact.view(torch.int32) + _DROPPED_BITS) & ~_DROPPED_BITS
+    scale = torch.where(exact.isfinite(), bits.view(torch.float32), exact)
+    step = torch.where(scale == 0, 1, scale).unsqueeze(-1)
+    return Int8Rows((x / step).round().to(torch.int8), scale)
+
+
+def dequantise_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return codes * scale, computed in fp32.
+
+    Args:
+        codes: [..., C] int8.
+        scale: [...] fp32.
+        dtype: of the result.
+
+    Returns:
+        [..., C].
+    """
+    return (codes * scale.unsqueeze(-1)).to(dtype)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Multiply by a weight matrix that is held in int8.
+
+        y = x (codes * scale)^T        the weight rounded to the dtype of x, as a loaded one is
+
+    Args:
+        x: [..., K], bf16, fp16 or fp32.
+        codes: [N, K] int8.
+        scale: [N] fp32, one for each output channel.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype breaks the rules above.
+    """
+    N, K = codes.shape
+    check_shape("x", x, (*x.shape[:-1], K), "[..., K]")
+    check_shape("scale", scale, (N,), "[N]")
+    check_dtype("codes", codes, (torch.int8,))
+    return linear(x, dequantise_rows(codes, scale, x.dtype))
