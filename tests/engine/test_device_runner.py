@@ -127,16 +127,16 @@ def test_snapshots_are_the_states_at_their_places() -> None:
     plain = Runner(model, cut, page_tokens=PAGE_TOKENS).run(rows)
     assert found.argmax(-1).tolist() == plain.argmax(-1).tolist()
     lightning, other = storage.layers[0], cut.layers[0]
-    assert torch.equal(lightning.snapshots[kept[20]], lightning.states[places.state(1)])
+    assert torch.equal(lightning.snapshots.exact[kept[20]], lightning.states[places.state(1)])
     exact = states_after(model, text)
     for tokens_seen, slot in kept.items():
-        honest, found_here = other.snapshots[slot], lightning.snapshots[slot]
+        honest, found_here = other.snapshots.exact[slot], lightning.snapshots.exact[slot]
         check_error(f"after {tokens_seen}", found_here, honest, exact[tokens_seen])
     # While decoding, a snapshot is a copy of the state.
     runner = new_runner(model, storage, FakeCapture(), (2,))
     at = places.snapshot(2)
     runner.run([Row([3], 20, places.state(1), places.pages(0), {21: at})])
-    assert torch.equal(lightning.snapshots[at], lightning.states[places.state(1)])
+    assert torch.equal(lightning.snapshots.exact[at], lightning.states[places.state(1)])
 
 
 def states_after(model: HybridModel, text: list[int]) -> dict[int, torch.Tensor]:
