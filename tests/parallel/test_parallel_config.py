@@ -63,6 +63,11 @@ def test_rows_that_do_not_divide() -> None:
         )
 
 
+def test_compilation_is_for_one_process() -> None:
+    with pytest.raises(ConfigError, match=r"compile\.enabled must be false with 2 ranks"):
+        run_config(parallel={"shard": 2}, compile={"enabled": True})
+
+
 def test_a_misspelt_degree_is_named() -> None:
     with pytest.raises(ConfigError, match=r"parallel.tensr .* did you mean parallel.tensor"):
         run_config(parallel={"tensr": 2})

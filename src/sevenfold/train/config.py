@@ -165,6 +165,11 @@ class RunConfig(StrictModel):
                 f"every_layers must not exceed the model's {self.model.num_hidden_layers} layers, "
                 f"got {every}"
             )
+        if self.compile.enabled and self.parallel.num_ranks > 1:
+            raise ValueError(
+                f"compile.enabled must be false with {self.parallel.num_ranks} ranks, whose "
+                f"exchanges it does not compile, got true"
+            )
         self.parallel.check_model(self.model)
         for rows, rule in self._micro_batches(sizes).items():
             self.parallel.check_rows(rows, seq_len, rule=rule)
