@@ -383,8 +383,9 @@ def test_an_iterator_that_is_closed_cancels(llm: LLM, tokenizer: Tokenizer) -> N
     stream.close()
 
     async def leave_early() -> None:
-        async for _ in other.stream_async("x", SAMPLED):
-            break
+        deltas = other.stream_async("x", SAMPLED)
+        await anext(deltas)
+        await deltas.aclose()
 
     asyncio.run(leave_early())
     other._thread.submit(lambda: None).result()

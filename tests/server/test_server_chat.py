@@ -90,6 +90,7 @@ async def test_sampling_reaches_the_engine() -> None:
         "presence_penalty": 0.3,
         "frequency_penalty": -0.3,
         "logit_bias": {"5": 2, "6": -100},
+        "bad_words": ["c"],
         "stop": ["a", "b"],
         "stop_token_ids": [9],
         "min_tokens": 2,
@@ -115,12 +116,14 @@ async def test_sampling_reaches_the_engine() -> None:
         "presence_penalty": 0.3,
         "frequency_penalty": -0.3,
         "logit_bias": {5: 2.0, 6: -100.0},
+        "bad_words": ("c",),
         "stop": ("a", "b"),
         "stop_token_ids": (9,),
         "min_tokens": 2,
         "seed": 2**64 - 1,
         "ignore_eos": True,
         "logprobs": 3,
+        "prompt_logprobs": None,
     }
     assert (second.seed, third.seed) == (0, 1)
     assert {one.deadline_s for one in engine.asked} == {9.5}

@@ -1,8 +1,9 @@
 """Text in, text out: a checkpoint on the engine, offline and asynchronous."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -149,7 +150,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Complete one prompt, giving its text as it comes, in whole characters.
 
         Closing the iterator cancels the output. Arguments and errors are those of generate; a wrong
@@ -166,7 +167,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Complete one prompt as stream does, without blocking the event loop.
 
         Outputs of many tasks run together. Closing the iterator cancels the output.
@@ -174,8 +175,9 @@ class LLM:
         Yields:
             One delta for each token.
         """
-        async for delta in self._deltas_async(self._output(prompt, params, grammar)):
-            yield delta
+        async with aclosing(self._deltas_async(self._output(prompt, params, grammar))) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def generate_async(
         self,
@@ -241,14 +243,14 @@ class LLM:
                     f"{name} must name tokens below vocab_size = {vocab_size}, got {beyond[0]}"
                 )
 
-    def _streamed(self, output: "_Output") -> Iterator[Delta]:
+    def _streamed(self, output: "_Output") -> Generator[Delta, None, None]:
         self._submit(output)
         yield from self._deltas(output)
 
     def _submit(self, output: "_Output") -> None:
         self._driver.submit(output.request, output.params, output.constraint)
 
-    def _deltas(self, output: "_Output") -> Iterator[Delta]:
+    def _deltas(self, output: "_Output") -> Generator[Delta, None, None]:
         """Each token of an output that was submitted; leaves the engine at the end."""
         try:
             ended = False
@@ -259,7 +261,7 @@ class LLM:
         finally:
             self._driver.leave(output.request.id)
 
-    async def _deltas_async(self, output: "_Output") -> AsyncIterator[Delta]:
+    async def _deltas_async(self, output: "_Output") -> AsyncGenerator[Delta, None]:
         """The same for an output that was not submitted yet, without blocking the event loop."""
         loop, name = asyncio.get_running_loop(), output.request.id
         await loop.run_in_executor(self._thread, self._submit, output)
