@@ -31,12 +31,26 @@ class Sizes(NamedTuple):
     most_drafted: int = 3
     decay: str = "mixed"
     slots: int = 4
+    apart: bool = False
 
 
 class Draft(NamedTuple):
     k: Tensor  # [T, H, K]
     v: Tensor  # [T, H, V]
     sees: Tensor  # [T, T] bool
+
+
+def spread(pool: Tensor, gap: int = 16) -> Tensor:
+    """The pool with other things between its slots, as an arena holds it; they stay as they are."""
+    size = pool[0].numel() + gap
+    arena = torch.full((len(pool) * size,), 7, dtype=pool.dtype, device=pool.device)
+    return arena.as_strided(pool.shape, (size, *pool.stride()[1:])).copy_(pool)
+
+
+def gaps(pool: Tensor, gap: int = 16) -> Tensor:
+    """What lies between the slots of spread's result."""
+    size = pool.stride(0)
+    return pool.as_strided((len(pool), gap), (size, 1), size - gap)
 
 
 class Course:
@@ -50,6 +64,8 @@ class Course:
         self.pool = ReplayPool.zeros(
             S, H, (sizes.K, sizes.V), ring_tokens=sizes.R, dtype=dtype, device=device
         )
+        if sizes.apart:
+            self.pool = ReplayPool(*(spread(x) for x in self.pool.tensors()))
         # What a slot's last user left in its ring must never count.
         self.pool.ring_k.fill_(float("nan"))
         self.pool.ring_v.fill_(float("nan"))
@@ -194,3 +210,5 @@ class Course:
         honest, exact = torch.stack(self.honest), torch.stack(self.exact)
         check_error("state", self.pool.state.cpu(), honest, exact)
         assert not self.pool.count.any()
+        if self.sizes.apart:
+            assert all(bool((gaps(x) == 7).all()) for x in self.pool.tensors())

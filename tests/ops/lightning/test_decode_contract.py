@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from decode_cases import spread
 
 from sevenfold.config import UnsupportedError
 from sevenfold.ops import (
@@ -97,12 +98,19 @@ def test_wrong_tokens(changes: dict, error: type[Exception], message: str) -> No
         (
             torch.zeros(S, H, V, K).mT,
             ValueError,
-            "pool must be contiguous, got strides [120, 30, 1, 5]",
+            "pool must be contiguous within a slot and its slots must not overlap, got shape "
+            "[3, 4, 5, 6] with strides [120, 30, 1, 5]",
         ),
     ],
 )
 def test_wrong_pool_of_states(pool: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
+        lightning_attention_decode(**(DECODE | {"pool": pool}))
+
+
+def test_slots_that_overlap() -> None:
+    pool = torch.zeros(1, H, K, V).expand(S, H, K, V)
+    with pytest.raises(ValueError, match=re.escape("with strides [0, 30, 6, 1]")):
         lightning_attention_decode(**(DECODE | {"pool": pool}))
 
 
@@ -147,7 +155,8 @@ def test_wrong_pool_of_states(pool: torch.Tensor, error: type[Exception], messag
         (
             changed(ring_v=torch.zeros(S, H, V, 4).mT),
             ValueError,
-            "pool.ring_v must be contiguous, got strides [96, 24, 1, 4]",
+            "pool.ring_v must be contiguous within a slot and its slots must not overlap, got shape "
+            "[3, 4, 4, 6] with strides [96, 24, 1, 4]",
         ),
     ],
 )
@@ -223,10 +232,10 @@ def test_a_named_implementation_never_falls_back() -> None:
             op(**(DECODE | {"pool": pool, "impl": "onednn"}))
 
 
-def arguments(op: str, impl: str) -> tuple:
+def arguments(op: str, impl: str, apart: bool) -> tuple:
     x = [torch.randn(B, H, w) for w in (K, K, V)]
     slots, log_decay = torch.tensor([2, 0]), torch.full((H,), -0.1)
-    pool = new_pool().tensors()
+    pool = [spread(x) for x in new_pool().tensors()] if apart else new_pool().tensors()
     accepted = torch.zeros(B, 1, dtype=torch.int32)
     match op:
         case "lightning_decode":
@@ -240,12 +249,13 @@ def arguments(op: str, impl: str) -> tuple:
             return (log_decay, pool, slots, accepted, impl)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize(
     "op", ["lightning_decode", "lightning_replay", "lightning_verify", "lightning_commit"]
 )
-def test_opcheck(op: str, impl: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.sevenfold, op).default, arguments(op, impl))
+def test_opcheck(op: str, impl: str, apart: bool) -> None:
+    torch.library.opcheck(getattr(torch.ops.sevenfold, op).default, arguments(op, impl, apart))
 
 
 def test_compiled_whole() -> None:

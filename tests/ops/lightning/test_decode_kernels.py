@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from decode_cases import DEVICE, GPU_UNLESS_INTERPRETED, INTERPRETED, KERNEL_DTYPES, Course, Sizes
+from decode_cases import (
+    DEVICE,
+    GPU_UNLESS_INTERPRETED,
+    INTERPRETED,
+    KERNEL_DTYPES,
+    Course,
+    Sizes,
+    gaps,
+    spread,
+)
 from lightning_statements import make_inputs, recurrence
 
 from sevenfold.ops import lightning_attention_decode
@@ -29,7 +38,7 @@ def test_steps_agree_with_the_recurrence(K: int, V: int, dtype: torch.dtype, dec
     x = x._replace(initial_state=start[[2, 1, 0]])
     exact = recurrence(x._replace(initial_state=x.initial_state).to(torch.float64), scale=0.5)
     honest = recurrence(x.to(torch.float32), scale=0.5)
-    pool = start.to(DEVICE)
+    pool = spread(start.to(DEVICE))
     q, k, v, log_decay = (y.to(DEVICE) for y in x[:4])
     found = torch.stack(
         [
@@ -44,13 +53,14 @@ def test_steps_agree_with_the_recurrence(K: int, V: int, dtype: torch.dtype, dec
     assert not found[1].any()
     check_error("pool", pool.cpu()[[2, 0]], honest[1][::2], exact[1][::2])
     assert torch.equal(pool[1].cpu(), start[1])
+    assert bool((gaps(pool) == 7).all())
 
 
 @pytest.mark.parametrize(("R", "decay"), RINGS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_any_course_of_calls(K: int, V: int, dtype: torch.dtype, R: int, decay: str) -> None:
-    sizes = Sizes(K, V, R, min(R, 16), decay, slots=2 if INTERPRETED else 4)
+    sizes = Sizes(K, V, R, min(R, 16), decay, slots=2 if INTERPRETED else 4, apart=True)
     Course("triton", sizes, dtype, str(DEVICE), seed=R).run(CALLS).check()
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from decode_cases import spread
 from lightning_statements import Inputs, borders, dense, make_inputs
 from torch import Tensor
 
@@ -76,6 +77,15 @@ def test_without_stops_it_is_lightning_attention() -> None:
     assert bool((pool == 7).all())
 
 
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_slots_that_lie_apart(impl: str) -> None:
+    x, pool = inputs()
+    apart = spread(pool)
+    prefill(x, apart, impl=impl)
+    prefill(x, pool, impl=impl)
+    assert torch.equal(apart, pool)
+
+
 def test_it_takes_no_gradient() -> None:
     x, pool = inputs()
     q, k, v, state = x.leaves()
@@ -103,10 +113,10 @@ def test_wrong_stops(stops: tuple[Stop, ...], message: str) -> None:
 def test_wrong_pools() -> None:
     x, pool = inputs(torch.float32)
     with pytest.raises(
-        ValueError, match=re.escape("pool must be contiguous of shape [S, H, K, V]")
+        ValueError, match=re.escape("pool must have shape [S, H, K, V] = [7, 4,")
     ):
         prefill(x, pool[:, :1])
-    with pytest.raises(ValueError, match="pool must be contiguous"):
+    with pytest.raises(ValueError, match="pool must be contiguous within a slot"):
         prefill(x, pool.transpose(0, 1).contiguous().transpose(0, 1))
     with pytest.raises(TypeError, match=re.escape("pool must be torch.float32, got torch.float64")):
         prefill(x, pool.double())

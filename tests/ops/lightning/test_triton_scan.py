@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from decode_cases import gaps, spread
 from kernel_device import DEVICE, DTYPES, INTERPRETED
 from lightning_statements import DECAYS, Inputs, borders, make_inputs
 from torch import Tensor
@@ -119,7 +120,7 @@ def test_states_that_are_kept_on_the_way() -> None:
     marks = [(0, 1), (0, CUT_TOKENS), (0, 110), (2, 33), (0, 2 * PIECE_TOKENS)]
     stops = [Stop(n, tokens, 7 - i) for i, (n, tokens) in enumerate(marks)]
     x = to_device(make_inputs(MIXED, sum(lengths), N=3, K=K, V=V, dtype=LOW))
-    pool = torch.full((8, x.q.shape[2], K, V), 7.0, device=DEVICE)
+    pool = spread(torch.full((8, x.q.shape[2], K, V), 7.0, device=DEVICE))
     numbers = [number for stop in stops for number in stop]
     arguments = (x.log_decay, 0.5, x.initial_state, borders(lengths))
     o, final = triton_op.lightning_scan_keep(*x[:3], *arguments, pool, numbers)
@@ -138,6 +139,7 @@ def test_states_that_are_kept_on_the_way() -> None:
         exact_state = chunked(*(y.double() for y in own), state.double(), x, 0.5, None)[1]
         check_error(f"{n} {tokens}", pool[slot : slot + 1], honest_state.to(LOW), exact_state)
     assert bool((pool[:3] == 7).all())
+    assert bool((gaps(pool) == 7).all())
 
 
 def test_no_initial_state_means_zeros() -> None:

@@ -38,7 +38,8 @@ def lightning_attention_decode(
         q, k: [B, H, K], bf16, fp16, fp32, or fp64 for verification.
         v: [B, H, V], dtype of q.
         log_decay: [H] fp32, <= 0, natural log of the decay of one token; its sign is not checked.
-        pool: [S, H, K, V] fp32 (fp64 with fp64 inputs), contiguous; changed in place.
+        pool: [S, H, K, V] fp32 (fp64 with fp64 inputs), contiguous within a slot, whose slots may
+            lie apart; changed in place.
         slots: [B] int32 or int64, each sequence's state in the pool, no two alike, less than S, not
             checked; -1 skips a row: its output is zero, and no state is touched.
         scale: multiplies the output; MiniMax uses 1.

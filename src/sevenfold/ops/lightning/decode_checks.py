@@ -43,14 +43,27 @@ def check_log_decay(log_decay: Tensor, H: int) -> None:
 
 
 def check_state(name: str, state: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless a pool of states is [S, *shape], without gaps, fp32 (fp64 with fp64 tokens)."""
+    """Raise unless a pool of states is [S, *shape], fp32 (fp64 with fp64 tokens), by check_slotted."""
     if state.dim() != 4:
         raise ValueError(f"{name} must have shape [S, H, K, V], got {list(state.shape)}")
     check_shape(name, state, (state.shape[0], *shape), "[S, H, K, V]")
     check_dtype(name, state, (torch.promote_types(like.dtype, torch.float32),))
     check_device(name, state, like.device)
-    if not state.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {list(state.stride())}")
+    check_slotted(name, state)
+
+
+def check_slotted(name: str, pool: Tensor) -> None:
+    """Raise ValueError unless each slot pool[i] has no gaps and no slots overlap.
+
+    Slots may lie apart: an arena hands out views in which other layers' states lie between them.
+    """
+    if pool.is_contiguous():
+        return
+    if not pool[0].is_contiguous() or pool.stride(0) < pool[0].numel():
+        raise ValueError(
+            f"{name} must be contiguous within a slot and its slots must not overlap, got shape "
+            f"{list(pool.shape)} with strides {list(pool.stride())}"
+        )
 
 
 def check_slots(slots: Tensor, B: int, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from sevenfold.ops.lightning import replay_eager, replay_reference
 from sevenfold.ops.lightning.decode_checks import (
     IMPLS,
     check_slots,
+    check_slotted,
     check_state,
     check_tokens,
     default_impl,
@@ -26,7 +27,8 @@ class ReplayPool:
     A slot's sequence is its state and then the first `count` tokens of its ring. Tokens behind
     them are a draft: they count once they are accepted, and are overwritten otherwise. To begin a
     sequence, write its state and set its count to zero; `lightning_attention_commit` brings a state
-    up to date. Prepare it once: what it holds changes in place.
+    up to date. Prepare it once: what it holds changes in place. Each tensor is contiguous within a
+    slot; slots may lie apart.
 
     Attributes:
         state: [S, H, K, V] fp32 (fp64 with fp64 tokens).
@@ -151,8 +153,7 @@ def check_pool(pool: ReplayPool, q: Tensor, v: Tensor) -> None:
         check_dtype(name, ring, (q.dtype,))
     for name, x in zip(("ring_k", "ring_v", "count"), pool.tensors()[1:], strict=True):
         check_device(f"pool.{name}", x, q.device)
-        if not x.is_contiguous():
-            raise ValueError(f"pool.{name} must be contiguous, got strides {list(x.stride())}")
+        check_slotted(f"pool.{name}", x)
 
 
 @torch.library.custom_op("sevenfold::lightning_replay", mutates_args=("pool",))

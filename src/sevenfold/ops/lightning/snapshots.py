@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sevenfold.ops.checks import check_device, check_dtype
+from sevenfold.ops.lightning.decode_checks import check_state
 from sevenfold.ops.lightning.segments import Stop
 
 
@@ -15,7 +15,8 @@ from sevenfold.ops.lightning.segments import Stop
 class Snapshots:
     """States to keep: `stops` says which one goes to which slot of the pool.
 
-    pool: [S, H, K, V] fp32 contiguous (fp64 with fp64 inputs), written in place.
+    pool: [S, H, K, V] fp32 (fp64 with fp64 inputs), contiguous within a slot, whose slots may lie
+        apart; written in place.
     stops: each the sequence, the number of its tokens after which its state is kept, from 1 to its
         length, and the slot, 0 to S - 1, of which no two are the same.
     """
@@ -27,13 +28,7 @@ class Snapshots:
 def check_snapshots(snapshots: Snapshots, q: Tensor, V: int) -> None:
     """Raise ValueError or TypeError unless pool and slots suit the tokens q [B, T, H, K]."""
     pool, (H, K) = snapshots.pool, q.shape[2:]
-    if pool.dim() != 4 or pool.shape[1:] != (H, K, V) or not pool.is_contiguous():
-        raise ValueError(
-            f"pool must be contiguous of shape [S, H, K, V] = [S, {H}, {K}, {V}], got "
-            f"{list(pool.shape)} with strides {list(pool.stride())}"
-        )
-    check_dtype("pool", pool, (torch.promote_types(q.dtype, torch.float32),))
-    check_device("pool", pool, q.device)
+    check_state("pool", pool, q, (H, K, V))
     slots = [stop.slot for stop in snapshots.stops]
     if len(set(slots)) < len(slots) or not all(0 <= slot < len(pool) for slot in slots):
         raise ValueError(f"slot must differ and lie in 0 to {len(pool) - 1}, got {slots}")

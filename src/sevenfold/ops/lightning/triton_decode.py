@@ -19,7 +19,7 @@ from sevenfold.ops.lightning.triton_decode_common import (
 @triton.jit
 def _decode_kernel(
     q, k, v, log_decay, pool, slots, o, scale,
-    q_row, q_head, k_row, k_head, v_row, v_head,
+    q_row, q_head, k_row, k_head, v_row, v_head, pool_slot,
     H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A program owns BV value columns of one sequence's head."""
@@ -32,7 +32,7 @@ def _decode_kernel(
     if slot < 0:
         tl.store(o + bh.to(tl.int64) * V + iv, tl.zeros([BV], o.dtype.element_ty), mask=in_v)
         return
-    at = pool + (slot * H + h) * K * V + ik[:, None] * V + iv[None, :]
+    at = pool + slot * pool_slot + h * K * V + ik[:, None] * V + iv[None, :]
     inside = in_k[:, None] & in_v[None, :]
     S = tl.load(at, mask=inside, other=0.0)
     query = tl.load(q + b * q_row + h * q_head + ik, mask=in_k, other=0.0).to(tl.float32)
@@ -57,7 +57,7 @@ def decode(
     if o.numel():
         _decode_kernel[(B * H * triton.cdiv(V, BV),)](
             q, k, v, log_decay, pool, slots, o, scale,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], pool.stride(0),
             H, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
         )  # fmt: skip
     return o

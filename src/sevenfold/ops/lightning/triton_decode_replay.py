@@ -52,7 +52,7 @@ def _columns(
 @triton.jit
 def _replay_kernel(
     q, k, v, log_decay, state, ring_k, ring_v, count, slots, o, scale,
-    q_row, q_head, k_row, k_head, v_row, v_head, H,
+    q_row, q_head, k_row, k_head, v_row, v_head, state_slot, keys_slot, values_slot, count_slot, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -66,11 +66,13 @@ def _replay_kernel(
             nothing = tl.zeros([BV], o.dtype.element_ty)
             tl.store(out + start + iv, nothing, mask=start + iv < V)
         return
-    place = slot * H + h
-    P = tl.load(count + place)
+    count += slot * count_slot + h
+    P = tl.load(count)
     rate = load_log_decay(log_decay, h)
     live, full = rows < P, P >= R
-    state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
+    state += slot * state_slot + h * K * V
+    ring_k += slot * keys_slot + h * R * K
+    ring_v += slot * values_slot + h * R * V
     query = tl.load(q + b * q_row + h * q_head + ik, mask=in_k, other=0.0).to(tl.float32)
     key = tl.load(k + b * k_row + h * k_head + ik, mask=in_k, other=0.0)
     inside = in_k[:, None] & live[None, :]
@@ -92,7 +94,7 @@ def _replay_kernel(
         in_v = start + iv < V
         value = tl.load(v + start + iv, mask=in_v, other=0.0)
         tl.store(ring_v + row * V + start + iv, value, mask=in_v)
-    tl.store(count + place, row + 1)
+    tl.store(count, row + 1)
 
 
 def replay(
@@ -117,7 +119,7 @@ def replay(
     if o.numel():
         _replay_kernel[(B * H,)](
             q, k, v, log_decay, *pool, slots, o, scale,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in pool),
             H, K=K, V=V, R=R, BK=triton.next_power_of_2(K),
             BV=min(config["BV"], triton.next_power_of_2(V)),
             BF=min(config["BF"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),

@@ -234,8 +234,8 @@ def _first_state(
 
 @gluon.jit
 def _compute_segment(
-    S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, log2_decay, gain, done,
-    within, entered, at, head, H, o_token, o_head, state_k, state_v, A_layout: gl.constexpr,
+    S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot, log2_decay, gain,
+    done, within, entered, at, head, H, o_token, o_head, state_k, state_v, A_layout: gl.constexpr,
     REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The state after a segment's tokens from `done` on, and the number of chunks so far."""
@@ -274,8 +274,8 @@ def _compute_segment(
         at += 1
         if HAS_STOPS:
             while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
-                matrix = gl.load(stops + 2 * kept + 1) * H + head
-                _keep(pool, matrix, S, state_k, state_v)
+                slot = gl.load(stops + 2 * kept + 1).to(gl.int64)
+                _keep(pool + slot * pool_slot, head, S, state_k, state_v)
                 kept += 1
     return S, at
 
@@ -283,8 +283,8 @@ def _compute_segment(
 @gluon.jit
 def _compute_all(
     o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale, horizon,
-    state_in, state_between, state_out, pool, works, H, o_token, o_head, state_k, state_v,
-    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
+    state_in, state_between, state_out, pool, pool_slot, works, H, o_token, o_head, state_k,
+    state_v, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
     HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
     HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -321,8 +321,8 @@ def _compute_all(
             else:
                 done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
             S, at = _compute_segment(
-                S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, log2_decay, gain,
-                done, within, entered, at, head, H, o_token, o_head, state_k, state_v, A_layout,
+                S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot, log2_decay,
+                gain, done, within, entered, at, head, H, o_token, o_head, state_k, state_v, A_layout,
                 REVERSE, HAS_STOPS, OUTPUT, STAGES,
             )  # fmt: skip
             if HAS_OUT:
@@ -336,7 +336,7 @@ def _compute_all(
 @gluon.jit
 def hopper_scan_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, horizon, state_in, state_between,
-    state_out, pool, table, stops, works, H, q_head, k_head, v_head, o_token, o_head,
+    state_out, pool, pool_slot, table, stops, works, H, q_head, k_head, v_head, o_token, o_head,
     state_k, state_v,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
     HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
@@ -361,8 +361,8 @@ def hopper_scan_kernel(
         [
             (_compute_all, (
                 o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale,
-                horizon, state_in, state_between, state_out, pool, works, H, o_token, o_head,
-                state_k, state_v, K, V, C, REVERSE, HAS_IN, HAS_BETWEEN, HAS_OUT, HAS_STOPS,
+                horizon, state_in, state_between, state_out, pool, pool_slot, works, H, o_token,
+                o_head, state_k, state_v, K, V, C, REVERSE, HAS_IN, HAS_BETWEEN, HAS_OUT, HAS_STOPS,
                 OUTPUT, IS_EVEN, STAGES,
             )),
             (_load_all, (

@@ -35,7 +35,7 @@ class Scan(NamedTuple):
     q, k: [B, T, H, K]. v: [B, T, H, V]. log_decay: [H] fp32.
     lengths: tokens of each sequence; they sum to B * T.
     state_in, state_out: [N, H, K, V] fp32 contiguous, or None.
-    pool, stops: states to keep on the way.
+    pool, stops: states to keep on the way; the pool's slots may lie apart.
     reverse: from the last token to the first.
     transposed: the states' matrices lie in memory as [V, K].
     """
@@ -153,7 +153,9 @@ def _launch(
     }
     states = [scan.state_in, between, scan.state_out, scan.pool]
     pointers = [_or(state, scan.log_decay) for state in states]
-    launch(scan, (plan, table), o, (*pointers, *((1, K) if swapped else (V, 1))), flags)
+    pool_slot = pointers[3].stride(0)
+    steps = (1, K) if swapped else (V, 1)
+    launch(scan, (plan, table), o, (*pointers, pool_slot, *steps), flags)
 
 
 def _launch_any(
@@ -168,11 +170,11 @@ def _launch_any(
         scan.log_decay,
         float(scan.scale),
         _HORIZONS[scan.q.dtype],
-        *states[:4],
+        *states[:5],
         table,
         plan.stops,
         *(stride for x in rows for stride in x.stride()[:2]),
-        *states[4:],
+        *states[5:],
         K=K,
         V=V,
         BK=_padded(K),
@@ -200,14 +202,14 @@ def _launch_hopper(
         scan.log_decay,
         float(scan.scale),
         _HORIZONS[scan.q.dtype],
-        *states[:4],
+        *states[:5],
         table,
         plan.stops,
         works,
         H,
         *(x.stride(1) for x in rows[:3]),
         *rows[3].stride()[:2],
-        *states[4:],
+        *states[5:],
         K=K,
         V=V,
         C=_HOPPER_CHUNK,

@@ -93,7 +93,7 @@ def _scan(
 
 @triton.jit
 def scan_kernel(
-    q, k, v, o, log_decay, scale, horizon, state_in, state_between, state_out, pool, table, stops,
+    q, k, v, o, log_decay, scale, horizon, state_in, state_between, state_out, pool, pool_slot, table, stops,
     q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head, state_k, state_v,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, HAS_IN: tl.constexpr, HAS_BETWEEN: tl.constexpr, HAS_OUT: tl.constexpr,
@@ -137,8 +137,8 @@ def scan_kernel(
                 S, q, k, v, o, q_token, k_token, v_token, o_token, log2_decay, scale, start, end,
                 done, until, v_columns, K, V, BK, C, REVERSE, OUTPUT,
             )  # fmt: skip
-            kept = tl.load(stops + 2 * at + 1).to(tl.int64) * H + head
-            tl.store(pool + kept * (K * V) + cell, S, inside)
+            kept = tl.load(stops + 2 * at + 1).to(tl.int64) * pool_slot + head * (K * V)
+            tl.store(pool + kept + cell, S, inside)
             done = until
     S = _scan(
         S, q, k, v, o, q_token, k_token, v_token, o_token, log2_decay, scale, start, end,

@@ -23,10 +23,10 @@ DRAFT_ROWS = 16  # the least that a tensor core's product takes
 
 
 @triton.jit
-def _rows_to_keep(count, accepted, place, b, A, R: tl.constexpr, BR: tl.constexpr):
+def _rows_to_keep(count, accepted, b, A, R: tl.constexpr, BR: tl.constexpr):
     """Where the ring holds the i-th token that the state lacks, and how many there are."""
     i = tl.arange(0, BR)
-    held = tl.load(count + place)
+    held = tl.load(count)
     picked = (i >= held) & (i - held < A)
     drafted = tl.load(accepted + b * A + i - held, mask=picked, other=-1)
     chosen = picked & (drafted >= 0) & (held + drafted < R)
@@ -102,7 +102,8 @@ def _columns(
 @triton.jit
 def _verify_kernel(
     q, k, v, log_decay, state, ring_k, ring_v, count, slots, accepted, ancestors, o, scale,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, A, H,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    state_slot, keys_slot, values_slot, count_slot, T, A, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BF: tl.constexpr, WV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, TREE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -119,9 +120,11 @@ def _verify_kernel(
             at = out + t[:, None] * H * V + start + iv[None, :]
             tl.store(at, nothing, mask=in_t[:, None] & (start + iv < V)[None, :])
         return
-    place, rate = slot * H + h, load_log_decay(log_decay, h)
-    state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
-    source, P = _rows_to_keep(count, accepted, place, b, A, R, BR)
+    rate, count = load_log_decay(log_decay, h), count + slot * count_slot + h
+    state += slot * state_slot + h * K * V
+    ring_k += slot * keys_slot + h * R * K
+    ring_v += slot * values_slot + h * R * V
+    source, P = _rows_to_keep(count, accepted, b, A, R, BR)
     live, full = i < P, P + T > R
     q += b * q_row + h * q_head
     q_at = q + t[:, None] * q_token + ik[None, :]
@@ -147,7 +150,7 @@ def _verify_kernel(
     moved = live & (source != i) & (base > 0)
     _write_rows(ring_k, k + b * k_row + h * k_head, k_token, source, moved, base, T, K, BK, BR, BT)
     _write_rows(ring_v, v, v_token, source, moved, base, T, V, WV, BR, BT)
-    tl.store(count + place, base)
+    tl.store(count, base)
 
 
 @triton.jit
@@ -168,7 +171,8 @@ def _write_rows(
 
 @triton.jit
 def _commit_kernel(
-    log_decay, state, ring_k, ring_v, count, slots, accepted, A, H,
+    log_decay, state, ring_k, ring_v, count, slots, accepted,
+    state_slot, keys_slot, values_slot, count_slot, A, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
@@ -177,9 +181,11 @@ def _commit_kernel(
     slot = tl.load(slots + b).to(tl.int64)
     if slot < 0:
         return
-    place, rate = slot * H + h, load_log_decay(log_decay, h)
-    source, P = _rows_to_keep(count, accepted, place, b, A, R, BR)
-    state, ring_k, ring_v = state + place * K * V, ring_k + place * R * K, ring_v + place * R * V
+    rate, count = load_log_decay(log_decay, h), count + slot * count_slot + h
+    state += slot * state_slot + h * K * V
+    ring_k += slot * keys_slot + h * R * K
+    ring_v += slot * values_slot + h * R * V
+    source, P = _rows_to_keep(count, accepted, b, A, R, BR)
     ik, iv, live = tl.arange(0, BK)[:, None], tl.arange(0, BF)[None, :], tl.arange(0, BR) < P
     at_keys = ring_k + source[None, :] * K + ik
     keys = tl.load(at_keys, mask=(ik < K) & live[None, :], other=0.0)
@@ -192,7 +198,7 @@ def _commit_kernel(
         values = tl.load(at_values, mask=live[:, None] & (start + iv < V), other=0.0)
         tl.store(at, fold(S, decay, weighted, values), mask=inside)
     tl.debug_barrier()  # the cursor has been read by all before it is written
-    tl.store(count + place, 0)
+    tl.store(count, 0)
 
 
 def verify(
@@ -223,6 +229,7 @@ def verify(
             slots if accepted is None else accepted.contiguous(),
             slots if ancestors is None else ancestors.contiguous(),
             o, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *(x.stride(0) for x in pool),
             T, 0 if accepted is None else accepted.shape[1], H,
             K=K, V=V, R=R, BK=BK, BV=min(config["BV"], WV), BF=min(config["BF"], WV), WV=WV,
             BR=max(16, triton.next_power_of_2(R)), BT=DRAFT_ROWS, TREE=ancestors is not None,
@@ -246,7 +253,7 @@ def commit(
         _commit_kernel[(len(slots) * H,)](
             log_decay, *pool, slots,
             slots if accepted is None else accepted.contiguous(),
-            0 if accepted is None else accepted.shape[1],
+            *(x.stride(0) for x in pool), 0 if accepted is None else accepted.shape[1],
             H, K=K, V=V, R=R, BK=triton.next_power_of_2(K),
             BF=min(config["BF"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
             num_warps=config["num_warps"],
