@@ -57,5 +57,7 @@ def test_selecting_pools_and_pages() -> None:
     assert selected.slots.tolist() == [2, 3]
     pages = torch.zeros(1, 2, 1, 2)
     table = PageTable(torch.zeros(1, 1, dtype=torch.int64), slots, slots)
-    with pytest.raises(TypeError, match="state must own its keys to be selected from, got pages"):
+    with pytest.raises(
+        TypeError, match="state must own its keys to be selected from, got a PagedKV"
+    ):
         select_sequences((PagedKV(pages, pages, table),), torch.tensor([0]))

@@ -16,6 +16,7 @@ SnapshotDtype = Literal["fp32", "fp16", "int8"]
 _SLAB_ALIGNMENT_BYTES = 512
 _ITEM_ALIGNMENT_BYTES = 16  # the widest load of a GPU thread
 _SCALE_BYTES = 4  # int8 keeps one fp32 scale for each head and key channel
+RING_COUNT_BYTES = 4  # int32
 _MAX_GROWTH = 16  # a slab grows by a 16th at most to hold one more snapshot
 
 
@@ -26,6 +27,8 @@ class MemoryPlan:
     state_bytes: one request's linear state, fp32; 0 without linear layers.
     page_bytes: keys and values of page_tokens tokens in all softmax layers; 0 without them.
     snapshot_bytes: one cached state.
+    ring_tokens: drafts' keys and values that a state keeps beside it; 0 where nobody speculates.
+    ring_bytes: what they take of a state's place, all linear layers.
     """
 
     budget_bytes: int
@@ -36,6 +39,8 @@ class MemoryPlan:
     snapshot_bytes: int
     layout: ArenaLayout
     cost: PrefillCost
+    ring_tokens: int = 0
+    ring_bytes: int = 0
 
     @property
     def has_states(self) -> bool:
@@ -65,8 +70,8 @@ class MemoryPlan:
         return -(-num_tokens // self.page_tokens) if self.has_pages else 0
 
     def request_bytes(self, num_tokens: int) -> int:
-        """Bytes of a request's state and pages."""
-        return self.state_bytes + self.num_pages(num_tokens) * self.page_bytes
+        """Bytes of a request's state, of its drafts and of its pages."""
+        return self.state_bytes + self.ring_bytes + self.num_pages(num_tokens) * self.page_bytes
 
     def concurrency(self, context_tokens: int) -> int:
         """How many requests of that many tokens, with nothing in common, fit side by side."""
@@ -89,10 +94,11 @@ def plan_memory(
     page_tokens: int = 64,
     snapshot_dtype: SnapshotDtype = "fp32",
     kv_element_bytes: int = 2,
+    ring_tokens: int = 0,
 ) -> MemoryPlan:
     """Cut a byte budget into slabs for states, pages and snapshots.
 
-    slab = max(state, page), rounded up to 512 bytes and to whole strides; slab 0 is the sink
+    slab = max(state + ring, page), rounded up to 512 bytes and to whole strides; slab 0 is the sink
 
     Args:
         config: the model; without linear, or without softmax layers, it has no states, or no pages.
@@ -101,6 +107,8 @@ def plan_memory(
         page_tokens: tokens of a page: a multiple of 16 from 16 to 64.
         snapshot_dtype: of cached states; int8 with one fp32 scale for each head and key channel.
         kv_element_bytes: of one element of keys and values; 2 for bf16.
+        ring_tokens: tokens of drafts that a linear state keeps beside it, 0 or more:
+            speculation's RING_TOKENS where requests speculate.
 
     Returns:
         The plan.
@@ -116,11 +124,12 @@ def plan_memory(
     state = state_bytes(config)
     page = page_tokens * _kv_bytes_per_token(config, kv_element_bytes)
     snapshot = _snapshot_bytes(config, snapshot_dtype)
-    slab, places = _cut(state, page, snapshot)
+    ring = _ring_bytes(config, ring_tokens, kv_element_bytes)
+    slab, places = _cut(state + ring, page, snapshot)
     num_slabs = budget_bytes // slab
     needed = 1 + (state > 0) + _page_slabs(context_tokens, page_tokens, places[Tenant.PAGE])
     if num_slabs < needed:
-        needs = (state, page, -(-context_tokens // page_tokens), slab)
+        needs = (state + ring, page, -(-context_tokens // page_tokens), slab)
         raise ConfigError(_refusal(budget_bytes, context_tokens, needs, needed))
     return MemoryPlan(
         budget_bytes=budget_bytes,
@@ -131,6 +140,8 @@ def plan_memory(
         snapshot_bytes=snapshot,
         layout=ArenaLayout(num_slabs, slab, places),
         cost=PrefillCost.of(config),
+        ring_tokens=ring_tokens,
+        ring_bytes=ring,
     )
 
 
@@ -138,6 +149,14 @@ def _kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
     """Every softmax layer keeps every token: a window's pages outside it serve the prefix cache."""
     layers = config.count("full_attention") + config.count("sliding_attention")
     return layers * 2 * config.num_key_value_heads * config.head_dim * element_bytes
+
+
+def _ring_bytes(config: ModelConfig, ring_tokens: int, element_bytes: int) -> int:
+    """Keys and values of draft tokens, and in each head how many of them count already."""
+    heads = config.count("linear_attention") * config.num_attention_heads
+    per_head = 2 * ring_tokens * config.head_dim * element_bytes + RING_COUNT_BYTES
+    size = heads * per_head if ring_tokens else 0
+    return -(-size // _ITEM_ALIGNMENT_BYTES) * _ITEM_ALIGNMENT_BYTES
 
 
 def _snapshot_bytes(config: ModelConfig, dtype: SnapshotDtype) -> int:

@@ -19,6 +19,7 @@ def plan_values(plan: MemoryPlan) -> dict[str, Any]:
         "num_slabs": layout.num_slabs,
         "page_tokens": plan.page_tokens,
         "state_bytes": plan.state_bytes,
+        "ring_bytes": plan.ring_bytes,
         "page_bytes": plan.page_bytes,
         "snapshot_bytes": plan.snapshot_bytes,
         "snapshot_dtype": plan.snapshot_dtype,
@@ -39,6 +40,7 @@ def plan_report(plan: MemoryPlan) -> str:
         ("memory", f"{_size(plan.budget_bytes)}: {layout.num_slabs:,} slabs of "
          f"{_size(layout.slab_bytes)}, one of them the sink"),
         ("state", _item(plan, Tenant.STATE, plan.state_bytes, "a request, fp32")),
+        *_ring(plan),
         ("page", _item(plan, Tenant.PAGE, plan.page_bytes, f"for {plan.page_tokens} tokens")),
         ("snapshot", _item(plan, Tenant.SNAPSHOT, plan.snapshot_bytes, plan.snapshot_dtype)),
         ("longest context", "any" if longest is None else f"{longest:,} tokens"),
@@ -47,6 +49,14 @@ def plan_report(plan: MemoryPlan) -> str:
         ("cacheable prefix", f"from {plan.smallest_cacheable_prefix_tokens} tokens"),
     ]  # fmt: skip
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+def _ring(plan: MemoryPlan) -> list[tuple[str, str]]:
+    if not plan.ring_bytes:
+        return []
+    return [
+        ("drafts", f"{_size(plan.ring_bytes)} beside each state, for {plan.ring_tokens} tokens")
+    ]
 
 
 def _item(plan: MemoryPlan, tenant: Tenant, num_bytes: int, what: str) -> str:

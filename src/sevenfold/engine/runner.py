@@ -113,10 +113,17 @@ class Runner:
         )
 
     def _table(self, rows: list[Row], lengths: list[int]) -> PageTable:
-        most = max(1, *(len(row.pages) for row in rows))
-        pages = torch.tensor([[*row.pages, *(SINK,) * (most - len(row.pages))] for row in rows])
-        row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
-        token = torch.cat([torch.arange(row.past, row.end) for row in rows])
-        block = (token // self._page_tokens).clamp(max=most - 1)
-        at = (pages, pages[row, block], token % self._page_tokens)
-        return PageTable(*(x.to(self._model.device) for x in at))
+        return page_table(rows, lengths, self._page_tokens, self._model.device)
+
+
+def page_table(
+    rows: Sequence[Row], lengths: Sequence[int], page_tokens: int, device: torch.device
+) -> PageTable:
+    """Return where the new tokens of rows go, so many of each, and which pages they read."""
+    most = max(1, *(len(row.pages) for row in rows))
+    pages = torch.tensor([[*row.pages, *(SINK,) * (most - len(row.pages))] for row in rows])
+    row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
+    token = torch.cat([torch.arange(row.past, row.end) for row in rows])
+    block = (token // page_tokens).clamp(max=most - 1)
+    at = (pages, pages[row, block], token % page_tokens)
+    return PageTable(*(x.to(device) for x in at))

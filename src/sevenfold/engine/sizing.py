@@ -7,6 +7,7 @@ import torch
 from sevenfold.config import ConfigError
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.scheduler import SchedulerConfig
+from sevenfold.engine.speculation import RING_TOKENS, DraftModelConfig, SpeculationConfig
 from sevenfold.models import HybridModel
 
 PAGE_TOKENS = 64
@@ -27,7 +28,11 @@ def default_budget_bytes(model: HybridModel) -> int:
 
 
 def size_engine(
-    model: HybridModel, *, budget_bytes: int | None = None, context_tokens: int | None = None
+    model: HybridModel,
+    *,
+    budget_bytes: int | None = None,
+    context_tokens: int | None = None,
+    speculation: SpeculationConfig | None = None,
 ) -> tuple[MemoryPlan, SchedulerConfig]:
     """Cut a budget for a model and set the scheduler's limits to it.
 
@@ -36,13 +41,15 @@ def size_engine(
         budget_bytes: for states, pages and snapshots; None takes default_budget_bytes.
         context_tokens: what one request must be able to reach; None takes what the model allows, or
             less if the budget holds less.
+        speculation: what the engine will speculate by: its drafts, and the memory of a draft model,
+            come out of the budget.
 
     Returns:
         The plan and the limits.
 
     Raises:
-        ConfigError: the budget cannot hold one request of context_tokens, or they exceed what the
-            model allows.
+        ConfigError: the budget cannot hold one request of context_tokens beside a draft model's
+            memory, or they exceed what the model allows.
     """
     limit = model.config.max_position_embeddings
     if context_tokens is not None and not 1 <= context_tokens <= limit:
@@ -51,12 +58,15 @@ def size_engine(
             f"{context_tokens}"
         )
     budget = default_budget_bytes(model) if budget_bytes is None else budget_bytes
+    if isinstance(speculation, DraftModelConfig):
+        budget -= speculation.memory_bytes
     plan = plan_memory(
         model.config,
         budget_bytes=budget,
         context_tokens=context_tokens or 1,
         page_tokens=PAGE_TOKENS,
         kv_element_bytes=model.dtype.itemsize,
+        ring_tokens=0 if speculation is None else RING_TOKENS,
     )
     longest = plan.longest_context_tokens
     most = context_tokens or (limit if longest is None else min(limit, longest))

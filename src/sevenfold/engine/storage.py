@@ -8,17 +8,22 @@ from torch import Tensor
 
 from sevenfold.config import UnsupportedError
 from sevenfold.engine.cache import Fresh
-from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.memory import RING_COUNT_BYTES, MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.models import ModelConfig
+from sevenfold.ops import ReplayPool
 
 
 @dataclass(frozen=True)
 class LinearStorage:
-    """Active states and snapshots of one lightning-attention layer, each [items, H, K, V] fp32."""
+    """Active states and snapshots of one lightning-attention layer, each [items, H, K, V] fp32.
+
+    drafts: the states with their rings; None where nobody speculates.
+    """
 
     states: Tensor
     snapshots: Tensor
+    drafts: ReplayPool | None
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,11 @@ class Storage:
                 rows[torch.tensor(items, device=rows.device)] = 0
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
-        """Copy snapshots into states."""
+        """Copy snapshots into states, which lack nothing then."""
         self._copy(snapshots, states, "snapshots", "states")
+        for layer in self.layers if states else ():
+            if isinstance(layer, LinearStorage) and layer.drafts is not None:
+                layer.drafts.count[torch.tensor(states, device=self._arena.device)] = 0
 
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
         """Copy states into snapshots."""
@@ -85,19 +93,20 @@ class Storage:
 def _layers(config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype):
     """Each layer's views; items lay their layers out one after another."""
     H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    state_at = page_at = 0
+    state_at = page_at = linear = 0
     page_shape = (plan.page_tokens, G, D)
     page_bytes = plan.page_tokens * G * D * dtype.itemsize
     for kind in config.layer_types:
         if kind == "linear_attention":
             places = (Tenant.STATE, Tenant.SNAPSHOT)
-            yield LinearStorage(
-                *(
-                    _pool(arena, plan.layout, place, state_at, torch.float32, (H, D, D))
-                    for place in places
-                )
+            states, snapshots = (
+                _pool(arena, plan.layout, place, state_at, torch.float32, (H, D, D))
+                for place in places
             )
+            drafts = _drafts(states, plan, arena, dtype, linear) if plan.ring_tokens else None
+            yield LinearStorage(states, snapshots, drafts)
             state_at += H * D * D * torch.float32.itemsize
+            linear += 1
         else:
             offsets = (page_at, page_at + page_bytes)
             yield KVStorage(
@@ -107,6 +116,24 @@ def _layers(config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.d
                 )
             )
             page_at += 2 * page_bytes
+
+
+def _drafts(
+    states: Tensor, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype, linear: int
+) -> ReplayPool:
+    """The rings of the linear layer of that number.
+
+    Behind the states of all layers lie the keys and values of all, and then the counts of all.
+    """
+    H, D = states.shape[1:3]
+    num_layers = plan.state_bytes // (H * D * D * torch.float32.itemsize)
+    ring_bytes = H * plan.ring_tokens * D * dtype.itemsize
+    rings_at = [plan.state_bytes + (2 * linear + n) * ring_bytes for n in range(2)]
+    count_at = plan.state_bytes + 2 * num_layers * ring_bytes + linear * H * RING_COUNT_BYTES
+    shape = (H, plan.ring_tokens, D)
+    ring_k, ring_v = (_pool(arena, plan.layout, Tenant.STATE, at, dtype, shape) for at in rings_at)
+    count = _pool(arena, plan.layout, Tenant.STATE, count_at, torch.int32, (H,))
+    return ReplayPool(states, ring_k, ring_v, count)
 
 
 def _pool(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.models.config import LayerType, ModelConfig
+from sevenfold.models.drafts import DraftedState
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,21 @@ class PagedKV:
     table: PageTable
 
 
+@dataclass(frozen=True)
+class PagedTree:
+    """Keys and values in pages, as PagedKV, of which the new tokens are trees.
+
+    ancestors: [N, T, T] bool; draft token t of sequence n lies in place past[n] + t.
+    """
+
+    k: Tensor
+    v: Tensor
+    table: PageTable
+    ancestors: Tensor
+
+
 OwnState = LinearState | KVState
-LayerState = OwnState | PooledState | PagedKV
+LayerState = OwnState | PooledState | PagedKV | DraftedState | PagedTree
 
 
 def empty_state(
@@ -119,8 +133,9 @@ def _selected(layer: LayerState, sequences: Tensor) -> LayerState:
             return KVState(layer.k[sequences], layer.v[sequences])
         case PooledState():
             return PooledState(layer.pool, layer.slots[sequences])
-        case PagedKV():
-            raise TypeError("state must own its keys to be selected from, got pages")
+        case PagedKV() | PagedTree() | DraftedState():
+            name = type(layer).__name__
+            raise TypeError(f"state must own its keys to be selected from, got a {name}")
 
 
 def _layer_state(

@@ -1,6 +1,11 @@
 """Operators: functions of tensors, each with one meaning and one or more implementations."""
 
-from sevenfold.ops.attention import attention, attention_cached, attention_paged
+from sevenfold.ops.attention import (
+    attention,
+    attention_cached,
+    attention_paged,
+    attention_paged_tree,
+)
 from sevenfold.ops.cross_entropy import IGNORED_LABEL, linear_cross_entropy
 from sevenfold.ops.experts import (
     Dispatch,
@@ -22,6 +27,7 @@ from sevenfold.ops.few_rows import (
     suits_few_rows,
 )
 from sevenfold.ops.lightning import (
+    MAX_DRAFT_TOKENS,
     ReplayPool,
     Snapshots,
     Stop,
@@ -44,6 +50,7 @@ from sevenfold.ops.types import Impl, OpResult
 
 __all__ = [
     "IGNORED_LABEL",
+    "MAX_DRAFT_TOKENS",
     "DenseRows",
     "Dispatch",
     "ExpertRows",
@@ -59,6 +66,7 @@ __all__ = [
     "attention",
     "attention_cached",
     "attention_paged",
+    "attention_paged_tree",
     "autocast",
     "combine",
     "full_precision",

@@ -17,6 +17,7 @@ from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
 from sevenfold.engine.sampling import Logprobs, SamplingParams, read_logprobs
 from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig
+from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
 from sevenfold.server.engine_protocol import (
     EngineFullError,
     EngineStats,
@@ -56,7 +57,14 @@ class BatchingEngine:
     features: frozenset[Feature] = frozenset({"constraint", "prompt_logprobs", "priority"})
 
     def __init__(
-        self, llm: LLM, model_name: str, plan: MemoryPlan, config: SchedulerConfig
+        self,
+        llm: LLM,
+        model_name: str,
+        plan: MemoryPlan,
+        config: SchedulerConfig,
+        *,
+        speculation: SpeculationConfig | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         """Allocate the plan's memory and start.
 
@@ -65,6 +73,7 @@ class BatchingEngine:
             model_name: what clients call it.
             plan: of the model's config.
             config: the scheduler's limits.
+            speculation, draft: as Engine takes them.
         """
         self.model_name, self.tokenizer = model_name, llm.tokenizer
         limits = (llm.model.config.max_position_embeddings, config.max_request_tokens)
@@ -73,7 +82,9 @@ class BatchingEngine:
         self.eos_token_id = llm.model.config.eos_token_id
         self._llm, self._plan = llm, plan
         self._weight_bytes = sum(p.numel() * p.element_size() for p in llm.model.parameters())
-        self._engine = Engine(llm.model, llm.tokenizer, plan, config)
+        self._engine = Engine(
+            llm.model, llm.tokenizer, plan, config, speculation=speculation, draft=draft
+        )
         self._jobs: dict[str, _Job] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -227,6 +238,7 @@ class BatchingEngine:
     def _read_stats(self) -> EngineStats:
         scheduler, counters = self._engine.scheduler, self._engine.counters()
         usage, plan = self._engine.cache.usage(), self._plan
+        drafts = self._engine.speculation_counters() or SpeculationCounters()
         layout = plan.layout
         sizes = (plan.state_bytes, plan.page_bytes, plan.snapshot_bytes)
         states, pages, snapshots = (
@@ -250,6 +262,8 @@ class BatchingEngine:
             recomputed_tokens=scheduler.num_recomputed_tokens,
             snapshots_evicted=counters.num_evicted,
             preemptions=scheduler.num_preemptions,
+            drafted_tokens=drafts.num_drafted_tokens,
+            accepted_tokens=drafts.num_accepted_tokens,
             effective_concurrency=plan.concurrency(self.max_context_tokens),
             smallest_cacheable_prefix_tokens=plan.smallest_cacheable_prefix_tokens,
         )

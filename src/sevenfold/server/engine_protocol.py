@@ -119,6 +119,7 @@ class EngineStats:
     prompt_tokens, cached_tokens: since the start; their ratio is the hit rate.
     potential_tokens: prompt tokens whose keys and values were cached, but no state with them.
     recomputed_tokens: computed again after a preemption or for lack of a snapshot.
+    drafted_tokens, accepted_tokens: guessed by speculation, and right.
     effective_concurrency: requests of full length that memory holds at a time.
     smallest_cacheable_prefix_tokens: None if nothing is cached.
     """
@@ -136,6 +137,8 @@ class EngineStats:
     recomputed_tokens: int = 0
     snapshots_evicted: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     effective_concurrency: int = 1
     smallest_cacheable_prefix_tokens: int | None = None
 

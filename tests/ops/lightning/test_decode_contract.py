@@ -155,8 +155,8 @@ def test_slots_that_overlap() -> None:
         (
             changed(ring_v=torch.zeros(S, H, V, 4).mT),
             ValueError,
-            "pool.ring_v must be contiguous within a slot and its slots must not overlap, got shape "
-            "[3, 4, 4, 6] with strides [96, 24, 1, 4]",
+            "pool.ring_v must be contiguous within a slot and its slots must not overlap, got "
+            "shape [3, 4, 4, 6] with strides [96, 24, 1, 4]",
         ),
     ],
 )

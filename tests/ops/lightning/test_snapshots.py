@@ -112,9 +112,7 @@ def test_wrong_stops(stops: tuple[Stop, ...], message: str) -> None:
 
 def test_wrong_pools() -> None:
     x, pool = inputs(torch.float32)
-    with pytest.raises(
-        ValueError, match=re.escape("pool must have shape [S, H, K, V] = [7, 4,")
-    ):
+    with pytest.raises(ValueError, match=re.escape("pool must have shape [S, H, K, V] = [7, 4,")):
         prefill(x, pool[:, :1])
     with pytest.raises(ValueError, match="pool must be contiguous within a slot"):
         prefill(x, pool.transpose(0, 1).contiguous().transpose(0, 1))

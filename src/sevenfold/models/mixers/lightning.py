@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
+from sevenfold.models.drafts import DraftedState
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import LinearState, PooledState
 from sevenfold.ops import (
@@ -47,8 +48,8 @@ class LightningAttention(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, batch: Batch, state: LinearState | PooledState | None
-    ) -> tuple[Tensor, LinearState | PooledState | None]:
+        self, x: Tensor, batch: Batch, state: LinearState | PooledState | DraftedState | None
+    ) -> tuple[Tensor, LinearState | PooledState | DraftedState | None]:
         """Mix x [B, T, hidden_size]; the state comes back advanced, or None if none came in."""
         B, T, _ = x.shape
         q, k, v = silu_qkv(self.qkv_proj(x), self.num_heads)  # [B, T, H, D]
@@ -62,14 +63,16 @@ class LightningAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         batch: Batch,
-        state: LinearState | PooledState | None,
-    ) -> tuple[Tensor, LinearState | PooledState | None]:
+        state: LinearState | PooledState | DraftedState | None,
+    ) -> tuple[Tensor, LinearState | PooledState | DraftedState | None]:
         if state is None:
             o = lightning_attention(q, k, v, self.log_decay, cu_seqlens=batch.cu_seqlens).o
             return o, None
         if isinstance(state, LinearState):
             o, kv = self._advance(q, k, v, batch, state.kv)
             return o, LinearState(kv)
+        if isinstance(state, DraftedState):
+            return state.advance((q, k, v), self.log_decay), state
         o, kv = self._advance(q, k, v, batch, state.pool[state.slots])
         state.pool[state.slots] = kv
         return o, state

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
 from sevenfold.models.layers import Linear, rotate
-from sevenfold.models.state import KVState, PagedKV
-from sevenfold.ops import attention, attention_cached, attention_paged
+from sevenfold.models.state import KVState, PagedKV, PagedTree
+from sevenfold.ops import attention, attention_cached, attention_paged, attention_paged_tree
 
 
 class SoftmaxAttention(nn.Module):
@@ -28,8 +28,8 @@ class SoftmaxAttention(nn.Module):
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
 
     def forward(
-        self, x: Tensor, batch: Batch, state: KVState | PagedKV | None
-    ) -> tuple[Tensor, KVState | PagedKV | None]:
+        self, x: Tensor, batch: Batch, state: KVState | PagedKV | PagedTree | None
+    ) -> tuple[Tensor, KVState | PagedKV | PagedTree | None]:
         """Mix x [B, T, hidden_size]; the state's storage is written in place."""
         B, T, _ = x.shape
         q = self._rotated(self.q_proj(x).view(B, T, self.num_heads, self.head_dim), batch)
@@ -38,6 +38,8 @@ class SoftmaxAttention(nn.Module):
         if state is None:
             how = {"lengths": batch.lengths, "scale": self.scale, "window": self.window}
             o = attention(q, k, v, **how)
+        elif isinstance(state, PagedTree):
+            o = self._attend_tree(q, k, v, batch, state)
         elif isinstance(state, PagedKV):
             o = self._attend_pages(q, k, v, batch, state)
         elif self.window is None:
@@ -76,6 +78,23 @@ class SoftmaxAttention(nn.Module):
             state.table.pages,
             lengths=batch.lengths,
             key_lengths=batch.totals,
+            scale=self.scale,
+            window=self.window,
+        )
+
+    def _attend_tree(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PagedTree
+    ) -> Tensor:
+        at = (state.table.page, state.table.place)
+        state.k[at], state.v[at] = k.flatten(0, 1), v.flatten(0, 1)
+        return attention_paged_tree(
+            q,
+            state.k,
+            state.v,
+            state.table.pages,
+            state.ancestors,
+            lengths=batch.lengths,
+            past=batch.past,
             scale=self.scale,
             window=self.window,
         )

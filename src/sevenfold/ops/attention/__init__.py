@@ -2,5 +2,12 @@
 
 from sevenfold.ops.attention.api import attention, attention_cached, default_attention_impl
 from sevenfold.ops.attention.paged import attention_paged
+from sevenfold.ops.attention.tree import attention_paged_tree
 
-__all__ = ["attention", "attention_cached", "attention_paged", "default_attention_impl"]
+__all__ = [
+    "attention",
+    "attention_cached",
+    "attention_paged",
+    "attention_paged_tree",
+    "default_attention_impl",
+]

@@ -43,7 +43,7 @@ def check_log_decay(log_decay: Tensor, H: int) -> None:
 
 
 def check_state(name: str, state: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless a pool of states is [S, *shape], fp32 (fp64 with fp64 tokens), by check_slotted."""
+    """Raise unless a pool of states is [S, *shape] in slots, fp32 (fp64 with fp64 tokens)."""
     if state.dim() != 4:
         raise ValueError(f"{name} must have shape [S, H, K, V], got {list(state.shape)}")
     check_shape(name, state, (state.shape[0], *shape), "[S, H, K, V]")

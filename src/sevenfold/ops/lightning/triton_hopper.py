@@ -321,9 +321,9 @@ def _compute_all(
             else:
                 done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
             S, at = _compute_segment(
-                S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot, log2_decay,
-                gain, done, within, entered, at, head, H, o_token, o_head, state_k, state_v, A_layout,
-                REVERSE, HAS_STOPS, OUTPUT, STAGES,
+                S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot,
+                log2_decay, gain, done, within, entered, at, head, H, o_token, o_head, state_k,
+                state_v, A_layout, REVERSE, HAS_STOPS, OUTPUT, STAGES,
             )  # fmt: skip
             if HAS_OUT:
                 if gl.load(row + 4) == 1:

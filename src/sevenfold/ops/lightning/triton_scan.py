@@ -93,8 +93,9 @@ def _scan(
 
 @triton.jit
 def scan_kernel(
-    q, k, v, o, log_decay, scale, horizon, state_in, state_between, state_out, pool, pool_slot, table, stops,
-    q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head, state_k, state_v,
+    q, k, v, o, log_decay, scale, horizon, state_in, state_between, state_out, pool, pool_slot,
+    table, stops, q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head,
+    state_k, state_v,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, HAS_IN: tl.constexpr, HAS_BETWEEN: tl.constexpr, HAS_OUT: tl.constexpr,
     HAS_STOPS: tl.constexpr, OUTPUT: tl.constexpr,
