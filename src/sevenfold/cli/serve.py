@@ -118,7 +118,7 @@ class _EngineOptions:
             snapshot_dtype=bits.snapshots,
         )
         typer.echo(plan_report(plan))
-        return BatchingEngine(source, self.model_name, plan, limits, self.sessions)
+        return BatchingEngine(source, self.model_name, plan, limits, sessions=self.sessions)
 
 
 def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions) -> None:

@@ -1,12 +1,14 @@
 """Continuous batching: requests come and go, and each step computes what the scheduler says."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sevenfold.config import ConfigError
 from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
@@ -23,10 +25,25 @@ from sevenfold.engine.sampling import (
     read_logprobs,
 )
 from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, SchedulerConfig
+from sevenfold.engine.speculation import (
+    Drafted,
+    DraftModel,
+    PendingDrafts,
+    SpeculationConfig,
+    SpeculationCounters,
+    Speculator,
+    Taken,
+    Verifier,
+    Walk,
+    build_drafter,
+    check_rings,
+)
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.transfer import fetch, upload
 from sevenfold.models import HybridModel
+
+NO_TOKEN = "no token can follow in the output's grammar"
 
 
 @dataclass(frozen=True)
@@ -68,21 +85,27 @@ class Engine:
         *,
         sessions: SessionLimits | None = None,
         decode_batch_sizes: Sequence[int] | None = None,
+        speculation: SpeculationConfig | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         """Allocate the plan's memory.
 
         Args:
             model: to serve; bf16, fp16 or fp32.
             tokenizer: its own.
-            plan: of the model's config, with kv_element_bytes of its dtype.
+            plan: of the model's config, with kv_element_bytes of its dtype, and with ring_tokens
+                where it speculates.
             config: the scheduler's limits.
             sessions: how many conversations may keep their prefixes; None takes the defaults.
             decode_batch_sizes: rows of decoding steps that a GPU records as graphs; None takes
                 device.decode_batch_sizes, and none records nothing. With one size of max_running
                 rows, decoding gives a request the same bits in any company.
+            speculation: how to guess tokens, several of which one step checks; None guesses none.
+            draft: the smaller model that guesses, with a DraftModelConfig.
 
         Raises:
-            ConfigError: decode_batch_sizes are given for a CPU, or do not rise from 1.
+            ConfigError: decode_batch_sizes are given for a CPU, or do not rise from 1; speculation,
+                draft and plan do not go together.
         """
         storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
         self._model, self._tokenizer, self._storage = model, tokenizer, storage
@@ -95,6 +118,8 @@ class Engine:
         self.scheduler = Scheduler(self.cache, config)
         self._underway: dict[str, _Underway] = {}
         self._sampler: tuple[tuple[str, ...], Sampler] | None = None
+        self._pending = PendingDrafts(model, storage)
+        self._speculator = self._build_speculator(speculation, draft)
 
     def submit(
         self, request: Request, params: SamplingParams, constraint: Constraint | None = None
@@ -148,17 +173,84 @@ class Engine:
         Returns:
             What it gave, the ends of cancelled and late requests included.
         """
+        drafting_s = self._propose()
         step = self.scheduler.step()
-        self._storage.zero(self.cache.take_fresh())
+        fresh = self.cache.take_fresh()
+        self._storage.zero(fresh)
+        self._pending.forget(fresh.states)
+        if self._speculator is not None:
+            self._speculator.forget(step.preempted, ended=False)
+            self._speculator.forget(step.ended, ended=True)
         events = [self._end(request) for request in step.ended]
-        events += self._decode(step.decodes) + self._prefill(step.prefills)
+        events += self._decode(step.decodes, drafting_s) + self._prefill(step.prefills)
         return [event for event in events if event is not None]
 
-    def _decode(self, rows: Sequence[DecodeRow]) -> list["TokenEvent | None"]:
-        if not rows:
-            return []
+    def speculation_counters(self) -> SpeculationCounters | None:
+        """What speculation has done; None where the engine guesses no tokens."""
+        return None if self._speculator is None else replace(self._speculator.counters)
+
+    def _build_speculator(
+        self, config: SpeculationConfig | None, draft: DraftModel | None
+    ) -> Speculator | None:
+        if config is None:
+            if draft is not None:
+                raise ConfigError("draft must be None without speculation, got a DraftModel")
+            return None
+        check_rings(config, self.cache.plan)
+        drafter = build_drafter(config, draft, self._model, self._tokenizer)
+        page_tokens = self.cache.plan.page_tokens
+        verifier = Verifier(self._model, self._storage, self._pending, page_tokens=page_tokens)
+        return Speculator(config, drafter, verifier, self._sampler_of)
+
+    def _propose(self) -> float:
+        """Guess what follows for the requests that decode; returns the seconds that it took."""
+        began_s = time.perf_counter()
+        if self._speculator is not None:
+            underway = self._underway.values()
+            decoding = [one for one in underway if one.request.status is Status.DECODING]
+            self._speculator.propose([(one.request, one.output) for one in decoding])
+        return time.perf_counter() - began_s
+
+    def _decode(self, rows: Sequence[DecodeRow], drafting_s: float) -> list["TokenEvent | None"]:
         requests = [row.request for row in rows]
-        logits = self._runner.run([self._row(r, r.num_computed_tokens + 1) for r in requests])
+        if self._speculator is None:
+            return self._step(requests)
+        began_s = time.perf_counter()
+        walks = self._check(rows)
+        checked = {walk.request.id for walk in walks if walk.is_finite}
+        # A guess whose vectors are not finite may spoil its draft: such a row goes without one.
+        plain = [request for request in requests if request.id not in checked]
+        events = [event for walk in walks if walk.is_finite for event in self._take_walk(walk)]
+        events += self._step(plain)
+        seconds = time.perf_counter() - began_s + (drafting_s if walks else 0.0)
+        self._speculator.note_step(requests, plain, seconds)
+        return events
+
+    def _check(self, rows: Sequence[DecodeRow]) -> list[Walk]:
+        """Check the drafts of decode rows that have one."""
+        drafted = []
+        for request, num_guesses, _ in rows:
+            if num_guesses:
+                row = self._row(request, request.num_computed_tokens + 1 + num_guesses)
+                drafted.append(Drafted(self._underway[request.id], row, num_guesses))
+        if self._speculator is None or not drafted:
+            return []
+        self._sampler = None
+        return self._speculator.check(drafted, len(rows))
+
+    def _take_walk(self, walk: Walk) -> list["TokenEvent | None"]:
+        if walk.is_refused:
+            self.scheduler.fail(walk.request, NO_TOKEN)
+            return []
+        return self._record(self._underway[walk.request.id], walk.taken, stopped=walk.stopped)
+
+    def _step(self, requests: list[Request]) -> list["TokenEvent | None"]:
+        """Compute one token of each request, if there are any."""
+        if not requests:
+            return []
+        rows = [self._row(r, r.num_computed_tokens + 1) for r in requests]
+        self._pending.commit([row.state for row in rows if row.state is not None])
+        logits = self._runner.run(rows)
         return self._choose(requests, logits, self._kept_sampler(requests))
 
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> list["TokenEvent | None"]:
@@ -184,6 +276,7 @@ class Engine:
         found = [(p.restore, p.state) for p in (self.cache.placement(c.request) for c in chunks)]
         pairs = [(a, b) for a, b in found if a is not None and b is not None]
         self._storage.restore([a for a, _ in pairs], [b for _, b in pairs])
+        self._pending.forget([b for _, b in pairs])
 
     def _row(self, request: Request, end: int) -> Row:
         placement, past = self.cache.placement(request), request.num_computed_tokens
@@ -212,24 +305,31 @@ class Engine:
                     one.request, "the model's logits are not finite for this request"
                 )
             elif not one.accepts(token):
-                self.scheduler.fail(one.request, "no token can follow in the output's grammar")
+                self.scheduler.fail(one.request, NO_TOKEN)
             else:
-                events.append(self._take(one, token, logprobs[n]))
+                text, stopped = one.push(token)
+                events += self._record(one, [Taken(token, text, logprobs[n])], stopped=stopped)
         return events
 
-    def _take(self, underway: "_Underway", token: int, logprobs: Logprobs | None) -> TokenEvent:
-        """Record a request's next token, and say what it added."""
+    def _record(
+        self, underway: "_Underway", taken: Sequence[Taken], *, stopped: bool
+    ) -> list["TokenEvent | None"]:
+        """Record a request's next tokens, and say what each of them added."""
         request = underway.request
-        text, stopped = underway.push(token)
-        self.scheduler.record(request, (token,), stopped=stopped)
+        is_first = not request.generated
+        self.scheduler.record(request, [one.token for one in taken], stopped=stopped)
+        events: list[TokenEvent | None] = [
+            TokenEvent(request.id, one.token, one.text, None, one.logprobs) for one in taken[:-1]
+        ]
+        token, text, logprobs = taken[-1]
         reason = request.finish_reason
         if reason is not None:
             text += underway.text.finish()
             reason = "stop" if underway.text.stopped else reason
-        first = len(request.generated) == 1
-        prompt = underway.prompt if first else None
-        scored = self._prompt_logprobs(underway) if first else None
-        return TokenEvent(request.id, token, text, reason, logprobs, prompt, scored)
+        prompt = underway.prompt if is_first else None
+        scored = self._prompt_logprobs(underway) if is_first else None
+        event = TokenEvent(request.id, token, text, reason, logprobs, prompt, scored)
+        return [*events, event]
 
     def _prompt_logprobs(self, underway: "_Underway") -> tuple[Logprobs, ...] | None:
         num_top = underway.output.params.prompt_logprobs
@@ -253,7 +353,9 @@ class Engine:
         return self._sampler[1]
 
     def _new_sampler(self, requests: list[Request]) -> Sampler:
-        outputs = [self._underway[request.id].output for request in requests]
+        return self._sampler_of([self._underway[request.id].output for request in requests])
+
+    def _sampler_of(self, outputs: Sequence[Output]) -> Sampler:
         return Sampler(outputs, self._model.config.vocab_size, self._model.device)
 
 

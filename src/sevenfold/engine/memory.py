@@ -21,6 +21,7 @@ from sevenfold.models import ModelConfig
 _SLAB_ALIGNMENT_BYTES = 512
 # Triton loads by vectors where strides are known to be multiples of 16 elements, of fp32 at most.
 _ITEM_ALIGNMENT_BYTES = 64
+RING_COUNT_BYTES = 4  # int32
 _MAX_GROWTH = 16  # a slab grows by a 16th at most to hold one more snapshot
 _MOST_PER_SLAB = 3  # of its largest items, where that leaves at least a 16th less of it empty
 
@@ -32,6 +33,8 @@ class MemoryPlan:
     state: one request's linear state, with its ring if it is int8; empty without linear layers.
     page_bytes: keys and values of page_tokens tokens in all softmax layers; 0 without them.
     snapshot: one cached state.
+    ring_tokens: drafts' keys and values that a state keeps beside it; 0 where nobody speculates.
+    ring_bytes: what they take of a state's place, all linear layers.
     """
 
     budget_bytes: int
@@ -43,6 +46,8 @@ class MemoryPlan:
     snapshot: StateLayout
     layout: ArenaLayout
     cost: PrefillCost
+    ring_tokens: int = 0
+    ring_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -82,8 +87,8 @@ class MemoryPlan:
         return -(-num_tokens // self.page_tokens) if self.has_pages else 0
 
     def request_bytes(self, num_tokens: int) -> int:
-        """Bytes of a request's state and pages."""
-        return self.state_bytes + self.num_pages(num_tokens) * self.page_bytes
+        """Bytes of a request's state, of its drafts and of its pages."""
+        return self.state_bytes + self.ring_bytes + self.num_pages(num_tokens) * self.page_bytes
 
     def concurrency(self, context_tokens: int) -> int:
         """How many requests of that many tokens, with nothing in common, fit side by side."""
@@ -107,11 +112,12 @@ def plan_memory(
     state_dtype: StateDtype = "fp32",
     snapshot_dtype: SnapshotDtype = "fp32",
     kv_element_bytes: int = 2,
+    ring_tokens: int = 0,
 ) -> MemoryPlan:
     """Cut a byte budget into slabs for states, pages and snapshots.
 
-    slab = max(state, page, snapshot), rounded up to 512 bytes and to whole strides (or two or
-    three of the largest, where that wastes less); slab 0 is the sink
+    slab = max(state + ring, page, snapshot), rounded up to 512 bytes and to whole strides (or two
+    or three of the largest, where that wastes less); slab 0 is the sink
 
     Args:
         config: the model; without linear, or without softmax layers, it has no states, or no pages.
@@ -121,6 +127,8 @@ def plan_memory(
         state_dtype: of active states; int8 with a ring of 16 exact tokens.
         snapshot_dtype: of cached states; "auto" chooses for each head (snapshot_formats).
         kv_element_bytes: of one element of keys and values; 2 for bf16.
+        ring_tokens: tokens of drafts that a linear state keeps beside it, 0 or more:
+            speculation's RING_TOKENS where requests speculate.
 
     Returns:
         The plan.
@@ -144,11 +152,12 @@ def plan_memory(
     )
     state, snapshot = states.num_bytes, snapshots.num_bytes
     page = page_tokens * _kv_bytes_per_token(config, kv_element_bytes)
-    slab, places = _cut(state, page, snapshot)
+    ring = _ring_bytes(config, ring_tokens, kv_element_bytes)
+    slab, places = _cut(state + ring, page, snapshot)
     num_slabs = budget_bytes // slab
     needed = 1 + (state > 0) + _page_slabs(context_tokens, page_tokens, places[Tenant.PAGE])
     if num_slabs < needed:
-        needs = (state, page, -(-context_tokens // page_tokens), slab)
+        needs = (state + ring, page, -(-context_tokens // page_tokens), slab)
         raise ConfigError(_refusal(budget_bytes, context_tokens, needs, needed))
     return MemoryPlan(
         budget_bytes=budget_bytes,
@@ -160,6 +169,8 @@ def plan_memory(
         snapshot=snapshots,
         layout=ArenaLayout(num_slabs, slab, places),
         cost=PrefillCost.of(config),
+        ring_tokens=ring_tokens,
+        ring_bytes=ring,
     )
 
 
@@ -174,6 +185,14 @@ def _active_layout(config: ModelConfig, dtype: StateDtype, token_bytes: int) -> 
     formats = [heads] * len(linear_layers(config))
     ring = RING_TOKENS if dtype == "int8" else None
     return lay_out_states(config, formats, token_bytes=token_bytes, ring_tokens=ring)
+
+
+def _ring_bytes(config: ModelConfig, ring_tokens: int, element_bytes: int) -> int:
+    """Keys and values of draft tokens, and in each head how many of them count already."""
+    heads = config.count("linear_attention") * config.num_attention_heads
+    per_head = 2 * ring_tokens * config.head_dim * element_bytes + RING_COUNT_BYTES
+    size = heads * per_head if ring_tokens else 0
+    return -(-size // _ITEM_ALIGNMENT_BYTES) * _ITEM_ALIGNMENT_BYTES
 
 
 def _cut(state: int, page: int, snapshot: int) -> tuple[int, tuple[int, int, int]]:

@@ -20,6 +20,7 @@ def plan_values(plan: MemoryPlan) -> dict[str, Any]:
         "num_slabs": layout.num_slabs,
         "page_tokens": plan.page_tokens,
         "state_bytes": plan.state_bytes,
+        "ring_bytes": plan.ring_bytes,
         "page_bytes": plan.page_bytes,
         "snapshot_bytes": plan.snapshot_bytes,
         "state_dtype": plan.state_dtype,
@@ -42,6 +43,7 @@ def plan_report(plan: MemoryPlan) -> str:
         ("memory", f"{_size(plan.budget_bytes)}: {layout.num_slabs:,} slabs of "
          f"{_size(layout.slab_bytes)}, one of them the sink"),
         ("state", _item(plan, Tenant.STATE, plan.state_bytes, f"a request, {_active(plan)}")),
+        *_ring(plan),
         ("page", _item(plan, Tenant.PAGE, plan.page_bytes, f"for {plan.page_tokens} tokens")),
         ("snapshot", _item(plan, Tenant.SNAPSHOT, plan.snapshot_bytes, _cached(plan))),
         ("longest context", "any" if longest is None else f"{longest:,} tokens"),
@@ -63,6 +65,14 @@ def _cached(plan: MemoryPlan) -> str:
         return plan.snapshot_dtype
     heads = sorted(plan.snapshot.num_heads.items())
     return "auto: " + ", ".join(f"{number:,} heads {name}" for name, number in heads)
+
+
+def _ring(plan: MemoryPlan) -> list[tuple[str, str]]:
+    if not plan.ring_bytes:
+        return []
+    return [
+        ("drafts", f"{_size(plan.ring_bytes)} beside each state, for {plan.ring_tokens} tokens")
+    ]
 
 
 def _item(plan: MemoryPlan, tenant: Tenant, num_bytes: int, what: str) -> str:

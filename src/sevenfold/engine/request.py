@@ -28,8 +28,9 @@ class RequestFailedError(SevenfoldError, RuntimeError):
 class Request:
     """A prompt, what its caller wants, and how far it has come.
 
-    The caller sets the first fields; the scheduler alone writes those after session. The last
-    token is known before it is computed, so that num_computed_tokens < num_tokens always holds.
+    The caller sets the first fields; the scheduler alone writes those after session, but for the
+    counts of guesses, which speculation writes. The last token is known before it is computed, so
+    that num_computed_tokens < num_tokens always holds.
 
     Args:
         id: names the request; no two that are under way share one.
@@ -42,7 +43,7 @@ class Request:
         salt: requests share cached tokens only under one salt; the server derives it from the API
             key.
         draft_tokens: tokens to speculate in each decoding step at most; may be changed between
-            steps; default 0.
+            steps, as an engine that speculates does; default 0.
         session: a conversation, under the salt, that keeps what this request leaves in the prefix
             cache for its next one; None keeps nothing beyond what everybody may find.
 
@@ -63,6 +64,8 @@ class Request:
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    num_drafted_tokens: int = field(default=0, init=False)
+    num_accepted_tokens: int = field(default=0, init=False)
     status: Status = field(default=Status.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: str | None = field(default=None, init=False)

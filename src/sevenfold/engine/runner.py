@@ -111,7 +111,7 @@ class Runner:
     def _values(self, rows: list[Row], lengths: list[int]) -> tuple[LayerState, ...]:
         device = self._model.device
         slots = torch.tensor([row.state or SINK for row in rows]).to(device)
-        table = page_table(rows, self._page_tokens, device)
+        table = page_table(rows, lengths, self._page_tokens, device)
         # As signed 64-bit integers, which is what tensors have.
         seeds = [row.seed - (row.seed >> 63 << 64) for row in rows]
         key, seen = (torch.tensor(x).to(device) for x in (seeds, [row.end for row in rows]))
@@ -127,14 +127,16 @@ class Runner:
         return tuple(values)
 
 
-def page_table(rows: Sequence[Row], page_tokens: int, device: torch.device) -> PageTable:
-    """Return where the new tokens of rows go, and which pages they read."""
+def page_table(
+    rows: Sequence[Row], lengths: Sequence[int], page_tokens: int, device: torch.device
+) -> PageTable:
+    """Return where the new tokens of rows go, so many of each, and which pages they read."""
     # NumPy: on arrays this small a call of PyTorch's takes ten times as long.
     most = max(1, *(len(row.pages) for row in rows))
     pages = np.full((len(rows), most), SINK)
     for n, row in enumerate(rows):
         pages[n, : len(row.pages)] = row.pages
-    row = np.repeat(np.arange(len(rows)), [len(row.tokens) for row in rows])
+    row = np.repeat(np.arange(len(rows)), lengths)
     token = np.concatenate([np.arange(row.past, row.end) for row in rows])
     page = pages[row, np.minimum(token // page_tokens, most - 1)]
     at = (pages, page, token % page_tokens)

@@ -9,6 +9,7 @@ from sevenfold.engine.device import graph_bytes
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.precision import SnapshotDtype, StateDtype
 from sevenfold.engine.scheduler import SchedulerConfig
+from sevenfold.engine.speculation import RING_TOKENS, DraftModelConfig, SpeculationConfig
 from sevenfold.models import HybridModel
 
 PAGE_TOKENS = 64
@@ -37,6 +38,7 @@ def size_engine(
     context_tokens: int | None = None,
     state_dtype: StateDtype = "fp32",
     snapshot_dtype: SnapshotDtype = "fp32",
+    speculation: SpeculationConfig | None = None,
 ) -> tuple[MemoryPlan, SchedulerConfig]:
     """Cut a budget for a model and set the scheduler's limits to it.
 
@@ -47,13 +49,15 @@ def size_engine(
             less if the budget holds less.
         state_dtype: of the states of running requests.
         snapshot_dtype: of cached states; "auto" keeps more bits of heads that remember longer.
+        speculation: what the engine will speculate by: its drafts, and the memory of a draft model,
+            come out of the budget.
 
     Returns:
         The plan and the limits.
 
     Raises:
-        ConfigError: the budget cannot hold one request of context_tokens, they exceed what the
-            model allows, or state_dtype would erase a head's horizon.
+        ConfigError: the budget cannot hold one request of context_tokens beside a draft model's
+            memory, they exceed what the model allows, or state_dtype would erase a head's horizon.
     """
     limit = model.config.max_position_embeddings
     if context_tokens is not None and not 1 <= context_tokens <= limit:
@@ -62,6 +66,8 @@ def size_engine(
             f"{context_tokens}"
         )
     budget = default_budget_bytes(model) if budget_bytes is None else budget_bytes
+    if isinstance(speculation, DraftModelConfig):
+        budget -= speculation.memory_bytes
     plan = plan_memory(
         model.config,
         budget_bytes=budget,
@@ -70,6 +76,7 @@ def size_engine(
         state_dtype=state_dtype,
         snapshot_dtype=snapshot_dtype,
         kv_element_bytes=model.dtype.itemsize,
+        ring_tokens=0 if speculation is None else RING_TOKENS,
     )
     longest = plan.longest_context_tokens
     most = context_tokens or (limit if longest is None else min(limit, longest))

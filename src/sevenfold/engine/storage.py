@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sevenfold.config import UnsupportedError
 from sevenfold.engine.cache import Fresh
-from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.memory import RING_COUNT_BYTES, MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.engine.precision import linear_layers
 from sevenfold.engine.state_layout import Section, StateLayout
@@ -22,7 +22,7 @@ from sevenfold.engine.state_pool import (
 )
 from sevenfold.engine.transfer import upload
 from sevenfold.models import ModelConfig
-from sevenfold.ops import Int8ReplayPool, layer_log_decay
+from sevenfold.ops import Int8ReplayPool, ReplayPool, layer_log_decay
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -35,18 +35,24 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class LinearStorage:
-    """A lightning-attention layer's active states [items, H, K, V] fp32, and its snapshots."""
+    """A lightning-attention layer's active states [items, H, K, V] fp32, and its snapshots.
+
+    drafts: the states with their rings; None where nobody speculates.
+    """
 
     states: Tensor
     snapshots: StatePool
+    drafts: ReplayPool | None
 
     def read_states(self, slots: Tensor) -> Tensor:
         """Return active states, [N, H, K, V] fp32."""
         return self.states[slots]
 
     def write_states(self, slots: Tensor, states: Tensor) -> None:
-        """Replace active states."""
+        """Replace active states, which lack nothing then."""
         self.states[slots] = states
+        if self.drafts is not None:
+            self.drafts.count[slots] = 0
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,8 @@ def _linear_layers(
         snapshots = StatePool(tuple(_groups(cached, H)))
         if plan.state_dtype == "fp32":
             [(_, states)] = active
-            yield LinearStorage(states, snapshots)
+            drafts = _drafts(states, plan, arena, dtype, n) if plan.ring_tokens else None
+            yield LinearStorage(states, snapshots, drafts)
         elif plan.state_dtype == "int8":
             named = {section.part: view for section, view in active}
             decay = layer_log_decay(H, layer, L).to(arena.device)
@@ -206,6 +213,24 @@ def _groups(arrays: list[tuple[Section, Tensor]], num_heads: int) -> Iterator[He
         if section.part == "codes":
             heads = None if len(section.heads) == num_heads else section.heads
             yield HeadGroup(heads, codes, scales.get(section.heads))
+
+
+def _drafts(
+    states: Tensor, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype, linear: int
+) -> ReplayPool:
+    """The rings of the linear layer of that number.
+
+    Behind the states of all layers lie the keys and values of all, and then the counts of all.
+    """
+    H, D = states.shape[1:3]
+    num_layers = plan.state_bytes // (H * D * D * torch.float32.itemsize)
+    ring_bytes = H * plan.ring_tokens * D * dtype.itemsize
+    rings_at = [plan.state_bytes + (2 * linear + n) * ring_bytes for n in range(2)]
+    count_at = plan.state_bytes + 2 * num_layers * ring_bytes + linear * H * RING_COUNT_BYTES
+    shape = (H, plan.ring_tokens, D)
+    ring_k, ring_v = (_pool(arena, plan.layout, Tenant.STATE, at, dtype, shape) for at in rings_at)
+    count = _pool(arena, plan.layout, Tenant.STATE, count_at, torch.int32, (H,))
+    return ReplayPool(states, ring_k, ring_v, count)
 
 
 def _pool(

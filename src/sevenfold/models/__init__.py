@@ -2,6 +2,7 @@
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import LayerType, ModelConfig, MoEConfig
+from sevenfold.models.drafts import DraftedState, DraftLayout
 from sevenfold.models.hybrid import HiddenResult, HybridModel
 from sevenfold.models.init import deepnorm_alpha, deepnorm_beta, init_weights
 from sevenfold.models.presets import preset, preset_names, resolve_model
@@ -12,6 +13,7 @@ from sevenfold.models.state import (
     LinearState,
     OwnState,
     PagedKV,
+    PagedTree,
     PageTable,
     PooledState,
     empty_state,
@@ -20,6 +22,8 @@ from sevenfold.models.state import (
 
 __all__ = [
     "Batch",
+    "DraftLayout",
+    "DraftedState",
     "EncodedState",
     "HiddenResult",
     "HybridModel",
@@ -32,6 +36,7 @@ __all__ = [
     "OwnState",
     "PageTable",
     "PagedKV",
+    "PagedTree",
     "PooledState",
     "deepnorm_alpha",
     "deepnorm_beta",

@@ -1,7 +1,7 @@
 """What the tokens of a batch belong to: one frozen object, built once on the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -16,7 +16,8 @@ class Batch:
     lengths: new tokens of each sequence; they sum to B * T. Either every row is one sequence, or
     B is 1 and the row packs all of them.
     past: tokens of each sequence that its state has seen already.
-    positions: [B, T] int64 on the model's device, each token's place in its sequence.
+    positions: [B, T] int64 on the model's device, each token's place in its sequence; in a tree of
+        drafts, tokens that exclude each other share one.
     cu_seqlens: [N + 1] int32 on the CPU, or None when every row is one sequence.
     """
 
@@ -48,6 +49,18 @@ class Batch:
         spans = [torch.arange(s, s + n) for s, n in zip(seen, lengths, strict=True)]
         borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return Batch(tuple(lengths), seen, torch.cat(spans)[None].to(device), borders)
+
+    @staticmethod
+    def drafts(
+        depths: Sequence[Sequence[int]], *, past: Sequence[int], device: torch.device
+    ) -> "Batch":
+        """One row packs a draft of each sequence, a chain or a tree, after `past` tokens.
+
+        A token's position is `past` and its depth in the draft: 0 for the first token.
+        """
+        packed = Batch.packed([len(depth) for depth in depths], past=past, device=device)
+        places = [p + d for p, depth in zip(past, depths, strict=True) for d in depth]
+        return replace(packed, positions=torch.tensor([places]).to(device))
 
     @property
     def num_sequences(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import LayerType, ModelConfig
+from sevenfold.models.drafts import DraftedState
 from sevenfold.ops import Snapshots
 
 
@@ -98,8 +99,21 @@ class PagedKV:
     table: PageTable
 
 
+@dataclass(frozen=True)
+class PagedTree:
+    """Keys and values in pages, as PagedKV, of which the new tokens are trees.
+
+    ancestors: [N, T, T] bool; draft token t of sequence n lies in place past[n] + t.
+    """
+
+    k: Tensor
+    v: Tensor
+    table: PageTable
+    ancestors: Tensor
+
+
 OwnState = LinearState | KVState
-LayerState = OwnState | PooledState | PagedKV | EncodedState
+LayerState = OwnState | PooledState | PagedKV | EncodedState | DraftedState | PagedTree
 
 
 def empty_state(
@@ -149,7 +163,7 @@ def _selected(layer: LayerState, sequences: Tensor) -> LayerState:
             return KVState(layer.k[sequences], layer.v[sequences])
         case PooledState():
             return PooledState(layer.pool, layer.slots[sequences])
-        case PagedKV() | EncodedState():
+        case PagedKV() | PagedTree() | EncodedState() | DraftedState():
             got = type(layer).__name__
             raise TypeError(f"state must own its tensors to be selected from, got {got}")
 

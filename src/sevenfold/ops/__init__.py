@@ -4,6 +4,7 @@ from sevenfold.ops.attention import (
     attention,
     attention_cached,
     attention_paged,
+    attention_paged_tree,
     attention_pages,
     write_pages,
 )
@@ -29,6 +30,7 @@ from sevenfold.ops.few_rows import (
     suits_few_rows,
 )
 from sevenfold.ops.lightning import (
+    MAX_DRAFT_TOKENS,
     Int8ReplayPool,
     ReplayPool,
     Snapshots,
@@ -64,6 +66,7 @@ from sevenfold.ops.types import Impl, OpResult
 
 __all__ = [
     "IGNORED_LABEL",
+    "MAX_DRAFT_TOKENS",
     "DenseRows",
     "Dispatch",
     "ExpertRows",
@@ -83,6 +86,7 @@ __all__ = [
     "attention",
     "attention_cached",
     "attention_paged",
+    "attention_paged_tree",
     "attention_pages",
     "autocast",
     "combine",

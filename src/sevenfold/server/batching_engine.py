@@ -14,6 +14,7 @@ from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
 from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig
+from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
 from sevenfold.server.engine_protocol import (
     EngineFullError,
     EngineStats,
@@ -53,7 +54,10 @@ class BatchingEngine:
         model_name: str,
         plan: MemoryPlan,
         config: SchedulerConfig,
+        *,
         sessions: SessionLimits | None = None,
+        speculation: SpeculationConfig | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         """Allocate the plan's memory and start.
 
@@ -63,6 +67,7 @@ class BatchingEngine:
             plan: of the model's config.
             config: the scheduler's limits.
             sessions: how many conversations may keep their prefixes; None takes the defaults.
+            speculation, draft: as Engine takes them.
         """
         sessions = sessions or SessionLimits()
         offered: set[Feature] = {"constraint", "prompt_logprobs", "priority"}
@@ -76,7 +81,15 @@ class BatchingEngine:
         self.eos_token_id = source.model.config.eos_token_id
         self._plan = plan
         self._weight_bytes = sum(p.numel() * p.element_size() for p in source.model.parameters())
-        self._engine = Engine(source.model, source.tokenizer, plan, config, sessions=sessions)
+        self._engine = Engine(
+            source.model,
+            source.tokenizer,
+            plan,
+            config,
+            sessions=sessions,
+            speculation=speculation,
+            draft=draft,
+        )
         self._jobs: dict[str, _Job] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -217,6 +230,7 @@ class BatchingEngine:
     def _read_stats(self) -> EngineStats:
         scheduler, counters = self._engine.scheduler, self._engine.counters()
         usage, plan = self._engine.cache.usage(), self._plan
+        drafts = self._engine.speculation_counters() or SpeculationCounters()
         layout = plan.layout
         sizes = (plan.state_bytes, plan.page_bytes, plan.snapshot_bytes)
         states, pages, snapshots = (
@@ -240,6 +254,8 @@ class BatchingEngine:
             recomputed_tokens=scheduler.num_recomputed_tokens,
             snapshots_evicted=counters.num_evicted,
             preemptions=scheduler.num_preemptions,
+            drafted_tokens=drafts.num_drafted_tokens,
+            accepted_tokens=drafts.num_accepted_tokens,
             effective_concurrency=plan.concurrency(self.max_context_tokens),
             sessions=self._engine.cache.num_sessions,
             smallest_cacheable_prefix_tokens=plan.smallest_cacheable_prefix_tokens,

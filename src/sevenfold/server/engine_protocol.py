@@ -113,6 +113,7 @@ class EngineStats:
     prompt_tokens, cached_tokens: since the start; their ratio is the hit rate.
     potential_tokens: prompt tokens whose keys and values were cached, but no state with them.
     recomputed_tokens: computed again after a preemption or for lack of a snapshot.
+    drafted_tokens, accepted_tokens: guessed by speculation, and right.
     effective_concurrency: requests of full length that memory holds at a time.
     sessions: conversations that keep their prefix now.
     smallest_cacheable_prefix_tokens: None if nothing is cached.
@@ -131,6 +132,8 @@ class EngineStats:
     recomputed_tokens: int = 0
     snapshots_evicted: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     effective_concurrency: int = 1
     sessions: int = 0
     smallest_cacheable_prefix_tokens: int | None = None

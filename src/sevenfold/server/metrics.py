@@ -30,6 +30,8 @@ _COUNTERS = {
     ),
     "sevenfold_snapshots_evicted": ("snapshots_evicted", "Snapshots that made room."),
     "sevenfold_preemptions": ("preemptions", "Outputs that had to wait again."),
+    "sevenfold_drafted_tokens": ("drafted_tokens", "Tokens guessed by speculation."),
+    "sevenfold_accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
 }
 _POOLS = ("slabs", "pages", "states", "snapshots")
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
+from sevenfold.models.drafts import DraftedState
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import EncodedState, LinearState, PooledState
 from sevenfold.ops import (
@@ -20,7 +21,7 @@ from sevenfold.ops import (
     silu_qkv,
 )
 
-LightningState = LinearState | PooledState | EncodedState
+LightningState = LinearState | PooledState | EncodedState | DraftedState
 
 
 class LightningAttention(nn.Module):
@@ -82,6 +83,8 @@ class LightningAttention(nn.Module):
         if isinstance(state, LinearState):
             o, kv = advance_states((q, k, v), self.log_decay, batch, state.kv)
             return o, LinearState(kv)
+        if isinstance(state, DraftedState):
+            return state.advance((q, k, v), self.log_decay), state
         if state.kept is not None:
             return self._attend_in_place(q, k, v, batch, state, state.kept), state
         o, kv = advance_states((q, k, v), self.log_decay, batch, state.pool[state.slots])

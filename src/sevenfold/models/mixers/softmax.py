@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
 from sevenfold.models.layers import Linear, rotate, rotation
-from sevenfold.models.state import KVState, PagedKV
+from sevenfold.models.state import KVState, PagedKV, PagedTree
 from sevenfold.ops import (
     attention,
     attention_cached,
     attention_paged,
+    attention_paged_tree,
     attention_pages,
     write_pages,
 )
@@ -34,8 +35,8 @@ class SoftmaxAttention(nn.Module):
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
 
     def forward(
-        self, x: Tensor, batch: Batch, state: KVState | PagedKV | None
-    ) -> tuple[Tensor, KVState | PagedKV | None]:
+        self, x: Tensor, batch: Batch, state: KVState | PagedKV | PagedTree | None
+    ) -> tuple[Tensor, KVState | PagedKV | PagedTree | None]:
         """Mix x [B, T, hidden_size]; the state's storage is written in place."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
@@ -47,12 +48,19 @@ class SoftmaxAttention(nn.Module):
         return self.o_proj(o.reshape(B, T, -1)), state
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: KVState | PagedKV | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        state: KVState | PagedKV | PagedTree | None,
     ) -> Tensor:
         """Attend q [B, T, H, D] to rotated keys; sevenfold.parallel may stand in for it."""
         if state is None:
             how = {"lengths": batch.lengths, "scale": self.scale, "window": self.window}
             return attention(q, k, v, **how)
+        if isinstance(state, PagedTree):
+            return self._attend_tree(q, k, v, batch, state)
         if isinstance(state, PagedKV):
             return self._attend_pages(q, k, v, batch, state)
         if self.window is None:
@@ -99,6 +107,23 @@ class SoftmaxAttention(nn.Module):
             table.pages,
             lengths=batch.lengths,
             key_lengths=batch.totals,
+            scale=self.scale,
+            window=self.window,
+        )
+
+    def _attend_tree(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PagedTree
+    ) -> Tensor:
+        at = (state.table.page, state.table.place)
+        state.k[at], state.v[at] = k.flatten(0, 1), v.flatten(0, 1)
+        return attention_paged_tree(
+            q,
+            state.k,
+            state.v,
+            state.table.pages,
+            state.ancestors,
+            lengths=batch.lengths,
+            past=batch.past,
             scale=self.scale,
             window=self.window,
         )

@@ -11,9 +11,14 @@ from sevenfold.ops.lightning.replay_int8 import Int8ReplayPool, lightning_attent
 from sevenfold.ops.lightning.segments import Stop
 from sevenfold.ops.lightning.slopes import head_slopes, layer_log_decay
 from sevenfold.ops.lightning.snapshots import Snapshots
-from sevenfold.ops.lightning.verify import lightning_attention_commit, lightning_attention_verify
+from sevenfold.ops.lightning.verify import (
+    MAX_DRAFT_TOKENS,
+    lightning_attention_commit,
+    lightning_attention_verify,
+)
 
 __all__ = [
+    "MAX_DRAFT_TOKENS",
     "Int8ReplayPool",
     "ReplayPool",
     "Snapshots",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sevenfold.models import Batch
-from sevenfold.models.state import KVState, PagedKV
+from sevenfold.models.state import KVState, PagedKV, PagedTree
 from sevenfold.ops import attention_cached
 from sevenfold.parallel.collectives import gather_tokens
 from sevenfold.parallel.context.batch import stretch_of
@@ -28,7 +28,7 @@ class ContextSoftmax:
         k: Tensor,
         v: Tensor,
         batch: Batch,
-        state: KVState | PagedKV | None,
+        state: KVState | PagedKV | PagedTree | None,
     ) -> Tensor:
         """Attend q [1, T, H, D] to the keys of its documents, wherever they lie."""
         stretch = stretch_of(batch, state)

@@ -1,0 +1,71 @@
+"""Drafts whose accepted tokens a state still lacks: what the next call must fold in."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sevenfold.engine.storage import LinearStorage, Storage
+from sevenfold.models import HybridModel
+from sevenfold.models.mixers import LightningAttention
+from sevenfold.ops import ReplayPool, lightning_attention_commit
+
+
+class PendingDrafts:
+    """Which tokens of its last draft each state took, until they are in its ring or in the state.
+
+    A slot that is not held has a state that lacks nothing. Verification takes what is held along;
+    everything else needs whole states and commits first.
+    """
+
+    def __init__(self, model: HybridModel, storage: Storage) -> None:
+        self._layers: list[tuple[Tensor, ReplayPool]] = []
+        for block, stored in zip(model.layers, storage.layers, strict=True):
+            mixer = block.get_submodule("self_attn")
+            drafts = stored.drafts if isinstance(stored, LinearStorage) else None
+            if isinstance(mixer, LightningAttention) and drafts is not None:
+                self._layers.append((mixer.log_decay, drafts))
+        self._accepted: dict[int, list[int]] = {}
+        self._device = model.device
+
+    def forget(self, slots: Sequence[int]) -> None:
+        """Note that slots hold new states: zeros, or a snapshot."""
+        for slot in slots:
+            self._accepted.pop(slot, None)
+
+    def commit(self, slots: Sequence[int]) -> None:
+        """Bring the states of slots up to date."""
+        held = {slot: self._accepted.pop(slot) for slot in slots if slot in self._accepted}
+        if held:
+            self._fold(held)
+
+    def take(self, slots: Sequence[int]) -> Tensor | None:
+        """Return what the slots' next verification must accept, [N, A] int32; it holds it then."""
+        taken = [self._accepted.get(slot, []) for slot in slots]
+        self._accepted.update({slot: [] for slot in slots})
+        return self._table(taken) if any(taken) else None
+
+    def accept(self, slot: int, path: Sequence[int]) -> None:
+        """Note which tokens of its verified draft a state takes: their indices, root to last."""
+        self._accepted[slot] = list(path)
+
+    def stop(self, slot: int, num_tokens: int) -> None:
+        """Bring a state up to date with the first tokens that it took of its draft, and no more.
+
+        It must have been committed before that draft was verified.
+        """
+        path = self._accepted[slot]
+        self._fold({slot: path[:num_tokens]})
+        # The rest of the draft stays where it lies, behind no tokens at all.
+        self._accepted[slot] = path[num_tokens:]
+
+    def _fold(self, held: Mapping[int, list[int]]) -> None:
+        slots = torch.tensor(list(held), device=self._device)
+        accepted = self._table(list(held.values()))
+        for log_decay, pool in self._layers:
+            lightning_attention_commit(log_decay, pool, slots, accepted=accepted)
+
+    def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        width = max(1, *map(len, rows))
+        filled = [[*row, *(-1,) * (width - len(row))] for row in rows]
+        return torch.tensor(filled, dtype=torch.int32).to(self._device)

@@ -1,0 +1,164 @@
+"""Runs drafts through the model, from the states before them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sevenfold.engine.memory_layout import SINK
+from sevenfold.engine.runner import Row, page_table
+from sevenfold.engine.speculation.pending import PendingDrafts
+from sevenfold.engine.speculation.tree import DraftTree
+from sevenfold.engine.storage import EncodedStorage, KVStorage, LinearStorage, Storage
+from sevenfold.models import (
+    Batch,
+    DraftedState,
+    DraftLayout,
+    HybridModel,
+    LayerState,
+    PagedKV,
+    PagedTree,
+    PageTable,
+)
+
+
+@dataclass(frozen=True)
+class DraftRow:
+    """A draft of one request.
+
+    row: the root and the guesses as its tokens, with room in its pages for all of them.
+    tree: the guesses.
+    """
+
+    row: Row
+    tree: DraftTree
+
+    @classmethod
+    def of(cls, row: Row, tree: DraftTree) -> "DraftRow":
+        """Put guesses behind the root, which is all that a row has of tokens."""
+        return cls(replace(row, tokens=(*row.tokens, *tree.tokens)), tree)
+
+
+class Verifier:
+    """A model over the storage of the requests whose drafts it checks.
+
+    It reads each state as it is before the draft, keeps the draft's keys and values beside it, and
+    stores no state for a guess. What is not accepted is overwritten by the next call.
+    """
+
+    def __init__(
+        self, model: HybridModel, storage: Storage, pending: PendingDrafts, *, page_tokens: int
+    ) -> None:
+        self._model, self._storage, self._pending = model.eval(), storage, pending
+        self._page_tokens = page_tokens
+
+    @torch.inference_mode()
+    def run(self, drafts: Sequence[DraftRow]) -> Tensor:
+        """Check drafts of N requests, one or more.
+
+        Returns:
+            [tokens, vocab_size] fp32, the logits after each node of each tree, one after another.
+        """
+        device = self._model.device
+        rows, trees = [draft.row for draft in drafts], [draft.tree for draft in drafts]
+        # A snapshot needs the state itself, on the way through the draft.
+        self._pending.commit([row.state or SINK for row in rows if row.snapshots])
+        past = [row.past for row in rows]
+        batch = Batch.drafts([tree.depths for tree in trees], past=past, device=device)
+        ids = torch.tensor([[token for row in rows for token in row.tokens]]).to(device)
+        hidden = self._model.hidden(ids, batch, self._values(rows, trees)).hidden
+        return self._model.logits(hidden[0])
+
+    @torch.inference_mode()
+    def accept(self, accepted: Sequence[tuple[DraftRow, Sequence[int]]]) -> None:
+        """Take the nodes of drafts that were right, root to last, and write the snapshots due."""
+        for draft, path in accepted:
+            row = draft.row
+            self._move_keys(row, path)
+            if row.state is not None:
+                self._pending.accept(row.state, path)
+                self._write_snapshots(row, row.past + len(path))
+
+    @torch.inference_mode()
+    def reject(self, drafts: Sequence[DraftRow]) -> None:
+        """Clear the keys of drafts whose guesses are not finite: a mask does not hide a NaN."""
+        for draft in drafts:
+            places = torch.arange(draft.row.past, draft.row.end)
+            for layer, page, place in self._stored(draft.row, places):
+                layer.k[page, place] = layer.v[page, place] = 0
+
+    def _write_snapshots(self, row: Row, end: int) -> None:
+        if row.state is None:
+            return
+        done = row.past
+        for at in sorted(at for at in row.snapshots if at <= end):
+            self._pending.stop(row.state, at - done)
+            self._storage.snapshot([row.state], [row.snapshots[at]])
+            done = at
+
+    def _values(self, rows: list[Row], trees: list[DraftTree]) -> tuple[LayerState, ...]:
+        lengths = [len(row.tokens) for row in rows]
+        table = page_table(rows, lengths, self._page_tokens, self._model.device)
+        ancestors = None
+        if not all(tree.is_chain for tree in trees):
+            ancestors = _ancestors(trees).to(self._model.device)
+        slots = [row.state or SINK for row in rows]
+        layout = DraftLayout(
+            num_tokens=max(lengths),
+            place=_places(lengths).to(self._model.device),
+            accepted=self._pending.take(slots) if rows[0].state is not None else None,
+            ancestors=ancestors,
+        )
+        at = torch.tensor(slots).to(self._model.device)
+        return tuple(self._value(layer, at, layout, table) for layer in self._storage.layers)
+
+    def _value(
+        self,
+        layer: LinearStorage | EncodedStorage | KVStorage,
+        slots: Tensor,
+        layout: DraftLayout,
+        table: PageTable,
+    ) -> LayerState:
+        if isinstance(layer, KVStorage):
+            if layout.ancestors is None:
+                return PagedKV(layer.k, layer.v, table)
+            return PagedTree(layer.k, layer.v, table, layout.ancestors)
+        if isinstance(layer, EncodedStorage) or layer.drafts is None:
+            raise AssertionError("a plan without rings is refused before anything runs")
+        return DraftedState(layer.drafts, slots, layout)
+
+    def _move_keys(self, row: Row, path: Sequence[int]) -> None:
+        """Put the keys of accepted nodes into the places of their tokens."""
+        moved = [(row.past + node, row.past + n) for n, node in enumerate(path) if node != n]
+        if not moved:
+            return
+        for layer, page, place in self._stored(row, torch.tensor(moved).t()):
+            for stored in (layer.k, layer.v):
+                stored[page[1], place[1]] = stored[page[0], place[0]]
+
+    def _stored(self, row: Row, places: Tensor) -> Iterator[tuple[KVStorage, Tensor, Tensor]]:
+        """Every softmax layer's keys, with page and place in it of a row's places."""
+        if not row.pages:
+            return
+        page = torch.tensor(row.pages)[places // self._page_tokens].to(self._model.device)
+        place = (places % self._page_tokens).to(self._model.device)
+        for layer in self._storage.layers:
+            if isinstance(layer, KVStorage):
+                yield layer, page, place
+
+
+def _places(lengths: Sequence[int]) -> Tensor:
+    """Where packed tokens lie in rows of the longest one's length."""
+    most = max(lengths)
+    return torch.cat([torch.arange(n) + i * most for i, n in enumerate(lengths)])
+
+
+def _ancestors(trees: Sequence[DraftTree]) -> Tensor:
+    """[N, T, T] bool; a node beyond a tree's last sees itself alone."""
+    most = max(len(tree) for tree in trees) + 1
+    sees = torch.eye(most, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for n, tree in enumerate(trees):
+        for node, path in enumerate(tree.paths):
+            sees[n, node, list(path)] = True
+    return sees

@@ -1,0 +1,67 @@
+"""Drafts in a model: several guesses of a sequence at once, counted only if they are accepted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sevenfold.ops import ReplayPool, lightning_attention_verify
+
+
+@dataclass(frozen=True)
+class DraftLayout:
+    """How the packed drafts of N sequences lie in rows [N, T]; one for all layers.
+
+    num_tokens: T, the longest draft's.
+    place: [tokens] int64, where each packed token lies: n * T + t.
+    accepted: [N, A] int32, which tokens of its draft before this one each sequence took, then -1;
+        None where none has one.
+    ancestors: [N, T, T] bool, as lightning_attention_verify; None if all are chains.
+    """
+
+    num_tokens: int
+    place: Tensor
+    accepted: Tensor | None
+    ancestors: Tensor | None
+
+
+@dataclass(frozen=True)
+class DraftedState:
+    """States of lightning attention in a pool that keeps drafts beside them.
+
+    slots: [N] int64 on the pool's device, no two alike.
+    """
+
+    pool: ReplayPool
+    slots: Tensor
+    layout: DraftLayout
+
+    def advance(self, tokens: Sequence[Tensor], log_decay: Tensor) -> Tensor:
+        """Run drafts from the states before them, which stay as they are.
+
+        Args:
+            tokens: q, k, v [B, T, H, D], the drafts packed one after another.
+            log_decay: [H] fp32.
+
+        Returns:
+            o [tokens, H, D]. A token counts once the next call accepts it.
+        """
+        layout, num_rows = self.layout, len(self.slots)
+        q, k, v = (_in_rows(x.flatten(0, 1), layout, num_rows) for x in tokens)
+        o = lightning_attention_verify(
+            q,
+            k,
+            v,
+            log_decay,
+            self.pool,
+            self.slots,
+            accepted=layout.accepted,
+            ancestors=layout.ancestors,
+        )
+        return o.flatten(0, 1)[layout.place]
+
+
+def _in_rows(x: Tensor, layout: DraftLayout, num_rows: int) -> Tensor:
+    """Packed tokens [tokens, H, D] in rows [N, T, H, D]; where a draft is shorter, zeros."""
+    rows = x.new_zeros(num_rows * layout.num_tokens, *x.shape[1:])
+    return rows.index_copy(0, layout.place, x).view(num_rows, layout.num_tokens, *x.shape[1:])

@@ -1,0 +1,100 @@
+"""The smaller model: whose tokens it must have, what memory it holds, what it guesses."""
+
+import pytest
+import torch
+from engine_helpers import tiny_model, uncached
+from speculation_helpers import SMALLER, build, is_idle, repeating, run, submit, tokens
+from tokenizers import Tokenizer
+
+from sevenfold.config import ConfigError
+from sevenfold.engine.request import Request
+from sevenfold.engine.sampling import Output, SamplingParams
+from sevenfold.engine.speculation import DraftModel
+from sevenfold.engine.speculation.draft_model import ModelDrafter
+from sevenfold.engine.speculation.drafter import Ask
+
+
+def test_another_tokenizer_is_refused(tokenizer: Tokenizer) -> None:
+    model = tiny_model("lsf")
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.add_tokens(["heron!"])
+    with pytest.raises(ConfigError, match="must have the model's tokens under the same ids, got"):
+        build(model, tokenizer, SMALLER, DraftModel(model, other))
+    wider = DraftModel(tiny_model("l", vocab_size=310), tokenizer)
+    with pytest.raises(ConfigError, match="vocab_size must be the model's, 300, got 310"):
+        build(model, tokenizer, SMALLER, wider)
+
+
+def test_too_little_memory_is_refused_with_the_sum(tokenizer: Tokenizer) -> None:
+    model = tiny_model("ll")
+    for num_bytes, message in (
+        (2048, "memory_bytes must hold 2 states of the draft model and 0 pages for 160 tokens, wh"),
+        (1024, "memory_bytes is the draft model's budget: budget_bytes must hold one request of"),
+    ):
+        config = SMALLER.model_copy(update={"memory_bytes": num_bytes})
+        with pytest.raises(ConfigError, match=message):
+            build(model, tokenizer, config, DraftModel(model, tokenizer))
+
+
+def ask(request: Request, num_tokens: int = 4, branches: int = 1, **rules: object) -> Ask:
+    params = SamplingParams(max_tokens=request.max_tokens, **({"temperature": 0.0} | rules))
+    output = Output(params, request.prompt, (), request.generated)
+    return Ask(request, output, num_tokens, branches)
+
+
+@pytest.mark.parametrize("layers", ["ll", "ff", "lsf"])
+def test_guesses_are_what_the_smaller_model_would_say(tokenizer: Tokenizer, layers: str) -> None:
+    """Whatever was rejected before: after each token, its own continuation of all tokens."""
+    model = tiny_model(layers, max_position_embeddings=200)
+    drafter = ModelDrafter(
+        SMALLER.model_copy(update={"max_chunk_tokens": 16}), DraftModel(model, tokenizer)
+    )
+    texts = repeating(0, [20, 5])
+    requests = [Request(str(n), tuple(text), 60) for n, text in enumerate(texts)]
+    for n, other in enumerate([3, 200, 17, 4, 250, 9]):
+        for request in requests:
+            request.generated += [other, other + 1][: 1 + n % 2]
+        found = drafter.propose([ask(request) for request in requests])
+        wanted = [[uncached(model, list(request.tokens), 4)] for request in requests]
+        # A prompt that is longer than a chunk takes two steps.
+        assert found == ([[], wanted[1]] if n == 0 else wanted)
+
+
+def test_a_tree_is_the_chain_and_what_else_was_likely(tokenizer: Tokenizer) -> None:
+    model = tiny_model("lf")
+    drafter = ModelDrafter(SMALLER, DraftModel(model, tokenizer))
+    request = Request("a", (5, 6, 7), 30)
+    request.generated.append(8)
+    chain, *others = drafter.propose([ask(request, 3, 2)])[0]
+    assert chain == uncached(model, [5, 6, 7, 8], 3)
+    for depth, other in enumerate(others):
+        z = model(torch.tensor([[5, 6, 7, 8, *chain[:depth]]]))[0, -1]
+        assert other == [*chain[:depth], z.topk(2).indices[1].item()]
+    assert len(others) == 3
+
+
+def test_a_sampled_draft_takes_the_requests_own_draws(tokenizer: Tokenizer) -> None:
+    """The same model as the drafter guesses every token: the draws are the same."""
+    model = tiny_model("lsf", max_position_embeddings=200)
+    engine = build(model, tokenizer, SMALLER, DraftModel(model, tokenizer))
+    requests = [submit(engine, str(n), [n, 4, 9], 40, temperature=1.0, seed=n) for n in range(3)]
+    run(engine)
+    assert all(r.num_accepted_tokens == r.num_drafted_tokens > 0 for r in requests)
+
+
+def test_without_memory_a_request_goes_on_without_drafts(tokenizer: Tokenizer) -> None:
+    model = tiny_model("lsf", max_position_embeddings=200)
+    texts, drafted = repeating(1, [60] * 4), []
+    for memory_bytes in (35_000, 1 << 20):
+        config = SMALLER.model_copy(update={"memory_bytes": memory_bytes, "context_tokens": 100})
+        engine = build(model, tokenizer, config, DraftModel(model, tokenizer))
+        idle, arena = engine.cache.usage(), engine._speculator._drafter._arena
+        empty = arena.usage()
+        requests = [submit(engine, str(n), text, 12) for n, text in enumerate(texts)]
+        events = run(engine)
+        for n, text in enumerate(texts):
+            assert tokens(events[str(n)]) == uncached(model, text, 12)
+        drafted.append(sum(request.num_drafted_tokens for request in requests))
+        assert is_idle(engine, idle)
+        assert arena.usage() == empty
+    assert 0 < drafted[0] < drafted[1]
