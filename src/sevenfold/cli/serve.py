@@ -60,22 +60,15 @@ def serve_command(
     """Serve a checkpoint to OpenAI's clients and, at /, to people."""
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        from sevenfold.server.settings import MIN_KEY_CHARS, ServerSettings
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"serve: {error.name} must be installed; pip install 'sevenfold[serve]' brings it"
-        ) from error
     values = {
         "host": host,
         "port": port,
-        "api_keys": _read_keys(api_keys_file, MIN_KEY_CHARS),
         "max_requests": max_requests,
         "max_choices": min(max_requests, 128),
         "max_deadline_s": max_deadline,
         "drain_s": drain,
     }
-    settings = parse_config(ServerSettings, values, "serve")
+    settings = _settings(api_keys_file, values)
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
     engine = _EngineOptions(
@@ -88,6 +81,17 @@ def serve_command(
         precision=parse_config(Precision, bits, "serve"),
     )
     _serve(checkpoint, settings, engine)
+
+
+def _settings(api_keys_file: Path | None, values: dict[str, object]) -> "ServerSettings":
+    try:
+        from sevenfold.server.settings import MIN_KEY_CHARS, ServerSettings
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"serve: {error.name} must be installed; pip install 'sevenfold[serve]' brings it"
+        ) from error
+    keys = _read_keys(api_keys_file, MIN_KEY_CHARS)
+    return parse_config(ServerSettings, values | {"api_keys": keys}, "serve")
 
 
 @dataclass(frozen=True)

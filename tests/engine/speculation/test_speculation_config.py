@@ -20,6 +20,7 @@ from sevenfold.engine.speculation import (
     PromptLookupConfig,
     SpeculationConfig,
 )
+from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.storage import LinearStorage, Storage
 from sevenfold.models import preset
 
@@ -93,8 +94,9 @@ def test_rings_lie_in_their_state_and_nowhere_else() -> None:
     for item in (1, 3):
         assert all(bool((view[item] == 10 * item + n).all()) for n, view in enumerate(views))
     assert all(not view[item].any() for view in views for item in (0, 2, 4))
-    storage.snapshot([3], [2])
-    storage.restore([2], [1])
+    kept = 2 * plan.layout.places[Tenant.SNAPSHOT]  # in a slab of its own
+    storage.snapshot([3], [kept])
+    storage.restore([kept], [1])
     assert all(not layer.drafts.count[1].any() for layer in linear), "it lacks nothing"
     assert all(bool((layer.states[1] == layer.states[3]).all()) for layer in linear)
     storage.zero(Fresh([3], []))

@@ -174,7 +174,7 @@ def test_preemption_and_requests_that_come_later(
     model, texts = model_of(layers), repeating(3, [50, 60, 41, 20])
     wanted = late_alone(layers)
     # Memory for about two of them: some must wait, or lose their memory and come back.
-    slabs = {"ll": 3, "ff": 13, "lsf": 13, "llsl": 6}[layers]
+    slabs = {"ll": 3, "ff": 13, "lsf": 7, "llsl": 6}[layers]
     engine = engine_of(mode, model, tokenizer, slabs=slabs, headroom_tokens=0)
     idle = engine.cache.usage()
     got: dict[str, list[int]] = {}
@@ -238,7 +238,7 @@ def test_a_state_kept_inside_a_draft_is_exact(tokenizer: Tokenizer, layers: str,
     assert request.num_accepted_tokens > 50
     key = KeyChain(request, PAGE_TOKENS).key(128 // PAGE_TOKENS - 1)
     at = index_of(engine.cache._tree.get(key).anchor.snapshot)
-    kept = [layer.snapshots[at] for layer in engine._storage.layers if hasattr(layer, "snapshots")]
+    kept = [layer.snapshots.exact[at] for layer in engine._storage.layers if hasattr(layer, "snapshots")]
     row = torch.tensor([[*text, *answer[: 128 - 50]]])
     states = [
         [layer.kv[0] for layer in states_after(m, row) if isinstance(layer, LinearState)]
