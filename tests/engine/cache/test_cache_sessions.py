@@ -135,7 +135,8 @@ TURN = st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(0, 70), st.bo
 @given(turns=st.lists(TURN, min_size=1, max_size=25), layers=st.sampled_from([HYBRID, (FULL,)]))
 def test_whatever_conversations_do_nothing_is_left(turns, layers) -> None:
     clock = Clock()
-    run = runner(16, clock=clock, layers=layers, max_sessions=3, idle_s=4)
+    # Twice the pages of a request: it holds its own of a block that another has published first.
+    run = runner(32, clock=clock, layers=layers, max_sessions=3, idle_s=4)
     histories = [()] * 4
     for who, num_blocks, num_new, drops in turns:
         clock.now_s += 1
