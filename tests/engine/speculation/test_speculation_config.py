@@ -10,6 +10,7 @@ from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine.cache import Fresh
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory import plan_memory
+from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.memory_report import plan_report, plan_values
 from sevenfold.engine.scheduler import SchedulerConfig
 from sevenfold.engine.sizing import size_engine
@@ -20,7 +21,6 @@ from sevenfold.engine.speculation import (
     PromptLookupConfig,
     SpeculationConfig,
 )
-from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.storage import LinearStorage, Storage
 from sevenfold.models import preset
 
