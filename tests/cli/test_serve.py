@@ -75,6 +75,7 @@ def test_a_port_in_use(
         (["--max-requests", "0"], 2, "max_requests must be valid"),
         (["--dtype", "int3"], 2, "dtype must be one of"),
         (["--snapshots", "int3"], 2, "snapshots must be"),
+        (["--draft-tokens", "16"], 2, "draft_tokens must be"),
         (["--states", "bf16", "--memory-gib", "0.05"], 2, "state_dtype must not be bf16 where"),
         (["--weights", "int3"], 2, "weights must be"),
         (["--api-keys-file", "/nowhere"], 1, "/nowhere"),

@@ -32,6 +32,7 @@ from sevenfold.engine import (
     TextModel,
     sizing,
 )
+from sevenfold.engine.speculation import PromptLookupConfig
 from sevenfold.models import HybridModel
 from sevenfold.models.checkpoint import save_model
 from sevenfold.ops.testing import check_error
@@ -57,6 +58,19 @@ def make_llm(model: HybridModel, tokenizer: Tokenizer) -> LLM:
 @pytest.fixture(scope="module")
 def llm(tokenizer: Tokenizer) -> LLM:
     return make_llm(tiny_model(), tokenizer)
+
+
+def test_guesses_change_no_token(llm: LLM, tokenizer: Tokenizer) -> None:
+    speculation = PromptLookupConfig(min_match_tokens=1, adaptive=False)
+    source = TextModel(llm.model, tokenizer)
+    guessing = LLM(source, memory_bytes=1 << 22, speculation=speculation)
+    for params in (GREEDY, SAMPLED):
+        expected = [one.token_ids for one in llm.generate(PROMPTS, params)]
+        assert [one.token_ids for one in guessing.generate(PROMPTS, params)] == expected
+    counters = guessing.speculation_counters()
+    assert counters is not None
+    assert counters.num_drafted_tokens > 0
+    assert llm.speculation_counters() is None
 
 
 def alone(llm: LLM, params: SamplingParams) -> list[Completion]:

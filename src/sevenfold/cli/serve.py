@@ -13,6 +13,7 @@ from sevenfold.engine.cache import SessionLimits
 from sevenfold.engine.memory_report import plan_report
 from sevenfold.engine.precision import Precision
 from sevenfold.engine.sizing import size_engine
+from sevenfold.engine.speculation import PromptLookupConfig
 
 if TYPE_CHECKING:
     from sevenfold.server import BatchingEngine, ServerSettings
@@ -56,6 +57,9 @@ def serve_command(
     ] = None,
     states: Annotated[str, typer.Option(help="Running: fp32, fp16, int8 or bf16.")] = "fp32",
     snapshots: Annotated[str, typer.Option(help="Cached: fp32, fp16, int8 or auto.")] = "fp32",
+    draft_tokens: Annotated[
+        int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
+    ] = 0,
 ) -> None:
     """Serve a checkpoint to OpenAI's clients and, at /, to people."""
     if dtype is not None and dtype not in DTYPES:
@@ -79,6 +83,7 @@ def serve_command(
         context_tokens=max_context,
         sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
+        speculation=_speculation(draft_tokens),
     )
     _serve(checkpoint, settings, engine)
 
@@ -105,6 +110,7 @@ class _EngineOptions:
     context_tokens: int | None
     sessions: SessionLimits
     precision: Precision
+    speculation: PromptLookupConfig | None
 
     def build(self, checkpoint: Path) -> "BatchingEngine":
         """Load the checkpoint, say what the memory gives, and start."""
@@ -120,9 +126,23 @@ class _EngineOptions:
             context_tokens=self.context_tokens,
             state_dtype=bits.states,
             snapshot_dtype=bits.snapshots,
+            speculation=self.speculation,
         )
         typer.echo(plan_report(plan))
-        return BatchingEngine(source, self.model_name, plan, limits, sessions=self.sessions)
+        return BatchingEngine(
+            source,
+            self.model_name,
+            plan,
+            limits,
+            sessions=self.sessions,
+            speculation=self.speculation,
+        )
+
+
+def _speculation(draft_tokens: int) -> PromptLookupConfig | None:
+    if draft_tokens == 0:
+        return None
+    return parse_config(PromptLookupConfig, {"draft_tokens": draft_tokens}, "serve")
 
 
 def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions) -> None:

@@ -8,6 +8,7 @@ from sevenfold.engine.engine import Engine, TokenEvent
 from sevenfold.engine.request import Request
 from sevenfold.engine.sampling import SamplingParams
 from sevenfold.engine.scheduler import QueueFullError
+from sevenfold.engine.speculation import SpeculationCounters
 
 
 class Driver:
@@ -53,6 +54,11 @@ class Driver:
         with self._lock:
             self._inboxes.pop(request_id, None)
             self._engine.cancel(request_id)
+
+    def speculation_counters(self) -> SpeculationCounters | None:
+        """Return the engine's, between two of its steps."""
+        with self._lock:
+            return self._engine.speculation_counters()
 
     def _step(self) -> None:
         try:

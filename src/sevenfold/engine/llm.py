@@ -19,6 +19,7 @@ from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
 from sevenfold.engine.request import Request, RequestFailedError
 from sevenfold.engine.sampling import Logprobs, SamplingParams
 from sevenfold.engine.sizing import size_engine
+from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
 from sevenfold.engine.text_model import TextModel
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import WeightFormat
@@ -76,6 +77,8 @@ class LLM:
         weights: WeightFormat | None = None,
         memory_bytes: int | None = None,
         context_tokens: int | None = None,
+        speculation: SpeculationConfig | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         """Load a checkpoint and allocate the engine's memory.
 
@@ -88,29 +91,40 @@ class LLM:
                 takes a share of what is free. A CPU's memory is taken as it is used.
             context_tokens: what one request must be able to reach; None takes what the model
                 allows, or less if the memory holds less.
+            speculation: how to guess tokens, several of which one step checks; None guesses none.
+                The tokens are the same.
+            draft: the smaller model that guesses, with a DraftModelConfig.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
-            ConfigError: the memory cannot hold one request of context_tokens, or weights has no
-                effect on the model.
+            ConfigError: the memory cannot hold one request of context_tokens, weights has no effect
+                on the model, or draft does not suit speculation.
             UnsupportedError: the model's dtype cannot be served.
             ValueError: device, dtype or weights stands beside a model that is loaded.
         """
         if not isinstance(source, TextModel):
             source = TextModel.load(source, device=device or "cpu", dtype=dtype, weights=weights)
-        elif not device is dtype is weights is None:
+        elif not (device is None and dtype is None and weights is None):
             raise ValueError(
                 "device, dtype and weights must be left out for a model that is loaded"
             )
         self.model: HybridModel = source.model
         self.tokenizer: Tokenizer = source.tokenizer
         self.plan, limits = size_engine(
-            self.model, budget_bytes=memory_bytes, context_tokens=context_tokens
+            self.model,
+            budget_bytes=memory_bytes,
+            context_tokens=context_tokens,
+            speculation=speculation,
         )
-        self._driver = Driver(Engine(self.model, self.tokenizer, self.plan, limits))
+        parts = (self.model, self.tokenizer, self.plan, limits)
+        self._driver = Driver(Engine(*parts, speculation=speculation, draft=draft))
         config = self.model.config
         self._grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_id)
         self._names = count()
+
+    def speculation_counters(self) -> SpeculationCounters | None:
+        """Return what speculation has done so far; None where nothing is guessed."""
+        return self._driver.speculation_counters()
 
     def generate(
         self,
