@@ -99,5 +99,5 @@ def move_keys(layers: list, pages: list[int], past: int, path: tuple[int, ...]) 
 def test_drafts_do_not_own_their_state() -> None:
     model = tiny_model(layers="lf", dtype=torch.float32)
     values, _ = drafted(storage(model), [0, 0], None)
-    with pytest.raises(TypeError, match="to be selected from, got a DraftedState"):
+    with pytest.raises(TypeError, match="to be selected from, got DraftedState"):
         select_sequences(values, torch.tensor([0]))

@@ -60,7 +60,7 @@ async def soak(num_requests: int, seed: int = 0) -> dict[str, Any]:
     alone = answers_alone(llm, asked)
     plan, limits = size_engine(llm.model, budget_bytes=MEMORY_BYTES)
     source = TextModel(llm.model, llm.tokenizer)
-    engine = BatchingEngine(source, "tiny", plan, limits, SessionLimits(max_sessions=8))
+    engine = BatchingEngine(source, "tiny", plan, limits, sessions=SessionLimits(max_sessions=8))
     idle = engine._engine.cache.usage()
     draw, room, counts = random.Random(seed + 1), asyncio.Semaphore(AT_A_TIME), Counter[str]()
 

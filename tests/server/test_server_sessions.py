@@ -23,7 +23,7 @@ def small_engine(llm: LLM, **limits: int) -> BatchingEngine:
     """Memory for little more than one request of full length."""
     plan, config = size_engine(llm.model, budget_bytes=1 << 17)
     source = TextModel(llm.model, llm.tokenizer)
-    return BatchingEngine(source, "tiny", plan, config, SessionLimits(**limits))
+    return BatchingEngine(source, "tiny", plan, config, sessions=SessionLimits(**limits))
 
 
 def found(response: httpx.Response) -> tuple[int, str | None]:
