@@ -29,14 +29,15 @@ def run_by_chunks(layer: nn.Module, x: Tensor) -> Tensor:
     chunk_tokens = max(1, CHUNK_TOKENS // B)
     if not isinstance(layer.self_attn, LightningAttention):
         x, _ = layer.mix(x, Batch.rows(B, T, device=x.device), None)
-        return torch.cat([layer.feed(part)[0] for part in x.split(chunk_tokens, 1)], 1)
+        for part in x.split(chunk_tokens, 1):
+            part.copy_(layer.feed(part)[0])
+        return x
     H, D = layer.self_attn.num_heads, layer.self_attn.head_dim
     dtype = torch.promote_types(x.dtype, torch.float32)
     state: LayerState | None = LinearState(x.new_zeros(B, H, D, D, dtype=dtype))
-    parts = []
+    y = torch.empty_like(x)
     for start in range(0, T, chunk_tokens):
         part = x[:, start : start + chunk_tokens]
         rows = Batch.rows(B, part.shape[1], past=(start,) * B, device=x.device)
-        y, state, _ = layer(part, rows, state)
-        parts.append(y)
-    return torch.cat(parts, 1)
+        y[:, start : start + chunk_tokens], state, _ = layer(part, rows, state)
+    return y

@@ -13,11 +13,12 @@ scaled_dot_product_attention takes 0.94 (its products are MKL's).
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 import numpy as np
+import torch
 from numba import njit, prange
 from torch import Tensor
 from torch.nn import functional as F
 
-from sevenfold.ops.compiled import FASTMATH, exp32, use_torch_threads
+from sevenfold.ops.compiled import FASTMATH, empty, exp32, use_torch_threads
 from sevenfold.ops.tile import COLUMNS, ROWS, add_tile, max_of
 
 _QUERIES, _KEYS = 64, 128  # a block of scores is 32 KB
@@ -26,13 +27,15 @@ _F = np.float32
 
 def one_sequence(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
     """One sequence; arguments and result as in reference.one_sequence, without a gradient."""
-    T, H, _ = q.shape
+    T, H, D = q.shape
     S, _, V = v.shape
     missing = -S % _KEYS
-    queries = F.pad((q.detach() * scale).flatten(1), (0, 0, 0, -T % _QUERIES))
+    queries = empty(-(-T // _QUERIES) * _QUERIES, H * D)
+    torch.mul(q.detach(), scale, out=queries[:T].view(T, H, D))
+    queries[T:] = 0
     keys = F.pad(k.detach().permute(1, 2, 0), (0, missing)).contiguous()  # [G, D, S']
     values = F.pad(v.detach().transpose(0, 1), (0, 0, 0, missing)).contiguous()  # [G, S', V]
-    o = queries.new_empty(len(queries), H * V)
+    o = empty(len(queries), H * V)
     use_torch_threads()
     arrays = (t.numpy() for t in (queries, keys, values, o))
     _attend(*arrays, H, S - T, S if window is None else window)
