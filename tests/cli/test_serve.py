@@ -140,6 +140,7 @@ def serving(checkpoint: Path, port: int, **options) -> subprocess.Popen:
     return subprocess.Popen([*command, "--memory-gib", "0.05"], text=True, **options)
 
 
+@pytest.mark.slow
 def test_a_killed_server_starts_again_on_its_port(tiny_run: TinyRun) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

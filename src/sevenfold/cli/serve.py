@@ -23,9 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def serve_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
-    host: Annotated[
-        str, typer.Option(help="Address; beyond loopback it needs keys.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Beyond loopback it needs keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     api_keys_file: Annotated[
         Path | None, typer.Option(help="Keys that may ask, one a line.")
@@ -62,8 +60,6 @@ def serve_command(
     ] = 0,
 ) -> None:
     """Serve a checkpoint to OpenAI's clients and, at /, to people."""
-    if dtype is not None and dtype not in DTYPES:
-        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     values = {
         "host": host,
         "port": port,
@@ -72,20 +68,25 @@ def serve_command(
         "max_deadline_s": max_deadline,
         "drain_s": drain,
     }
-    settings = _settings(api_keys_file, values)
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
     engine = _EngineOptions(
         model_name=model_name or checkpoint.resolve().name,
         device=device,
-        dtype=None if dtype is None else DTYPES[dtype],
+        dtype=_dtype(dtype),
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         context_tokens=max_context,
         sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
         speculation=_speculation(draft_tokens),
     )
-    _serve(checkpoint, settings, engine)
+    _serve(checkpoint, _settings(api_keys_file, values), engine)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name is None else DTYPES[name]
 
 
 def _settings(api_keys_file: Path | None, values: dict[str, object]) -> "ServerSettings":
