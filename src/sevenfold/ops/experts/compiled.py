@@ -13,7 +13,6 @@ from sevenfold.ops.compiled import compiled, exp32
 from sevenfold.ops.tile import COLUMNS, ROWS, add_tile
 
 BLOCK_ROWS = COLUMNS
-WIDTH_MULTIPLE = COLUMNS  # of D and F: tiles are whole
 _F = np.float32
 
 

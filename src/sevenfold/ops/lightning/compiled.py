@@ -20,9 +20,9 @@ from numba import njit, prange
 from torch import Tensor
 
 from sevenfold.ops.compiled import compiled, empty, use_torch_threads
+from sevenfold.ops.lightning.eager import keep_empty
 from sevenfold.ops.tile import COLUMNS, ROWS, add_tile
 
-WIDTH_MULTIPLE = COLUMNS  # of K and V: tiles are whole
 _CHUNK = COLUMNS
 _F = np.float32
 
@@ -60,7 +60,7 @@ class _LightningAttention(torch.autograd.Function):
         scan = _Scan(log_decay, lengths)
         met = None if initial_state is None else scan.decayed(initial_state)
         o, final = scan(q, k, v, met, scale=scale)
-        return o, _keep_empty(final, initial_state, lengths)
+        return o, keep_empty(final, initial_state, lengths)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,7 +75,7 @@ class _LightningAttention(torch.autograd.Function):
         dk, _ = back(v, do, q, dfinal.mT)
         if initial_state is None:
             return dq, dk, dv, None, None, None, None
-        return dq, dk, dv, None, None, _keep_empty(back.decayed(first), dfinal, ctx.lengths), None
+        return dq, dk, dv, None, None, keep_empty(back.decayed(first), dfinal, ctx.lengths), None
 
 
 class _Scan:
@@ -200,11 +200,3 @@ def _scan(
                 for e in range(V):
                     state[d, e] *= power[reach]
             _times(state, keys_t, _CHUNK, values, _CHUNK, 1)
-
-
-def _keep_empty(states: Tensor, unchanged: Tensor | None, lengths: tuple[int, ...]) -> Tensor:
-    """A sequence without tokens leaves its state as it was."""
-    for n, length in enumerate(lengths):
-        if length == 0 and unchanged is not None:
-            states[n] = unchanged[n]
-    return states

@@ -76,7 +76,7 @@ class _LightningAttention(torch.autograd.Function):
         for block, kc, vc, P in scan.run(k, v, scan.met_first(initial_state)):
             oc = scan.attend(_chunks(q, block, scan.dtype), kc, vc, P, block)
             _write(o, oc if scale == 1.0 else oc.mul_(scale), block)
-        return o, _keep_empty(scan.final, initial_state, lengths)
+        return o, keep_empty(scan.final, initial_state, lengths)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +95,7 @@ class _LightningAttention(torch.autograd.Function):
             _write(dk, back.attend(vc, doc, qc, P.mT, block), block)
         if initial_state is None:
             return dq, dk, dv, None, None, None, None
-        dinitial = _keep_empty(back.decayed(back.final), dfinal, ctx.lengths)
+        dinitial = keep_empty(back.decayed(back.final), dfinal, ctx.lengths)
         return dq, dk, dv, None, None, dinitial.to(initial_state.dtype), None
 
 
@@ -192,7 +192,7 @@ def _write(o: Tensor, oc: Tensor, block: Block) -> None:
         target.copy_(chunks.reshape(-1, H, D)[block.slot_index])
 
 
-def _keep_empty(states: Tensor, unchanged: Tensor | None, lengths: tuple[int, ...]) -> Tensor:
+def keep_empty(states: Tensor, unchanged: Tensor | None, lengths: tuple[int, ...]) -> Tensor:
     """A sequence without tokens leaves its state as it was."""
     if unchanged is not None:
         for n, length in enumerate(lengths):

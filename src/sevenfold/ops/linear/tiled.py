@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import compiled, empty, use_torch_threads
+from sevenfold.ops.compiled import compiled, empty, lent, use_torch_threads
 from sevenfold.ops.tile import COLUMNS, ROWS, add_tile
 
 _BLOCK_ROWS, _BLOCK_INNER = 64, 256  # of A: 64 KB, beside a panel of B of 32 KB
@@ -31,7 +31,7 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     c = empty(len(a), len(b))
     panels = empty(-(-len(b) // COLUMNS), b.shape[1], COLUMNS).numpy()
     use_torch_threads()
-    _pack(b.detach().numpy(), panels)
+    _pack(lent(b), panels)
     groups = min(len(panels), -(-_UNITS // -(-len(a) // _BLOCK_ROWS)))
     _multiply(c.numpy(), a.detach().numpy(), panels, groups)
     return c
