@@ -61,3 +61,10 @@ def test_large_results_in_inference_are_made_by_tiles() -> None:
     x, weight = random(2, 9, 20), random(40, 20, seed=1)
     y = linear(x, weight, impl="numba")
     check_error("y", y, linear(x, weight, impl="eager"), x.double() @ weight.double().t())
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_a_weight_s_storage_stays_free_to_be_resized(rows: int) -> None:
+    weight = random(40, 20)
+    linear(random(rows, 20), weight, impl="numba")
+    assert weight.untyped_storage().resizable()

@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import FASTMATH, use_torch_threads
+from sevenfold.ops.compiled import FASTMATH, lent, use_torch_threads
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     y = rows.new_empty(len(rows), len(weight))
     use_torch_threads()
-    _project(rows.numpy(), weight.detach().contiguous().numpy(), y.numpy())
+    _project(rows.numpy(), lent(weight.contiguous()), y.numpy())
     return y.view(*x.shape[:-1], len(weight))
 
 
