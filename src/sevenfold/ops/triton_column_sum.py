@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 _COLUMNS, _MAX_ROWS, _WARPS = 16, 1024, 8
 
@@ -33,7 +33,7 @@ def column_sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum parts [P, D] over P, in one order for one P; [D] in dtype."""
     P, D = parts.shape
     total = torch.empty(D, dtype=dtype, device=parts.device)
-    _sum_kernel[(triton.cdiv(D, _COLUMNS),)](
+    _sum_kernel[(cdiv(D, _COLUMNS),)](
         parts, total, P, D,
         ROWS=min(_MAX_ROWS, next_power_of_2(P)), COLUMNS=_COLUMNS, num_warps=_WARPS,
     )  # fmt: skip

@@ -76,7 +76,7 @@ def test_a_chain_runs_over_equal_pieces_without_a_gap(
 ) -> None:
     plan = plan_segments(lengths, room, (), reverse, CPU)
     pieces, seen = rows(plan.pieces), 0
-    for sequence, first, count, tokens in plan.chains.tolist():
+    for sequence, first, count, tokens, in_segment in plan.chains.tolist():
         own = pieces[first : first + count]
         seen += count
         assert {(p.sequence, p.end - p.start) for p in own} == {(sequence, tokens)}
@@ -89,6 +89,8 @@ def test_a_chain_runs_over_equal_pieces_without_a_gap(
         for piece in own:
             to_end = min(slot for slot in ends if slot >= piece.slot) - piece.slot
             assert piece.ahead == to_end * tokens
+            last_of_segment = (piece.slot - first) % in_segment == in_segment - 1
+            assert last_of_segment == (to_end == 0)
     assert seen == plan.num_slots
 
 

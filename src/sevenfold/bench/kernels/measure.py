@@ -17,7 +17,7 @@ from sevenfold.bench.kernels.exact import (
 )
 from sevenfold.bench.kernels.inputs import case_inputs, decode_inputs
 from sevenfold.bench.kernels.sides import Side, Work, side_named
-from sevenfold.bench.kernels.timing import ceilings, median_s, queued_median_s, timed_once
+from sevenfold.bench.kernels.timing import ceilings, queued_median_s, time_run, timed_once
 from sevenfold.config import UnsupportedError
 
 # Softmax with more FLOPs, half a second and more, is timed by the one run that is checked.
@@ -53,7 +53,8 @@ def measure(
     Returns:
         status "ok", "wrong" (it is timed all the same) or "unsupported" with a note; error, the
         largest relative one of all outputs; error_rule, ours alone, the share of the error rule's
-        bound that is used up; median_s, runs, calls in a run; extra_bytes where memory is weighed.
+        bound that is used up; median_s, runs, calls in a run; host_s, what a call costs the host
+        before the device has its work, where that is seen; extra_bytes where memory is weighed.
     """
     draw = decode_inputs if case.task in _DECODING else case_inputs
     inputs = draw(case, device)
@@ -69,7 +70,7 @@ def measure(
     if work.extra_bytes is not None:
         result["extra_bytes"] = work.extra_bytes()
     if _is_slow(side, case):
-        result |= {"median_s": once_s, "runs": 1, "calls": 1}
+        result |= {"median_s": once_s, "runs": 1, "calls": 1, "host_s": None}
     elif case.task is not Task.MEMORY:
         result |= _timed(work, device)
     del work, inputs
@@ -103,10 +104,12 @@ def _verdict(side: Side, expected: Expected, outputs: Any) -> Result:
 
 def _timed(work: Work, device: torch.device) -> Result:
     if work.wait is None:
-        took, runs = median_s(work.run, device)
+        took, runs, host_s = time_run(work.run, device)
     else:
         took, runs = queued_median_s(work.run, work.wait)
-    return {"median_s": took / work.calls, "runs": runs, "calls": work.calls}
+        host_s = None
+    host_s = None if host_s is None else host_s / work.calls
+    return {"median_s": took / work.calls, "runs": runs, "calls": work.calls, "host_s": host_s}
 
 
 def _release(device: torch.device) -> None:

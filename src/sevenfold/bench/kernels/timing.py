@@ -1,9 +1,10 @@
 """Medians of device time, and the two ceilings of the device."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +14,8 @@ MAX_RUNS = 100
 MIN_RUNS = 3
 _QUEUED = 10  # calls of another library between two waits
 _FLUSH_BYTES = 2**28  # four times an H200's L2
+_HOST_RUNS = 5
+_HEAD_START = 1.5  # the device is kept busy for so many times the host's share of a run
 
 _COPY_BYTES = 2**31
 _MATMUL_SIDE = 8192
@@ -27,18 +30,34 @@ def timed_once(run: Callable[[], Any], device: torch.device) -> tuple[float, Any
     return time.perf_counter() - began, result
 
 
-def median_s(run: Callable[[], Any], device: torch.device) -> tuple[float, int]:
+class Timing(NamedTuple):
+    """Median seconds of a run, the runs that it was taken from, and what a call costs the host.
+
+    host_s is the median time until a call has queued its work; None where that is not seen.
+    """
+
+    median_s: float
+    runs: int
+    host_s: float | None
+
+
+def time_run(run: Callable[[], Any], device: torch.device) -> Timing:
     """Time a function on torch's stream, with cold caches before each run.
 
-    Returns:
-        The median in seconds and the number of runs that it was taken from.
+    The time is the device's: before each run it is kept busy until the host has queued the whole
+    run. What the host takes is told beside it.
     """
-    took = _warm_up(run, device)
-    runs = num_runs(took)
+    runs = num_runs(_warm_up(run, device))
     if device.type != "cuda":
         times = [timed_once(run, device)[0] for _ in range(runs)]
-        return statistics.median(times), runs
-    return statistics.median(_event_times(run, runs)), runs
+        return Timing(statistics.median(times), runs, None)
+    host_s = _host_s(run)
+    return Timing(statistics.median(_event_times(run, runs, host_s)), runs, host_s)
+
+
+def median_s(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the median of time_run."""
+    return time_run(run, device).median_s
 
 
 def queued_median_s(run: Callable[[], Any], wait: Callable[[Any], Any]) -> tuple[float, int]:
@@ -85,12 +104,12 @@ def ceilings(device: torch.device) -> dict[str, float]:
     """
     source = torch.randint(0, 100, (_COPY_BYTES,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    copy, _ = median_s(lambda: target.copy_(source), device)
+    copy = median_s(lambda: target.copy_(source), device)
     x, y = (
         torch.randn(_MATMUL_SIDE, _MATMUL_SIDE, dtype=torch.bfloat16, device=device)
         for _ in range(2)
     )
-    product, _ = median_s(lambda: x @ y, device)
+    product = median_s(lambda: x @ y, device)
     return {
         "copy_bytes_per_s": 2 * _COPY_BYTES / copy,
         "matmul_flops_per_s": 2 * _MATMUL_SIDE**3 / product,
@@ -106,11 +125,27 @@ def _warm_up(run: Callable[[], Any], device: torch.device) -> float:
             return took
 
 
-def _event_times(run: Callable[[], Any], runs: int) -> list[float]:
+def _host_s(run: Callable[[], Any]) -> float:
+    """Until a call returns, on a device without other work."""
+    times = []
+    for _ in range(_HOST_RUNS):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def _event_times(run: Callable[[], Any], runs: int, host_s: float) -> list[float]:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush.zero_()
+    flush_s, _ = timed_once(flush.zero_, torch.device("cuda"))
+    flushes = 1 + math.ceil(_HEAD_START * host_s / flush_s)
     pairs = []
     for _ in range(runs):
-        flush.zero_()
+        for _ in range(flushes):
+            flush.zero_()
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
         run()

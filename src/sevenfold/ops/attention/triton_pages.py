@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.tuning import best_config
 
 WIDEST = 256
@@ -252,7 +252,7 @@ def _launch(call: Call, config: dict[str, int], o: Tensor, lse: Tensor, splits: 
     (B, T, H, D), (_, page_tokens, G, V) = q.shape, v.shape
     BM, N = _block_rows(call, config), len(call.pages)
     BQ = BM // (H // G)
-    blocks = B * triton.cdiv(T, BQ) if call.starts is None else T // BQ + N
+    blocks = B * cdiv(T, BQ) if call.starts is None else T // BQ + N
     sees = call.ancestors
     depths = call.key_lengths if sees is None else sees.sum(-1, dtype=torch.int32) - 1
     q_rows = q.flatten(0, 1)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
+from sevenfold.ops.row_launch import next_power_of_2
 
 
 @triton.jit
@@ -37,5 +38,5 @@ def write(
         _write_kernel[(tokens, G)](
             k, v, k_pages, v_pages, page, place, *k.stride()[:2], *v.stride()[:2],
             k_pages.stride(0), v_pages.stride(0), G,
-            D=D, V=V, BD=triton.next_power_of_2(D), BV=triton.next_power_of_2(V), num_warps=1,
+            D=D, V=V, BD=next_power_of_2(D), BV=next_power_of_2(V), num_warps=1,
         )  # fmt: skip

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.row_launch import next_power_of_2
+
 # fp32 logits of a chunk, 512 MB: products of 4,096 tokens with 32,000 words are as fast as larger.
 _CHUNK_ELEMENTS = 2**27
 # Chunks of whole tiles of the matrix product.
@@ -71,7 +73,7 @@ def chunk_tokens(vocab_size: int) -> int:
 
 def _loss_of(logits: Tensor, labels: Tensor, loss: Tensor, dlogits: Tensor | None) -> None:
     T, V = logits.shape
-    block = min(_MAX_BLOCK, triton.next_power_of_2(V))
+    block = min(_MAX_BLOCK, next_power_of_2(V))
     stride = 0 if dlogits is None else dlogits.stride(0)
     _loss_kernel[(T,)](logits, dlogits, labels, loss, V, stride, BLOCK=block, num_warps=_WARPS)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 # Choices times experts that a block compares at once.
 _TILE_ELEMENTS = 8192
@@ -85,7 +85,7 @@ def plan_dispatch(
     choice, row, rows_per_expert = _results(experts, num_experts, capacity)
     EXPERTS = next_power_of_2(num_experts)
     BLOCK = min(_MAX_BLOCK, max(16, _TILE_ELEMENTS // EXPERTS))
-    blocks = triton.cdiv(experts.numel(), BLOCK)
+    blocks = cdiv(experts.numel(), BLOCK)
     counts = torch.empty(blocks, EXPERTS, dtype=torch.int32, device=experts.device)
     first = torch.empty(EXPERTS, dtype=torch.int32, device=experts.device)
     most = _NO_LIMIT if capacity is None else capacity

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.row_launch import cdiv
+
 # Measured on an H200, 32,768 rows of 1792: 92% of the copy rate backward with 2 rows of 1,024.
 _FORWARD = {"ROWS": 1, "COLUMNS": 2048, "num_warps": 4}
 _BACKWARD = {"ROWS": 2, "COLUMNS": 1024, "num_warps": 4}
@@ -66,7 +68,7 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor, choice: Tensor, used: Tens
     R, F = gate_up.shape[0], gate_up.shape[1] // 2
     hidden = torch.empty(R, F, dtype=gate_up.dtype, device=gate_up.device)
     if hidden.numel():
-        _forward_kernel[(R, triton.cdiv(F, _FORWARD["COLUMNS"]))](
+        _forward_kernel[(R, cdiv(F, _FORWARD["COLUMNS"]))](
             gate_up, weights, choice, used, hidden, F,
             **_FORWARD,
         )  # fmt: skip
@@ -81,7 +83,7 @@ def weighted_swiglu_backward(
     dweights = torch.zeros_like(weights)
     R, F = dhidden.shape
     if dhidden.numel():
-        _backward_kernel[(triton.cdiv(R, _BACKWARD["ROWS"]),)](
+        _backward_kernel[(cdiv(R, _BACKWARD["ROWS"]),)](
             dhidden, gate_up, weights, choice, used, dgate_up, hidden, dweights, F,
             **_BACKWARD,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 _TILE_ELEMENTS, _WARPS = 1024, 4
 
@@ -78,7 +78,7 @@ def route(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
     T, E = logits.shape
     tokens, columns = _tile(E)
     if T:
-        _forward_kernel[(triton.cdiv(T, tokens),)](
+        _forward_kernel[(cdiv(T, tokens),)](
             logits.contiguous(), weights, experts, T, E,
             K=num_chosen, TOKENS=tokens, EXPERTS=columns, num_warps=_WARPS,
         )  # fmt: skip
@@ -92,7 +92,7 @@ def route_backward(dweights: Tensor, weights: Tensor, experts: Tensor, num_exper
     dlogits = weights.new_empty(T, num_experts)
     tokens, columns = _tile(num_experts)
     if T:
-        _backward_kernel[(triton.cdiv(T, tokens),)](
+        _backward_kernel[(cdiv(T, tokens),)](
             dweights.contiguous(), weights, experts, dlogits, T, num_experts,
             K=k, TOKENS=tokens, EXPERTS=columns, num_warps=_WARPS,
         )  # fmt: skip

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.triton_column_sum import column_sum
 
 _TOKENS, _DEPTH, _WARPS, _STAGES = 64, 128, 4, 3
@@ -104,7 +104,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     logits = _logits_of(x, weight)
     (T, D), E = x.shape, len(weight)
     if T:
-        _logits_kernel[(triton.cdiv(T, _TOKENS),)](
+        _logits_kernel[(cdiv(T, _TOKENS),)](
             x.contiguous(), weight.contiguous(), logits, T, E, D,
             TOKENS=_TOKENS, EXPERTS=_experts(E), DEPTH=_DEPTH, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
@@ -119,10 +119,10 @@ def router_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[
     if T == 0:
         return dx, torch.zeros_like(weight)
     sizes = {"TOKENS": _TOKENS, "EXPERTS": _experts(E), "COLUMNS": _COLUMNS, "num_warps": _WARPS}
-    dlogits, wide = dlogits.contiguous(), triton.cdiv(D, _COLUMNS)
-    _dx_kernel[(triton.cdiv(T, _TOKENS), wide)](dlogits, weight.contiguous(), dx, T, E, D, **sizes)
+    dlogits, wide = dlogits.contiguous(), cdiv(D, _COLUMNS)
+    _dx_kernel[(cdiv(T, _TOKENS), wide)](dlogits, weight.contiguous(), dx, T, E, D, **sizes)
     partial = torch.empty(_PARTS, E, D, dtype=torch.float32, device=x.device)
-    part_tokens = triton.cdiv(triton.cdiv(T, _PARTS), _TOKENS) * _TOKENS
+    part_tokens = cdiv(cdiv(T, _PARTS), _TOKENS) * _TOKENS
     _dweight_kernel[(wide, _PARTS)](
         dlogits, x.contiguous(), partial, T, E, D, part_tokens, STAGES=_STAGES, **sizes
     )

@@ -57,8 +57,8 @@ class Plan:
 
     segments: [I, 8] int32, rows as Segment; the longest first.
     pieces: [J, 8] int32, equal parts of the segments that others follow.
-    chains: [L, 4] int32, sequences of several segments: sequence, first slot, slots, tokens of
-        each piece.
+    chains: [L, 5] int32, sequences of several segments: sequence, first slot, slots, tokens of
+        each piece, pieces of each segment.
     stops: [M + 1, 2] int32, tokens after the segment's start, and slot of the pool; the last row
         is a sentinel.
     num_slots: pieces.
@@ -116,12 +116,13 @@ def plan_segments(
         segments += of_sequence.segments(first_slot, own, kept)
         pieces += of_sequence.pieces(first_slot)
         if len(pieces) > first_slot:
-            chains.append((n, first_slot, len(pieces) - first_slot, cut.piece_tokens))
+            count = len(pieces) - first_slot
+            chains.append((n, first_slot, count, cut.piece_tokens, cut.pieces))
     segments.sort(key=lambda segment: segment.start - segment.end)
     return Plan(
         segments=_table(segments, 8, device),
         pieces=_table(pieces, 8, device),
-        chains=_table(chains, 4, device),
+        chains=_table(chains, 5, device),
         stops=_table([*kept, (0, 0)], 2, device),
         num_slots=len(pieces),
         is_even=len({segment.end - segment.start for segment in segments}) <= 1,

@@ -15,6 +15,7 @@ from sevenfold.ops.lightning.triton_decode_common import (
     power,
     tuning,
 )
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -77,11 +78,11 @@ def _run(
     o = q.new_empty(B, H, V)
     q, k, v = (contiguous_widths(x) for x in (q, k, v))
     config = tuning("lightning_decode", B * H, K, q.device)
-    BV = min(config["BV"], triton.next_power_of_2(V))
+    BV = min(config["BV"], next_power_of_2(V))
     if o.numel():
-        _decode_kernel[(B * H * triton.cdiv(V, BV),)](
+        _decode_kernel[(B * H * cdiv(V, BV),)](
             q, k, v, log_decay, pool, into, slots, o, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], pool.stride(0),
-            H, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
+            H, K=K, V=V, BK=next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
         )  # fmt: skip
     return o

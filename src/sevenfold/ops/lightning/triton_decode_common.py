@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sevenfold.config import UnsupportedError
+from sevenfold.ops.row_launch import next_power_of_2
 from sevenfold.ops.tuning import best_config
 
 WIDEST = 256  # widest head that the kernels were built for
@@ -76,7 +77,7 @@ def tuning(kernel: str, heads: int, K: int, device: torch.device) -> dict[str, i
 
     Two rows a width: one program a head leaves multiprocessors idle, or fills them.
     """
-    key = f"K{max(16, triton.next_power_of_2(K))} {'few' if heads <= FEW_HEADS else 'many'} heads"
+    key = f"K{max(16, next_power_of_2(K))} {'few' if heads <= FEW_HEADS else 'many'} heads"
     # The interpreter takes the defaults on purpose, without the warning of an unknown GPU.
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
     return best_config(kernel, key, name)

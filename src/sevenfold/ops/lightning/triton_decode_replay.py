@@ -18,6 +18,7 @@ from sevenfold.ops.lightning.triton_decode_common import (
     tuning,
     weigh,
 )
+from sevenfold.ops.row_launch import next_power_of_2
 
 
 @triton.jit
@@ -120,9 +121,9 @@ def replay(
         _replay_kernel[(B * H,)](
             q, k, v, log_decay, *pool, slots, o, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in pool),
-            H, K=K, V=V, R=R, BK=triton.next_power_of_2(K),
-            BV=min(config["BV"], triton.next_power_of_2(V)),
-            BF=min(config["BF"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
+            H, K=K, V=V, R=R, BK=next_power_of_2(K),
+            BV=min(config["BV"], next_power_of_2(V)),
+            BF=min(config["BF"], next_power_of_2(V)), BR=max(16, next_power_of_2(R)),
             num_warps=config["num_warps"],
             num_stages=1,  # a pipelined fold takes registers that every other step would lack
         )  # fmt: skip

@@ -329,7 +329,8 @@ def _compute_all(
                 if gl.load(row + 4) == 1:
                     _keep(state_out, sequence * H + head, S, state_k, state_v)
             if not OUTPUT:
-                _keep(state_between, slot * H + head, S, state_k, state_v)
+                if done < length:
+                    _keep(state_between, slot * H + head, S, state_k, state_v)
     tma.store_wait(0)
 
 

@@ -3,10 +3,10 @@
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportReturnType=false
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sevenfold.ops.lightning.segments import Plan, Room, Stop, plan_segments
 from sevenfold.ops.lightning.triton_hopper import hopper_scan_kernel
 from sevenfold.ops.lightning.triton_scan import chain_kernel, scan_kernel
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.tuning import best_config
 
 # A token whose weight is below 2^-horizon is left out of the state between two segments: well below
@@ -81,8 +82,8 @@ def run_scan(scan: Scan, between: Tensor | None = None) -> Tensor:
 def states_between(scan: Scan) -> Tensor | None:
     """What each segment but a sequence's first meets, [slots, H, K, V]; None without cuts.
 
-    Pieces of the segments give what they add; sums then run along each sequence. The slots of a
-    segment's other pieces hold the states after these.
+    Pieces of the segments give what they add; sums then run along each sequence, into the slot of
+    each segment's last piece.
     """
     plan = plan_scan(scan)
     if plan.num_slots == 0:
@@ -90,11 +91,12 @@ def states_between(scan: Scan) -> Tensor | None:
     (H, K), V = scan.q.shape[2:], scan.v.shape[3]
     between = scan.log_decay.new_empty(plan.num_slots, H, K, V)
     _launch(scan, plan, plan.pieces, scan.k, between, output=False)
-    grid = (len(plan.chains), H, triton.cdiv(K * V, _CHAIN_BLOCK))
+    grid = (len(plan.chains), H, cdiv(K * V, _CHAIN_BLOCK))
     chain_kernel[grid](
         _or(scan.state_in, between),
         between,
         scan.log_decay,
+        _HORIZONS[scan.q.dtype],
         plan.chains,
         CELLS=K * V,
         BLOCK=_CHAIN_BLOCK,
@@ -112,7 +114,7 @@ def plan_scan(scan: Scan) -> Plan:
         config = _config(scan)
         programs = num_sms(device) * config["programs_per_sm"]
         # The same for a scan and for its transpose, which share the states between segments.
-        tiles = triton.cdiv(_widest(scan), config["value_columns"])
+        tiles = cdiv(_widest(scan), config["value_columns"])
         chunk = config["chunk_tokens"]
     cells = scan.q.shape[3] * scan.v.shape[3]
     most_slots = _STATE_BYTES_PER_TOKEN * sum(scan.lengths) // (4 * cells)
@@ -165,7 +167,7 @@ def _launch_any(
     plan, table = work
     tile = _tile(scan, config)
     rows = [_rows(x) for x in (scan.q, scan.k, scan.v, o)]
-    scan_kernel[(len(table) * triton.cdiv(V, tile), scan.q.shape[2])](
+    scan_kernel[(len(table) * cdiv(V, tile), scan.q.shape[2])](
         *rows,
         scan.log_decay,
         float(scan.scale),
@@ -223,7 +225,7 @@ def _launch_hopper(
 def _num_programs(works: int, H: int, most: int) -> int:
     """Programs of a persistent kernel: all, or so many that each one stays with its head."""
     aligned = most // H * H
-    if aligned > 0 and triton.cdiv(works, aligned) == triton.cdiv(works, most):
+    if aligned > 0 and cdiv(works, aligned) == cdiv(works, most):
         return min(works, aligned)
     return min(works, most)
 
@@ -243,7 +245,7 @@ def _tile(scan: Scan, config: dict[str, int]) -> int:
 
 
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -262,11 +264,16 @@ def _copyable_rows(x: Tensor) -> Tensor:
 
 def _descriptor(rows: Tensor) -> TensorDescriptor:
     tokens, H, D = rows.shape
-    block = [_HOPPER_CHUNK, D]
-    dtype = gl.bfloat16 if rows.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     columns = (H - 1) * rows.stride(1) + D
+    block, layout = [_HOPPER_CHUNK, D], _shared_layout(D, rows.dtype)
     return TensorDescriptor(rows, [tokens, columns], [rows.stride(0), 1], block, layout)
+
+
+@cache
+def _shared_layout(width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a chunk in shared memory; Gluon takes 15 us to find it."""
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([_HOPPER_CHUNK, width], element)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

@@ -35,13 +35,18 @@ def power(log2_decay, distance):
 
 
 @triton.jit
+def reach(log2_decay, horizon):
+    """How many of the last tokens weigh 2^-horizon or more."""
+    return tl.minimum(horizon / tl.maximum(-log2_decay, 1e-9), 1e9).to(tl.int32)
+
+
+@triton.jit
 def forgotten(log2_decay, length, ahead, horizon, C: tl.constexpr):
     """How many of a piece's first tokens weigh below 2^-horizon where its segment ends.
 
     A multiple of C, unless it is the whole length; `ahead` tokens follow the piece.
     """
-    reach = tl.minimum(horizon / tl.maximum(-log2_decay, 1e-9), 1e9).to(tl.int32)
-    old = tl.minimum(tl.maximum(length + ahead - reach, 0), length)
+    old = tl.minimum(tl.maximum(length + ahead - reach(log2_decay, horizon), 0), length)
     return tl.where(old == length, length, old // C * C)
 
 
@@ -148,44 +153,49 @@ def scan_kernel(
     if HAS_OUT:
         tl.store(state_out + matrix, S, inside & (is_last == 1))
     if OUTPUT == False:  # noqa: E712, a constexpr has no `not`
-        tl.store(state_between + between, S, inside)
+        tl.store(state_between + between, S, inside & (done < end - start))
 
 
 @triton.jit
-def _added(state_between, slot, head, H, cell, inside, CELLS: tl.constexpr):
+def _added(state_between, slot, first, last, pieces, kept, head, H, cell, CELLS: tl.constexpr):
+    """What a piece adds; 0 beyond the last one and where it is forgotten: nothing is written then."""
     at = (slot.to(tl.int64) * H + head) * CELLS + cell
-    return tl.load(state_between + at, inside, other=0.0)
+    counts = (slot < last) & (pieces - 1 - (slot - first) % pieces < kept)
+    return tl.load(state_between + at, (cell < CELLS) & counts, other=0.0)
 
 
 @triton.jit
 def chain_kernel(
-    state_in, state_between, log_decay, chains,
+    state_in, state_between, log_decay, horizon, chains,
     CELLS: tl.constexpr, BLOCK: tl.constexpr, HAS_IN: tl.constexpr,
 ):  # fmt: skip
-    """Turn what each piece adds into the state after it, along a sequence.
+    """Turn what each segment's last piece adds into the state after the segment.
 
-    S_(i + 1) = decay^r S_i + A_i        r tokens of a piece
+    S_(i + 1) = decay^r S_i + A_i        r tokens of a piece, A_i = 0 where it is forgotten
     """
-    row = chains + tl.program_id(0) * 4
+    row = chains + tl.program_id(0) * 5
     sequence, first = tl.load(row), tl.load(row + 1)
-    last, size = first + tl.load(row + 2), tl.load(row + 3)
+    last, size, pieces = first + tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     head, H = tl.program_id(1), tl.num_programs(1)
-    decay = tl.exp2(rate(log_decay, head) * size.to(tl.float32))
+    log2_decay = rate(log_decay, head)
+    decay = tl.exp2(log2_decay * size.to(tl.float32))
+    # As many of a segment's last pieces as are not forgotten as a whole.
+    kept = tl.cdiv(reach(log2_decay, horizon), size)
     cell = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    inside = cell < CELLS
     S = tl.zeros([BLOCK], dtype=tl.float32)
     if HAS_IN:
-        S = tl.load(state_in + (sequence.to(tl.int64) * H + head) * CELLS + cell, inside, other=0.0)
+        S = tl.load(state_in + (sequence.to(tl.int64) * H + head) * CELLS + cell, cell < CELLS)
     for step in range(tl.cdiv(last - first, 4)):
         at = first + step * 4
         # Four loads at once: one after another they would take longer than everything else.
         added = (
-            _added(state_between, at, head, H, cell, inside, CELLS),
-            _added(state_between, at + 1, head, H, cell, inside & (at + 1 < last), CELLS),
-            _added(state_between, at + 2, head, H, cell, inside & (at + 2 < last), CELLS),
-            _added(state_between, at + 3, head, H, cell, inside & (at + 3 < last), CELLS),
+            _added(state_between, at, first, last, pieces, kept, head, H, cell, CELLS),
+            _added(state_between, at + 1, first, last, pieces, kept, head, H, cell, CELLS),
+            _added(state_between, at + 2, first, last, pieces, kept, head, H, cell, CELLS),
+            _added(state_between, at + 3, first, last, pieces, kept, head, H, cell, CELLS),
         )
         for i in tl.static_range(4):
             S = S * decay + added[i]
             to = ((at + i).to(tl.int64) * H + head) * CELLS + cell
-            tl.store(state_between + to, S, inside & (at + i < last))
+            ends = (at + i < last) & ((at + i - first) % pieces == pieces - 1)
+            tl.store(state_between + to, S, (cell < CELLS) & ends)

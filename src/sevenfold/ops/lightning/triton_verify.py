@@ -18,6 +18,7 @@ from sevenfold.ops.lightning.triton_decode_common import (
     tuning,
     weigh,
 )
+from sevenfold.ops.row_launch import next_power_of_2
 
 DRAFT_ROWS = 16  # the least that a tensor core's product takes
 
@@ -222,7 +223,7 @@ def verify(
     o = q.new_empty(B, T, H, V)
     q, k, v = (contiguous_widths(x) for x in (q, k, v))
     config = tuning("lightning_verify", B * H, K, q.device)
-    BK, WV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    BK, WV = next_power_of_2(K), next_power_of_2(V)
     if o.numel():
         _verify_kernel[(B * H,)](
             q, k, v, log_decay, *pool, slots,
@@ -232,7 +233,7 @@ def verify(
             *(x.stride(0) for x in pool),
             T, 0 if accepted is None else accepted.shape[1], H,
             K=K, V=V, R=R, BK=BK, BV=min(config["BV"], WV), BF=min(config["BF"], WV), WV=WV,
-            BR=max(16, triton.next_power_of_2(R)), BT=DRAFT_ROWS, TREE=ancestors is not None,
+            BR=max(16, next_power_of_2(R)), BT=DRAFT_ROWS, TREE=ancestors is not None,
             STAGES=config["num_stages"], num_warps=config["num_warps"],
         )  # fmt: skip
     return o
@@ -254,7 +255,7 @@ def commit(
             log_decay, *pool, slots,
             slots if accepted is None else accepted.contiguous(),
             *(x.stride(0) for x in pool), 0 if accepted is None else accepted.shape[1],
-            H, K=K, V=V, R=R, BK=triton.next_power_of_2(K),
-            BF=min(config["BF"], triton.next_power_of_2(V)), BR=max(16, triton.next_power_of_2(R)),
+            H, K=K, V=V, R=R, BK=next_power_of_2(K),
+            BF=min(config["BF"], next_power_of_2(V)), BR=max(16, next_power_of_2(R)),
             num_warps=config["num_warps"],
         )  # fmt: skip

@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import as_rows, num_programs, row_tile, walking_stages, walking_tile
+from sevenfold.ops.row_launch import (
+    as_rows,
+    cdiv,
+    num_programs,
+    row_tile,
+    walking_stages,
+    walking_tile,
+)
 from sevenfold.ops.triton_column_sum import column_sum
 
 
@@ -76,7 +83,7 @@ def residual_rms_norm(
     if x.numel() == 0:
         return y, x
     streams, updates, tile = as_rows(stream), as_rows(update), row_tile(x.shape[-1])
-    _forward_kernel[(triton.cdiv(len(streams), tile.rows),)](
+    _forward_kernel[(cdiv(len(streams), tile.rows),)](
         streams, updates, weight.contiguous(), y, x, streams.stride(0), updates.stride(0),
         *streams.shape, eps, alpha, beta,
         ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
@@ -95,7 +102,7 @@ def residual_rms_norm_backward(
         return dstream, dupdate, torch.zeros_like(weight)
     tile, rows, dys = walking_tile(x.shape[-1]), as_rows(x), as_rows(dy)
     dsums = None if dsum is None else as_rows(dsum)
-    programs = num_programs(x.device, triton.cdiv(len(rows), tile.rows), tile)
+    programs = num_programs(x.device, cdiv(len(rows), tile.rows), tile)
     partial = torch.empty(programs, len(weight), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         dys, dsums, rows, weight.contiguous(), dstream, dupdate, partial,

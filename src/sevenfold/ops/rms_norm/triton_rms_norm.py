@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import as_rows, num_programs, row_tile, walking_stages, walking_tile
+from sevenfold.ops.row_launch import (
+    as_rows,
+    cdiv,
+    num_programs,
+    row_tile,
+    walking_stages,
+    walking_tile,
+)
 from sevenfold.ops.triton_column_sum import column_sum
 
 
@@ -77,7 +84,7 @@ def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tens
     rows, gates = as_rows(x), None if gate is None else as_rows(gate)
     tile = row_tile(x.shape[-1])
     gate_stride = 0 if gates is None else gates.stride(0)
-    _forward_kernel[(triton.cdiv(len(rows), tile.rows),)](
+    _forward_kernel[(cdiv(len(rows), tile.rows),)](
         rows, gates, weight.contiguous(), y, rows.stride(0), gate_stride, *rows.shape, eps,
         ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
@@ -93,7 +100,7 @@ def _backward(
         return dx, dgate, torch.zeros_like(weight)
     tile, rows, dys = walking_tile(x.shape[-1]), as_rows(x), as_rows(dy)
     gates = None if gate is None else as_rows(gate)
-    programs = num_programs(x.device, triton.cdiv(len(rows), tile.rows), tile)
+    programs = num_programs(x.device, cdiv(len(rows), tile.rows), tile)
     partial = torch.empty(programs, len(weight), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         dys, rows, gates, weight.contiguous(), dx, dgate, partial,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 _TILE_ELEMENTS, _WARPS = 2048, 4
 
@@ -86,7 +86,7 @@ def silu_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
     D = q.shape[-1]
     num_rows, (rows, columns) = q.numel() // D, _tile(D)
-    _forward_kernel[(triton.cdiv(num_rows, rows),)](
+    _forward_kernel[(cdiv(num_rows, rows),)](
         qkv.contiguous(), q, k, v, num_rows, D, ROWS=rows, COLUMNS=columns, num_warps=_WARPS
     )
     return q, k, v
@@ -100,7 +100,7 @@ def silu_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor) -> Tensor
         return dqkv
     D = dq.shape[-1]
     num_rows, (rows, columns) = dq.numel() // D, _tile(D)
-    _backward_kernel[(triton.cdiv(num_rows, rows),)](
+    _backward_kernel[(cdiv(num_rows, rows),)](
         dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv.contiguous(), dqkv, num_rows, D,
         ROWS=rows, COLUMNS=columns, num_warps=_WARPS,
     )  # fmt: skip
