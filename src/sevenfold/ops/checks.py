@@ -8,6 +8,9 @@ from torch import Tensor
 from sevenfold.config import UnsupportedError
 from sevenfold.ops.types import Impl
 
+# torch.compile follows a look-up, where torch 2.11 does not follow an enumeration.
+_NAMED = {str(impl): impl for impl in Impl}
+
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int], letters: str) -> None:
     """Raise ValueError unless x has the given shape, told in the given letters."""
@@ -37,9 +40,10 @@ def choose_impl(op: str, impl: Impl | str | None, default: Impl, known: Collecti
     """
     if impl is None:
         return default
-    if impl not in list(Impl):
+    named = _NAMED.get(str(impl))
+    if named is None:
         raise ValueError(f"impl must be one of {', '.join(Impl)}, got {impl!r}")
-    if impl not in known:
+    if named not in known:
         names = ", ".join(known)
         raise UnsupportedError(f"{op} must use impl {names}, got {str(impl)!r}")
-    return Impl(impl)
+    return named

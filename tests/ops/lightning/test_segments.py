@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sevenfold.ops.lightning import segments
@@ -46,7 +46,7 @@ def test_every_token_lies_in_one_segment(
     spans = [range(s.start, s.end) for s in rows(plan.segments)]
     assert sorted(t for span in spans for t in span) == list(range(sum(lengths)))
     assert [len(s) for s in spans] == sorted((len(s) for s in spans), reverse=True)
-    assert plan.is_even == (len({len(s) for s in spans}) == 1)
+    assert (plan.deal is None) == (len({len(s) for s in spans}) == 1)
 
 
 @few
@@ -119,4 +119,33 @@ def test_states_between_keep_to_their_room() -> None:
 
 def test_whole_sequences_are_not_cut_where_they_fill_the_programs() -> None:
     plan = plan_segments((64,) * 40, Room(1, 10, C, 100), (), False, CPU)
-    assert (len(plan.segments), plan.num_slots, plan.is_even) == (40, 0, True)
+    assert (len(plan.segments), plan.num_slots, plan.deal) == (40, 0, None)
+
+
+@few
+@given(lengths=some_lengths, room=rooms, singly=st.integers(0, 4))
+def test_every_segment_of_every_head_is_dealt_once(
+    lengths: tuple[int, ...], room: Room, singly: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "_DEALT_SINGLY", singly)
+        plan_segments.cache_clear()
+        plan = plan_segments(lengths, room, (), False, CPU)
+        sizes = [s.end - s.start for s in rows(plan.segments)]
+        loads = segments.deal_out(sizes, room)[1]
+    assume(plan.deal is not None)
+    table, P = plan.deal.tolist(), room.num_programs
+    works = table[P + 1 : -1]
+    assert sorted(works) == list(range(len(sizes) * room.num_heads))
+    for program in range(P):
+        own = works[table[program] : table[program + 1]]
+        assert sum(sizes[work // room.num_heads] for work in own) == loads[program]
+
+
+@few
+@given(lengths=some_lengths, room=rooms)
+def test_no_program_has_much_more_than_the_others(lengths: tuple[int, ...], room: Room) -> None:
+    sizes = sorted(lengths, reverse=True)
+    _, loads = segments.deal_out(sizes, room)
+    # Whoever gets a segment had least; so it ends at most that segment above the mean.
+    assert loads.max() <= sum(lengths) * room.num_heads / room.num_programs + sizes[0]

@@ -17,6 +17,8 @@ MIN_PIECE_TOKENS = 1024
 # Share of the device's time that must go to work, for sequences to be cut no further.
 _ENOUGH = 0.93
 _MOST_ROUNDS = 8
+# Segments, the longest, of which each finds the programs that have least to do.
+_DEALT_SINGLY = 64
 # Pieces of a sequence whose states are summed one after another, where it has fewer segments.
 _MOST_IN_A_CHAIN = 64
 
@@ -62,7 +64,9 @@ class Plan:
     stops: [M + 1, 2] int32, tokens after the segment's start, and slot of the pool; the last row
         is a sentinel.
     num_slots: pieces.
-    is_even: all segments are equally long.
+    deal: None where all segments are equally long. Else int32, which program takes which: P + 1
+        borders, and between them in what follows the numbers i * H + h of a program's segments i
+        and heads h.
     """
 
     segments: Tensor
@@ -70,7 +74,7 @@ class Plan:
     chains: Tensor
     stops: Tensor
     num_slots: int
-    is_even: bool
+    deal: Tensor | None
 
 
 class Room(NamedTuple):
@@ -119,13 +123,15 @@ def plan_segments(
             count = len(pieces) - first_slot
             chains.append((n, first_slot, count, cut.piece_tokens, cut.pieces))
     segments.sort(key=lambda segment: segment.start - segment.end)
+    sizes = [segment.end - segment.start for segment in segments]
+    deal = None if len(set(sizes)) <= 1 else _upload(_deal_table(sizes, room), device)
     return Plan(
         segments=_table(segments, 8, device),
         pieces=_table(pieces, 8, device),
         chains=_table(chains, 5, device),
         stops=_table([*kept, (0, 0)], 2, device),
         num_slots=len(pieces),
-        is_even=len({segment.end - segment.start for segment in segments}) <= 1,
+        deal=deal,
     )
 
 
@@ -200,18 +206,52 @@ def _cut_one(length: int, count: int, most_pieces: int, room: Room) -> _Cut:
 
 
 def _longest_program(lengths: Sequence[int], counts: Sequence[int], room: Room) -> int:
-    """Tokens of the program that has most of them, as the kernels deal segments out."""
-    sizes = np.repeat(np.divide(lengths, counts), np.multiply(counts, room.num_heads))
-    rounds = math.ceil(len(sizes) / room.num_programs)
-    dealt = np.zeros(rounds * room.num_programs)
-    dealt[: len(sizes)] = -np.sort(-sizes)
-    dealt = dealt.reshape(rounds, room.num_programs)
-    dealt[1::2] = dealt[1::2, ::-1]
-    return int(dealt.sum(0).max(initial=0))
+    """Tokens of the program that has most of them, as segments are dealt out."""
+    sizes = -np.sort(-np.repeat(np.divide(lengths, counts), counts))
+    return int(deal_out(sizes, room)[1].max(initial=0))
+
+
+def deal_out(sizes: Sequence[int] | np.ndarray, room: Room) -> tuple[np.ndarray, np.ndarray]:
+    """Give the segments of all heads, the longest first, to the programs that have least to do.
+
+    Short segments, beyond the first _DEALT_SINGLY, are dealt to and fro.
+
+    Args:
+        sizes: tokens of each segment, falling.
+        room: its heads and programs.
+
+    Returns:
+        The program of each segment and head [I * H], and the tokens of each program [P].
+    """
+    H, P = room.num_heads, room.num_programs
+    loads = np.zeros(P)
+    programs = np.empty((len(sizes), H), np.int32)
+    for i, size in enumerate(sizes[:_DEALT_SINGLY]):
+        for head in range(0, H, P):
+            least = np.argsort(loads, kind="stable")[: H - head]
+            programs[i, head : head + P] = least
+            loads[least] += size
+    rest = np.repeat(sizes[_DEALT_SINGLY:], H)
+    turn, place = np.divmod(np.arange(len(rest)), P)
+    order = np.argsort(loads, kind="stable")
+    dealt = order[np.where(turn % 2 == 1, P - 1 - place, place)]
+    programs[_DEALT_SINGLY:] = dealt.reshape(-1, H)
+    return programs.ravel(), loads + np.bincount(dealt, rest, P)
+
+
+def _deal_table(sizes: Sequence[int], room: Room) -> Tensor:
+    programs, _ = deal_out(sizes, room)
+    borders = np.searchsorted(np.sort(programs), np.arange(room.num_programs + 1))
+    # A program without work reads a number behind its border all the same.
+    numbers = [*borders, *np.argsort(programs, kind="stable"), 0]
+    return torch.tensor(np.array(numbers, np.int32))
 
 
 def _table(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
-    table = torch.tensor(list(rows), dtype=torch.int32).view(-1, width)
+    return _upload(torch.tensor(list(rows), dtype=torch.int32).view(-1, width), device)
+
+
+def _upload(table: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return table.to(device)  # in a capture an error: a graph would copy what has been freed
     return table.pin_memory().to(device, non_blocking=True)

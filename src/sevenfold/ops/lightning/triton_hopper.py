@@ -8,7 +8,8 @@ its first operand from registers, and there the state stays, V x K in fp32.
     S^T = decay^r S^T + (V^T diag(b)) K
 
 One warp loads chunks by bulk tensor copies as far ahead as shared memory reaches, also those of the
-next segment; V / 16 warps compute. A program takes segments until none is left.
+next segment; V / 16 warps compute. A program takes segments in turn, of equal length the next
+free one, else those that segments.deal_out gave it.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -28,16 +29,25 @@ from sevenfold.ops.lightning.triton_scan import forgotten, power, rate
 
 
 @gluon.jit
-def _work_at(turn, works, IS_EVEN: gl.constexpr):
-    """Number of the segment and head that a program takes in a turn, or `works` for none.
+def _turns(deal, works, IS_EVEN: gl.constexpr):
+    """The first turn of this program and the one after its last."""
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    if IS_EVEN:
+        first, last = 0, gl.cdiv(works - program, programs)
+    else:
+        first, last = gl.load(deal + program), gl.load(deal + program + 1)
+    return first, last
 
-    Segments of different lengths, the longest first, are dealt out to and fro.
-    """
+
+@gluon.jit
+def _work_at(turn, deal, IS_EVEN: gl.constexpr):
+    """Number of the segment and head that a program takes in a turn."""
     programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    if not IS_EVEN:
-        place = gl.where(turn % 2 == 1, programs - 1 - place, place)
-    return gl.minimum(turn * programs + place, works)
+    if IS_EVEN:
+        work = turn * programs + gl.program_id(0)
+    else:
+        work = gl.load(deal + programs + 1 + turn)
+    return work
 
 
 @gluon.jit
@@ -70,31 +80,29 @@ def _until(stops, kept, end_stop, end, HAS_STOPS: gl.constexpr):
 
 @gluon.jit
 def _load_all(
-    descriptors, buffers, bars, table, stops, log_decay, horizon, works, H, heads,
+    descriptors, buffers, bars, table, deal, stops, log_decay, horizon, works, H, heads,
     C: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr,
     IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     at = 0
-    for turn in range(gl.cdiv(works, gl.num_programs(0))):
-        work = _work_at(turn, works, IS_EVEN)
-        if work < works:
-            row, head = table + work // H * 8, work % H
-            start, end = gl.load(row), gl.load(row + 1)
-            kept, end_stop = gl.load(row + 5), gl.load(row + 6)
-            columns = (head * heads[0], head * heads[1], head * heads[2])
-            done = 0
-            if not OUTPUT:
-                done = forgotten(rate(log_decay, head), end - start, gl.load(row + 7), horizon, C)
-            while done < end - start:
-                until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
-                first = end - done - C if REVERSE else start + done
-                at = _load(descriptors, buffers, bars, at, first, columns, OUTPUT, STAGES)
-                done = gl.minimum(done + C, until)
-                if HAS_STOPS:
-                    while (kept < end_stop) & (
-                        _until(stops, kept, end_stop, done + 1, True) <= done
-                    ):
-                        kept += 1
+    first_turn, end_turn = _turns(deal, works, IS_EVEN)
+    for turn in range(first_turn, end_turn):
+        work = _work_at(turn, deal, IS_EVEN)
+        row, head = table + work // H * 8, work % H
+        start, end = gl.load(row), gl.load(row + 1)
+        kept, end_stop = gl.load(row + 5), gl.load(row + 6)
+        columns = (head * heads[0], head * heads[1], head * heads[2])
+        done = 0
+        if not OUTPUT:
+            done = forgotten(rate(log_decay, head), end - start, gl.load(row + 7), horizon, C)
+        while done < end - start:
+            until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
+            first = end - done - C if REVERSE else start + done
+            at = _load(descriptors, buffers, bars, at, first, columns, OUTPUT, STAGES)
+            done = gl.minimum(done + C, until)
+            if HAS_STOPS:
+                while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
+                    kept += 1
 
 
 @gluon.jit
@@ -282,7 +290,7 @@ def _compute_segment(
 
 @gluon.jit
 def _compute_all(
-    o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale, horizon,
+    o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, deal, stops, log_decay, scale, horizon,
     state_in, state_between, state_out, pool, pool_slot, works, H, o_token, o_head, state_k,
     state_v, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
     HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
@@ -296,49 +304,49 @@ def _compute_all(
     A_layout: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, S_layout, 2))
     gain = scale if REVERSE else 1.0
     at = 0
-    last_head = _work_at(0, works, IS_EVEN) % H
+    first_turn, end_turn = _turns(deal, works, IS_EVEN)
+    last_head = _work_at(first_turn, deal, IS_EVEN) % H
     log2_decay = rate(log_decay, last_head)
     within = _within(log2_decay, scale, P_layout, C, REVERSE)
     entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
-    for turn in range(gl.cdiv(works, gl.num_programs(0))):
-        work = _work_at(turn, works, IS_EVEN)
-        if work < works:
-            row, head = table + work // H * 8, work % H
-            length, sequence = gl.load(row + 1) - gl.load(row), gl.load(row + 2)
-            slot = gl.load(row + 3)
-            if head != last_head:
-                log2_decay = rate(log_decay, head)
-                within = _within(log2_decay, scale, P_layout, C, REVERSE)
-                entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
-                last_head = head
-            done = 0
-            S = gl.zeros([V, K], gl.float32, S_layout)
-            if OUTPUT:
-                S = _first_state(
-                    state_in, state_between, sequence, slot, head, H, state_k, state_v, K, V,
-                    S_layout, HAS_IN, HAS_BETWEEN,
-                )  # fmt: skip
-            else:
-                done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
-            S, at = _compute_segment(
-                S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot,
-                log2_decay, gain, done, within, entered, at, head, H, o_token, o_head, state_k,
-                state_v, A_layout, REVERSE, HAS_STOPS, OUTPUT, STAGES,
+    for turn in range(first_turn, end_turn):
+        work = _work_at(turn, deal, IS_EVEN)
+        row, head = table + work // H * 8, work % H
+        length, sequence = gl.load(row + 1) - gl.load(row), gl.load(row + 2)
+        slot = gl.load(row + 3)
+        if head != last_head:
+            log2_decay = rate(log_decay, head)
+            within = _within(log2_decay, scale, P_layout, C, REVERSE)
+            entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
+            last_head = head
+        done = 0
+        S = gl.zeros([V, K], gl.float32, S_layout)
+        if OUTPUT:
+            S = _first_state(
+                state_in, state_between, sequence, slot, head, H, state_k, state_v, K, V,
+                S_layout, HAS_IN, HAS_BETWEEN,
             )  # fmt: skip
-            if HAS_OUT:
-                if gl.load(row + 4) == 1:
-                    _keep(state_out, sequence * H + head, S, state_k, state_v)
-            if not OUTPUT:
-                if done < length:
-                    _keep(state_between, slot * H + head, S, state_k, state_v)
+        else:
+            done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
+        S, at = _compute_segment(
+            S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot,
+            log2_decay, gain, done, within, entered, at, head, H, o_token, o_head, state_k,
+            state_v, A_layout, REVERSE, HAS_STOPS, OUTPUT, STAGES,
+        )  # fmt: skip
+        if HAS_OUT:
+            if gl.load(row + 4) == 1:
+                _keep(state_out, sequence * H + head, S, state_k, state_v)
+        if not OUTPUT:
+            if done < length:
+                _keep(state_between, slot * H + head, S, state_k, state_v)
     tma.store_wait(0)
 
 
 @gluon.jit
 def hopper_scan_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, horizon, state_in, state_between,
-    state_out, pool, pool_slot, table, stops, works, H, q_head, k_head, v_head, o_token, o_head,
-    state_k, state_v,
+    state_out, pool, pool_slot, table, deal, stops, works, H, q_head, k_head, v_head, o_token,
+    o_head, state_k, state_v,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
     HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
     HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
@@ -361,14 +369,14 @@ def hopper_scan_kernel(
     gl.warp_specialize(
         [
             (_compute_all, (
-                o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, stops, log_decay, scale,
+                o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, deal, stops, log_decay, scale,
                 horizon, state_in, state_between, state_out, pool, pool_slot, works, H, o_token,
                 o_head, state_k, state_v, K, V, C, REVERSE, HAS_IN, HAS_BETWEEN, HAS_OUT, HAS_STOPS,
                 OUTPUT, IS_EVEN, STAGES,
             )),
             (_load_all, (
-                (q_desc, k_desc, v_desc), buffers, bars, table, stops, log_decay, horizon, works,
-                H, (q_head, k_head, v_head), C, REVERSE, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
+                (q_desc, k_desc, v_desc), buffers, bars, table, deal, stops, log_decay, horizon,
+                works, H, (q_head, k_head, v_head), C, REVERSE, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
             )),
         ],
         [1],

@@ -197,7 +197,10 @@ def _launch_hopper(
     rows.append(o.flatten(0, 1) if flags["OUTPUT"] else rows[2])
     works = len(table) * H
     most = num_sms(o.device)
-    programs = _num_programs(works, H, most) if flags["OUTPUT"] else min(works, most)
+    deal = plan.deal if flags["OUTPUT"] else None
+    programs = min(works, most) if deal is None else most
+    if flags["OUTPUT"] and deal is None:
+        programs = _num_programs(works, H, most)
     hopper_scan_kernel[(programs,)](
         *(_descriptor(x) for x in rows),
         rows[3],
@@ -206,6 +209,7 @@ def _launch_hopper(
         _HORIZONS[scan.q.dtype],
         *states[:5],
         table,
+        _or(deal, table),
         plan.stops,
         works,
         H,
@@ -216,7 +220,7 @@ def _launch_hopper(
         V=V,
         C=_HOPPER_CHUNK,
         **flags,
-        IS_EVEN=plan.is_even,
+        IS_EVEN=deal is None,
         STAGES=3,
         num_warps=V // 16,
     )

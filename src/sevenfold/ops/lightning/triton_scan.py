@@ -158,7 +158,7 @@ def scan_kernel(
 
 @triton.jit
 def _added(state_between, slot, first, last, pieces, kept, head, H, cell, CELLS: tl.constexpr):
-    """What a piece adds; 0 beyond the last one and where it is forgotten: nothing is written then."""
+    """What a piece adds; 0 beyond the last one and where it is forgotten: nobody wrote there."""
     at = (slot.to(tl.int64) * H + head) * CELLS + cell
     counts = (slot < last) & (pieces - 1 - (slot - first) % pieces < kept)
     return tl.load(state_between + at, (cell < CELLS) & counts, other=0.0)
