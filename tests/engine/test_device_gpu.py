@@ -15,7 +15,11 @@ from sevenfold.engine.runner import Row, Runner
 from sevenfold.engine.transfer import fetch, upload
 from sevenfold.models import HybridModel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*has no tuning")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*has no tuning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 GPU = torch.device("cuda", 0)
 MIXES = ["ll", "ff", "lsf", "lllf"]
 # Widths that every kernel takes.

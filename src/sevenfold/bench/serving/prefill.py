@@ -77,5 +77,5 @@ def _softmax_twin(sides: Sides) -> HybridModel:
     layers = ("full_attention",) * sides.config.num_hidden_layers
     config = sides.config.model_copy(update={"layer_types": layers})
     with sides.device:
-        twin = init_weights(HybridModel(config), seed=0)
+        twin = init_weights(HybridModel(config), seed=0, drawn_on=sides.device)
     return twin.to(sides.device, sides.model.dtype).eval().requires_grad_(False)

@@ -58,7 +58,7 @@ def build_sides(preset_name: str, device: str, dtype: torch.dtype) -> Sides:
     config = named.model_copy(update=changed)
     where = torch.device(device)
     with where:
-        model = init_weights(HybridModel(config), seed=0)
+        model = init_weights(HybridModel(config), seed=0, drawn_on=where)
     model = model.to(where, dtype).eval().requires_grad_(False)
     peer = load_peer(model, device=where, dtype=dtype).eval()
     return Sides(config, model, peer, measured_rates(where))

@@ -61,8 +61,12 @@ def _fold(S, k, v, log2_decay, e, size, gain, REVERSE: tl.constexpr):
     """The state after a chunk of `size` tokens, whose rows of k and v beyond are zero."""
     to_exit = size - e if REVERSE else size - 1 - e
     vs = v.to(tl.float32) * (power(log2_decay, to_exit) * gain)[:, None]
-    decayed = S * tl.exp2(log2_decay * size.to(tl.float32))
-    return tl.dot(tl.trans(k), vs.to(v.dtype), decayed, input_precision="ieee")
+    decay = tl.exp2(log2_decay * size.to(tl.float32))
+    if v.dtype == tl.float32:
+        # Not into the large state one token after another: each sum would round at its size.
+        added = tl.dot(tl.trans(k), vs, input_precision="ieee")
+        return tl.fma(S, tl.zeros_like(S) + decay, added)
+    return tl.dot(tl.trans(k), vs.to(v.dtype), S * decay, input_precision="ieee")
 
 
 @triton.jit
