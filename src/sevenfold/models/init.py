@@ -17,15 +17,15 @@ def deepnorm_beta(num_hidden_layers: int) -> float:
     return (8 * num_hidden_layers) ** -0.25
 
 
+_CPU = torch.device("cpu")
+
 # Last part of a matrix's name -> which of its rows' groups take DeepNorm's gain. The paper scales
 # the value and output projections and the feed-forward; queries, keys and gates keep gain 1.
 _GAINED = ("v_proj", "o_proj", "out_proj", "gate_up_proj", "down_proj")
 
 
 @torch.no_grad()
-def init_weights(
-    model: HybridModel, *, seed: int, drawn_on: torch.device = torch.device("cpu")
-) -> HybridModel:
+def init_weights(model: HybridModel, *, seed: int, drawn_on: torch.device = _CPU) -> HybridModel:
     """Fill every parameter, in the order of the names, from one seed.
 
     xavier_deepnorm: std = gain * sqrt(2 / (fan_in + fan_out)), each expert and each of q, k, v a

@@ -78,7 +78,8 @@ def test_an_unused_expert_gets_a_zero_gradient() -> None:
 
 
 def test_default_is_the_loop_on_a_cpu() -> None:
-    assert default_grouped_impl("cpu") is Impl.EAGER
+    assert default_grouped_impl("cpu", torch.float32) is Impl.EAGER
+    assert default_grouped_impl("cuda", torch.float64) is Impl.EAGER
     x, weight, _, rows = inputs((3, 4), torch.bfloat16, K=3, N=5)
     assert torch.equal(
         grouped_linear(x, weight, rows), grouped_linear(x, weight, rows, impl="eager")
@@ -88,7 +89,7 @@ def test_default_is_the_loop_on_a_cpu() -> None:
 def test_default_is_grouped_mm_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, expected in ((True, Impl.GROUPED_MM), (False, Impl.EAGER)):
         monkeypatch.setattr(grouped_eager, "has_grouped_mm", lambda has=has: has)
-        assert default_grouped_impl("cuda") is expected
+        assert default_grouped_impl("cuda", torch.bfloat16) is expected
 
 
 ROWS = torch.tensor([1, 2], dtype=torch.int32)

@@ -118,14 +118,26 @@ def _block(starts, key_lengths, T, N, BQ: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _exact_scores(q_at, k_at, rows, held, scale, D: tl.constexpr, BD: tl.constexpr):
+    """scale q^T k in fp32 by sums of 32 products: one sum of all would round at its size."""
+    part: tl.constexpr = 32 if BD > 32 else BD
+    s = tl.zeros([rows.shape[0], held.shape[0]], tl.float32)
+    for first in tl.static_range(0, BD, part):
+        i = first + tl.arange(0, part)
+        query = tl.load(q_at[:, None] + i[None, :], rows[:, None] & (i < D)[None, :], other=0.0)
+        key = tl.load(k_at[None, :] + i[:, None], held[None, :] & (i < D)[:, None], other=0.0)
+        s += tl.dot(query, key, input_precision="ieee") * scale
+    return s
+
+
+@triton.jit
 def _over_keys(
-    query, k, v, pages, ancestors, depths, n, t, at, base, T, begin, end, scale, window,
+    query, q_at, rows, k, v, pages, ancestors, depths, n, t, at, base, T, begin, end, scale, window,
     k_page, k_token, v_page, v_token,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """acc, m and l of the rows over keys `begin` to `end` of their sequence."""
-    exact: tl.constexpr = "ieee" if query.dtype == tl.float32 else "tf32"
     i, iv, ar_n = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BN)
     m, l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
@@ -134,8 +146,11 @@ def _over_keys(
         held = p < end
         page = tl.load(pages + p // PAGE, held, other=0).to(tl.int64)
         k_at = k + page * k_page + (p % PAGE) * k_token
-        key = tl.load(k_at[None, :] + i[:, None], held[None, :] & (i < D)[:, None], other=0.0)
-        s = tl.dot(query, key, input_precision=exact) * scale
+        if query.dtype == tl.float32:
+            s = _exact_scores(q_at, k_at, rows, held, scale, D, BD)
+        else:
+            key = tl.load(k_at[None, :] + i[:, None], held[None, :] & (i < D)[:, None], other=0.0)
+            s = tl.dot(query, key) * scale
         sees = _sees(ancestors, depths, n, t, at, p, base, T, window, TREE, WINDOW)
         s = tl.where(sees & held[None, :], s, float("-inf"))
         top = tl.maximum(m, tl.max(s, 1))
@@ -144,8 +159,11 @@ def _over_keys(
         l = l * kept + tl.sum(weight, 1)
         v_at = v + page * v_page + (p % PAGE) * v_token
         value = tl.load(v_at[:, None] + iv[None, :], held[:, None] & (iv < V)[None, :], other=0.0)
-        acc = acc * kept[:, None]
-        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=exact)
+        if query.dtype == tl.float32:
+            added = tl.dot(weight, value, input_precision="ieee")
+            acc = tl.fma(acc, tl.zeros_like(acc) + kept[:, None], added)
+        else:
+            acc = tl.dot(weight.to(value.dtype), value, acc * kept[:, None])
         m = top
     return acc, m, l
 
@@ -178,11 +196,11 @@ def _attend_kernel(
     if SPLIT:
         begin, end = _share(begin, end, tl.program_id(2), MOST, LEAST)
     i, iv, row = tl.arange(0, BD), tl.arange(0, BV), (start + t).to(tl.int64)
-    q_at = q + row[:, None] * q_token + h[:, None] * q_head + i[None, :]
-    query = tl.load(q_at, inside[:, None] & (i < D)[None, :], other=0.0)
+    q_at = q + row * q_token + h * q_head
+    query = tl.load(q_at[:, None] + i[None, :], inside[:, None] & (i < D)[None, :], other=0.0)
     acc, m, l = _over_keys(
-        query, k + g * k_head, v + g * v_head, pages + n * pages_row, ancestors, depths, n, t, at,
-        base, T, begin, end, scale, window, k_page, k_token, v_page, v_token,
+        query, q_at, inside, k + g * k_head, v + g * v_head, pages + n * pages_row, ancestors,
+        depths, n, t, at, base, T, begin, end, scale, window, k_page, k_token, v_page, v_token,
         D, V, BD, BV, PAGE, BM, BN, TREE, WINDOW,
     )  # fmt: skip
     some = tl.where(l > 0, l, 1.0)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sevenfold.ops.lightning.triton_scan import forgotten, power, rate
+from sevenfold.ops.lightning.triton_scan import decayed, forgotten, power, rate
 
 
 @gluon.jit
@@ -252,17 +252,17 @@ def _compute_segment(
     start, end = gl.load(row), gl.load(row + 1)
     kept, end_stop = gl.load(row + 5), gl.load(row + 6)
     ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
-    decay = gl.exp2(log2_decay * C)
+    decay = decayed(log2_decay * C)
     while done < end - start:
         until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
         size = gl.minimum(C, until - done)
         if HAS_STOPS:
             ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
-            decay = gl.exp2(log2_decay * size)
+            decay = decayed(log2_decay * size)
         else:
             if size < C:
                 ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
-                decay = gl.exp2(log2_decay * size)
+                decay = decayed(log2_decay * size)
         if OUTPUT:
             o, S = _scan_chunk(
                 S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGES
