@@ -70,16 +70,27 @@ def _rows(x, token_stride, rows, inside, columns, D: tl.constexpr):
 
 
 @triton.jit
-def _fold(S, k, v, log2_decay, e, size, gain, REVERSE: tl.constexpr):
-    """The state after a chunk of `size` tokens, whose rows of k and v beyond are zero."""
+def _fold(S, lost, k, v, log2_decay, e, size, gain, REVERSE: tl.constexpr):
+    """The state after a chunk of `size` tokens, whose rows of k and v beyond are zero.
+
+    An fp32 state keeps what its sums lose beside it (Neumaier's summation, with decay): it may meet
+    a hundred thousand chunks.
+    """
     to_exit = size - e if REVERSE else size - 1 - e
     vs = v.to(tl.float32) * (power(log2_decay, to_exit) * gain)[:, None]
     decay = decayed(log2_decay * size.to(tl.float32))
     if v.dtype == tl.float32:
         # Not into the large state one token after another: each sum would round at its size.
         added = tl.dot(tl.trans(k), vs, input_precision="ieee")
-        return tl.fma(S, tl.zeros_like(S) + decay, added)
-    return tl.dot(tl.trans(k), vs.to(v.dtype), S * decay, input_precision="ieee")
+        each = tl.zeros_like(S) + decay
+        old = S * decay
+        total = tl.fma(S, each, added)
+        rest = total - old
+        lost = lost * decay + tl.fma(S, each, -old) + ((old - (total - rest)) + (added - rest))
+        S = total
+    else:
+        S = tl.dot(tl.trans(k), vs.to(v.dtype), S * decay)
+    return S, lost
 
 
 @triton.jit
@@ -95,6 +106,7 @@ def _scan(
     within = power(log2_decay, e[:, None] - e[None, :]) * scale
     entered = power(log2_decay, e) if REVERSE else power(log2_decay, e + 1) * scale
     gain = scale if REVERSE else 1.0
+    lost = tl.zeros_like(S)
     for chunk in range(tl.cdiv(until - begin, C)):
         done = begin + chunk * C
         size = tl.minimum(until - done, C)
@@ -109,7 +121,9 @@ def _scan(
             oc = tl.dot(P.to(vc.dtype), vc, oc, input_precision="ieee")
             at = rows.to(tl.int64)[:, None] * o_token + v_columns[None, :]
             tl.store(o + at, oc.to(vc.dtype), inside[:, None] & (v_columns < V)[None, :])
-        S = _fold(S, kc, vc, log2_decay, e, size, gain, REVERSE)
+        S, lost = _fold(S, lost, kc, vc, log2_decay, e, size, gain, REVERSE)
+    if v.dtype.element_ty == tl.float32:
+        S += lost
     return S
 
 
