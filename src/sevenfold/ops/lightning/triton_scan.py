@@ -29,15 +29,21 @@ def rate(log_decay, head):
 
 
 @triton.jit
+def _less_one(exponent):
+    """2^exponent - 1, whose digits a number close to 1 has no room for."""
+    x = exponent * _LN2
+    near = 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720))))
+    return tl.where(x > -0.25, x * (1 + x * near), tl.exp2(exponent) - 1)
+
+
+@triton.jit
 def decayed(exponent):
     """2^exponent for an exponent <= 0, to the last bit or two.
 
     A slow head multiplies its state by such a number some 1e4 times, and the hardware's exponential
     is off by up to 2^-22 each time, in the same direction; near zero a polynomial is not.
     """
-    x = exponent * _LN2
-    near = 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720))))
-    return tl.where(x > -0.25, 1 + x * (1 + x * near), tl.exp2(exponent))
+    return 1 + _less_one(exponent)
 
 
 @triton.jit
@@ -78,18 +84,19 @@ def _fold(S, lost, k, v, log2_decay, e, size, gain, REVERSE: tl.constexpr):
     """
     to_exit = size - e if REVERSE else size - 1 - e
     vs = v.to(tl.float32) * (power(log2_decay, to_exit) * gain)[:, None]
-    decay = decayed(log2_decay * size.to(tl.float32))
+    exponent = log2_decay * size.to(tl.float32)
     if v.dtype == tl.float32:
         # Not into the large state one token after another: each sum would round at its size.
         added = tl.dot(tl.trans(k), vs, input_precision="ieee")
-        each = tl.zeros_like(S) + decay
-        old = S * decay
-        total = tl.fma(S, each, added)
-        rest = total - old
-        lost = lost * decay + tl.fma(S, each, -old) + ((old - (total - rest)) + (added - rest))
+        # Nor times a rounded decay: its error is the same in every chunk.
+        less = tl.zeros_like(S) + _less_one(exponent)
+        change = tl.fma(S, less, added)
+        total = S + change
+        rest = total - S
+        lost += tl.fma(lost, less, (S - (total - rest)) + (change - rest))
         S = total
     else:
-        S = tl.dot(tl.trans(k), vs.to(v.dtype), S * decay)
+        S = tl.dot(tl.trans(k), vs.to(v.dtype), S * decayed(exponent))
     return S, lost
 
 
