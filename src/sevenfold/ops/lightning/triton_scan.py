@@ -30,10 +30,10 @@ def rate(log_decay, head):
 
 @triton.jit
 def _less_one(exponent):
-    """2^exponent - 1, whose digits a number close to 1 has no room for."""
+    """2^exponent - 1 and whether it is right to the last digits, which it is near 0."""
     x = exponent * _LN2
     near = 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720))))
-    return tl.where(x > -0.25, x * (1 + x * near), tl.exp2(exponent) - 1)
+    return x * (1 + x * near), x > -0.25
 
 
 @triton.jit
@@ -43,7 +43,15 @@ def decayed(exponent):
     A slow head multiplies its state by such a number some 1e4 times, and the hardware's exponential
     is off by up to 2^-22 each time, in the same direction; near zero a polynomial is not.
     """
-    return 1 + _less_one(exponent)
+    less, is_near = _less_one(exponent)
+    return tl.where(is_near, 1 + less, tl.exp2(exponent))
+
+
+@triton.jit
+def decayed_by(exponent):
+    """2^exponent - 1: what a decay takes, in digits that a number close to 1 has no room for."""
+    less, is_near = _less_one(exponent)
+    return tl.where(is_near, less, tl.exp2(exponent) - 1)
 
 
 @triton.jit
@@ -89,7 +97,7 @@ def _fold(S, lost, k, v, log2_decay, e, size, gain, REVERSE: tl.constexpr):
         # Not into the large state one token after another: each sum would round at its size.
         added = tl.dot(tl.trans(k), vs, input_precision="ieee")
         # Nor times a rounded decay: its error is the same in every chunk.
-        less = tl.zeros_like(S) + _less_one(exponent)
+        less = tl.zeros_like(S) + decayed_by(exponent)
         change = tl.fma(S, less, added)
         total = S + change
         rest = total - S
