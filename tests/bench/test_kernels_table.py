@@ -44,7 +44,7 @@ ROWS = [
 
 def test_a_table_has_ratios_to_floor_and_to_ours() -> None:
     assert group_table(ROWS) == [
-        "| case | floor | target | sevenfold | fla chunk | seg_la | lightning-attn |",
+        "| case | floor | target on an H200 | sevenfold | fla chunk | seg_la | lightning-attn |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| forward B1 T1024 H4 | 0.500 ms | 0.580 ms | **0.600 ms** (1.20 x floor) "
         "| 1.500 ms (2.50x) | wrong: 0.300 ms (0.50x) | failed |",

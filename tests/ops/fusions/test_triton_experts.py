@@ -240,6 +240,8 @@ def test_compiles_whole() -> None:
     check_compiled(run, [random(8, 16), leaves[0], *leaves[2:]], [random(30, 16, seed=9)])
 
 
+# torch 2.11's own check reads the gradient of what is no leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck() -> None:
     experts, plan = choices(9, 2, 5), planned(9, 2, 5, 3)
     rest = (plan.choice, plan.row, plan.rows_per_expert)

@@ -40,7 +40,7 @@ def group_table(rows: Sequence[Row]) -> list[str]:
     """
     sides = list(dict.fromkeys(row["side"] for row in rows))
     found = {(row["case"], row["side"]): row for row in rows}
-    head = ["case", "floor", "target", *sides]
+    head = ["case", "floor", "target on an H200", *sides]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for case in dict.fromkeys(row["case"] for row in rows):
         first = next(row for row in rows if row["case"] == case)
