@@ -14,7 +14,6 @@ from sevenfold.ops.experts import (
     combine,
     gather_rows,
     grouped_linear,
-    int8_mixture,
     mixture,
     plan_dispatch,
     route,
@@ -48,17 +47,25 @@ from sevenfold.ops.lightning import (
 )
 from sevenfold.ops.linear import head_logits, linear
 from sevenfold.ops.low_precision import (
+    Fp8Rows,
     Int8Rows,
     Noise,
     ScaledFp16,
     dequantise_rows,
     from_scaled_fp16,
-    int8_linear,
     noise_bits,
     quantise_rows,
+    quantise_rows_fp8,
     to_scaled_fp16,
 )
 from sevenfold.ops.precision import autocast, full_precision
+from sevenfold.ops.quantised import (
+    check_fp8_device,
+    fp8_linear,
+    fp8_mixture,
+    int8_linear,
+    int8_mixture,
+)
 from sevenfold.ops.rms_norm import gated_rms_norm, residual_rms_norm, rms_norm
 from sevenfold.ops.silu_qkv import silu_qkv
 from sevenfold.ops.swiglu import swiglu
@@ -70,6 +77,7 @@ __all__ = [
     "DenseRows",
     "Dispatch",
     "ExpertRows",
+    "Fp8Rows",
     "Impl",
     "Int8ReplayPool",
     "Int8Rows",
@@ -89,8 +97,11 @@ __all__ = [
     "attention_paged_tree",
     "attention_pages",
     "autocast",
+    "check_fp8_device",
     "combine",
     "dequantise_rows",
+    "fp8_linear",
+    "fp8_mixture",
     "from_scaled_fp16",
     "full_precision",
     "gated_rms_norm",
@@ -115,6 +126,7 @@ __all__ = [
     "noise_bits",
     "plan_dispatch",
     "quantise_rows",
+    "quantise_rows_fp8",
     "residual_rms_norm",
     "rms_norm",
     "route",

@@ -1,0 +1,9 @@
+"""The kernels for 8-bit weights, run on a CPU under Triton's interpreter."""
+
+from pathlib import Path
+
+from triton_interpreter import check_interpreted
+
+
+def test_quantised_kernels_under_the_interpreter() -> None:
+    check_interpreted(Path(__file__).parent / "quantised" / "test_quantised_kernels.py")
