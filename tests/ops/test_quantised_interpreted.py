@@ -1,4 +1,4 @@
-"""The kernels for 8-bit weights, run on a CPU under Triton's interpreter."""
+"""The kernels for fewer bits, run on a CPU under Triton's interpreter."""
 
 from pathlib import Path
 
@@ -7,3 +7,7 @@ from triton_interpreter import check_interpreted
 
 def test_quantised_kernels_under_the_interpreter() -> None:
     check_interpreted(Path(__file__).parent / "quantised" / "test_quantised_kernels.py")
+
+
+def test_state_kernels_under_the_interpreter() -> None:
+    check_interpreted(Path(__file__).parent / "low_precision" / "test_state_kernels.py")

@@ -47,11 +47,14 @@ from sevenfold.ops.lightning import (
 )
 from sevenfold.ops.linear import head_logits, linear
 from sevenfold.ops.low_precision import (
+    EncodedHeads,
     Fp8Rows,
     Int8Rows,
     Noise,
     ScaledFp16,
+    decode_states,
     dequantise_rows,
+    encode_states,
     from_scaled_fp16,
     noise_bits,
     quantise_rows,
@@ -76,6 +79,7 @@ __all__ = [
     "MAX_DRAFT_TOKENS",
     "DenseRows",
     "Dispatch",
+    "EncodedHeads",
     "ExpertRows",
     "Fp8Rows",
     "Impl",
@@ -99,7 +103,9 @@ __all__ = [
     "autocast",
     "check_fp8_device",
     "combine",
+    "decode_states",
     "dequantise_rows",
+    "encode_states",
     "fp8_linear",
     "fp8_mixture",
     "from_scaled_fp16",

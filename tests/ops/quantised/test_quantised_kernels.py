@@ -1,5 +1,8 @@
 """Products with 8-bit weights: the kernels, on a GPU or under Triton's interpreter."""
 
+# A quantised weight is handed on as two arguments.
+# pyright: reportCallIssue=false
+
 import os
 from collections.abc import Callable
 
@@ -10,8 +13,6 @@ from torch import Tensor
 from sevenfold.ops import (
     Dispatch,
     Fp8Rows,
-    Int8Rows,
-    dequantise_rows,
     fp8_linear,
     int8_linear,
     int8_mixture,
@@ -139,7 +140,7 @@ class Mixture:
         return mixture(x, weights, *plain, self.dispatch, impl="eager")
 
 
-# T, k, E, D, F: tiles of 16, 32, 64 and 128 rows; experts without rows; widths that nothing divides.
+# T, k, E, D, F: tiles of 16, 32, 64 and 128 rows; experts without rows; odd widths.
 MIXTURES = [(1, 2, 4, 32, 24), (9, 2, 5, 40, 16), (40, 2, 4, 32, 24), (90, 3, 2, 16, 40)]
 if not INTERPRETED:
     MIXTURES += [(1, 2, 8, 2048, 1792), (64, 2, 8, 2048, 1792), (600, 2, 32, 512, 256)]

@@ -1,4 +1,4 @@
-"""fp8 (e4m3) with one scale for each row, symmetric: output channels of a weight, rows of tokens."""
+"""fp8 (e4m3) with one scale for each row, symmetric: channels of a weight, tokens."""
 
 from typing import NamedTuple
 

@@ -37,7 +37,8 @@ def int8_mixture(
         down_proj: codes [E, D, F] and scale [E, D].
         dispatch: the plan of the tokens' choices.
         impl: "eager" (dequantises one expert at a time, and none without tokens; reads the counts
-            on the host) or "triton" (bf16 and fp16 on a GPU; waits for nothing); None takes default_int8_impl. A named one never falls back.
+            on the host) or "triton" (bf16 and fp16 on a GPU; waits for nothing); None takes
+            default_int8_impl. A named one never falls back.
 
     Returns:
         [T, D] in the dtype of x; a dropped choice adds nothing.

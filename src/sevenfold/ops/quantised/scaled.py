@@ -17,7 +17,7 @@ def suits(codes: Tensor) -> bool:
 def fp8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The product [M, N] of rows x [M, K], bf16; the rest as in the public operator."""
     rounded = _rounded(x)
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         rounded.codes,
         codes.t(),
         scale_a=rounded.scale[:, None],

@@ -8,6 +8,7 @@ device: the grid is the most that R rows of E experts can need.
 
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from sevenfold.ops.experts import triton_mixture, triton_rows
 from sevenfold.ops.quantised.rule import Tile, expert_tiles, product_path
 from sevenfold.ops.quantised.triton_product import multiply
 from sevenfold.ops.quantised.triton_widen import rounded_to_fp8, widened
+from sevenfold.ops.row_launch import next_power_of_2
 
 _MULTIPLE = 8  # of D and F, for torch.nn.functional.grouped_mm
 
@@ -179,7 +181,7 @@ def _constants(tile: Tile, E: int, K: int) -> dict[str, int]:
         "BM": tile.BM,
         "BK": tile.BK,
         "WK": tile.WK,
-        "EP": max(2, triton.next_power_of_2(E)),
+        "EP": max(2, next_power_of_2(E)),
         "STAGES": tile.num_stages,
         "num_warps": tile.num_warps,
     }

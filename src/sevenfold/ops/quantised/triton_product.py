@@ -28,7 +28,6 @@ def multiply(
             w = _codes(codes + n[:, None] * K + k[None, :], k[None, :], K, even)
             xs = _rows(x + at[None, :] + k[:, None], in_m[None, :], k[:, None], K, even)
             acc = tl.dot(w.to(xs.dtype), xs, acc)
-        return acc
     else:
         shares = tl.zeros([WK, BN, BM], tl.float32)
         for start in tl.range(0, K, WK * BK, num_stages=STAGES):
@@ -37,21 +36,24 @@ def multiply(
             w = _codes(codes + n[None, :, None] * K + left, left, K, even)
             xs = _rows(x + at[None, None, :] + right, in_m[None, None, :], right, K, even)
             shares = tl.dot(w.to(xs.dtype), xs, shares)
-        return tl.sum(shares, axis=0)
+        acc = tl.sum(shares, axis=0)
+    return acc
 
 
 @triton.jit
 def _codes(at, k, K, even: tl.constexpr):
     if even:
-        return tl.load(at)
+        got = tl.load(at)
     else:
-        return tl.load(at, mask=k < K, other=0.0)
+        got = tl.load(at, mask=k < K, other=0.0)
+    return got
 
 
 @triton.jit
 def _rows(at, in_m, k, K, even: tl.constexpr):
     """Rows of nobody are zero, and are not read."""
     if even:
-        return tl.load(at, mask=in_m, other=0.0)
+        got = tl.load(at, mask=in_m, other=0.0)
     else:
-        return tl.load(at, mask=in_m & (k < K), other=0.0)
+        got = tl.load(at, mask=in_m & (k < K), other=0.0)
+    return got

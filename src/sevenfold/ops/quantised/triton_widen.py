@@ -72,7 +72,7 @@ def _round_kernel(x, out, scale, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def rounded_to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The codes of quantise_rows_fp8 [R, K] in a dtype, each of which holds them, and the scales."""
+    """The codes of quantise_rows_fp8 [R, K] in a dtype that holds them, and the scales."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
