@@ -84,5 +84,6 @@ def test_what_is_no_number_stays_in_its_head_or_row(kind: str) -> None:
     bad = ~back.isfinite()
     assert bad[0, 1, 2].any()
     assert bad[1, 4, 5].any()
-    bad[0, 1, 2], bad[1, 4, 5] = False, False
+    row = slice(None) if kind == "fp16" else 2, slice(None) if kind == "fp16" else 5
+    bad[0, 1, row[0]], bad[1, 4, row[1]] = False, False
     assert not bad.any()

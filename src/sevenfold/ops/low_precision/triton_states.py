@@ -19,6 +19,7 @@ from sevenfold.ops.low_precision.triton_round import (
     to_fp16,
     to_int8,
 )
+from sevenfold.ops.row_launch import next_power_of_2
 
 # Rows of a head that a program has in its registers at once: 32 elements a thread for 128 columns.
 _ROWS, _WARPS = 32, 4
@@ -169,4 +170,4 @@ def _check_runnable(states: Tensor) -> None:
 
 
 def _constants(K: int, V: int) -> dict[str, int]:
-    return {"K": K, "V": V, "ROWS": _ROWS, "BV": triton.next_power_of_2(V), "num_warps": _WARPS}
+    return {"K": K, "V": V, "ROWS": _ROWS, "BV": next_power_of_2(V), "num_warps": _WARPS}
