@@ -23,6 +23,7 @@ from sevenfold.ops.low_precision.triton_round import (
     power_of_2,
     to_fp16,
 )
+from sevenfold.ops.row_launch import next_power_of_2
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def decode(
         _decode_kernel[(B * H,)](
             q, k, v, log_decay, *pool, slots, noise.key, noise.position, noise.layer, o, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in pool),
-            H, K=K, V=V, BV=triton.next_power_of_2(V),
-            ROWS=min(config["ROWS"], triton.next_power_of_2(K)), num_warps=config["num_warps"],
+            H, K=K, V=V, BV=next_power_of_2(V),
+            ROWS=min(config["ROWS"], next_power_of_2(K)), num_warps=config["num_warps"],
         )  # fmt: skip
     return o

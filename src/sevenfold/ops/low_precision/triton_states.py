@@ -19,7 +19,7 @@ from sevenfold.ops.low_precision.triton_round import (
     to_fp16,
     to_int8,
 )
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 # Rows of a head that a program has in its registers at once: 32 elements a thread for 128 columns.
 _ROWS, _WARPS = 32, 4
@@ -133,7 +133,7 @@ def encode(
             *common, key, position, layer, h, *strides, **_constants(K, V)
         )
     else:
-        grid = (len(slots) * h, triton.cdiv(K, _ROWS))
+        grid = (len(slots) * h, cdiv(K, _ROWS))
         _encode_rows_kernel[grid](*common, h, *strides, **_constants(K, V))
 
 
@@ -150,7 +150,7 @@ def decode(
     _check_runnable(states)
     strides = (codes.stride(0), 0 if scale is None else scale.stride(0), states.stride(0))
     if len(slots) * h:
-        _decode_kernel[(len(slots) * h, triton.cdiv(K, _ROWS))](
+        _decode_kernel[(len(slots) * h, cdiv(K, _ROWS))](
             codes, scale, heads, slots, states, into, h, *strides,
             BY_ROW=scale is not None and scale.dim() == 3, **_constants(K, V),
         )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.tuning import best_config
 
 Path = Literal["few", "tile", "scratch"]
@@ -59,7 +59,7 @@ def expert_tiles(rows: int, experts: int, device: torch.device) -> tuple[Tile, T
 
     A tile holds twice an expert's even share, so that most experts need one.
     """
-    even = tile_rows(-(-2 * rows // experts))
+    even = tile_rows(cdiv(2 * rows, experts))
     kernels = ("quantised_gate_up", "quantised_down")
     first, second = (_tile(kernel, f"{even} rows", even, device) for kernel in kernels)
     return first, second

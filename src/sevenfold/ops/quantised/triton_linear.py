@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sevenfold.ops.quantised.rule import Tile, linear_tile, product_path
 from sevenfold.ops.quantised.triton_product import multiply
 from sevenfold.ops.quantised.triton_widen import rounded_to_fp8, widened
+from sevenfold.ops.row_launch import cdiv
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def run(x: Tensor, x_scale: Tensor | None, codes: Tensor, scale: Tensor, tile: T
     (M, K), N = x.shape, len(codes)
     y = x.new_empty(M, N)
     if y.numel():
-        _linear_kernel[(triton.cdiv(N, tile.BN), triton.cdiv(M, tile.BM))](
+        _linear_kernel[(cdiv(N, tile.BN), cdiv(M, tile.BM))](
             x, x_scale, codes, scale, y, M, N,
             K=K, BN=tile.BN, BM=tile.BM, BK=tile.BK, WK=tile.WK,
             STAGES=tile.num_stages, num_warps=tile.num_warps,

@@ -21,7 +21,7 @@ from sevenfold.ops.experts import triton_mixture, triton_rows
 from sevenfold.ops.quantised.rule import Tile, expert_tiles, product_path
 from sevenfold.ops.quantised.triton_product import multiply
 from sevenfold.ops.quantised.triton_widen import rounded_to_fp8, widened
-from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 _MULTIPLE = 8  # of D and F, for torch.nn.functional.grouped_mm
 
@@ -137,7 +137,7 @@ def _takes_scratch(x: Tensor, choice: Tensor, gate_up: Tensor) -> bool:
     """Whether the weights are widened into memory; the product that reads them takes bf16."""
     E, F2, D = gate_up.shape
     fits = x.dtype is torch.bfloat16 and D % _MULTIPLE == 0 and F2 // 2 % _MULTIPLE == 0
-    return fits and product_path(-(-len(choice) // E)) == "scratch"
+    return fits and product_path(cdiv(len(choice), E)) == "scratch"
 
 
 def gate_up_rows(
@@ -146,7 +146,7 @@ def gate_up_rows(
     """SwiGLU of the first product, [R, F]; rows of nobody hold anything."""
     E, F2, K = codes.shape
     hidden, F, half = x.new_empty(len(plan.choice), F2 // 2), F2 // 2, tile.BN // 2
-    grid = (_num_tiles(plan, tile), triton.cdiv(F, half))
+    grid = (_num_tiles(plan, tile), cdiv(F, half))
     if hidden.numel():
         _gate_up_kernel[grid](
             x, x_scale, codes, scale, plan.rows_per_expert, plan.choice, hidden, E, F,
@@ -162,7 +162,7 @@ def down_rows(
     E, N, K = codes.shape
     rows = x.new_empty(len(x), N)
     if rows.numel():
-        _down_kernel[(_num_tiles(plan, tile), triton.cdiv(N, tile.BN))](
+        _down_kernel[(_num_tiles(plan, tile), cdiv(N, tile.BN))](
             x, x_scale, codes, scale, plan.rows_per_expert, rows, E, N, **_constants(tile, E, K)
         )
     return rows

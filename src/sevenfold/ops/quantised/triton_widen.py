@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.ops.low_precision.fp8 import LARGEST_FP8
+from sevenfold.ops.row_launch import cdiv
 
 _ROWS, _COLUMNS, _WARPS = 2, 1024, 4
 _BLOCK = 1024  # columns of a row that are rounded at once
@@ -34,7 +35,7 @@ def widened(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     N, K = scale.numel(), codes.shape[-1]
     if out.numel():
-        _widen_kernel[(triton.cdiv(N, _ROWS), triton.cdiv(K, _COLUMNS))](
+        _widen_kernel[(cdiv(N, _ROWS), cdiv(K, _COLUMNS))](
             codes, scale, out, N, K, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS
         )
     return out
