@@ -30,8 +30,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no tuning"),
 ]
 WIDTHS = [(16, 24)] if INTERPRETED else [(64, 64), (96, 96), (128, 128), (256, 256), (128, 64)]
-DECAY = torch.tensor(DECAYS["mixed"], device=DEVICE)
-H, S = len(DECAY), 4
+H, S = len(DECAYS["mixed"]), 4
+
+
+def decay() -> Tensor:
+    return torch.tensor(DECAYS["mixed"], device=DEVICE)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,7 +59,7 @@ def test_fp16_states_lie_within_a_rounding_of_the_recurrence(
         q, k, v = (randn(3, H, w, seed=3 * step + n, dtype=dtype) for n, w in enumerate((K, K, V)))
         before = from_scaled_fp16(*pool)[[2, 0]].double()
         other = ScaledFp16(*(x.clone() for x in pool))
-        args = (q, k, v, DECAY)
+        args = (q, k, v, decay())
         eager = lightning_attention_decode_fp16(
             *args, other, slots, noise(3, step), scale=0.5, impl="eager"
         )
@@ -64,7 +67,7 @@ def test_fp16_states_lie_within_a_rounding_of_the_recurrence(
             *args, pool, slots, noise(3, step), scale=0.5, impl="triton"
         )
         kv = k[::2, :, :, None].double() * v[::2, :, None].double()
-        exact = DECAY.double().exp()[:, None, None] * before + kv
+        exact = decay().double().exp()[:, None, None] * before + kv
         wanted = 0.5 * torch.einsum("bhk,bhkv->bhv", q[::2].double(), exact)
         check_error("o", found[::2], eager[::2], wanted)
         assert not found[1].any()
@@ -170,10 +173,10 @@ class Int8Course:
         honest, exact = self.copy(), self.wide(torch.float64)
         single = self.wide(torch.float32)
         wide = [x.double() for x in tokens]
-        found = op(*tokens, DECAY, self.pool, slots, impl="triton", **options)
-        eager = op(*tokens, DECAY, honest, slots, impl="eager", **options)
-        wanted = plain(*wide, DECAY, exact, slots, impl="reference", **options)
-        plain(*(x.float() for x in tokens), DECAY, single, slots, impl="eager", **options)
+        found = op(*tokens, decay(), self.pool, slots, impl="triton", **options)
+        eager = op(*tokens, decay(), honest, slots, impl="eager", **options)
+        wanted = plain(*wide, decay(), exact, slots, impl="reference", **options)
+        plain(*(x.float() for x in tokens), decay(), single, slots, impl="eager", **options)
         if tokens:
             check_error("o", found, eager, wanted)
         assert torch.equal(self.pool.count, honest.count)
@@ -227,8 +230,8 @@ def test_a_row_of_int8_that_is_not_finite_stays_not_finite() -> None:
     q, k, v = course.tokens(2)
     k[0, 0, 3] = float("nan")
     for _ in range(3):
-        lightning_attention_replay_int8(q, k, v, DECAY, course.pool, slots, impl="triton")
+        lightning_attention_replay_int8(q, k, v, decay(), course.pool, slots, impl="triton")
     assert bool(course.pool.scale[1, 0, 3].isnan())
-    o = lightning_attention_replay_int8(q, q, v, DECAY, course.pool, slots, impl="triton")
+    o = lightning_attention_replay_int8(q, q, v, decay(), course.pool, slots, impl="triton")
     assert bool(o[0, 0].isnan().all())
     assert bool(o[1].isfinite().all())

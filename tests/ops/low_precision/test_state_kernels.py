@@ -16,10 +16,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
 ]
 S, H, N = 5, 6, 3
-SLOTS, INTO = torch.tensor([4, 0, 2], device=DEVICE), torch.tensor([1, 3, 0], device=DEVICE)
+SLOTS, INTO = [4, 0, 2], [1, 3, 0]
 WIDTHS = [(40, 24)] if INTERPRETED else [(40, 24), (128, 128), (256, 256)]
 FORMATS = ["fp32", "fp16", "int8"] if INTERPRETED else ["fp32", "bf16", "fp16", "int8"]
 HEADS = [None, (5, 0, 2)]
+
+
+def index(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, device=DEVICE)
 
 
 def apart(x: Tensor, gap: int = 16) -> Tensor:
@@ -36,8 +40,8 @@ def pool(kind: str, heads: tuple[int, ...] | None, K: int, V: int) -> EncodedHea
     codes = torch.full((S, h, K, V), 7, dtype=dtype.get(kind, torch.int8), device=DEVICE)
     shapes = {"fp16": (S, h), "int8": (S, h, K)}
     scale = torch.full(shapes[kind], 7.0, device=DEVICE) if kind in shapes else None
-    index = None if heads is None else torch.tensor(heads, device=DEVICE)
-    return EncodedHeads(apart(codes), None if scale is None else apart(scale), index)
+    which = None if heads is None else index(list(heads))
+    return EncodedHeads(apart(codes), None if scale is None else apart(scale), which)
 
 
 def states(K: int, V: int) -> Tensor:
@@ -62,12 +66,12 @@ def test_it_writes_and_reads_what_the_eager_form_does(
     noise = Noise(key, torch.tensor([1, 2**33 + 9, 700], device=DEVICE), 11) if stochastic else None
     found, wanted = (pool(kind, heads, K, V) for _ in range(2))
     for impl, held in (("triton", found), ("eager", wanted)):
-        encode_states(states(K, V), SLOTS, held, INTO, noise=noise, impl=impl)
+        encode_states(states(K, V), index(SLOTS), held, index(INTO), noise=noise, impl=impl)
     assert torch.equal(found.codes, wanted.codes)
     assert found.scale is None or torch.equal(found.scale, wanted.scale)
     back = [apart(torch.full((S, H, K, V), 3.0, device=DEVICE)) for _ in range(2)]
     for impl, target in (("triton", back[0]), ("eager", back[1])):
-        decode_states(wanted, INTO, target, SLOTS, impl=impl)
+        decode_states(wanted, index(INTO), target, index(SLOTS), impl=impl)
     assert torch.equal(*back)
     base = back[0].as_strided((S, K * V * H + 16), (K * V * H + 16, 1))
     assert bool((base[:, -16:] == 7).all())
@@ -78,9 +82,9 @@ def test_it_writes_and_reads_what_the_eager_form_does(
 def test_what_is_no_number_stays_in_its_head_or_row(kind: str) -> None:
     x, held = states(40, 24), pool(kind, None, 40, 24)
     x[4, 1, 2, 3], x[0, 4, 5, 6] = float("nan"), float("inf")
-    encode_states(x, SLOTS, held, INTO, impl="triton")
+    encode_states(x, index(SLOTS), held, index(INTO), impl="triton")
     back = torch.empty(N, H, 40, 24, device=DEVICE)
-    decode_states(held, INTO, back, torch.arange(N, device=DEVICE), impl="triton")
+    decode_states(held, index(INTO), back, index([0, 1, 2]), impl="triton")
     bad = ~back.isfinite()
     assert bad[0, 1, 2].any()
     assert bad[1, 4, 5].any()

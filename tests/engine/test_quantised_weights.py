@@ -9,7 +9,11 @@ from tokenizers import Tokenizer
 
 from sevenfold.config import ConfigError
 from sevenfold.engine import LLM, SamplingParams
-from sevenfold.engine.int8_weights import Int8Experts, Int8Linear, load_int8_model
+from sevenfold.engine.quantised_weights import (
+    QuantisedExperts,
+    QuantisedLinear,
+    load_quantised_model,
+)
 from sevenfold.models import HybridModel, MoEConfig
 from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import CheckpointFormat, convert, load_model, save_model
@@ -48,7 +52,7 @@ def test_it_computes_what_the_dequantised_model_does(
     save_model(model, tmp_path / "sevenfold")
     if kind != "sevenfold":
         convert(tmp_path / "sevenfold", tmp_path / kind, to=kind)
-    loaded, plain = load_int8_model(tmp_path / kind, weights), dequantised(model, weights)
+    loaded, plain = load_quantised_model(tmp_path / kind, weights), dequantised(model, weights)
     ids = torch.tensor([[5, 7, 250, 4, 4, 9, 11]])
     with torch.inference_mode():
         found, wanted, before = loaded(ids), plain(ids), model(ids)
@@ -57,8 +61,8 @@ def test_it_computes_what_the_dequantised_model_does(
         check_error("logits", found, wanted, exact.eval()(ids))
     assert not torch.equal(found, before)
     modules = [type(module) for module in loaded.modules()]
-    assert Int8Experts in modules
-    linear = sum(isinstance(m, Int8Linear) for m in loaded.modules())
+    assert QuantisedExperts in modules
+    linear = sum(isinstance(m, QuantisedLinear) for m in loaded.modules())
     # Two of the experts of each layer; then 3 and 4 of the mixers, 2 of each shared expert.
     shared = 0 if kind == "hf" else 4
     assert linear == 4 + (7 + shared) * (weights == "int8")
@@ -75,7 +79,7 @@ def test_decoding_goes_through_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert list(found.token_ids) == uncached(
         llm.model, list(found.prompt_token_ids), len(found.token_ids)
     )
-    half = load_int8_model(tmp_path / "a", "int8-experts", dtype=torch.bfloat16)
+    half = load_quantised_model(tmp_path / "a", "int8-experts", dtype=torch.bfloat16)
     assert half.dtype is torch.bfloat16
     ids = torch.tensor([[5, 7, 250, 4]])
     exact = load_model(tmp_path / "a")(ids)
@@ -89,10 +93,10 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
         ConfigError,
         match="weights must be int8 for a model without experts, where int8-experts has no effect",
     ):
-        load_int8_model(tmp_path / "a", "int8-experts")
-    loaded = load_int8_model(tmp_path / "a", "int8")
+        load_quantised_model(tmp_path / "a", "int8-experts")
+    loaded = load_quantised_model(tmp_path / "a", "int8")
     # qkv, gate, out; q, k, v, o; gate_up and down of each layer.
-    assert sum(isinstance(m, Int8Linear) for m in loaded.modules()) == 3 + 4 + 4
+    assert sum(isinstance(m, QuantisedLinear) for m in loaded.modules()) == 3 + 4 + 4
 
 
 def test_the_mixture_is_that_of_the_dequantised_experts() -> None:
