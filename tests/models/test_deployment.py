@@ -45,7 +45,7 @@ def bytes_of(model: HybridModel, dtype: torch.dtype) -> int:
     return held + sum(x.nbytes for x in model.buffers())
 
 
-@pytest.mark.parametrize("weights", [None, "int8-experts", "int8"])
+@pytest.mark.parametrize("weights", [None, "int8-experts", "int8", "fp8-experts", "fp8"])
 @pytest.mark.parametrize("name", ["minimax-text-01", "bench-2b", "nano-softmax", "shared"])
 def test_weight_bytes_are_those_of_the_model(name: str, weights: WeightFormat | None) -> None:
     config = shared_expert() if name == "shared" else preset(name)
