@@ -59,15 +59,22 @@ class Int8ReplayPool:
             slots: [N] int64.
             log_decay: [H] fp32.
         """
-        taken, own = replay_int8_eager.take(self.tensors(), slots)
-        lightning_attention_commit(log_decay, ReplayPool(*taken), own)
-        return taken[0]
+        taken = self.gather(slots)
+        lightning_attention_commit(log_decay, taken, _in_order(slots))
+        return taken.state
 
     def write(self, slots: Tensor, states: Tensor) -> None:
         """Quantise states [N, H, K, V] fp32 into slots [N], whose rings are empty from then on."""
-        own = torch.arange(len(slots), device=slots.device)
-        encode_states(states, own, EncodedHeads(self.codes, self.scale), slots)
+        encode_states(states, _in_order(slots), EncodedHeads(self.codes, self.scale), slots)
         self.count[slots] = 0
+
+    def gather(self, slots: Tensor) -> ReplayPool:
+        """Return copies of slots [N] as a pool of their own, in fp32."""
+        return ReplayPool(*replay_int8_eager.take(self.tensors(), slots)[0])
+
+
+def _in_order(slots: Tensor) -> Tensor:
+    return torch.arange(len(slots), device=slots.device)
 
 
 def lightning_attention_replay_int8(
