@@ -7,7 +7,6 @@ from sevenfold.ops.low_precision.noise import Noise, noise_bits
 from sevenfold.ops.low_precision.states import (
     EncodedHeads,
     decode_states,
-    default_states_impl,
     encode_states,
 )
 
@@ -20,7 +19,6 @@ __all__ = [
     "Noise",
     "ScaledFp16",
     "decode_states",
-    "default_states_impl",
     "dequantise_rows",
     "encode_states",
     "from_scaled_fp16",

@@ -10,13 +10,13 @@ from sevenfold.ops.quantised import eager, scaled
 from sevenfold.ops.quantised.rule import product_path
 from sevenfold.ops.types import Impl
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _FP8_CAPABILITY = (8, 9)
 
 
 def default_int8_impl(x: Tensor) -> Impl:
     """Return what int8 products take: triton for bf16 and fp16 on a GPU, else eager."""
-    return Impl.TRITON if x.device.type == "cuda" and x.dtype in KERNEL_DTYPES else Impl.EAGER
+    return Impl.TRITON if x.device.type == "cuda" and x.dtype in _KERNEL_DTYPES else Impl.EAGER
 
 
 def default_fp8_impl(x: Tensor, codes: Tensor) -> Impl:

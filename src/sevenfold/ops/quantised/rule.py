@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 
 def product_path(rows: int) -> Path:
-    """Return the way of a product of so many rows, or, with experts, of so many a expert."""
+    """Return the way of a product of so many rows; of experts, by the mean of their rows."""
     if rows <= FEW_ROWS:
         return "few"
     return "tile" if rows <= TILE_ROWS else "scratch"
