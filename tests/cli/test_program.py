@@ -152,8 +152,8 @@ def test_generate_prints_prompt_and_continuation(tiny_run: TinyRun) -> None:
     )
 
 
-@pytest.mark.parametrize("weights", ["int8", "int8-experts"])
-def test_generate_from_int8_weights(tiny_run: TinyRun, weights: WeightFormat) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int8-experts", "fp8"])
+def test_generate_from_8_bit_weights(tiny_run: TinyRun, weights: WeightFormat) -> None:
     llm = LLM(tiny_run.checkpoint, weights=weights)
     [done] = llm.generate([PROMPT], SamplingParams(max_tokens=12, temperature=0))
     options = ("--temperature", "0", "--weights", weights)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from sevenfold.config import ConfigError
-from sevenfold.engine.int8_weights import exchange_weights
 from sevenfold.engine.memory import plan_memory
+from sevenfold.engine.quantised_weights import exchange_weights
 from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig, preset
-from sevenfold.models.accounting import WeightFormat, int8_scale_bytes, state_bytes, weight_bytes
+from sevenfold.models.accounting import WeightFormat, state_bytes, weight_bytes, weight_scale_bytes
 from sevenfold.models.checkpoint.parts import stored_dtype
 from sevenfold.models.deployment import plan_deployment
 
@@ -45,7 +45,7 @@ def bytes_of(model: HybridModel, dtype: torch.dtype) -> int:
     return held + sum(x.nbytes for x in model.buffers())
 
 
-@pytest.mark.parametrize("weights", [None, "int8-experts", "int8"])
+@pytest.mark.parametrize("weights", [None, "int8-experts", "int8", "fp8-experts", "fp8"])
 @pytest.mark.parametrize("name", ["minimax-text-01", "bench-2b", "nano-softmax", "shared"])
 def test_weight_bytes_are_those_of_the_model(name: str, weights: WeightFormat | None) -> None:
     config = shared_expert() if name == "shared" else preset(name)
@@ -53,7 +53,7 @@ def test_weight_bytes_are_those_of_the_model(name: str, weights: WeightFormat | 
     assert bytes_of(model, torch.bfloat16) == weight_bytes(config, weights)
     assert bytes_of(model, torch.float32) == weight_bytes(config, weights, 4)
     scales = sum(x.nbytes for key, x in model.named_buffers() if key.endswith("scale"))
-    assert scales == int8_scale_bytes(config, weights)
+    assert scales == weight_scale_bytes(config, weights)
 
 
 def test_the_released_model_on_eight_devices_of_80_gb() -> None:

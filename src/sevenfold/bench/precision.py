@@ -12,9 +12,9 @@ from torch import Tensor
 from sevenfold.data import austen_paths
 from sevenfold.engine.cache import Arena
 from sevenfold.engine.cache.arena import index_of
-from sevenfold.engine.int8_weights import load_int8_model
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.quantised_weights import load_quantised_model
 from sevenfold.engine.runner import Row, Runner
 from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel
@@ -24,7 +24,7 @@ from sevenfold.models.checkpoint import load_model
 PAGE_TOKENS = 64
 STATES = ("fp16", "int8")
 SNAPSHOTS = ("fp32", "fp16", "int8", "auto")
-WEIGHTS = ("int8-experts", "int8")
+WEIGHTS = ("int8-experts", "int8", "fp8-experts", "fp8")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _cases(
         plan = _plan(model, chats, state_dtype=dtype)
         yield f"states {dtype}", plan.state_bytes, read(model, chats, plan)
     for weights in WEIGHTS:
-        held = load_int8_model(checkpoint, weights, dtype=torch.float32)
+        held = load_quantised_model(checkpoint, weights, dtype=torch.float32)
         logits = read(held, chats, _plan(held, chats))
         yield f"weights {weights}", weight_bytes(model.config, weights, 4), logits
 

@@ -27,7 +27,7 @@ def generate_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="int8 (all layers) or int8-experts: quantised on load.")
+        str | None, typer.Option(help="int8 or fp8; with -experts only those: quantised on load.")
     ] = None,
 ) -> None:
     """Print the prompt's continuation as it is generated."""

@@ -51,7 +51,7 @@ def serve_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="int8 (all layers) or int8-experts: quantised on load.")
+        str | None, typer.Option(help="int8 or fp8; with -experts only those: quantised on load.")
     ] = None,
     states: Annotated[str, typer.Option(help="Running: fp32, fp16, int8 or bf16.")] = "fp32",
     snapshots: Annotated[str, typer.Option(help="Cached: fp32, fp16, int8 or auto.")] = "fp32",

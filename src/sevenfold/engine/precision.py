@@ -23,8 +23,8 @@ _BF16_HALF_SPACING = 2**-8  # relative to a number at the lower end of its binad
 class Precision(StrictModel):
     """What is kept in how many bits.
 
-    weights: which matrices are quantised on load: "int8" all of the layers', "int8-experts" the
-        experts'; None none.
+    weights: which matrices are quantised on load, and to what: "int8" or "fp8" all of the layers',
+        "int8-experts" or "fp8-experts" the experts'; None none.
     states: of running requests. snapshots: of cached states.
     """
 

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor, nn
+
 from sevenfold.config import ConfigError
 from sevenfold.engine.device import CudaCapture, DeviceRunner, decode_batch_sizes
-from sevenfold.engine.int8_weights import Int8Linear
+from sevenfold.engine.quantised_weights import QuantisedLinear
 from sevenfold.engine.runner import Runner
 from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel
-from sevenfold.models.feed_forward import MixtureOfExperts
+from sevenfold.models.feed_forward import Experts
 from sevenfold.ops import Impl
 from sevenfold.ops.experts import default_mixture_impl
+from sevenfold.ops.quantised import default_int8_impl
 
 _WIDEST_HEAD = 256  # of the kernels that read a pool of states or pages
 
@@ -46,8 +49,8 @@ def make_runner(
     if batch_sizes and not can_record:
         raise ConfigError(
             "decode_batch_sizes must be empty where a step waits for the host, as with experts in "
-            f"another dtype than bf16, heads above {_WIDEST_HEAD}, states, snapshots or weights of "
-            f"fewer bits, got {list(batch_sizes)}"
+            f"another dtype than bf16, heads above {_WIDEST_HEAD}, states or snapshots of fewer "
+            f"bits, or 8-bit weights in fp32, got {list(batch_sizes)}"
         )
     if not storage.is_exact:
         return Runner(model, storage, page_tokens=page_tokens)
@@ -62,11 +65,19 @@ def make_runner(
 def is_recordable(model: HybridModel) -> bool:
     """Whether no part of a decoding step on a GPU waits for the host, so that a graph can hold it.
 
-    A mixture of experts counts its rows on the host where it has no kernel, as with int8.
+    A mixture of experts counts its rows on the host where it has no kernel.
     """
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        return False
     x = model.embed_tokens.weight[:1]
-    mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
-    chosen = [default_mixture_impl(x, layer.experts.gate_up_proj) for layer in mixtures]
-    return model.config.head_dim <= _WIDEST_HEAD and set(chosen) <= {Impl.TRITON}
+    chosen = {impl for module in model.modules() if (impl := _product_impl(x, module))}
+    return model.config.head_dim <= _WIDEST_HEAD and chosen <= {Impl.TRITON}
+
+
+def _product_impl(x: Tensor, module: nn.Module) -> Impl | None:
+    """What a module of a kind that a graph may not hold takes; None of any other."""
+    match module:
+        case QuantisedLinear():
+            return default_int8_impl(x)
+        case Experts():
+            return default_mixture_impl(x, module.gate_up_proj)
+        case _:
+            return None

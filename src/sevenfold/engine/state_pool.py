@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,14 +11,14 @@ from torch import Tensor
 from sevenfold.models import Batch, EncodedState
 from sevenfold.models.mixers.lightning import advance_states
 from sevenfold.ops import (
+    EncodedHeads,
     Int8ReplayPool,
     Noise,
-    dequantise_rows,
-    from_scaled_fp16,
+    ScaledFp16,
+    decode_states,
+    encode_states,
+    lightning_attention_decode_fp16,
     lightning_attention_replay_int8,
-    noise_bits,
-    quantise_rows,
-    to_scaled_fp16,
 )
 
 
@@ -32,23 +33,11 @@ class HeadGroup:
     codes: Tensor
     scale: Tensor | None
 
-    def read(self, items: Tensor) -> Tensor:
-        """Return items [N] as [N, h, K, V] fp32."""
-        codes = self.codes[items]
-        if self.scale is None:
-            return codes.float()
-        if codes.dtype is torch.int8:
-            return dequantise_rows(codes, self.scale[items])
-        return from_scaled_fp16(codes, self.scale[items])
-
-    def write(self, items: Tensor, states: Tensor, bits: Tensor | None) -> None:
-        """Round states [N, h, K, V] fp32 into items [N]: fp16 by bits, else to nearest."""
-        if self.scale is None:
-            self.codes[items] = states.to(self.codes.dtype)
-        elif self.codes.dtype is torch.int8:
-            self.codes[items], self.scale[items] = quantise_rows(states)
-        else:
-            self.codes[items], self.scale[items] = to_scaled_fp16(states, bits)
+    @cached_property
+    def held(self) -> EncodedHeads:
+        """As the operators take them, which heads on their device."""
+        heads = None if self.heads is None else torch.tensor(self.heads, device=self.codes.device)
+        return EncodedHeads(self.codes, self.scale, heads)
 
 
 @dataclass(frozen=True)
@@ -63,20 +52,40 @@ class StatePool:
         group = self.groups[0]
         return group.codes if len(self.groups) == 1 and group.codes.dtype is torch.float32 else None
 
+    @property
+    def scaled_fp16(self) -> ScaledFp16 | None:
+        """The items as they are decoded in place, where all heads are fp16."""
+        group = self.groups[0]
+        is_fp16 = len(self.groups) == 1 and group.codes.dtype is torch.float16
+        return ScaledFp16(group.codes, group.scale) if is_fp16 and group.scale is not None else None
+
     def read(self, items: Tensor) -> Tensor:
         """Return items [N] as [N, H, K, V] fp32: copies."""
-        if self.groups[0].heads is None:
-            return self.groups[0].read(items)
-        parts = [group.read(items) for group in self.groups]
-        order = torch.tensor([head for group in self.groups for head in group.heads or ()])
-        return torch.cat(parts, dim=1)[:, order.argsort().to(items.device)]
+        heads = sum(group.codes.shape[1] for group in self.groups)
+        shape = (len(items), heads, *self.groups[0].codes.shape[2:])
+        states = torch.empty(shape, device=items.device)
+        self.copy_to(states, _in_order(items), items)
+        return states
+
+    def copy_to(self, states: Tensor, slots: Tensor, items: Tensor) -> None:
+        """Write items [N] into slots [N] of states [S, H, K, V] fp32."""
+        for group in self.groups:
+            decode_states(group.held, items, states, slots)
 
     def write(self, items: Tensor, states: Tensor, noise: Noise | None = None) -> None:
         """Round states [N, H, K, V] fp32 into items [N]; noise rounds fp16 stochastically."""
-        bits = None if noise is None else noise_bits(noise, tuple(states.shape[1:]))
+        self.copy_from(states, _in_order(items), items, noise)
+
+    def copy_from(
+        self, states: Tensor, slots: Tensor, items: Tensor, noise: Noise | None = None
+    ) -> None:
+        """Round slots [N] of states [S, H, K, V] fp32 into items [N]."""
         for group in self.groups:
-            own = states if group.heads is None else states[:, list(group.heads)]
-            group.write(items, own, bits)
+            encode_states(states, slots, group.held, items, noise=noise)
+
+
+def _in_order(items: Tensor) -> Tensor:
+    return torch.arange(len(items), device=items.device)
 
 
 class ActiveStates(ABC):
@@ -141,6 +150,12 @@ class _RoundedBatch(EncodedState):
     noise: Noise
 
     def advance(self, tokens: Sequence[Tensor], log_decay: Tensor, batch: Batch) -> Tensor:
+        in_place = self.pool.scaled_fp16
+        if batch.is_step and in_place is not None:
+            q, k, v = (x.flatten(0, 1) for x in tokens)  # [N, H, D]
+            return lightning_attention_decode_fp16(
+                q, k, v, log_decay, in_place, self.slots, self.noise
+            )
         o, states = advance_states(tokens, log_decay, batch, self.pool.read(self.slots))
         self.pool.write(self.slots, states, self.noise)
         return o

@@ -51,6 +51,18 @@ class LinearStorage:
     def write_states(self, slots: Tensor, states: Tensor) -> None:
         """Replace active states, which lack nothing then."""
         self.states[slots] = states
+        self._settle(slots)
+
+    def snapshot(self, slots: Tensor, items: Tensor) -> None:
+        """Round active states into snapshots, where they lie."""
+        self.snapshots.copy_from(self.states, slots, items)
+
+    def restore(self, items: Tensor, slots: Tensor) -> None:
+        """Replace active states by snapshots, where they lie."""
+        self.snapshots.copy_to(self.states, slots, items)
+        self._settle(slots)
+
+    def _settle(self, slots: Tensor) -> None:
         if self.drafts is not None:
             self.drafts.count[slots] = 0
 
@@ -69,6 +81,14 @@ class EncodedStorage:
     def write_states(self, slots: Tensor, states: Tensor) -> None:
         """Replace active states, rounded."""
         self.states.write(slots, states)
+
+    def snapshot(self, slots: Tensor, items: Tensor) -> None:
+        """Round active states into snapshots."""
+        self.snapshots.write(items, self.states.read(slots))
+
+    def restore(self, items: Tensor, slots: Tensor) -> None:
+        """Replace active states by snapshots, rounded again."""
+        self.states.write(slots, self.snapshots.read(items))
 
 
 @dataclass(frozen=True)
@@ -119,12 +139,12 @@ class Storage:
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
         for layer, (source, target) in self._linear(snapshots, states):
-            layer.write_states(target, layer.snapshots.read(source))
+            layer.restore(source, target)
 
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
         """Copy states into snapshots, rounded to their precision."""
         for layer, (source, target) in self._linear(states, snapshots):
-            layer.snapshots.write(target, layer.read_states(source))
+            layer.snapshot(source, target)
 
     def _linear(
         self, source: Sequence[int], target: Sequence[int]

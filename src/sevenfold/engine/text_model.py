@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from sevenfold.config import CheckpointError
-from sevenfold.engine.int8_weights import load_int8_model
+from sevenfold.engine.quantised_weights import load_quantised_model
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import load_model
@@ -45,11 +45,12 @@ class TextModel:
             path: the directory, in any format that load_model reads.
             device: where to run.
             dtype: of the weights; None keeps the file's.
-            weights: which matrices to quantise to int8 as they are read; None none.
+            weights: which matrices to quantise as they are read, and to what; None none.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
             ConfigError: weights has no effect on the model.
+            UnsupportedError: weights are to be fp8 on a GPU that has none.
         """
         if not Path(path).is_dir():
             raise CheckpointError(f"{path} must be a checkpoint folder, got none of that name")
@@ -59,7 +60,7 @@ class TextModel:
         if weights is None:
             model = load_model(Path(path), device=device, dtype=dtype)
         else:
-            model = load_int8_model(Path(path), weights, device=device, dtype=dtype)
+            model = load_quantised_model(Path(path), weights, device=device, dtype=dtype)
         return cls(model, _read_tokenizer(file))
 
 

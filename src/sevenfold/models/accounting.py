@@ -11,11 +11,11 @@ from typing import Literal
 
 from sevenfold.models.config import LayerType, ModelConfig
 
-# Matrices in int8, one fp32 scale for each output channel: the experts', or all of the layers'.
-WeightFormat = Literal["int8", "int8-experts"]
+# Matrices in 8 bits, one fp32 scale for each output channel: all of the layers', or the experts'.
+WeightFormat = Literal["int8", "int8-experts", "fp8", "fp8-experts"]
 
 _STATE_ELEMENT_BYTES = 4  # the linear state is fp32
-_FULL_BYTES = 4  # so are the router, a shared expert's coefficient, and the scales of int8
+_FULL_BYTES = 4  # so are the router, a shared expert's coefficient, and the scales
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def weight_bytes(
 
     Args:
         config: the model.
-        weights: which matrices are int8; None leaves all as they are.
-        element_bytes: of an element that is not int8; 2 for bf16. Routers, and a shared expert's
+        weights: which matrices are in 8 bits; None leaves all as they are.
+        element_bytes: of an element that is not; 2 for bf16. Routers, and a shared expert's
             coefficient, take 4 at least.
 
     Returns:
@@ -93,15 +93,15 @@ def weight_bytes(
     in_full = 0 if moe is None else L * D * moe.num_local_experts
     if moe is not None and moe.shared_intermediate_size:
         in_full += L * D
-    in_int8 = sum(one.number * one.rows * one.columns for one in _in_int8(config, weights))
-    rest = count_parameters(config).total - in_full - in_int8
+    in_bytes = sum(one.number * one.rows * one.columns for one in _in_8_bits(config, weights))
+    rest = count_parameters(config).total - in_full - in_bytes
     in_floats = rest * element_bytes + in_full * max(_FULL_BYTES, element_bytes)
-    return in_floats + in_int8 + int8_scale_bytes(config, weights)
+    return in_floats + in_bytes + weight_scale_bytes(config, weights)
 
 
-def int8_scale_bytes(config: ModelConfig, weights: WeightFormat | None) -> int:
-    """Count the bytes of the scales among weight_bytes: 4 for each output channel in int8."""
-    return sum(one.number * one.rows for one in _in_int8(config, weights)) * _FULL_BYTES
+def weight_scale_bytes(config: ModelConfig, weights: WeightFormat | None) -> int:
+    """Count the bytes of the scales among weight_bytes: 4 for each output channel in 8 bits."""
+    return sum(one.number * one.rows for one in _in_8_bits(config, weights)) * _FULL_BYTES
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class _Matrix:
     is_expert: bool = False
 
 
-def _in_int8(config: ModelConfig, weights: WeightFormat | None) -> list[_Matrix]:
+def _in_8_bits(config: ModelConfig, weights: WeightFormat | None) -> list[_Matrix]:
     if weights is None:
         return []
-    return [one for one in _matrices(config) if weights == "int8" or one.is_expert]
+    return [one for one in _matrices(config) if one.is_expert or not weights.endswith("-experts")]
 
 
 def _matrices(config: ModelConfig) -> list[_Matrix]:

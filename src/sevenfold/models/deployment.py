@@ -6,10 +6,10 @@ from sevenfold.config import ConfigError
 from sevenfold.models.accounting import (
     WeightFormat,
     count_parameters,
-    int8_scale_bytes,
     kv_bytes,
     state_bytes,
     weight_bytes,
+    weight_scale_bytes,
 )
 from sevenfold.models.config import ModelConfig
 
@@ -59,15 +59,15 @@ def plan_deployment(
 ) -> Deployment:
     """Count what each of N devices holds when a model is cut by tensor parallelism.
 
-        weights = (all - whole) / N + whole, whole: embedding, head, norms, routers, int8's scales
+        weights = (all - whole) / N + whole, whole: embedding, head, norms, routers, scales
         state of H / N heads        keys and values of G / N heads, one at least
 
     Args:
         config: the model.
         num_devices: N, which divides the heads.
         device_bytes: memory of one device.
-        weights: which matrices are int8; None leaves all as they are.
-        element_bytes: of what is not int8, keys and values included; 2 for bf16.
+        weights: which matrices are in 8 bits; None leaves all as they are.
+        element_bytes: of what is not, keys and values included; 2 for bf16.
         reserved_share: of device_bytes, for activations, graphs and the driver; 0 to below 1.
 
     Returns:
@@ -98,5 +98,5 @@ def _weights(
     counts = count_parameters(config)
     total = weight_bytes(config, weights, element_bytes)
     whole = (counts.embedding + counts.lm_head + counts.norms) * element_bytes
-    whole += counts.router * max(4, element_bytes) + int8_scale_bytes(config, weights)
+    whole += counts.router * max(4, element_bytes) + weight_scale_bytes(config, weights)
     return -(-(total - whole) // num_devices) + whole

@@ -13,6 +13,7 @@ class Impl(StrEnum):
     EAGER = "eager"
     ONEDNN = "onednn"
     GROUPED_MM = "grouped_mm"
+    SCALED_MM = "scaled_mm"
     TRITON = "triton"
     NUMBA = "numba"
 

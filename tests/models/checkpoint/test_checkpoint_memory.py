@@ -17,7 +17,7 @@ MEASURE = """
 import gc, json, sys, threading, time
 from pathlib import Path
 import torch
-from sevenfold.engine.int8_weights import load_int8_model
+from sevenfold.engine.quantised_weights import load_quantised_model
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig
 from sevenfold.models.checkpoint import convert, load_model, save_model
 
@@ -59,7 +59,7 @@ def rehearse(path):
         [p.fill_(1.0) for p in model.parameters()]
     save_model(model, path / "small", overwrite=True)
     load_model(path / "small", dtype=torch.bfloat16)
-    load_int8_model(path / "small", "int8")
+    load_quantised_model(path / "small", "int8")
     convert(path / "small", path / "small-hf", to="hf", overwrite=True)
 
 rehearse(folder)
@@ -85,7 +85,7 @@ for name in ("a", "b", "c"):
     del model
 for name in ("b", "c"):
     with Peak() as peak:
-        model = load_int8_model(folder / name, "int8")
+        model = load_quantised_model(folder / name, "int8")
     results[f"load {name} in int8"] = peak.peak - peak.before
     quantised = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     results["int8"] = quantised

@@ -8,7 +8,6 @@ from sevenfold.ops.experts.dispatch import (
     gather_rows,
     plan_dispatch,
 )
-from sevenfold.ops.experts.int8_mixture import int8_mixture
 from sevenfold.ops.experts.mixture import default_mixture_impl, mixture
 from sevenfold.ops.experts.router import default_router_impl, router_logits
 from sevenfold.ops.experts.routing import default_route_impl, route
@@ -23,7 +22,6 @@ __all__ = [
     "default_router_impl",
     "gather_rows",
     "grouped_linear",
-    "int8_mixture",
     "mixture",
     "plan_dispatch",
     "route",

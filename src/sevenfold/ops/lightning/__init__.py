@@ -6,6 +6,7 @@ from sevenfold.ops.lightning.api import (
     lightning_attention_step,
 )
 from sevenfold.ops.lightning.decode import lightning_attention_decode
+from sevenfold.ops.lightning.decode_fp16 import lightning_attention_decode_fp16
 from sevenfold.ops.lightning.replay import ReplayPool, lightning_attention_replay
 from sevenfold.ops.lightning.replay_int8 import Int8ReplayPool, lightning_attention_replay_int8
 from sevenfold.ops.lightning.segments import Stop
@@ -15,6 +16,10 @@ from sevenfold.ops.lightning.verify import (
     MAX_DRAFT_TOKENS,
     lightning_attention_commit,
     lightning_attention_verify,
+)
+from sevenfold.ops.lightning.verify_int8 import (
+    lightning_attention_commit_int8,
+    lightning_attention_verify_int8,
 )
 
 __all__ = [
@@ -27,10 +32,13 @@ __all__ = [
     "layer_log_decay",
     "lightning_attention",
     "lightning_attention_commit",
+    "lightning_attention_commit_int8",
     "lightning_attention_decode",
+    "lightning_attention_decode_fp16",
     "lightning_attention_prefill",
     "lightning_attention_replay",
     "lightning_attention_replay_int8",
     "lightning_attention_step",
     "lightning_attention_verify",
+    "lightning_attention_verify_int8",
 ]

@@ -3,6 +3,8 @@
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -65,6 +67,17 @@ def check_runnable(kernel: object, q: torch.Tensor, V: int) -> None:
         raise UnsupportedError(
             f"impl 'triton' must have heads of at most {WIDEST}, got {max(q.shape[-1], V)}"
         )
+
+
+def pool_arguments(
+    pool: Sequence[torch.Tensor],
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
+    """Return what a kernel takes of a ReplayPool or Int8ReplayPool, and the strides of its slots.
+
+    The state (or codes), ring_k, ring_v, count, and the scales of codes or None.
+    """
+    held = (*pool, None)[:5]
+    return held, tuple(0 if x is None else x.stride(0) for x in held)
 
 
 def contiguous_widths(x: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,12 @@ from sevenfold.ops.lightning.triton_decode_common import (
     contiguous_widths,
     fold,
     load_log_decay,
+    pool_arguments,
     power,
     tuning,
     weigh,
 )
+from sevenfold.ops.lightning.triton_fold_int8 import fold_int8
 from sevenfold.ops.row_launch import next_power_of_2
 
 
@@ -39,7 +41,7 @@ def _columns(
         in_v = start + iv < V
         at = state + ik[:, None] * V + start + iv[None, :]
         inside = (ik < K)[:, None] & in_v[None, :]
-        S = tl.load(at, mask=inside, other=0.0)
+        S = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         at_values = ring_v + rows[:, None] * V + start + iv[None, :]
         values = tl.load(at_values, mask=(rows < P)[:, None] & in_v[None, :], other=0.0)
         value = tl.load(v + start + iv, mask=in_v, other=0.0)
@@ -52,12 +54,16 @@ def _columns(
 
 @triton.jit
 def _replay_kernel(
-    q, k, v, log_decay, state, ring_k, ring_v, count, slots, o, scale,
-    q_row, q_head, k_row, k_head, v_row, v_head, state_slot, keys_slot, values_slot, count_slot, H,
+    q, k, v, log_decay, state, ring_k, ring_v, count, row_scale, slots, o, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, state_slot, keys_slot, values_slot, count_slot,
+    scale_slot, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one head of one slot, its ring and its cursor: nobody else touches them."""
+    """A program owns one head of one slot, its ring and its cursor: nobody else touches them.
+
+    A state in int8 has a scale for each row, row_scale; None says that it is fp32.
+    """
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     slot = tl.load(slots + b).to(tl.int64)
     ik, iv, rows = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR)
@@ -82,7 +88,14 @@ def _replay_kernel(
     seen = tl.where(live, power(rate, tl.where(live, P - rows, 0).to(tl.float32)), 0.0) * seen
     own = tl.sum(query * key.to(tl.float32))
     v += b * v_row + h * v_head
-    if full:
+    if row_scale is not None:
+        row_scale += slot * scale_slot + h * K
+        query *= tl.load(row_scale + ik, mask=in_k, other=0.0)
+        _columns(state, ring_v, v, out, query, keys, seen, own, P, rate, scale,
+                 K, V, BK, BV, BR, False)  # fmt: skip
+        if full:
+            fold_int8(state, row_scale, ring_v, rows, keys, P, rate, K, V, BK, BF, BR)
+    elif full:
         _columns(state, ring_v, v, out, query, keys, seen, own, P, rate, scale,
                  K, V, BK, BF, BR, True)  # fmt: skip
     else:
@@ -110,17 +123,20 @@ def replay(
     """Run one token of every sequence; arguments and result as in the public operator.
 
     Args:
-        pool: state, ring_k, ring_v and count of the ReplayPool.
+        pool: state, ring_k, ring_v and count of the ReplayPool; of an Int8ReplayPool codes in place
+            of the state, and the scales behind them.
     """
     (B, H, K), V, R = q.shape, v.shape[-1], pool[1].shape[2]
     check_runnable(_replay_kernel, q, V)
     o = q.new_empty(B, H, V)
     q, k, v = (contiguous_widths(x) for x in (q, k, v))
-    config = tuning("lightning_replay", B * H, K, q.device)
+    held, strides = pool_arguments(pool)
+    kernel = "lightning_replay" if held[4] is None else "lightning_replay_int8"
+    config = tuning(kernel, B * H, K, q.device)
     if o.numel():
         _replay_kernel[(B * H,)](
-            q, k, v, log_decay, *pool, slots, o, scale,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in pool),
+            q, k, v, log_decay, *held, slots, o, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *strides,
             H, K=K, V=V, R=R, BK=next_power_of_2(K),
             BV=min(config["BV"], next_power_of_2(V)),
             BF=min(config["BF"], next_power_of_2(V)), BR=max(16, next_power_of_2(R)),

@@ -14,10 +14,12 @@ from sevenfold.ops.lightning.triton_decode_common import (
     contiguous_widths,
     fold,
     load_log_decay,
+    pool_arguments,
     power,
     tuning,
     weigh,
 )
+from sevenfold.ops.lightning.triton_fold_int8 import fold_int8
 from sevenfold.ops.row_launch import next_power_of_2
 
 DRAFT_ROWS = 16  # the least that a tensor core's product takes
@@ -69,7 +71,7 @@ def _products(q, q_token, T, query, x, K: tl.constexpr, BK: tl.constexpr, BT: tl
 
 @triton.jit
 def _columns(
-    state, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate, scale,
+    state, row_scale, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate, scale,
     q_token, v_token, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, STAGES: tl.constexpr, FOLD: tl.constexpr,
@@ -83,10 +85,14 @@ def _columns(
     met, decay = power(rate, (P + 1 + depth).to(tl.float32)), power(rate, P.to(tl.float32))
     if FOLD:
         weighted = weigh(keys, P, rate, BR)
+    if row_scale is not None:
+        step = tl.load(row_scale + ik, mask=ik < K, other=0.0)[:, None]
     for start in tl.range(0, V, BV, num_stages=STAGES):
         in_v = (start + iv < V)[None, :]
         at = state + ik[:, None] * V + start + iv[None, :]
         S = tl.load(at, mask=(ik < K)[:, None] & in_v, other=0.0)
+        if row_scale is not None:
+            S = S.to(tl.float32) * step
         at_values = ring_v + source[:, None] * V + start + iv[None, :]
         values = tl.load(at_values, mask=(i < P)[:, None] & in_v, other=0.0)
         v_at = v + t[:, None] * v_token + start + iv[None, :]
@@ -102,9 +108,9 @@ def _columns(
 
 @triton.jit
 def _verify_kernel(
-    q, k, v, log_decay, state, ring_k, ring_v, count, slots, accepted, ancestors, o, scale,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    state_slot, keys_slot, values_slot, count_slot, T, A, H,
+    q, k, v, log_decay, state, ring_k, ring_v, count, row_scale, slots, accepted, ancestors, o,
+    scale, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    state_slot, keys_slot, values_slot, count_slot, scale_slot, T, A, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BF: tl.constexpr, WV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, TREE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -141,12 +147,19 @@ def _verify_kernel(
     past = _products(q, q_token, T, query, keys, K, BK, BT)
     past = tl.where(live[None, :], power(rate, distance), 0.0) * past
     v += b * v_row + h * v_head
-    if full:
-        _columns(state, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate, scale,
-                 q_token, v_token, T, H, K, V, BK, BF, BR, BT, STAGES, True)  # fmt: skip
+    if row_scale is not None:
+        row_scale += slot * scale_slot + h * K
+        _columns(state, row_scale, ring_v, q, v, out, query, keys, past, near, source, depth, P,
+                 rate, scale, q_token, v_token, T, H, K, V, BK, BV, BR, BT, STAGES,
+                 False)  # fmt: skip
+        if full:
+            fold_int8(state, row_scale, ring_v, source, keys, P, rate, K, V, BK, BF, BR)
+    elif full:
+        _columns(state, None, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate,
+                 scale, q_token, v_token, T, H, K, V, BK, BF, BR, BT, STAGES, True)  # fmt: skip
     else:
-        _columns(state, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate, scale,
-                 q_token, v_token, T, H, K, V, BK, BV, BR, BT, STAGES, False)  # fmt: skip
+        _columns(state, None, ring_v, q, v, out, query, keys, past, near, source, depth, P, rate,
+                 scale, q_token, v_token, T, H, K, V, BK, BV, BR, BT, STAGES, False)  # fmt: skip
     base = tl.where(full, 0, P)
     moved = live & (source != i) & (base > 0)
     _write_rows(ring_k, k + b * k_row + h * k_head, k_token, source, moved, base, T, K, BK, BR, BT)
@@ -172,8 +185,8 @@ def _write_rows(
 
 @triton.jit
 def _commit_kernel(
-    log_decay, state, ring_k, ring_v, count, slots, accepted,
-    state_slot, keys_slot, values_slot, count_slot, A, H,
+    log_decay, state, ring_k, ring_v, count, row_scale, slots, accepted,
+    state_slot, keys_slot, values_slot, count_slot, scale_slot, A, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
@@ -190,14 +203,19 @@ def _commit_kernel(
     ik, iv, live = tl.arange(0, BK)[:, None], tl.arange(0, BF)[None, :], tl.arange(0, BR) < P
     at_keys = ring_k + source[None, :] * K + ik
     keys = tl.load(at_keys, mask=(ik < K) & live[None, :], other=0.0)
-    weighted, decay = weigh(keys, P, rate, BR), power(rate, P.to(tl.float32))
-    for start in range(0, V, BF):
-        at = state + ik * V + start + iv
-        inside = (ik < K) & (start + iv < V) & (P > 0)
-        S = tl.load(at, mask=inside, other=0.0)
-        at_values = ring_v + source[:, None] * V + start + iv
-        values = tl.load(at_values, mask=live[:, None] & (start + iv < V), other=0.0)
-        tl.store(at, fold(S, decay, weighted, values), mask=inside)
+    if row_scale is not None:
+        row_scale += slot * scale_slot + h * K
+        if P > 0:
+            fold_int8(state, row_scale, ring_v, source, keys, P, rate, K, V, BK, BF, BR)
+    else:
+        weighted, decay = weigh(keys, P, rate, BR), power(rate, P.to(tl.float32))
+        for start in range(0, V, BF):
+            at = state + ik * V + start + iv
+            inside = (ik < K) & (start + iv < V) & (P > 0)
+            S = tl.load(at, mask=inside, other=0.0)
+            at_values = ring_v + source[:, None] * V + start + iv
+            values = tl.load(at_values, mask=live[:, None] & (start + iv < V), other=0.0)
+            tl.store(at, fold(S, decay, weighted, values), mask=inside)
     tl.debug_barrier()  # the cursor has been read by all before it is written
     tl.store(count, 0)
 
@@ -216,22 +234,24 @@ def verify(
     """Run a draft of every sequence; arguments and result as in the public operator.
 
     Args:
-        pool: state, ring_k, ring_v and count of the ReplayPool.
+        pool: state, ring_k, ring_v and count of the ReplayPool; of an Int8ReplayPool codes in place
+            of the state, and the scales behind them.
     """
     (B, T, H, K), V, R = q.shape, v.shape[-1], pool[1].shape[2]
     check_runnable(_verify_kernel, q, V)
     o = q.new_empty(B, T, H, V)
     q, k, v = (contiguous_widths(x) for x in (q, k, v))
-    config = tuning("lightning_verify", B * H, K, q.device)
+    held, strides = pool_arguments(pool)
+    kernel = "lightning_verify" if held[4] is None else "lightning_verify_int8"
+    config = tuning(kernel, B * H, K, q.device)
     BK, WV = next_power_of_2(K), next_power_of_2(V)
     if o.numel():
         _verify_kernel[(B * H,)](
-            q, k, v, log_decay, *pool, slots,
+            q, k, v, log_decay, *held, slots,
             slots if accepted is None else accepted.contiguous(),
             slots if ancestors is None else ancestors.contiguous(),
             o, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *(x.stride(0) for x in pool),
-            T, 0 if accepted is None else accepted.shape[1], H,
+            *strides, T, 0 if accepted is None else accepted.shape[1], H,
             K=K, V=V, R=R, BK=BK, BV=min(config["BV"], WV), BF=min(config["BF"], WV), WV=WV,
             BR=max(16, next_power_of_2(R)), BT=DRAFT_ROWS, TREE=ancestors is not None,
             STAGES=config["num_stages"], num_warps=config["num_warps"],
@@ -250,11 +270,12 @@ def commit(
     H, K, V, R = *state.shape[1:], ring_k.shape[2]
     check_runnable(_commit_kernel, ring_k, V)
     config = tuning("lightning_commit", len(slots) * H, K, state.device)
+    held, strides = pool_arguments(pool)
     if len(slots) * H:
         _commit_kernel[(len(slots) * H,)](
-            log_decay, *pool, slots,
+            log_decay, *held, slots,
             slots if accepted is None else accepted.contiguous(),
-            *(x.stride(0) for x in pool), 0 if accepted is None else accepted.shape[1],
+            *strides, 0 if accepted is None else accepted.shape[1],
             H, K=K, V=V, R=R, BK=next_power_of_2(K),
             BF=min(config["BF"], next_power_of_2(V)), BR=max(16, next_power_of_2(R)),
             num_warps=config["num_warps"],

@@ -71,17 +71,9 @@ def lightning_attention_verify(
     Source: KVBuffer (arXiv 2605.19049) and STree (NeurIPS 2025), for a decay that is known.
     """
     check_tokens(q, k, v, log_decay, "BTH")
-    B, T = q.shape[:2]
     check_pool(pool, q, v)
-    most = min(MAX_DRAFT_TOKENS, pool.ring_k.shape[2])
-    if not 1 <= T <= most:
-        raise ValueError(f"T must lie in 1 to {most}, got {T}")
-    check_slots(slots, B, q.device)
-    _check_accepted(accepted, B, q.device)
-    if ancestors is not None:
-        check_shape("ancestors", ancestors, (B, T, T), "[B, T, T]")
-        check_dtype("ancestors", ancestors, (torch.bool,))
-        check_device("ancestors", ancestors, q.device)
+    check_slots(slots, len(q), q.device)
+    check_draft(q, pool.ring_k.shape[2], accepted, ancestors)
     chosen = choose_impl("lightning_attention_verify", impl, default_impl(q, v.shape[-1]), IMPLS)
     pools = pool.tensors()
     return _verify(q, k, v, log_decay, pools, slots, accepted, ancestors, scale, str(chosen))
@@ -115,13 +107,29 @@ def lightning_attention_commit(
     check_log_decay(log_decay, pool.state.shape[1])
     check_device("log_decay", log_decay, pool.state.device)
     check_slots(slots, len(slots), pool.state.device)
-    _check_accepted(accepted, len(slots), pool.state.device)
+    check_accepted(accepted, len(slots), pool.state.device)
     default = default_impl(pool.ring_k, pool.ring_v.shape[-1])
     chosen = choose_impl("lightning_attention_commit", impl, default, IMPLS)
     _commit(log_decay, pool.tensors(), slots, accepted, str(chosen))
 
 
-def _check_accepted(accepted: Tensor | None, B: int, device: torch.device) -> None:
+def check_draft(
+    q: Tensor, ring_tokens: int, accepted: Tensor | None, ancestors: Tensor | None
+) -> None:
+    """Raise unless a draft q [B, T, H, K] fits a ring, and what is said of it fits the draft."""
+    B, T = q.shape[:2]
+    most = min(MAX_DRAFT_TOKENS, ring_tokens)
+    if not 1 <= T <= most:
+        raise ValueError(f"T must lie in 1 to {most}, got {T}")
+    check_accepted(accepted, B, q.device)
+    if ancestors is not None:
+        check_shape("ancestors", ancestors, (B, T, T), "[B, T, T]")
+        check_dtype("ancestors", ancestors, (torch.bool,))
+        check_device("ancestors", ancestors, q.device)
+
+
+def check_accepted(accepted: Tensor | None, B: int, device: torch.device) -> None:
+    """Raise unless accepted is [B, A] int32 on the device, or None."""
     if accepted is None:
         return
     if accepted.dim() != 2:

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sevenfold.ops.checks import check_dtype, check_shape
-from sevenfold.ops.linear import linear
+from sevenfold.ops.checks import check_dtype
 
 _LARGEST = 127
 # A scale keeps 24 - 7 significant bits: 127 times it is exact in fp32, so rows that were quantised
@@ -59,26 +58,3 @@ def dequantise_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.flo
         [..., C].
     """
     return (codes * scale.unsqueeze(-1)).to(dtype)
-
-
-def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Multiply by a weight matrix that is held in int8.
-
-        y = x (codes * scale)^T        the weight rounded to the dtype of x, as a loaded one is
-
-    Args:
-        x: [..., K], bf16, fp16 or fp32.
-        codes: [N, K] int8.
-        scale: [N] fp32, one for each output channel.
-
-    Returns:
-        [..., N] in x's dtype.
-
-    Raises:
-        ValueError, TypeError: a shape or dtype breaks the rules above.
-    """
-    N, K = codes.shape
-    check_shape("x", x, (*x.shape[:-1], K), "[..., K]")
-    check_shape("scale", scale, (N,), "[N]")
-    check_dtype("codes", codes, (torch.int8,))
-    return linear(x, dequantise_rows(codes, scale, x.dtype))

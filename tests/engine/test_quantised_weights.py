@@ -1,4 +1,4 @@
-"""Weights in int8: quantised as they are read, near the model that they came from."""
+"""Weights in int8 and fp8: quantised as they are read, near the model that they came from."""
 
 from pathlib import Path
 
@@ -7,19 +7,27 @@ import torch
 from engine_helpers import MOE, tiny_model, uncached
 from tokenizers import Tokenizer
 
-from sevenfold.config import ConfigError
+from sevenfold.config import CheckpointError, ConfigError, UnsupportedError
 from sevenfold.engine import LLM, SamplingParams
-from sevenfold.engine.int8_weights import Int8Experts, Int8Linear, load_int8_model
+from sevenfold.engine.quantised_weights import (
+    QuantisedExperts,
+    QuantisedLinear,
+    load_quantised_model,
+)
+from sevenfold.engine.runners import is_recordable
 from sevenfold.models import HybridModel, MoEConfig
 from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import CheckpointFormat, convert, load_model, save_model
 from sevenfold.ops import (
+    Impl,
     Int8Rows,
     dequantise_rows,
+    fp8_linear,
     int8_mixture,
     mixture,
     plan_dispatch,
     quantise_rows,
+    quantise_rows_fp8,
 )
 from sevenfold.ops.testing import check_error
 
@@ -48,7 +56,7 @@ def test_it_computes_what_the_dequantised_model_does(
     save_model(model, tmp_path / "sevenfold")
     if kind != "sevenfold":
         convert(tmp_path / "sevenfold", tmp_path / kind, to=kind)
-    loaded, plain = load_int8_model(tmp_path / kind, weights), dequantised(model, weights)
+    loaded, plain = load_quantised_model(tmp_path / kind, weights), dequantised(model, weights)
     ids = torch.tensor([[5, 7, 250, 4, 4, 9, 11]])
     with torch.inference_mode():
         found, wanted, before = loaded(ids), plain(ids), model(ids)
@@ -57,42 +65,95 @@ def test_it_computes_what_the_dequantised_model_does(
         check_error("logits", found, wanted, exact.eval()(ids))
     assert not torch.equal(found, before)
     modules = [type(module) for module in loaded.modules()]
-    assert Int8Experts in modules
-    linear = sum(isinstance(m, Int8Linear) for m in loaded.modules())
+    assert QuantisedExperts in modules
+    linear = sum(isinstance(m, QuantisedLinear) for m in loaded.modules())
     # Two of the experts of each layer; then 3 and 4 of the mixers, 2 of each shared expert.
     shared = 0 if kind == "hf" else 4
     assert linear == 4 + (7 + shared) * (weights == "int8")
     assert not any(p.requires_grad and p.dtype is torch.int8 for p in loaded.parameters())
 
 
-def test_decoding_goes_through_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Step by step, where a plain model would run by half-layers; and in another dtype."""
+@pytest.mark.parametrize("weights", ["fp8", "fp8-experts"])
+def test_fp8_holds_the_rows_that_were_read(tmp_path: Path, weights: WeightFormat) -> None:
+    model = tiny_model("lf", moe=SHARED)
+    save_model(model, tmp_path / "a")
+    loaded = load_quantised_model(tmp_path / "a", weights)
+    plain, found = dict(model.named_parameters()), 0
+    for name, module in loaded.named_modules():
+        if isinstance(module, QuantisedLinear):
+            weight = plain[name] if name in plain else plain[f"{name}.weight"]
+            wanted = quantise_rows_fp8(weight)
+            assert torch.equal(module.codes.float(), wanted.codes.float())
+            assert torch.equal(module.scale, wanted.scale)
+            x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(found))
+            if weight.dim() == 2:
+                assert torch.equal(module(x), fp8_linear(x, *wanted))
+            found += 1
+    assert found == 4 + (7 + 4) * (weights == "fp8")
+
+
+def test_fp8_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100")
+    message = (
+        "fp8 weights must lie on a GPU of compute capability 8.9 or more, got NVIDIA A100 of 8.0; "
+        "use int8"
+    )
+    with pytest.raises(UnsupportedError, match=message):
+        load_quantised_model("nowhere", "fp8-experts", device="cuda")
+    with pytest.raises(UnsupportedError, match="fp8 weights must lie on a GPU or a CPU, got mps"):
+        load_quantised_model("nowhere", "fp8", device="mps")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_quantised_model("nowhere", "fp8", device="cuda")
+
+
+def test_steps_with_8_bit_weights_are_recorded_where_their_kernels_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tiny_model("lf", moe=MOE), tmp_path / "a")
+    loaded = load_quantised_model(tmp_path / "a", "int8")
+    assert not is_recordable(loaded)
+    monkeypatch.setattr("sevenfold.engine.runners.default_int8_impl", lambda x: Impl.TRITON)
+    assert is_recordable(loaded)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_decoding_goes_through_it(
+    tmp_path: Path, tokenizer: Tokenizer, weights: WeightFormat
+) -> None:
+    """Step by step, where a plain model would run by half-layers."""
     model = tiny_model("llf", moe=MOE)
     save_model(model, tmp_path / "a")
     tokenizer.save(str(tmp_path / "a" / "tokenizer.json"))
-    llm = LLM(tmp_path / "a", weights="int8")
+    llm = LLM(tmp_path / "a", weights=weights)
     [found] = llm.generate(["the old heron"], SamplingParams(max_tokens=8, temperature=0))
     assert list(found.token_ids) == uncached(
         llm.model, list(found.prompt_token_ids), len(found.token_ids)
     )
-    half = load_int8_model(tmp_path / "a", "int8-experts", dtype=torch.bfloat16)
+
+
+def test_what_is_not_quantised_takes_another_dtype(tmp_path: Path) -> None:
+    save_model(tiny_model("llf", moe=MOE), tmp_path / "a")
+    half = load_quantised_model(tmp_path / "a", "int8-experts", dtype=torch.bfloat16)
     assert half.dtype is torch.bfloat16
     ids = torch.tensor([[5, 7, 250, 4]])
     exact = load_model(tmp_path / "a")(ids)
     assert (half(ids) - exact).norm() / exact.norm() < 0.2
 
 
-def test_a_model_without_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_a_model_without_experts(tmp_path: Path, weights: WeightFormat) -> None:
     model = tiny_model("lf")
     save_model(model, tmp_path / "a")
     with pytest.raises(
         ConfigError,
-        match="weights must be int8 for a model without experts, where int8-experts has no effect",
+        match=f"weights must be {weights} for a model without experts, where {weights}-experts has",
     ):
-        load_int8_model(tmp_path / "a", "int8-experts")
-    loaded = load_int8_model(tmp_path / "a", "int8")
+        load_quantised_model(tmp_path / "a", f"{weights}-experts")
+    loaded = load_quantised_model(tmp_path / "a", weights)
     # qkv, gate, out; q, k, v, o; gate_up and down of each layer.
-    assert sum(isinstance(m, Int8Linear) for m in loaded.modules()) == 3 + 4 + 4
+    assert sum(isinstance(m, QuantisedLinear) for m in loaded.modules()) == 3 + 4 + 4
 
 
 def test_the_mixture_is_that_of_the_dequantised_experts() -> None:
