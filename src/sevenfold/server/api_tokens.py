@@ -15,6 +15,10 @@ class TokenizeRequest(ApiRequest):
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
+    # As in ForeignFields: the tokens are those that an answer would follow.
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
+    add_special_tokens: Literal[False] | None = None
 
 
 class Tokens(ApiAnswer):

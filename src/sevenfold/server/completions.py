@@ -25,7 +25,7 @@ from sevenfold.server.engine_protocol import GenerationRequest, TokenOutput
 from sevenfold.server.errors import bad_request
 from sevenfold.server.prompts import Prompt, check_length
 from sevenfold.server.routing import StrictRoute, errors
-from sevenfold.server.runs import Run
+from sevenfold.server.runs import Run, StreamUsage
 from sevenfold.server.sampling import sampling_params, seeded
 from sevenfold.server.service import Service
 
@@ -140,13 +140,14 @@ class _Job:
         """Give the outputs' chunks as they come; each is a choice of what one token brought."""
         outputs = [_Output(request, self.body, self.service.codec) for request in self.requests]
         head = self._head() | {"object": "text_completion"}
+        usage = StreamUsage(self.body.stream_options, run, self.num_prompts)
         async for index, output in run.outputs():
             outputs[index].take(output)
             choice = outputs[index].taken(index)
             if choice is not None:
-                yield head | {"choices": [choice]}
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            yield head | {"choices": [], "usage": run.usage(self.num_prompts).model_dump()}
+                yield head | {"choices": [choice]} | usage.so_far()
+        if usage.at_end:
+            yield head | {"choices": []} | usage.whole()
 
     def _head(self) -> dict[str, Any]:
         return {

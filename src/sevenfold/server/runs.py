@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sevenfold.server.api_common import PromptDetails, Usage
+from sevenfold.server.api_common import PromptDetails, StreamOptions, Usage
 from sevenfold.server.engine_protocol import (
     GenerationRequest,
     PromptOutput,
@@ -210,6 +211,22 @@ class Run:
             if not one.ended:
                 one.ended = True
                 self._desk.metrics.outputs.labels(reason).inc()
+
+
+class StreamUsage:
+    """What a stream says of its tokens: at its end, with every chunk, or nothing."""
+
+    def __init__(self, options: StreamOptions | None, run: Run, num_prompts: int) -> None:
+        self._options, self._run, self._num_prompts = options or StreamOptions(), run, num_prompts
+        self.at_end = self._options.include_usage
+
+    def so_far(self) -> dict[str, Any]:
+        """Return the field of a chunk, if every chunk has it."""
+        return self.whole() if self._options.continuous_usage_stats else {}
+
+    def whole(self) -> dict[str, Any]:
+        """Return the field with the tokens up to now."""
+        return {"usage": self._run.usage(self._num_prompts).model_dump()}
 
 
 async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
