@@ -97,6 +97,8 @@ class ScriptedEngine:
     asked: list[GenerationRequest] = field(default_factory=list)
     under_way: int = 0
     cancelled: int = 0
+    forgotten: int = 0
+    steps: int = 0
 
     def __post_init__(self) -> None:
         self.tokenizer = byte_tokenizer()
@@ -123,10 +125,19 @@ class ScriptedEngine:
             self.cancelled += not ended
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=self.under_way, waiting={"memory": 2}, memory_bytes={"kv": 7})
+        return EngineStats(
+            running=self.under_way,
+            waiting={"memory": 2},
+            steps=self.steps,
+            memory_bytes={"kv": 7},
+            misses={"other_salt": 2, "no_kv": 3},
+        )
 
     def healthy(self) -> bool:
         return self.well
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     def close(self) -> None:
         return

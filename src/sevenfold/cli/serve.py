@@ -1,5 +1,6 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,9 @@ def serve_command(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     api_keys_file: Annotated[
         Path | None, typer.Option(help="Keys that may ask, one a line.")
+    ] = None,
+    admin_keys_file: Annotated[
+        Path | None, typer.Option(help="Keys that alone may read /metrics, one a line.")
     ] = None,
     model_name: Annotated[
         str | None,
@@ -80,7 +84,8 @@ def serve_command(
         precision=parse_config(Precision, bits, "serve"),
         speculation=_speculation(draft_tokens),
     )
-    _serve(checkpoint, _settings(api_keys_file, values), engine)
+    files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
+    _serve(checkpoint, _settings(files, values), engine)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -89,15 +94,15 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
 
 
-def _settings(api_keys_file: Path | None, values: dict[str, object]) -> "ServerSettings":
+def _settings(key_files: Mapping[str, Path | None], values: dict[str, object]) -> "ServerSettings":
     try:
         from sevenfold.server.settings import MIN_KEY_CHARS, ServerSettings
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"serve: {error.name} must be installed; pip install 'sevenfold[serve]' brings it"
         ) from error
-    keys = _read_keys(api_keys_file, MIN_KEY_CHARS)
-    return parse_config(ServerSettings, values | {"api_keys": keys}, "serve")
+    keys = {name: _read_keys(file, MIN_KEY_CHARS) for name, file in key_files.items()}
+    return parse_config(ServerSettings, values | keys, "serve")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,17 @@ class Text(ApiAnswer):
     prompt: str
 
 
+class TokenizerInfo(ApiAnswer):
+    """What a client needs to know of the tokenizer; null for a token that there is not."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str
+    model_max_length: int
+    vocab_size: int
+
+
 class Model(ApiAnswer):
     """A model that is served; max_model_len is its context in tokens."""
 
@@ -64,3 +75,9 @@ class Status(ApiAnswer):
     """How the server is."""
 
     status: Literal["ok", "stalled", "draining"]
+
+
+class Version(ApiAnswer):
+    """Which release answers."""
+
+    version: str

@@ -31,7 +31,7 @@ def chat_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses=errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 504),
+        responses=errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation; with `stream` as server-sent events."""
@@ -40,7 +40,7 @@ def chat_router(service: Service) -> APIRouter:
             chat = await unless_gone(request, _prepared(service, body, salt))
         run = service.desk.open(chat.requests)
         if body.stream:
-            return EventStream(chat.events(run), run.close)
+            return EventStream(chat.events(run), run.close, run.limit_s)
         try:
             answer = await unless_gone(request, chat.whole(run))
         finally:

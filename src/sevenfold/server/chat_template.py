@@ -102,8 +102,7 @@ class ChatTemplate:
         Raises:
             CheckpointError: the template cannot be compiled.
         """
-        self.stop = source.stop
-        self._source, self._timeout_s = source, timeout_s
+        self.source, self.stop, self._timeout_s = source, source.stop, timeout_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         try:
@@ -157,7 +156,7 @@ class ChatTemplate:
             env={},
             encoding="ascii",
         )
-        job = {"source": self._source.text, "variables": dict(self._source.variables)}
+        job = {"source": self.source.text, "variables": dict(self.source.variables)}
         return self._ask(job, _START_S)
 
     def _ask(self, job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

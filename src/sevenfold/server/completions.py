@@ -39,7 +39,7 @@ def completions_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/completions",
         response_model=Completion,
-        responses=errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 504),
+        responses=errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on from prompts; with `stream` as server-sent events."""
@@ -48,7 +48,7 @@ def completions_router(service: Service) -> APIRouter:
             job = await unless_gone(request, _prepared(service, body, salt))
         run = service.desk.open(job.requests)
         if body.stream:
-            return EventStream(job.events(run), run.close)
+            return EventStream(job.events(run), run.close, run.limit_s)
         try:
             answer = await unless_gone(request, job.whole(run))
         finally:
