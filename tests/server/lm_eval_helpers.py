@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from process_helpers import serving
 
 from sevenfold.engine import LLM, SamplingParams
 
@@ -118,21 +119,68 @@ def log_likelihood(llm: LLM, context: Sequence[int], rest: Sequence[int]) -> flo
     return math.fsum(one.chosen for one in found[len(context) - 1 :])
 
 
-def compare(llm: LLM, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Compute again what lm-eval was told; the largest differences of log probabilities.
+def compare(llm: LLM, samples: Sequence[Mapping[str, Any]]) -> tuple[list[tuple], float]:
+    """Compute the choices' log probabilities again, in this process.
 
     Returns:
-        The largest difference for the choices and for whole passages, and the accuracy.
+        Each of lm-eval's with ours, and our accuracy.
     """
-    tokenizer = llm.tokenizer
-    worst, right = 0.0, 0
-    for one in samples["cloze"]:
-        begin = one["doc"]["begin"]
-        context = tokenizer.encode(begin, add_special_tokens=False).ids
-        ours = []
+
+    def encode(text: str) -> list[int]:
+        return llm.tokenizer.encode(text, add_special_tokens=False).ids
+
+    pairs, right = [], 0
+    for one in samples:
+        begin, ours = one["doc"]["begin"], []
+        context = encode(begin)
         for choice, told in zip(one["doc"]["choices"], one["filtered_resps"], strict=True):
-            whole = tokenizer.encode(f"{begin} {choice}", add_special_tokens=False).ids
-            ours.append(log_likelihood(llm, context, whole[len(context) :]))
-            worst = max(worst, abs(ours[-1] - float(told[0])))
+            ours.append(log_likelihood(llm, context, encode(f"{begin} {choice}")[len(context) :]))
+            pairs.append((float(told[0]), ours[-1]))
         right += ours.index(max(ours)) == one["doc"]["label"]
-    return {"largest difference": worst, "accuracy": right / len(samples["cloze"])}
+    return pairs, right / len(samples)
+
+
+def evaluate(
+    checkpoint: Path, program: str, folder: Path, text: str, num: int, key: str
+) -> list[dict[str, Any]]:
+    """Serve a checkpoint, let lm-eval ask it, and compute the same in this process.
+
+    Args:
+        checkpoint: its folder.
+        program: the path of lm_eval.
+        folder: for what lm-eval reads and writes.
+        text, num: as write_tasks takes them.
+        key: for the server to ask for.
+
+    Returns:
+        One case for each of lm-eval's model types, for a record.
+    """
+    write_tasks(folder, text, num)
+    keys = folder / "keys"
+    keys.write_text(key)
+    options = ("--api-keys-file", str(keys), "--memory-gib", "0.25")
+    with serving(checkpoint, *options) as program_of_ours:
+        ask = {"program": program, "url": program_of_ours.url, "folder": folder, "key": key}
+        told = run_lm_eval(**ask, chat=False, tasks=("cloze", "rolling", "goes_on"))
+        chat = run_lm_eval(**ask, chat=True, tasks=("goes_on",))
+    llm = LLM(checkpoint)
+    pairs, accuracy = compare(llm, told["samples"]["cloze"])
+    rolling = told["samples"]["rolling"]
+    found = told["results"]
+    assert found["cloze"]["acc,none"] == accuracy, "the URL's accuracy is the model's"
+    return [
+        {
+            "case": "local-completions",
+            "checkpoint": checkpoint.parent.name,
+            "documents": num,
+            "log likelihoods": len(pairs),
+            "largest difference from LLM": max(abs(a - b) for a, b in pairs),
+            "largest magnitude": max(abs(b) for _, b in pairs),
+            "accuracy": found["cloze"]["acc,none"],
+            "accuracy by LLM": accuracy,
+            "bits a byte": found["rolling"]["bits_per_byte,none"],
+            "rolling passages": len(rolling),
+            "generated": len(told["samples"]["goes_on"]),
+        },
+        {"case": "local-chat-completions", "generated": len(chat["samples"]["goes_on"])},
+    ]

@@ -70,8 +70,11 @@ async def converse(url: str, asked: list[list[Message]], headers: bool = False) 
                 texts[n, turn] = text
                 counts["requests"] += 1
                 if turn:
-                    counts["later prompt tokens"] += made.usage.prompt_tokens
-                    counts["later cached tokens"] += made.usage.prompt_tokens_details.cached_tokens
+                    cached = made.usage.prompt_tokens_details.cached_tokens
+                    counts["later turns"] += 1
+                    counts["later turns that hit"] += cached > 0
+                    counts["their prompt tokens"] += made.usage.prompt_tokens
+                    counts["their cached tokens"] += cached
                 messages.append({"role": "assistant", "content": text})
                 messages.append({"role": "user", "content": "and then?"})
 
@@ -131,6 +134,13 @@ class Pair:
         made = serving(self._checkpoint, *self._options, port=port)
         return self._stack.enter_context(made)
 
+    def forget(self) -> None:
+        """Empty the replicas' prefix caches."""
+        for one in self.replicas:
+            headers = {"Authorization": f"Bearer {KEYS[0]}"}
+            url = f"{one.url}/reset_prefix_cache"
+            httpx.post(url, json={}, headers=headers).raise_for_status()
+
     def restart(self, n: int) -> None:
         """Start a dead replica again at its address."""
         port = int(self.replicas[n].url.rpartition(":")[2])
@@ -140,15 +150,16 @@ class Pair:
 async def shared_out(url: str, pair: Pair, num: int, *, headers: bool = False) -> dict[str, Any]:
     """Conversations through a router: equal to those of one replica asked directly."""
     asked = openings(num, seed=num)
+    pair.forget()
     before = [responses(one) for one in pair.replicas]
     told = await converse(url, asked, headers)
     shares = [responses(one) - old for one, old in zip(pair.replicas, before, strict=True)]
+    pair.forget()
     alone = await converse(pair.replicas[0].url, asked)
     assert told.pop("texts") == alone.pop("texts"), "a router changes no answer"
     assert sum(shares) == told["requests"] == num * TURNS
-    cached = told["later cached tokens"] / told["later prompt tokens"]
-    direct = alone["later cached tokens"] / alone["later prompt tokens"]
-    return told | {"by replica": shares, "cached share": cached, "cached share, direct": direct}
+    hits = {"later turns that hit, one replica asked directly": alone["later turns that hit"]}
+    return told | hits | {"by replica": shares}
 
 
 async def keys_pass(url: str) -> dict[str, Any]:
