@@ -213,6 +213,25 @@ def message(response: httpx.Response) -> str:
     return error["message"]
 
 
+def post_scope(path: str) -> dict[str, Any]:
+    """What ASGI says of a POST with a JSON body."""
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+
+
 async def disconnecting(
     app: Any, body: Mapping[str, Any], after: int, path: str = "/v1/chat/completions"
 ) -> list[dict]:
@@ -234,20 +253,5 @@ async def disconnecting(
         if len(sent) == after:
             gone.set()
 
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": headers,
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 8000),
-    }
-    await asyncio.wait_for(app(scope, receive, send), 30)
+    await asyncio.wait_for(app(post_scope(path), receive, send), 30)
     return sent

@@ -1,5 +1,6 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,7 @@ def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions
     with bind(settings) as taken:
         engine = options.build(checkpoint)
         app = ServerApp(engine, settings, read_template(checkpoint))
+        asyncio.run(engine.warm_up())
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
         typer.echo(f"{engine.model_name} at http://{shown}:{port} (chat at /, routes at /docs)")

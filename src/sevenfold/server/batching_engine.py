@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from sevenfold.engine import RequestFailedError, TextModel
+from sevenfold.engine import RequestFailedError, SamplingParams, TextModel
 from sevenfold.engine.cache import MissReason, SessionLimits
 from sevenfold.engine.engine import Engine, TokenEvent
 from sevenfold.engine.memory import MemoryPlan
@@ -27,6 +27,7 @@ from sevenfold.server.engine_protocol import (
 )
 from sevenfold.server.engine_protocol import MissReason as PublicReason
 
+_WARM_PROMPT, _WARM_TOKENS = 600, 4
 _JOIN_S = 10.0  # a long prefill does not keep the program from ending
 _REASONS: dict[MissReason, PublicReason] = {
     MissReason.TOO_SHORT: "too_short",
@@ -141,6 +142,26 @@ class BatchingEngine:
     def healthy(self) -> bool:
         """Whether the thread lives."""
         return self._thread.is_alive()
+
+    async def warm_up(self) -> None:
+        """Run two requests, one of them long, so that no client waits for what the first compiles.
+
+        Nothing of them stays cached; the counts hold them.
+        """
+        most = self.max_context_tokens
+        new_tokens = max(1, min(_WARM_TOKENS, most - 1))
+        sampling = SamplingParams(max_tokens=new_tokens, seed=0, ignore_eos=True)
+        lengths = {1, max(1, min(_WARM_PROMPT, most - new_tokens))}
+        asked = [
+            GenerationRequest(id=f"warm-up-{length}", prompt=(0,) * length, sampling=sampling)
+            for length in sorted(lengths)
+        ]
+        await asyncio.gather(*(self._run_through(request) for request in asked))
+        self.forget()
+
+    async def _run_through(self, request: GenerationRequest) -> None:
+        async for _ in self.submit(request):
+            continue
 
     def forget(self) -> None:
         """Drop what is cached and in nobody's use, sessions too; at the next step."""
