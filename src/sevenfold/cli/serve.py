@@ -77,7 +77,7 @@ def serve_command(
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
     engine = _EngineOptions(
         model_name=model_name or checkpoint.resolve().name,
-        device=device,
+        device=_device(device),
         dtype=_dtype(dtype),
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         context_tokens=max_context,
@@ -93,6 +93,12 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return None if name is None else DTYPES[name]
+
+
+def _device(name: str) -> str:
+    if name != "cpu" and not (name.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise typer.BadParameter(f"device must be cpu, or cuda where there is a GPU, got {name!r}")
+    return name
 
 
 def _settings(key_files: Mapping[str, Path | None], values: dict[str, object]) -> "ServerSettings":
@@ -156,8 +162,9 @@ def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions
     from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
+        template = read_template(checkpoint)  # before what takes long
         engine = options.build(checkpoint)
-        app = ServerApp(engine, settings, read_template(checkpoint))
+        app = ServerApp(engine, settings, template)
         asyncio.run(engine.warm_up())
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
@@ -168,7 +175,11 @@ def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions
 def _read_keys(file: Path | None, least_chars: int) -> list[str]:
     if file is None:
         return []
-    keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} must be a text file in UTF-8, got other bytes") from error
+    keys = [line.strip() for line in text.splitlines()]
     keys = [key for key in keys if key]
     # Checked here too, so that no message shows a key.
     short = [key for key in keys if len(key) < least_chars]

@@ -1,6 +1,7 @@
 """The continuous-batching engine behind the server's seam, in a thread of its own."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -38,6 +39,7 @@ _REASONS: dict[MissReason, PublicReason] = {
 }
 
 
+_log = logging.getLogger("sevenfold.server")
 _Given = TokenOutput | Exception
 
 
@@ -104,7 +106,7 @@ class BatchingEngine:
         )
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}
-        self._steps = 0
+        self._steps, self._failure = 0, None
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -147,6 +149,9 @@ class BatchingEngine:
         """Run two requests, one of them long, so that no client waits for what the first compiles.
 
         Nothing of them stays cached; the counts hold them.
+
+        Raises:
+            RequestFailedError, EngineStoppedError: the model computes nothing, or the engine fails.
         """
         most = self.max_context_tokens
         new_tokens = max(1, min(_WARM_TOKENS, most - 1))
@@ -156,7 +161,16 @@ class BatchingEngine:
             GenerationRequest(id=f"warm-up-{length}", prompt=(0,) * length, sampling=sampling)
             for length in sorted(lengths)
         ]
-        await asyncio.gather(*(self._run_through(request) for request in asked))
+        try:
+            await asyncio.gather(*(self._run_through(request) for request in asked))
+        except EngineStoppedError as error:
+            raise EngineStoppedError(
+                f"the engine must take its first steps, got {self._failure}"
+            ) from error
+        except RequestFailedError as error:
+            raise RequestFailedError(
+                f"{self.model_name} must answer a first request: {error}; its weights may be broken"
+            ) from error
         self.forget()
 
     async def _run_through(self, request: GenerationRequest) -> None:
@@ -195,6 +209,9 @@ class BatchingEngine:
                 # First: whoever gets a token finds it in the stats.
                 self._stats = self._read_stats()
                 self._tell(events)
+        except Exception as error:  # whatever it is, nobody may wait for this thread any more
+            self._failure = error
+            _log.exception("the engine has stopped")
         finally:
             with self._wake:
                 self._closed = True
