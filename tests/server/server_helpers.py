@@ -164,9 +164,9 @@ async def client_of(
 
 
 @contextmanager
-def listening(engine: ServingEngine) -> Iterator[str]:
-    """The address of a server that runs in a thread."""
-    given_settings = ServerSettings(port=0, api_keys=(KEY,), drain_s=2.0)
+def listening(engine: ServingEngine, settings: ServerSettings | None = None) -> Iterator[str]:
+    """The address of a server that runs in a thread; it asks for KEY."""
+    given_settings = settings or ServerSettings(port=0, api_keys=(KEY,), drain_s=2.0)
     with bind(given_settings) as taken:
         app = ServerApp(engine, given_settings, TemplateSource())
         server = make_server(app, given_settings)
