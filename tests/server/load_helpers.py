@@ -19,7 +19,7 @@ PROFILES = {
     "4 at a time": ("kind=concurrent,streams=4", 48),
     "16 at a time": ("kind=concurrent,streams=16", 96),
     "poisson, 4 a second": ("kind=poisson,rate=4", 48),
-    "all at once": ("kind=throughput", 128),
+    "all at once": ("kind=throughput,max_concurrency=64", 128),
 }
 
 
