@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from cli_helpers import TinyRun, exit_code, run_cli
+from safetensors.torch import load_file, save_file
 
 FEWER_BITS = ("--states", "int8", "--snapshots", "auto", "--weights", "int8")
 
@@ -74,6 +76,7 @@ def test_a_port_in_use(
         (["--port", "99999"], 2, "port must be valid"),
         (["--max-requests", "0"], 2, "max_requests must be valid"),
         (["--dtype", "int3"], 2, "dtype must be one of"),
+        (["--device", "abacus"], 2, "device must be cpu, or cuda where there is a GPU"),
         (["--snapshots", "int3"], 2, "snapshots must be"),
         (["--draft-tokens", "16"], 2, "draft_tokens must be"),
         (["--states", "bf16", "--memory-gib", "0.05"], 2, "state_dtype must not be bf16 where"),
@@ -92,6 +95,15 @@ def test_options_that_break_a_rule(
     error = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert said in error
     assert "Traceback" not in error
+
+
+def test_keys_that_are_no_text(
+    tiny_run: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xff" * 40)
+    assert exit_code("serve", tiny_run.checkpoint, "--api-keys-file", file, "--port", "0") == 2
+    assert "keys must be a text file in UTF-8, got other bytes" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "\n", "short\n", "long enough for a key\nshort\n"])
@@ -126,6 +138,24 @@ def test_a_checkpoint_that_is_broken(
     (template / "chat_template.jinja").write_text("{% for %}")
     assert exit_code("serve", template, "--port", "0") == 1
     assert "chat_template must be a Jinja template" in capfd.readouterr().err
+    (template / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert exit_code("serve", template, "--port", "0") == 1
+    said = capfd.readouterr()
+    assert "chat_template.jinja must be text in UTF-8, got other bytes" in said.err
+    assert "memory" not in said.out  # before the weights were read
+
+
+def test_weights_that_compute_nothing(
+    tiny_run: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(tiny_run.checkpoint, tmp_path / "broken")
+    [file] = broken.glob("*.safetensors")
+    weights = load_file(file)
+    weights["embed_tokens.weight"] *= float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    assert exit_code("serve", broken, "--port", "0", "--memory-gib", "0.05") == 1
+    said = "broken must answer a first request: the model's logits are not finite"
+    assert said in capfd.readouterr().err
 
 
 def test_help() -> None:

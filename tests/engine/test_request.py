@@ -37,3 +37,11 @@ def test_a_new_request_has_its_prompt_and_nothing_computed() -> None:
 
 def test_equal_requests_are_two() -> None:
     assert Request("a", (1,), 1) != Request("a", (1,), 1)
+
+
+@pytest.mark.parametrize("first", range(6))
+@pytest.mark.parametrize("end", range(8))
+def test_some_tokens_are_those_of_all(first: int, end: int) -> None:
+    request = Request("a", (5, 6, 7), 9)
+    request.generated += [8, 9]
+    assert request.tokens_between(first, end) == request.tokens[first:end]

@@ -97,6 +97,8 @@ class ScriptedEngine:
     asked: list[GenerationRequest] = field(default_factory=list)
     under_way: int = 0
     cancelled: int = 0
+    forgotten: int = 0
+    steps: int = 0
 
     def __post_init__(self) -> None:
         self.tokenizer = byte_tokenizer()
@@ -123,10 +125,19 @@ class ScriptedEngine:
             self.cancelled += not ended
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=self.under_way, waiting={"memory": 2}, memory_bytes={"kv": 7})
+        return EngineStats(
+            running=self.under_way,
+            waiting={"memory": 2},
+            steps=self.steps,
+            memory_bytes={"kv": 7},
+            misses={"other_salt": 2, "no_kv": 3},
+        )
 
     def healthy(self) -> bool:
         return self.well
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     def close(self) -> None:
         return
@@ -153,9 +164,9 @@ async def client_of(
 
 
 @contextmanager
-def listening(engine: ServingEngine) -> Iterator[str]:
-    """The address of a server that runs in a thread."""
-    given_settings = ServerSettings(port=0, api_keys=(KEY,), drain_s=2.0)
+def listening(engine: ServingEngine, settings: ServerSettings | None = None) -> Iterator[str]:
+    """The address of a server that runs in a thread; it asks for KEY."""
+    given_settings = settings or ServerSettings(port=0, api_keys=(KEY,), drain_s=2.0)
     with bind(given_settings) as taken:
         app = ServerApp(engine, given_settings, TemplateSource())
         server = make_server(app, given_settings)
@@ -202,6 +213,25 @@ def message(response: httpx.Response) -> str:
     return error["message"]
 
 
+def post_scope(path: str) -> dict[str, Any]:
+    """What ASGI says of a POST with a JSON body."""
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+
+
 async def disconnecting(
     app: Any, body: Mapping[str, Any], after: int, path: str = "/v1/chat/completions"
 ) -> list[dict]:
@@ -223,20 +253,5 @@ async def disconnecting(
         if len(sent) == after:
             gone.set()
 
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": headers,
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 8000),
-    }
-    await asyncio.wait_for(app(scope, receive, send), 30)
+    await asyncio.wait_for(app(post_scope(path), receive, send), 30)
     return sent

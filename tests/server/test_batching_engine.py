@@ -237,6 +237,40 @@ async def test_a_model_that_computes_nothing_fails_its_request_alone(llm: LLM) -
     assert len(served["choices"]) == 1
 
 
+async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm)
+    await engine.warm_up()
+    await outputs_of(engine, asking("next", 1))  # the cache is emptied before a step
+    stats = engine.stats()
+    assert stats.steps > 0
+    assert (stats.running, stats.snapshots.used, stats.pages.used) == (0, 0, 0)
+    poisoned = make_llm()
+    poisoned.model.embed_tokens.weight[0] = float("nan")
+    with pytest.raises(RequestFailedError, match="tiny must answer a first request: the model's"):
+        await make_engine(poisoned).warm_up()
+    full = make_engine(llm)
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device", "cache")
+
+    monkeypatch.setattr(full._engine, "step", fail)
+    with pytest.raises(
+        EngineStoppedError, match=r"must take its first steps, got .* No space left"
+    ):
+        await full.warm_up()
+    assert not full.healthy()
+
+
+async def test_how_long_an_output_waited_and_which_steps_there_were(llm: LLM) -> None:
+    engine = make_engine(llm)
+    before = engine.stats().steps
+    outputs = await outputs_of(engine, asking("a", 3))
+    assert 0 <= outputs[0].prompt.queue_s < 60
+    assert engine.stats().steps >= before + 3
+
+
 async def test_the_end_token_ends_an_answer(llm: LLM) -> None:
     async with client_of(make_engine(llm)) as client:
         made = await complete(client, prompt="a", max_tokens=9, logit_bias={str(EOS): 100})

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -122,13 +123,16 @@ def test_a_conversation(page: Page, tmp_path: Path) -> None:
         assert "prompt tokens, 3 cached" in numbers
         assert f"{len(ANSWER)} new" in numbers
         assert "memory: kv 7.00 B" in numbers
-        assert page.run("byId('state').textContent").endswith(" of 512 tokens")
+        used = page.run("byId('state').textContent")
+        assert re.fullmatch(r"context \d+ of 512 tokens", used)
         page.picture(tmp_path / "page.png")
 
         page.command("Page.reload")
         page.wait("document.readyState === 'complete' && typeof byId === 'function'")
         page.wait("byId('model').textContent === 'scripted'")
         assert page.run(f"{ANSWERS}.join('|')") == said
+        assert page.run(NUMBERS) == numbers
+        assert page.run("byId('state').textContent") == used
         ask(page, "And now?")
         page.wait(f"{ANSWERS}.length === 2 && byId('stop').hidden && {ANSWERS}[1].length > 20")
         prompt = engine.tokenizer.decode(list(engine.asked[-1].prompt))

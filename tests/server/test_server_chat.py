@@ -79,6 +79,48 @@ async def test_a_stream_says_the_same() -> None:
     assert whole["usage"]["completion_tokens"] == 22
 
 
+async def test_usage_with_every_chunk() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with client_of(ScriptedEngine()) as client:
+        parts = events(await chat(client, stream=True, stream_options=options))
+        body = {"prompt": "hello", "stream": True, "stream_options": options}
+        more = events(await client.post("/v1/completions", json=body))
+    for told in (parts, more):
+        counts = [part["usage"]["completion_tokens"] for part in told]
+        assert counts == sorted(counts)
+        assert counts[-1] == 11
+        assert set(counts) >= set(range(1, 12))
+        assert told[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
+
+
+# What vllm-router 0.1.17 made of a chat request with nothing but model and messages.
+ROUTED = {"no_stop_trim": False, "ignore_eos": False, "continue_final_message": False,
+    "skip_special_tokens": True, "separate_reasoning": True, "stream_reasoning": True,
+    "return_hidden_states": False, "include_reasoning": True, "logprobs": False,
+    "stream": False}  # fmt: skip
+
+
+async def test_what_routers_write_into_bodies_is_taken_where_it_changes_nothing() -> None:
+    template = TemplateSource("{{ messages[0].reasoning_content }}/", stop=())
+    thought = [{"role": "assistant", "content": "x", "reasoning": "hm"}]
+    engine = ScriptedEngine()
+    async with client_of(engine, template=template) as client:
+        assert (await chat(client, **ROUTED)).status_code == 200
+        assert (await chat(client, messages=thought)).status_code == 200
+        asked = {"messages": thought, "continue_final_message": False}
+        tokens = (await client.post("/tokenize", json=asked)).json()["tokens"]
+        for name, value in ROUTED.items():
+            if name not in ("stream", "ignore_eos", "logprobs"):
+                response = await chat(client, **{name: not value})
+                assert response.status_code == 400
+                assert f"{name} must be valid: Input should be {value}" in message(response)
+        both = [thought[0] | {"reasoning_content": "else"}]
+        said = message(await chat(client, messages=both))
+    assert said == "messages.0.reasoning must be reasoning_content if both are given"
+    assert engine.tokenizer.decode(tokens) == "hm/"
+    assert tokens == list(engine.asked[1].prompt)
+
+
 async def test_sampling_reaches_the_engine() -> None:
     engine = ScriptedEngine()
     fields = {

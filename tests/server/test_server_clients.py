@@ -4,9 +4,12 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -86,6 +89,56 @@ def test_openai_structured_output_and_tools(client: openai.OpenAI) -> None:
     assert list(json.loads(made.choices[0].message.content)) == ["yes"]
 
 
+class Sight(pydantic.BaseModel):
+    """What the client asks for as a class, and gets as an object of it."""
+
+    bird: Literal["heron", "egret"]
+    is_grey: bool
+
+
+def test_openai_parses_what_the_grammar_made(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance")
+    fields = {"model": "tiny", "messages": HELLO, "max_tokens": 200, "seed": 3}
+    made = client.chat.completions.parse(**fields, response_format=Sight)
+    assert isinstance(made.choices[0].message.parsed, Sight)
+    with client.chat.completions.stream(**fields, response_format=Sight) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == (
+            made.choices[0].message.parsed
+        )
+    schema = {"type": "object", "properties": {"at": {"enum": ["river"]}}, "required": ["at"]}
+    schema |= {"additionalProperties": False}
+    function = {"name": "look", "strict": True, "parameters": schema}
+    tools = [{"type": "function", "function": function}]
+    short = fields | {"max_tokens": 90}
+    called = client.chat.completions.parse(**short, tools=tools, tool_choice="required")
+    [call] = called.choices[0].message.tool_calls
+    assert call.function.parsed_arguments == {"at": "river"}
+    assert called.choices[0].finish_reason == "tool_calls"
+
+
+def test_openai_repeats_what_found_the_queue_full() -> None:
+    """The client waits as long as Retry-After says, and asks again by itself."""
+    engine = ScriptedEngine("hello", wait_s=0.1)
+    one = ServerSettings(port=0, api_keys=(KEY,), max_requests=1, max_choices=1)
+    with (
+        listening(engine, one) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=9, timeout=60) as client,
+    ):
+
+        def ask(_: int) -> str | None:
+            made = client.chat.completions.create(model="scripted", messages=HELLO)
+            return made.choices[0].message.content
+
+        with ThreadPoolExecutor(3) as threads:
+            assert list(threads.map(ask, range(3))) == ["hello"] * 3
+        headers = {"Authorization": f"Bearer {KEY}"}
+        lines = httpx.get(f"{address}/metrics", headers=headers).text.splitlines()
+    route = 'sevenfold_http_responses_total{route="/v1/chat/completions",status='
+    counts = {line.split('"')[3]: line.split()[-1] for line in lines if line.startswith(route)}
+    assert counts["200"] == "3.0"
+    assert float(counts["429"]) >= 1
+
+
 def test_openai_tools_streamed() -> None:
     text = '<tool_calls>\n{"name": "look", "arguments": {"at": 1}}\n</tool_calls>'
     with (
@@ -130,6 +183,14 @@ def test_openai_asynchronous_and_a_stream_left_early(url: str, engine: BatchingE
             async for _ in stream:
                 break
             await stream.close()
+            stream = await client.completions.create(
+                model="tiny", prompt=[71, 72], max_tokens=5, stream=True, temperature=0
+            )
+            streamed = "".join([part.choices[0].text async for part in stream])
+            whole = await client.completions.create(
+                model="tiny", prompt=[71, 72], max_tokens=5, temperature=0
+            )
+            assert streamed == whole.choices[0].text
             made = await asyncio.gather(
                 *(client.chat.completions.create(**fields, max_tokens=3) for _ in range(4))
             )

@@ -2,17 +2,30 @@
 
 import asyncio
 import base64
+import json
+from importlib.metadata import version
 from typing import Any
 
 import pytest
-from server_helpers import HELLO, ScriptedEngine, chat, client_of, disconnecting, message
+from server_helpers import (
+    HELLO,
+    VOCAB_SIZE,
+    ScriptedEngine,
+    chat,
+    client_of,
+    disconnecting,
+    message,
+    post_scope,
+)
 
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.server import (
     EngineFullError,
     EngineStoppedError,
+    PromptOutput,
     RequestFailedError,
     ServerSettings,
+    runs,
 )
 from sevenfold.server.keys import ANYONE, KeyRing
 
@@ -53,6 +66,37 @@ async def test_keys_guard_everything_but_health() -> None:
             assert (await client.get("/v1/models", headers=right)).status_code == 200
             assert (await client.get("/", headers=right)).status_code == 200
     assert engine.asked == []
+
+
+ADMIN = "admin" * 4
+
+
+async def test_metrics_and_the_cache_are_for_admins_where_there_are_some() -> None:
+    engine = ScriptedEngine()
+    keys = ServerSettings(api_keys=(KEY,), admin_keys=(ADMIN,))
+    async with client_of(engine, keys) as client:
+
+        async def statuses(key: str) -> list[int]:
+            client.headers = bearer(key)
+            reset = await client.post("/reset_prefix_cache", json={})
+            asked = [reset, await client.get("/metrics"), await client.get("/v1/models")]
+            return [one.status_code for one in asked]
+
+        assert await statuses(KEY) == [403, 403, 200]
+        assert engine.forgotten == 0
+        assert await statuses(ADMIN) == [200, 200, 200]
+        assert engine.forgotten == 1
+        text = (await client.get("/metrics")).text
+        assert 'sevenfold_prefix_misses_total{reason="other_salt"} 2.0' in text
+        foreign = await client.post("/reset_prefix_cache", content=b"{}")
+        assert (foreign.status_code, engine.forgotten) == (415, 1)
+
+
+async def test_callers_who_may_all_read_the_metrics_learn_nothing_of_each_other() -> None:
+    async with client_of(ScriptedEngine(), KEYS, headers=bearer(KEY)) as client:
+        text = (await client.get("/metrics")).text
+    assert "other_salt" not in text
+    assert 'sevenfold_prefix_misses_total{reason="no_kv"} 5.0' in text
 
 
 async def test_salts_come_from_keys_and_only_split_further() -> None:
@@ -110,6 +154,47 @@ async def test_bodies_are_json_of_bounded_size() -> None:
             response = await client.post(url, content=body, headers=json_type)
             assert response.status_code == 400, body
             assert message(response)
+
+
+async def test_a_body_that_does_not_arrive() -> None:
+    async with client_of(ScriptedEngine(), ServerSettings(body_timeout_s=0.2)) as client:
+        sent: list[dict[str, Any]] = []
+        scope = post_scope("/v1/chat/completions")
+        begun = [{"type": "http.request", "body": b'{"messages":', "more_body": True}]
+
+        async def receive() -> dict[str, Any]:
+            if begun:
+                return begun.pop()
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+
+        async def send(said: dict[str, Any]) -> None:
+            sent.append(said)
+
+        await asyncio.wait_for(client.app(scope, receive, send), 30)
+    assert sent[0]["status"] == 408
+    assert b"the body must arrive within 0.2 s" in sent[1]["body"]
+
+
+async def test_a_client_that_does_not_read_holds_no_place_beyond_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "_GRACE_S", 0.1)
+    engine = ScriptedEngine()
+    async with client_of(engine) as client:
+        body = {"messages": HELLO, "stream": True, "deadline_s": 0.3}
+        inbox = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            return inbox.pop() if inbox else await asyncio.Event().wait()  # type: ignore[return-value]
+
+        async def send(said: dict[str, Any]) -> None:
+            if said["type"] == "http.response.body":
+                await asyncio.Event().wait()  # the socket's buffer is full
+
+        scope = post_scope("/v1/chat/completions")
+        await asyncio.wait_for(client.app(scope, receive, send), 30)
+        assert client.app.service.desk.under_way == 0
+    assert engine.under_way == 0
 
 
 async def test_a_full_queue_says_when_to_come_back() -> None:
@@ -204,6 +289,8 @@ async def test_health_turns_red_when_nothing_moves() -> None:
         await asyncio.sleep(0.3)
         health = await client.get("/health")
         assert (health.status_code, health.json()) == (503, {"status": "stalled"})
+        engine.steps += 1  # a long prompt is on its way
+        assert (await client.get("/health")).status_code == 200
         await stalled
         assert (await client.get("/health")).status_code == 200
         engine.well = False
@@ -212,7 +299,8 @@ async def test_health_turns_red_when_nothing_moves() -> None:
 
 
 async def test_metrics() -> None:
-    async with client_of(ScriptedEngine()) as client:
+    engine = ScriptedEngine(prompt=PromptOutput(3, "no_state", queue_s=0.0))
+    async with client_of(engine) as client:
         await chat(client)
         await client.get("/nowhere/else")
         text = (await client.get("/metrics")).text
@@ -228,6 +316,10 @@ async def test_metrics() -> None:
         'sevenfold_requests_waiting{reason="memory"} 2.0',
         'sevenfold_memory_bytes{tenant="kv"} 7.0',
         "sevenfold_effective_concurrency 1.0",
+        "sevenfold_queue_seconds_count 1.0",
+        "sevenfold_prefill_seconds_count 1.0",
+        "sevenfold_outputs_under_way 0.0",
+        "sevenfold_outputs_limit 256.0",
     ):
         assert line in text.splitlines()
 
@@ -238,6 +330,8 @@ async def test_metrics() -> None:
         ({"host": "0.0.0.0"}, "api_keys must be given to listen beyond this machine"),
         ({"api_keys": ["short"]}, "at least 16 characters"),
         ({"port": 70_000}, "port must be valid"),
+        ({"admin_keys": [KEY]}, "admin_keys must be left out without api_keys"),
+        ({"api_keys": [KEY], "admin_keys": [KEY]}, "admin_keys must be other keys than api_keys"),
         ({"max_requests": 2}, "max_choices must be at most max_requests = 2, got 128"),
     ],
 )
@@ -261,5 +355,9 @@ async def test_pages_bring_everything_themselves() -> None:
         assert [model["id"] for model in models] == ["scripted"]
         assert (await client.get("/v1/models/scripted")).json() == models[0]
         assert (await client.get("/v1/models/other")).status_code == 404
+        told = (await client.get("/tokenizer_info")).json()
+        assert (told["eos_token"], told["vocab_size"]) == ("<|end|>", VOCAB_SIZE)
+        assert told["chat_template"].endswith("Assistant:{% endif %}\n")
+        assert (await client.get("/version")).json() == {"version": version("sevenfold")}
         document = (await client.get("/openapi.json")).json()
     assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/health"}

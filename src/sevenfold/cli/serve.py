@@ -1,5 +1,7 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
+import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +29,9 @@ def serve_command(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     api_keys_file: Annotated[
         Path | None, typer.Option(help="Keys that may ask, one a line.")
+    ] = None,
+    admin_keys_file: Annotated[
+        Path | None, typer.Option(help="Keys that alone may read /metrics, one a line.")
     ] = None,
     model_name: Annotated[
         str | None,
@@ -72,7 +77,7 @@ def serve_command(
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
     engine = _EngineOptions(
         model_name=model_name or checkpoint.resolve().name,
-        device=device,
+        device=_device(device),
         dtype=_dtype(dtype),
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         context_tokens=max_context,
@@ -80,7 +85,8 @@ def serve_command(
         precision=parse_config(Precision, bits, "serve"),
         speculation=_speculation(draft_tokens),
     )
-    _serve(checkpoint, _settings(api_keys_file, values), engine)
+    files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
+    _serve(checkpoint, _settings(files, values), engine)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -89,15 +95,21 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
 
 
-def _settings(api_keys_file: Path | None, values: dict[str, object]) -> "ServerSettings":
+def _device(name: str) -> str:
+    if name != "cpu" and not (name.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise typer.BadParameter(f"device must be cpu, or cuda where there is a GPU, got {name!r}")
+    return name
+
+
+def _settings(key_files: Mapping[str, Path | None], values: dict[str, object]) -> "ServerSettings":
     try:
         from sevenfold.server.settings import MIN_KEY_CHARS, ServerSettings
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"serve: {error.name} must be installed; pip install 'sevenfold[serve]' brings it"
         ) from error
-    keys = _read_keys(api_keys_file, MIN_KEY_CHARS)
-    return parse_config(ServerSettings, values | {"api_keys": keys}, "serve")
+    keys = {name: _read_keys(file, MIN_KEY_CHARS) for name, file in key_files.items()}
+    return parse_config(ServerSettings, values | keys, "serve")
 
 
 @dataclass(frozen=True)
@@ -150,8 +162,10 @@ def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions
     from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
+        template = read_template(checkpoint)  # before what takes long
         engine = options.build(checkpoint)
-        app = ServerApp(engine, settings, read_template(checkpoint))
+        app = ServerApp(engine, settings, template)
+        asyncio.run(engine.warm_up())
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
         typer.echo(f"{engine.model_name} at http://{shown}:{port} (chat at /, routes at /docs)")
@@ -161,7 +175,11 @@ def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions
 def _read_keys(file: Path | None, least_chars: int) -> list[str]:
     if file is None:
         return []
-    keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} must be a text file in UTF-8, got other bytes") from error
+    keys = [line.strip() for line in text.splitlines()]
     keys = [key for key in keys if key]
     # Checked here too, so that no message shows a key.
     short = [key for key in keys if len(key) < least_chars]

@@ -281,7 +281,7 @@ class Engine:
     def _row(self, request: Request, end: int) -> Row:
         placement, past = self.cache.placement(request), request.num_computed_tokens
         return Row(
-            tokens=request.tokens[past:end],
+            tokens=request.tokens_between(past, end),
             past=past,
             state=placement.state,
             pages=self.cache.pages(request),

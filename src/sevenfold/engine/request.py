@@ -92,6 +92,12 @@ class Request:
         """Prompt and output so far, copied."""
         return (*self.prompt, *self.generated)
 
+    def tokens_between(self, first: int, end: int) -> tuple[int, ...]:
+        """Tokens at places first to end - 1 of prompt and output; copies no others."""
+        start = len(self.prompt)
+        new = self.generated[max(first - start, 0) : max(end - start, 0)]
+        return (*self.prompt[first:end], *new)
+
     @property
     def num_tokens(self) -> int:
         """Length of prompt and output so far."""

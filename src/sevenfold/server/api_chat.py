@@ -39,12 +39,14 @@ class PastToolCall(ApiRequest):
 
 
 class Message(ApiRequest):
-    """One message of a conversation."""
+    """One message of a conversation; reasoning is another name of reasoning_content."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    # vllm-router renames reasoning_content so, on the way to a server.
+    reasoning: str | None = None
     tool_calls: list[PastToolCall] | None = None
     tool_call_id: str | None = None
     # OpenAI's client sends these back with an answer's message, empty.
@@ -93,6 +95,11 @@ class ChatRequest(SamplingFields):
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    # As ForeignFields: an answer begins a turn, and its reasoning comes apart and as a stream.
+    continue_final_message: Literal[False] | None = None
+    separate_reasoning: Literal[True] | None = None
+    stream_reasoning: Literal[True] | None = None
+    include_reasoning: Literal[True] | None = None
 
 
 class TopLogprob(ApiAnswer):

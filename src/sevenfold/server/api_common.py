@@ -28,10 +28,23 @@ class ApiAnswer(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class ForeignFields(ApiRequest):
+    """Parameters of other servers that routers and clients write into every body.
+
+    Only the value that says what this server does anyway is taken, so that none is ignored.
+    """
+
+    # Written by vllm-router 0.1.17 and sglang-router 0.3.2, from the defaults of their own types.
+    no_stop_trim: Literal[False] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    return_hidden_states: Literal[False] | None = None
+
+
 class StreamOptions(ApiRequest):
-    """What a stream carries besides text."""
+    """What a stream carries besides text: usage at its end, or usage so far with every chunk."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] = False
 
 
@@ -54,7 +67,7 @@ class ResponseFormat(ApiRequest):
     grammar: str | None = None
 
 
-class SamplingFields(ApiRequest):
+class SamplingFields(ForeignFields):
     """How tokens are chosen and when an output ends; null is the same as left out."""
 
     model: str | None = None

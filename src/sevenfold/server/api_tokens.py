@@ -15,6 +15,10 @@ class TokenizeRequest(ApiRequest):
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
+    # As in ForeignFields: the tokens are those that an answer would follow.
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
+    add_special_tokens: Literal[False] | None = None
 
 
 class Tokens(ApiAnswer):
@@ -39,6 +43,17 @@ class Text(ApiAnswer):
     prompt: str
 
 
+class TokenizerInfo(ApiAnswer):
+    """What a client needs to know of the tokenizer; null for a token that there is not."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str
+    model_max_length: int
+    vocab_size: int
+
+
 class Model(ApiAnswer):
     """A model that is served; max_model_len is its context in tokens."""
 
@@ -60,3 +75,9 @@ class Status(ApiAnswer):
     """How the server is."""
 
     status: Literal["ok", "stalled", "draining"]
+
+
+class Version(ApiAnswer):
+    """Which release answers."""
+
+    version: str

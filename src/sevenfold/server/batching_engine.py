@@ -1,18 +1,19 @@
 """The continuous-batching engine behind the server's seam, in a thread of its own."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 
-from sevenfold.engine import RequestFailedError, TextModel
+from sevenfold.engine import RequestFailedError, SamplingParams, TextModel
 from sevenfold.engine.cache import MissReason, SessionLimits
 from sevenfold.engine.engine import Engine, TokenEvent
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
-from sevenfold.engine.request import Request
+from sevenfold.engine.request import Request, Status
 from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig
 from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
 from sevenfold.server.engine_protocol import (
@@ -27,6 +28,7 @@ from sevenfold.server.engine_protocol import (
 )
 from sevenfold.server.engine_protocol import MissReason as PublicReason
 
+_WARM_PROMPT, _WARM_TOKENS = 600, 4
 _JOIN_S = 10.0  # a long prefill does not keep the program from ending
 _REASONS: dict[MissReason, PublicReason] = {
     MissReason.TOO_SHORT: "too_short",
@@ -37,12 +39,24 @@ _REASONS: dict[MissReason, PublicReason] = {
 }
 
 
+_log = logging.getLogger("sevenfold.server")
+_Given = TokenOutput | Exception
+
+
 @dataclass(eq=False)
 class _Job:
-    """A request on its way through the thread; give hands its outputs to the event loop."""
+    """A request on its way through the thread, and where its outputs go.
+
+    inside: what the engine knows of it, once it does.
+    queue_s: seconds until the engine began to compute it.
+    """
 
     request: GenerationRequest
-    give: Callable[[TokenOutput | Exception], None]
+    loop: asyncio.AbstractEventLoop
+    given: "asyncio.Queue[_Given]"
+    began_s: float
+    inside: Request | None = None
+    queue_s: float | None = None
 
 
 class BatchingEngine:
@@ -91,26 +105,30 @@ class BatchingEngine:
             draft=draft,
         )
         self._jobs: dict[str, _Job] = {}
+        self._waiting: dict[str, _Job] = {}
+        self._steps, self._failure = 0, None
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
-        self._stats = EngineStats()
+        # What every reading of the stats begins from: it does not change.
+        self._fixed_stats = EngineStats(
+            effective_concurrency=plan.concurrency(self.max_context_tokens),
+            longest_context_tokens=min(
+                self.max_context_tokens, plan.longest_context_tokens or self.max_context_tokens
+            ),
+            smallest_cacheable_prefix_tokens=plan.smallest_cacheable_prefix_tokens,
+        )
+        self._stats = self._fixed_stats
         self._thread = threading.Thread(target=self._work, name="sevenfold-engine", daemon=True)
         self._thread.start()
 
     async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Generate one output; closing the iterator cancels it at the engine's next step."""
-        loop = asyncio.get_running_loop()
-        given: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
-
-        def give(output: TokenOutput | Exception) -> None:
-            loop.call_soon_threadsafe(given.put_nowait, output)
-
-        job = _Job(request, give)
+        job = _Job(request, asyncio.get_running_loop(), asyncio.Queue(), time.monotonic())
         self._order(lambda: self._start(job))
         try:
             while True:
-                output = await given.get()
+                output = await job.given.get()
                 if isinstance(output, Exception):
                     raise output
                 yield output
@@ -126,6 +144,42 @@ class BatchingEngine:
     def healthy(self) -> bool:
         """Whether the thread lives."""
         return self._thread.is_alive()
+
+    async def warm_up(self) -> None:
+        """Run two requests, one of them long, so that no client waits for what the first compiles.
+
+        Nothing of them stays cached; the counts hold them.
+
+        Raises:
+            RequestFailedError, EngineStoppedError: the model computes nothing, or the engine fails.
+        """
+        most = self.max_context_tokens
+        new_tokens = max(1, min(_WARM_TOKENS, most - 1))
+        sampling = SamplingParams(max_tokens=new_tokens, seed=0, ignore_eos=True)
+        lengths = {1, max(1, min(_WARM_PROMPT, most - new_tokens))}
+        asked = [
+            GenerationRequest(id=f"warm-up-{length}", prompt=(0,) * length, sampling=sampling)
+            for length in sorted(lengths)
+        ]
+        try:
+            await asyncio.gather(*(self._run_through(request) for request in asked))
+        except EngineStoppedError as error:
+            raise EngineStoppedError(
+                f"the engine must take its first steps, got {self._failure}"
+            ) from error
+        except RequestFailedError as error:
+            raise RequestFailedError(
+                f"{self.model_name} must answer a first request: {error}; its weights may be broken"
+            ) from error
+        self.forget()
+
+    async def _run_through(self, request: GenerationRequest) -> None:
+        async for _ in self.submit(request):
+            continue
+
+    def forget(self) -> None:
+        """Drop what is cached and in nobody's use, sessions too; at the next step."""
+        self._order(self._engine.cache.clear, refuse=False)
 
     def close(self) -> None:
         """Stop after the step under way; outputs that have not ended fail."""
@@ -147,11 +201,17 @@ class BatchingEngine:
     def _work(self) -> None:
         try:
             while self._next():
+                began_s = time.monotonic()
                 events = self._engine.step()
+                scheduler = self._engine.scheduler
+                self._steps += bool(events or scheduler.num_prefilling or scheduler.num_decoding)
+                self._note_opened(began_s)
                 # First: whoever gets a token finds it in the stats.
                 self._stats = self._read_stats()
-                for event in events:
-                    self._tell(event)
+                self._tell(events)
+        except Exception as error:  # whatever it is, nobody may wait for this thread any more
+            self._failure = error
+            _log.exception("the engine has stopped")
         finally:
             with self._wake:
                 self._closed = True
@@ -170,7 +230,8 @@ class BatchingEngine:
                 orders, self._orders = self._orders, deque()
             for order in orders:
                 order()
-            self._stats = self._read_stats()
+            if orders:
+                self._stats = self._read_stats()
             if self._engine.has_work:
                 return True
 
@@ -198,34 +259,49 @@ class BatchingEngine:
                 session=asked.session,
             )
             self._engine.submit(request, asked.sampling, asked.constraint)
+            job.inside = request
         except QueueFullError as error:
             _give(job, EngineFullError(str(error)))
         except ValueError as error:
             _give(job, RequestFailedError(str(error)))
         else:
-            self._jobs[asked.id] = job
+            self._jobs[asked.id] = self._waiting[asked.id] = job
 
     def _cancel(self, job: _Job) -> None:
+        self._waiting.pop(job.request.id, None)
         if self._jobs.pop(job.request.id, None) is not None:
             self._engine.cancel(job.request.id)
 
-    def _tell(self, event: TokenEvent) -> None:
-        job = self._jobs.get(event.request_id)
-        if event.finish_reason is not None:
-            self._jobs.pop(event.request_id, None)
-        if job is None:
-            return
+    def _note_opened(self, step_s: float) -> None:
+        """Note of requests whose first step this was how long they had waited for it."""
+        for name, job in list(self._waiting.items()):
+            if job.inside is not None and job.inside.status is not Status.WAITING:
+                job.queue_s = step_s - job.began_s
+                del self._waiting[name]
+
+    def _tell(self, events: Sequence[TokenEvent]) -> None:
+        """Hand a step's tokens to their event loops, each of which wakes once."""
+        told: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[_Given], _Given]]] = {}
+        for event in events:
+            job = self._jobs.get(event.request_id)
+            if event.finish_reason is not None:
+                self._jobs.pop(event.request_id, None)
+            if job is not None:
+                told.setdefault(job.loop, []).append((job.given, self._output(job, event)))
+        for loop, outputs in told.items():
+            _call(loop, _put, outputs)
+
+    def _output(self, job: _Job, event: TokenEvent) -> _Given:
         if event.token_id is None:
             message = event.error or f"the output ended: {event.finish_reason}"
-            _give(job, RequestFailedError(message))
-            return
+            return RequestFailedError(message)
         reason = "stop" if event.finish_reason == "stop" else event.finish_reason and "length"
         found, prompt = event.prompt, None
         if found is not None:
             public = found.public_reason
             missed = None if public is None else _REASONS[public]
-            prompt = PromptOutput(found.hit_tokens, missed, event.prompt_logprobs)
-        _give(job, TokenOutput(event.token_id, event.text, reason, event.logprobs, prompt))
+            prompt = PromptOutput(found.hit_tokens, missed, job.queue_s, event.prompt_logprobs)
+        return TokenOutput(event.token_id, event.text, reason, event.logprobs, prompt)
 
     def _read_stats(self) -> EngineStats:
         scheduler, counters = self._engine.scheduler, self._engine.counters()
@@ -240,9 +316,11 @@ class BatchingEngine:
         taken = layout.num_usable_slabs - usage.num_free_slabs
         held = {"states": states, "kv": pages, "snapshots": snapshots}
         memory = {name: pool.used * pool.bytes_each for name, pool in held.items()}
-        return EngineStats(
+        return replace(
+            self._fixed_stats,
             running=scheduler.num_prefilling + scheduler.num_decoding,
             waiting={"memory_or_turn": scheduler.num_waiting},
+            steps=self._steps,
             slabs=Pool(taken, layout.num_usable_slabs, layout.slab_bytes),
             pages=pages,
             states=states,
@@ -251,20 +329,32 @@ class BatchingEngine:
             prompt_tokens=counters.query_tokens,
             cached_tokens=counters.hit_tokens,
             potential_tokens=counters.missed_tokens,
+            misses=counters.misses,
             recomputed_tokens=scheduler.num_recomputed_tokens,
+            snapshots_taken=counters.num_snapshots,
+            snapshots_refused=counters.num_refused_snapshots,
             snapshots_evicted=counters.num_evicted,
+            pages_dropped=counters.num_dropped_pages,
             preemptions=scheduler.num_preemptions,
+            drafts=drafts.num_drafts,
             drafted_tokens=drafts.num_drafted_tokens,
             accepted_tokens=drafts.num_accepted_tokens,
-            effective_concurrency=plan.concurrency(self.max_context_tokens),
             sessions=self._engine.cache.num_sessions,
-            smallest_cacheable_prefix_tokens=plan.smallest_cacheable_prefix_tokens,
         )
 
 
-def _give(job: _Job, output: TokenOutput | Exception) -> None:
+def _give(job: _Job, output: _Given) -> None:
+    _call(job.loop, _put, [(job.given, output)])
+
+
+def _put(outputs: "Sequence[tuple[asyncio.Queue[_Given], _Given]]") -> None:
+    for given, output in outputs:
+        given.put_nowait(output)
+
+
+def _call(loop: asyncio.AbstractEventLoop, run: Callable[..., None], *arguments: object) -> None:
     try:
-        job.give(output)
+        loop.call_soon_threadsafe(run, *arguments)
     except RuntimeError:
         # The event loop has closed: nobody waits any more.
         return

@@ -19,7 +19,7 @@ from sevenfold.server.errors import bad_request
 from sevenfold.server.output_parser import OutputParser, Part
 from sevenfold.server.prompts import Prompt, check_length
 from sevenfold.server.routing import StrictRoute, errors
-from sevenfold.server.runs import Run
+from sevenfold.server.runs import Run, StreamUsage
 from sevenfold.server.sampling import sampling_params, seeded
 from sevenfold.server.service import Service
 
@@ -31,7 +31,7 @@ def chat_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses=errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 504),
+        responses=errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation; with `stream` as server-sent events."""
@@ -40,7 +40,7 @@ def chat_router(service: Service) -> APIRouter:
             chat = await unless_gone(request, _prepared(service, body, salt))
         run = service.desk.open(chat.requests)
         if body.stream:
-            return EventStream(chat.events(run), run.close)
+            return EventStream(chat.events(run), run.close, run.limit_s)
         try:
             answer = await unless_gone(request, chat.whole(run))
         finally:
@@ -163,16 +163,16 @@ class _Chat:
 
     async def events(self, run: Run) -> AsyncIterator[dict[str, Any]]:
         """Give the answers' chunks as they come."""
-        created = int(time.time())
+        created, usage = int(time.time()), StreamUsage(self.body.stream_options, run, 1)
 
-        def chunk(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        def chunk(choices: list[dict[str, Any]]) -> dict[str, Any]:
             return {
                 "id": self._id,
                 "object": "chat.completion.chunk",
                 "created": created,
                 "model": self.service.engine.model_name,
                 "choices": choices,
-            } | more
+            } | usage.so_far()
 
         calls = [0] * len(self.requests)
         for n in range(len(self.requests)):
@@ -182,8 +182,8 @@ class _Chat:
                 yield chunk([_choice(index, _delta(part, calls, index))])
             if logprobs is not None or reason is not None:
                 yield chunk([_choice(index, {}, logprobs, reason)])
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            yield chunk([], usage=run.usage(1).model_dump())
+        if usage.at_end:
+            yield chunk([]) | usage.whole()
 
     async def _parts(
         self, run: Run

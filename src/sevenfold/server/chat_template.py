@@ -62,7 +62,7 @@ def read_template(folder: Path) -> TemplateSource:
     variables = {name: _token_text(config[name]) for name in _TOKENS if config.get(name)}
     file = folder / "chat_template.jinja"
     if file.is_file():
-        text: Any = file.read_text(encoding="utf-8")
+        text: Any = _read_text(file)
     else:
         text = _read_json(folder / "chat_template.json").get("chat_template")
         text = text or config.get("chat_template")
@@ -81,11 +81,18 @@ def _token_text(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} must be text in UTF-8, got other bytes") from error
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(_read_text(file))
     except ValueError as error:
         raise CheckpointError(f"{file} must be JSON: {error}") from error
     if not isinstance(values, dict):
@@ -102,8 +109,7 @@ class ChatTemplate:
         Raises:
             CheckpointError: the template cannot be compiled.
         """
-        self.stop = source.stop
-        self._source, self._timeout_s = source, timeout_s
+        self.source, self.stop, self._timeout_s = source, source.stop, timeout_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         try:
@@ -157,7 +163,7 @@ class ChatTemplate:
             env={},
             encoding="ascii",
         )
-        job = {"source": self._source.text, "variables": dict(self._source.variables)}
+        job = {"source": self.source.text, "variables": dict(self.source.variables)}
         return self._ask(job, _START_S)
 
     def _ask(self, job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sevenfold.server.engine_protocol import GenerationRequest, TokenOutput
 from sevenfold.server.errors import bad_request
 from sevenfold.server.prompts import Prompt, check_length
 from sevenfold.server.routing import StrictRoute, errors
-from sevenfold.server.runs import Run
+from sevenfold.server.runs import Run, StreamUsage
 from sevenfold.server.sampling import sampling_params, seeded
 from sevenfold.server.service import Service
 
@@ -39,7 +39,7 @@ def completions_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/completions",
         response_model=Completion,
-        responses=errors(400, 401, 403, 404, 413, 415, 429, 500, 503, 504),
+        responses=errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on from prompts; with `stream` as server-sent events."""
@@ -48,7 +48,7 @@ def completions_router(service: Service) -> APIRouter:
             job = await unless_gone(request, _prepared(service, body, salt))
         run = service.desk.open(job.requests)
         if body.stream:
-            return EventStream(job.events(run), run.close)
+            return EventStream(job.events(run), run.close, run.limit_s)
         try:
             answer = await unless_gone(request, job.whole(run))
         finally:
@@ -140,13 +140,14 @@ class _Job:
         """Give the outputs' chunks as they come; each is a choice of what one token brought."""
         outputs = [_Output(request, self.body, self.service.codec) for request in self.requests]
         head = self._head() | {"object": "text_completion"}
+        usage = StreamUsage(self.body.stream_options, run, self.num_prompts)
         async for index, output in run.outputs():
             outputs[index].take(output)
             choice = outputs[index].taken(index)
             if choice is not None:
-                yield head | {"choices": [choice]}
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            yield head | {"choices": [], "usage": run.usage(self.num_prompts).model_dump()}
+                yield head | {"choices": [choice]} | usage.so_far()
+        if usage.at_end:
+            yield head | {"choices": []} | usage.whole()
 
     def _head(self) -> dict[str, Any]:
         return {

@@ -36,20 +36,31 @@ class EventStream(Response):
     """Server-sent events, one JSON each and `[DONE]` at the end; an error is an event too."""
 
     def __init__(
-        self, events: AsyncIterator[Mapping[str, Any]], close: Callable[[], Awaitable[None]]
+        self,
+        events: AsyncIterator[Mapping[str, Any]],
+        close: Callable[[], Awaitable[None]],
+        limit_s: float,
     ) -> None:
-        """events: what to send; close: called at the end, whatever the end is."""
+        """Take what to send.
+
+        Args:
+            events: what to send.
+            close: called at the end, whatever the end is.
+            limit_s: seconds after which a client that does not read what is sent is hung up on.
+        """
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         # A stream has no length, which Response sets.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
-        self._events, self._close = events, close
+        self._events, self._close, self._limit_s = events, close, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client leaves."""
         task = asyncio.ensure_future(self._send_all(send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (task, gone), timeout=self._limit_s, return_when=asyncio.FIRST_COMPLETED
+            )
             if task.done():
                 task.result()
         finally:

@@ -71,11 +71,13 @@ class GenerationRequest:
 class PromptOutput:
     """What became of the prompt: tokens found in the cache, and why there were not more.
 
+    queue_s: seconds until its first token was computed on; None if the engine does not know.
     logprobs: one entry for each prompt token but the first, if they were asked for.
     """
 
     cached_tokens: int = 0
     miss_reason: MissReason | None = None
+    queue_s: float | None = None
     logprobs: tuple[Logprobs, ...] | None = None
 
 
@@ -108,19 +110,26 @@ class EngineStats:
     """What an engine tells of itself, now and since it started.
 
     running, waiting: requests now; those that wait by the reason why.
+    steps: that computed something; while it rises, requests make progress.
     slabs, pages, states, snapshots: memory now.
     memory_bytes: bytes now by what holds them ("weights", "kv", "states", ...).
     prompt_tokens, cached_tokens: since the start; their ratio is the hit rate.
-    potential_tokens: prompt tokens whose keys and values were cached, but no state with them.
-    recomputed_tokens: computed again after a preemption or for lack of a snapshot.
-    drafted_tokens, accepted_tokens: guessed by speculation, and right.
+    potential_tokens: prompt tokens computed although they had been seen before.
+    misses: prompts that found nothing in the cache, by why; "other_salt" is for operators alone.
+    recomputed_tokens: computed again after a preemption.
+    snapshots_taken, snapshots_refused, snapshots_evicted: cached states that were kept, that were
+        not worth their memory, and that made room.
+    pages_dropped: cached keys and values that no snapshot reached any more.
+    drafts, drafted_tokens, accepted_tokens: checks of guesses, guesses, and those that were right.
     effective_concurrency: requests of full length that memory holds at a time.
+    longest_context_tokens: that memory holds for one request.
     sessions: conversations that keep their prefix now.
     smallest_cacheable_prefix_tokens: None if nothing is cached.
     """
 
     running: int = 0
     waiting: Mapping[str, int] = field(default_factory=dict)
+    steps: int = 0
     slabs: Pool = Pool()
     pages: Pool = Pool()
     states: Pool = Pool()
@@ -129,12 +138,18 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     potential_tokens: int = 0
+    misses: Mapping[str, int] = field(default_factory=dict)
     recomputed_tokens: int = 0
+    snapshots_taken: int = 0
+    snapshots_refused: int = 0
     snapshots_evicted: int = 0
+    pages_dropped: int = 0
     preemptions: int = 0
+    drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     effective_concurrency: int = 1
+    longest_context_tokens: int = 0
     sessions: int = 0
     smallest_cacheable_prefix_tokens: int | None = None
 
@@ -168,6 +183,10 @@ class ServingEngine(Protocol):
 
     def healthy(self) -> bool:
         """Whether requests make progress, or could."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is cached and in nobody's use, sessions too; at the next step."""
         ...
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
 """What stands before every route: who may ask, from where, and how much at once."""
 
+import asyncio
 import ipaddress
+import time
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
@@ -14,6 +16,7 @@ from sevenfold.server.settings import ServerSettings, is_loopback
 CALLER = "sevenfold.caller"
 PAGES = ("/", "/docs")  # a browser is asked for the key as a password
 _OPEN_PATHS = ("/health",)
+_ADMIN_PATHS = ("/metrics", "/reset_prefix_cache")
 
 
 class Guard:
@@ -27,7 +30,8 @@ class Guard:
         self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, routes: Collection[str]
     ) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
-        self._keys, self._routes = KeyRing(settings.api_keys), frozenset(routes)
+        self._keys = KeyRing(settings.api_keys, settings.admin_keys)
+        self._routes = frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -67,6 +71,8 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": f'{scheme} realm="sevenfold", charset="UTF-8"'},
             )
+        if scope["path"] in _ADMIN_PATHS and not caller.is_admin:
+            raise ApiError(403, "an admin key must come with this request", code="admin_only")
         return caller
 
     def _limited(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
@@ -79,7 +85,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > most:
             raise _too_large(most)
-        return _counting(receive, most)
+        return _counting(receive, most, self._settings.body_timeout_s)
 
     def _counted(self, scope: Scope, send: Send) -> Send:
         async def counted(message: Message) -> None:
@@ -91,12 +97,19 @@ class Guard:
         return counted
 
 
-def _counting(receive: Receive, most: int) -> Receive:
-    taken = 0
+def _counting(receive: Receive, most: int, timeout_s: float) -> Receive:
+    taken, is_whole = 0, False
+    end_s = time.monotonic() + timeout_s
 
     async def counting() -> Message:
-        nonlocal taken
-        message = await receive()
+        nonlocal taken, is_whole
+        try:
+            # What comes after the body is that the client has left, however late.
+            async with asyncio.timeout(None if is_whole else end_s - time.monotonic()):
+                message = await receive()
+        except TimeoutError as error:
+            raise ApiError(408, f"the body must arrive within {timeout_s:g} s") from error
+        is_whole = not message.get("more_body", False)
         taken += len(message.get("body", b""))
         if taken > most:
             raise _too_large(most)

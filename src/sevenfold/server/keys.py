@@ -13,6 +13,7 @@ class Caller:
     """Who sent a request, by a digest of the key; the same for all where no key is asked for."""
 
     digest: bytes
+    is_admin: bool = False
 
     def salt(self, own: str | None) -> bytes:
         """Return the prefix cache's salt: of the key, and of what the caller adds to it.
@@ -24,14 +25,18 @@ class Caller:
         return hmac.digest(self.digest, (own or "").encode(), "sha256")
 
 
-ANYONE = Caller(hashlib.sha256(b"sevenfold: no key").digest())
+ANYONE = Caller(hashlib.sha256(b"sevenfold: no key").digest(), is_admin=True)
 
 
 class KeyRing:
     """The keys that a server accepts, kept as digests."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(self, keys: Sequence[str], admin_keys: Sequence[str] = ()) -> None:
+        everyone = not admin_keys  # where nobody is named, every caller may do everything
+        known = [*((key, everyone) for key in keys), *((key, True) for key in admin_keys)]
+        self._callers = [
+            Caller(hashlib.sha256(key.encode()).digest(), admin) for key, admin in known
+        ]
 
     def caller(self, authorization: str | None) -> Caller | None:
         """Return who an Authorization header names; None if nobody that may ask.
@@ -41,11 +46,11 @@ class KeyRing:
         Args:
             authorization: `Bearer KEY`, or `Basic` with the key as password (for browsers).
         """
-        if not self._digests:
+        if not self._callers:
             return ANYONE
         presented = hashlib.sha256(_key_of(authorization or "")).digest()
-        matches = [hmac.compare_digest(presented, digest) for digest in self._digests]
-        return Caller(presented) if any(matches) else None
+        matches = [one for one in self._callers if hmac.compare_digest(presented, one.digest)]
+        return matches[0] if matches else None
 
 
 def _key_of(authorization: str) -> bytes:

@@ -1,10 +1,13 @@
 """Listening: the port, the signals, the end."""
 
+import asyncio
 import errno
 import socket
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sevenfold.server.app import ServerApp
 from sevenfold.server.settings import ServerSettings
@@ -12,6 +15,33 @@ from sevenfold.server.settings import ServerSettings
 _KEEP_ALIVE_S = 75
 _CONNECTIONS_A_REQUEST = 8
 _MAX_HEADER_BYTES = 32 << 10
+_HEADERS_S = 20.0
+
+
+class _TimedProtocol(H11Protocol):
+    """Hangs up on a connection whose request's headers do not arrive; uvicorn waits for ever."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch(True)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Between requests, when nothing has come, uvicorn's own limit holds.
+        self._watch(self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0]))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watch(False)
+        super().connection_lost(exc)
+
+    def _watch(self, is_due: bool) -> None:
+        if not is_due and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif is_due and self._timer is None:
+            self._timer = self.loop.call_later(_HEADERS_S, self.transport.close)
 
 
 class _Server(uvicorn.Server):
@@ -74,7 +104,7 @@ def make_server(app: ServerApp, settings: ServerSettings) -> uvicorn.Server:
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_s),
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-        http="h11",
+        http=_TimedProtocol,
         ws="none",
         limit_concurrency=_CONNECTIONS_A_REQUEST * settings.max_requests,
         loop="asyncio",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
@@ -15,6 +15,10 @@ _GAUGES = {
         "effective_concurrency",
         "Requests of full length that memory holds at a time.",
     ),
+    "sevenfold_longest_context_tokens": (
+        "longest_context_tokens",
+        "Prompt and output of one request at most.",
+    ),
     "sevenfold_sessions": ("sessions", "Conversations that keep their prefix."),
 }
 _COUNTERS = {
@@ -22,12 +26,23 @@ _COUNTERS = {
     "sevenfold_cache_hit_tokens": ("cached_tokens", "Prompt tokens found in the cache."),
     "sevenfold_cache_potential_tokens": (
         "potential_tokens",
-        "Prompt tokens whose keys and values were cached, but no state with them.",
+        "Prompt tokens computed although they had been seen: no state with them, or evicted.",
     ),
     "sevenfold_recomputed_tokens": (
         "recomputed_tokens",
-        "Tokens computed again after a preemption or for lack of a snapshot.",
+        "Tokens computed again after a preemption.",
     ),
+    "sevenfold_engine_steps": ("steps", "Steps that computed something."),
+    "sevenfold_snapshots_taken": ("snapshots_taken", "States that were cached."),
+    "sevenfold_snapshots_refused": (
+        "snapshots_refused",
+        "States that were due, and not worth their memory.",
+    ),
+    "sevenfold_pages_dropped": (
+        "pages_dropped",
+        "Cached pages that no snapshot reached any more.",
+    ),
+    "sevenfold_drafts": ("drafts", "Times that guesses were checked."),
     "sevenfold_snapshots_evicted": ("snapshots_evicted", "Snapshots that made room."),
     "sevenfold_preemptions": ("preemptions", "Outputs that had to wait again."),
     "sevenfold_drafted_tokens": ("drafted_tokens", "Tokens guessed by speculation."),
@@ -39,7 +54,14 @@ _POOLS = ("slabs", "pages", "states", "snapshots")
 class Metrics:
     """The counts of one server."""
 
-    def __init__(self, engine: ServingEngine) -> None:
+    def __init__(self, engine: ServingEngine, *, exact_misses: bool) -> None:
+        """Begin to count.
+
+        Args:
+            engine: asked whenever somebody reads the metrics.
+            exact_misses: whether whoever may read them may learn that callers under another salt
+                have sent the same prompt.
+        """
         self._registry = CollectorRegistry()
         registry = self._registry
         self.responses = Counter(
@@ -67,10 +89,18 @@ class Metrics:
             "sevenfold_cache_misses", "Prompts by why no more was cached.", ["reason"],
             registry=registry,
         )  # fmt: skip
+        self.queue = self._seconds("queue", "From an output's admission to its first step.")
+        self.prefill = self._seconds("prefill", "From an output's first step to its first token.")
         self.first_token = self._seconds("time_to_first_token", "Until an output's first token.")
         self.next_token = self._seconds("inter_token", "Between tokens of an output.")
         self.whole = self._seconds("request", "From a request's admission to its end.")
-        registry.register(_EngineCollector(engine))
+        self.under_way = Gauge(
+            "sevenfold_outputs_under_way", "Admitted and not ended.", registry=registry
+        )
+        self.most = Gauge(
+            "sevenfold_outputs_limit", "Beyond it requests get 429.", registry=registry
+        )
+        registry.register(_EngineCollector(engine, exact_misses))
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text form."""
@@ -85,8 +115,8 @@ class Metrics:
 class _EngineCollector:
     """Asks the engine whenever somebody reads the metrics."""
 
-    def __init__(self, engine: ServingEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: ServingEngine, exact_misses: bool) -> None:
+        self._engine, self._exact_misses = engine, exact_misses
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
@@ -94,6 +124,7 @@ class _EngineCollector:
             yield GaugeMetricFamily(name, what, value=getattr(stats, field))
         for name, (field, what) in _COUNTERS.items():
             yield CounterMetricFamily(name, what, value=getattr(stats, field))
+        yield _misses(stats.misses, self._exact_misses)
         yield _labelled("sevenfold_requests_waiting", "By reason.", "reason", stats.waiting)
         yield _labelled(
             "sevenfold_memory_bytes", "By what holds them.", "tenant", stats.memory_bytes
@@ -105,6 +136,17 @@ class _EngineCollector:
                 value=stats.smallest_cacheable_prefix_tokens,
             )
         yield from _pools(stats)
+
+
+def _misses(misses: Mapping[str, int], exact: bool) -> CounterMetricFamily:
+    shown = dict(misses)
+    if not exact:
+        shown["no_kv"] = shown.pop("other_salt", 0) + shown.get("no_kv", 0)
+    name, what = "sevenfold_prefix_misses", "Prompts that found nothing cached, by why."
+    family = CounterMetricFamily(name, what, labels=["reason"])
+    for reason, count in shown.items():
+        family.add_metric([reason], count)
+    return family
 
 
 def _pools(stats: EngineStats) -> Iterator[Metric]:

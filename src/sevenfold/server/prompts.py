@@ -72,9 +72,12 @@ class Prompts:
     def _message(self, index: int, message: Message) -> dict[str, Any]:
         role = "system" if message.role == "developer" else message.role
         made: dict[str, Any] = {"role": role, "content": self._content(message)}
-        for name in ("name", "reasoning_content", "tool_call_id"):
-            if getattr(message, name) is not None:
-                made[name] = getattr(message, name)
+        named = {
+            "name": message.name,
+            "reasoning_content": _reasoning(message, index),
+            "tool_call_id": message.tool_call_id,
+        }
+        made |= {name: value for name, value in named.items() if value is not None}
         if message.tool_calls:
             made["tool_calls"] = [
                 {
@@ -132,6 +135,15 @@ def check_length(
             "context_length_exceeded",
         )
     return asked
+
+
+def _reasoning(message: Message, index: int) -> str | None:
+    both = (message.reasoning_content, message.reasoning)
+    told = {value for value in both if value is not None}
+    if len(told) > 1:
+        where = f"messages.{index}.reasoning"
+        raise bad_request(f"{where} must be reasoning_content if both are given", where)
+    return next(iter(told), None)
 
 
 def _arguments(text: str, index: int) -> dict[str, Any]:

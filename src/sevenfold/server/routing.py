@@ -16,6 +16,7 @@ _MEANING = {
     401: "No valid API key.",
     403: "Host or Origin is another's.",
     404: "No such model.",
+    408: "The body has not arrived in time.",
     413: "The body is too long.",
     415: "The body is not JSON.",
     429: "Too many requests are waiting.",

@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sevenfold.server.api_common import PromptDetails, Usage
+from sevenfold.server.api_common import PromptDetails, StreamOptions, Usage
 from sevenfold.server.engine_protocol import (
     GenerationRequest,
     PromptOutput,
@@ -20,6 +21,7 @@ from sevenfold.server.settings import ServerSettings
 
 _LONGEST_RETRY_S = 60
 _SMOOTHING = 0.2
+_GRACE_S = 2.0  # for the event that says that the deadline has passed
 
 
 class Desk:
@@ -27,11 +29,14 @@ class Desk:
 
     def __init__(self, engine: ServingEngine, settings: ServerSettings, metrics: Metrics) -> None:
         self._engine, self._settings, self.metrics = engine, settings, metrics
+        self.max_deadline_s = settings.max_deadline_s
         self.draining = False
         self.under_way = 0
         self._preparing = 0
         self._mean_s = 1.0
-        self._progress_s = time.monotonic()
+        self._progress_s, self._steps = time.monotonic(), 0
+        metrics.most.set(settings.max_requests)
+        metrics.under_way.set_function(lambda: self.under_way)
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -79,7 +84,15 @@ class Desk:
         self._progress_s = time.monotonic()
 
     def healthy(self) -> bool:
-        """Whether the engine is well, and tokens come while somebody waits for them."""
+        """Whether the engine is well, and computes while somebody waits for tokens.
+
+        A long prompt brings no token for minutes, so a step of the engine counts as well; it is
+        seen only when somebody asks, which health checks do all the time.
+        """
+        steps = self._engine.stats().steps
+        if steps != self._steps:
+            self._steps = steps
+            self.note_progress()
         stalled = time.monotonic() - self._progress_s > self._settings.stall_s
         return self._engine.healthy() and not (self.under_way and stalled)
 
@@ -125,6 +138,13 @@ class Run:
                 raise from_engine(output) from output
             self._note(index, output)
             yield index, output
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds after which nothing more is sent, to whoever may not be reading."""
+        deadline_s = self._requests[0].deadline_s
+        most_s = self._desk.max_deadline_s if deadline_s is None else deadline_s
+        return most_s + _GRACE_S
 
     async def stop(self, index: int, reason: str) -> None:
         """End one output before its time; it is not heard of again."""
@@ -197,6 +217,9 @@ class Run:
         metrics.new_tokens.inc()
         if output.prompt is not None:
             one.prompt = output.prompt
+            if output.prompt.queue_s is not None:
+                metrics.queue.observe(output.prompt.queue_s)
+                metrics.prefill.observe(now - self._began_s - output.prompt.queue_s)
             metrics.prompt_tokens.inc(len(self._requests[index].prompt))
             metrics.cached_tokens.inc(output.prompt.cached_tokens)
             if output.prompt.miss_reason is not None:
@@ -210,6 +233,22 @@ class Run:
             if not one.ended:
                 one.ended = True
                 self._desk.metrics.outputs.labels(reason).inc()
+
+
+class StreamUsage:
+    """What a stream says of its tokens: at its end, with every chunk, or nothing."""
+
+    def __init__(self, options: StreamOptions | None, run: Run, num_prompts: int) -> None:
+        self._options, self._run, self._num_prompts = options or StreamOptions(), run, num_prompts
+        self.at_end = self._options.include_usage
+
+    def so_far(self) -> dict[str, Any]:
+        """Return the field of a chunk, if every chunk has it."""
+        return self.whole() if self._options.continuous_usage_stats else {}
+
+    def whole(self) -> dict[str, Any]:
+        """Return the field with the tokens up to now."""
+        return {"usage": self._run.usage(self._num_prompts).model_dump()}
 
 
 async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:

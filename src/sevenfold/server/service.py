@@ -39,7 +39,9 @@ class Service:
     ) -> "Service":
         """Put the parts together."""
         codec = Codec(engine.tokenizer, engine.vocab_size, engine.max_context_tokens)
-        metrics = Metrics(engine)
+        # Without admin keys every caller reads the metrics, and not every one is alone.
+        exact_misses = bool(settings.admin_keys) or not settings.api_keys
+        metrics = Metrics(engine, exact_misses=exact_misses)
         return cls(
             engine=engine,
             settings=settings,

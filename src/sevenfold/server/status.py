@@ -1,6 +1,7 @@
 """Routes that compute nothing: models, tokens, health, metrics."""
 
 import asyncio
+from importlib.metadata import version as sevenfold_version
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -13,7 +14,9 @@ from sevenfold.server.api_tokens import (
     Status,
     Text,
     TokenizeRequest,
+    TokenizerInfo,
     Tokens,
+    Version,
 )
 from sevenfold.server.disconnects import unless_gone
 from sevenfold.server.errors import bad_request
@@ -21,7 +24,7 @@ from sevenfold.server.prompts import Prompt
 from sevenfold.server.routing import StrictRoute, errors
 from sevenfold.server.service import Service
 
-_REFUSALS = (400, 401, 403, 404, 413, 415)
+_REFUSALS = (400, 401, 403, 404, 408, 413, 415)
 
 
 def models_router(service: Service) -> APIRouter:
@@ -48,8 +51,9 @@ def models_router(service: Service) -> APIRouter:
 
 
 def tokens_router(service: Service) -> APIRouter:
-    """Return /tokenize and /detokenize."""
+    """Return /tokenize, /detokenize and /tokenizer_info."""
     router = APIRouter(route_class=StrictRoute, tags=["tokens"])
+    info = _tokenizer_info(service)
 
     @router.post("/tokenize", responses=errors(*_REFUSALS, 429, 503))
     async def tokenize(body: TokenizeRequest, request: Request) -> Tokens:
@@ -75,11 +79,16 @@ def tokens_router(service: Service) -> APIRouter:
             )
         return Text(prompt=await asyncio.to_thread(service.codec.decode, body.tokens))
 
+    @router.get("/tokenizer_info", responses=errors(401, 403))
+    async def tokenizer_info() -> TokenizerInfo:
+        """Describe the tokenizer, as clients that count tokens ask for it."""
+        return info
+
     return router
 
 
 def health_router(service: Service) -> APIRouter:
-    """Return /health, /ready and /metrics."""
+    """Return /health, /ready, /metrics, /version and /reset_prefix_cache."""
     router = APIRouter(tags=["operation"])
     unwell = {503: {"model": Status, "description": "It is not."}}
 
@@ -104,11 +113,37 @@ def health_router(service: Service) -> APIRouter:
         """Give counts and gauges in Prometheus' text form."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @router.post("/reset_prefix_cache", response_model=Status, responses=errors(401, 403, 415))
+    async def reset_prefix_cache() -> Response:
+        """Drop what is cached and in nobody's use, sessions too."""
+        service.engine.forget()
+        return _status("ok")
+
+    @router.get("/version", responses=errors(401, 403))
+    async def version() -> Version:
+        """Name the version of the server."""
+        return Version(version=sevenfold_version("sevenfold"))
+
     return router
 
 
 def _status(status: str) -> Response:
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+def _tokenizer_info(service: Service) -> TokenizerInfo:
+    engine, source = service.engine, service.template.source
+    named = {name: source.variables.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+    if engine.eos_token_id is not None:
+        named["eos"] = engine.tokenizer.id_to_token(engine.eos_token_id)
+    return TokenizerInfo(
+        bos_token=named["bos"],
+        eos_token=named["eos"],
+        pad_token=named["pad"],
+        chat_template=source.text,
+        model_max_length=engine.max_context_tokens,
+        vocab_size=engine.vocab_size,
+    )
 
 
 async def _prompt(service: Service, body: TokenizeRequest) -> Prompt:

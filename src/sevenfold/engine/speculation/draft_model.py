@@ -127,7 +127,7 @@ class ModelDrafter:
         for ask in asks:
             sequence = self._sequences[ask.request.id]
             first = sequence.num_tokens
-            tokens = ask.request.tokens[first : first + self._config.max_chunk_tokens]
+            tokens = ask.request.tokens_between(first, first + self._config.max_chunk_tokens)
             rows.append(self._row(sequence, tokens, first, 0))
             sequence.num_tokens += len(tokens)
         return self._runner.run(rows)
