@@ -15,7 +15,6 @@ from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.prompt_logprobs import prompt_logprobs
 from sevenfold.engine.request import FinishReason, Request, Status
 from sevenfold.engine.runner import Row
-from sevenfold.engine.runners import make_runner
 from sevenfold.engine.sampling import (
     Logprobs,
     Output,
@@ -28,19 +27,17 @@ from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, Sched
 from sevenfold.engine.speculation import (
     Drafted,
     DraftModel,
-    PendingDrafts,
     SpeculationConfig,
     SpeculationCounters,
     Speculator,
     Taken,
-    Verifier,
     Walk,
     build_drafter,
     check_rings,
 )
-from sevenfold.engine.storage import Storage
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.transfer import fetch, upload
+from sevenfold.engine.worker import Worker, WorkerConfig
 from sevenfold.models import HybridModel
 
 NO_TOKEN = "no token can follow in the output's grammar"
@@ -107,18 +104,15 @@ class Engine:
             ConfigError: decode_batch_sizes are given for a CPU, or do not rise from 1; speculation,
                 draft and plan do not go together.
         """
-        storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
-        self._model, self._tokenizer, self._storage = model, tokenizer, storage
-        self._runner = make_runner(
-            model, storage, (plan.page_tokens, config.max_running), decode_batch_sizes
-        )
+        self._model, self._tokenizer = model, tokenizer
+        how = worker_config(config, decode_batch_sizes, speculation)
+        self._worker = Worker(model, plan, how)
         self.cache = SessionCache(
             plan, headroom_tokens=config.headroom_tokens, limits=sessions or SessionLimits()
         )
         self.scheduler = Scheduler(self.cache, config)
         self._underway: dict[str, _Underway] = {}
         self._sampler: tuple[tuple[str, ...], Sampler] | None = None
-        self._pending = PendingDrafts(model, storage)
         self._speculator = self._build_speculator(speculation, draft)
 
     def submit(
@@ -175,9 +169,7 @@ class Engine:
         """
         drafting_s = self._propose()
         step = self.scheduler.step()
-        fresh = self.cache.take_fresh()
-        self._storage.zero(fresh)
-        self._pending.forget(fresh.states)
+        self._worker.prepare(self.cache.take_fresh())
         if self._speculator is not None:
             self._speculator.forget(step.preempted, ended=False)
             self._speculator.forget(step.ended, ended=True)
@@ -198,9 +190,7 @@ class Engine:
             return None
         check_rings(config, self.cache.plan)
         drafter = build_drafter(config, draft, self._model, self._tokenizer)
-        page_tokens = self.cache.plan.page_tokens
-        verifier = Verifier(self._model, self._storage, self._pending, page_tokens=page_tokens)
-        return Speculator(config, drafter, verifier, self._sampler_of)
+        return Speculator(config, drafter, self._worker, self._sampler_of)
 
     def _propose(self) -> float:
         """Guess what follows for the requests that decode; returns the seconds that it took."""
@@ -249,8 +239,7 @@ class Engine:
         if not requests:
             return []
         rows = [self._row(r, r.num_computed_tokens + 1) for r in requests]
-        self._pending.commit([row.state for row in rows if row.state is not None])
-        logits = self._runner.run(rows)
+        logits = self._worker.run(rows)
         return self._choose(requests, logits, self._kept_sampler(requests))
 
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> list["TokenEvent | None"]:
@@ -260,7 +249,7 @@ class Engine:
         for chunk in chunks:
             underway = self._underway[chunk.request.id]
             underway.prompt = underway.prompt or self.cache.lookup(chunk.request)
-        logits = self._runner.run([self._row(chunk.request, chunk.end) for chunk in chunks])
+        logits = self._worker.run([self._row(chunk.request, chunk.end) for chunk in chunks])
         yielding = [n for n, chunk in enumerate(chunks) if chunk.yields_token]
         for chunk in chunks:
             if not chunk.yields_token:
@@ -275,8 +264,7 @@ class Engine:
         """Read the states of requests that go on from a cached prefix, before their first chunk."""
         found = [(p.restore, p.state) for p in (self.cache.placement(c.request) for c in chunks)]
         pairs = [(a, b) for a, b in found if a is not None and b is not None]
-        self._storage.restore([a for a, _ in pairs], [b for _, b in pairs])
-        self._pending.forget([b for _, b in pairs])
+        self._worker.restore([a for a, _ in pairs], [b for _, b in pairs])
 
     def _row(self, request: Request, end: int) -> Row:
         placement, past = self.cache.placement(request), request.num_computed_tokens
@@ -357,6 +345,20 @@ class Engine:
 
     def _sampler_of(self, outputs: Sequence[Output]) -> Sampler:
         return Sampler(outputs, self._model.config.vocab_size, self._model.device)
+
+
+def worker_config(
+    config: SchedulerConfig,
+    decode_batch_sizes: Sequence[int] | None,
+    speculation: SpeculationConfig | None,
+) -> WorkerConfig:
+    """Return how an engine of these options has its model run."""
+    return WorkerConfig(
+        max_running=config.max_running,
+        decode_batch_sizes=None if decode_batch_sizes is None else tuple(decode_batch_sizes),
+        draft_tokens=0 if speculation is None else speculation.draft_tokens,
+        draft_trees=speculation is not None and speculation.branches > 1,
+    )
 
 
 @dataclass

@@ -58,7 +58,7 @@ class Runner:
     """A model over the storage of the requests that it runs."""
 
     def __init__(self, model: HybridModel, storage: Storage, *, page_tokens: int) -> None:
-        self._model, self._storage, self._page_tokens = model.eval(), storage, page_tokens
+        self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
@@ -75,7 +75,7 @@ class Runner:
                 hidden = self._run([row for _, row in group])
                 for (n, _), vector in zip(group, hidden, strict=True):
                     last[n] = vector
-        return self._model.logits(torch.stack([x for x in last if x is not None]))
+        return self.model.logits(torch.stack([x for x in last if x is not None]))
 
     def _together(self, rows: list[Row], names: list[int]) -> list[list[tuple[int, Row]]]:
         """Groups of rows that one run takes: all on a GPU, and all decode rows.
@@ -84,13 +84,13 @@ class Runner:
         its neighbours (docs/numerics.md), and saves nothing.
         """
         named = list(zip(names, rows, strict=True))
-        if self._model.device.type == "cuda" or all(len(row.tokens) == 1 for row in rows):
+        if self.model.device.type == "cuda" or all(len(row.tokens) == 1 for row in rows):
             return [named]
         return [[one] for one in named]
 
     def _run(self, rows: list[Row]) -> Tensor:
         """Run rows whose snapshots are due at their ends: [N, hidden_size] after the last token."""
-        device = self._model.device
+        device = self.model.device
         lengths, past = [len(row.tokens) for row in rows], [row.past for row in rows]
         ids = torch.tensor([token for row in rows for token in row.tokens])
         if max(lengths) == 1:
@@ -98,9 +98,9 @@ class Runner:
         else:
             batch = Batch.packed(lengths, past=past, device=device)
         ids = ids.view(batch.positions.shape).to(device)
-        hidden = self._model.hidden(ids, batch, self._values(rows, lengths)).hidden.flatten(0, 1)
+        hidden = self.model.hidden(ids, batch, self._values(rows, lengths)).hidden.flatten(0, 1)
         kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
-        self._storage.snapshot(
+        self.storage.snapshot(
             [state for state, _ in kept if state is not None], [s for _, s in kept]
         )
         if batch.is_step:
@@ -109,14 +109,14 @@ class Runner:
         return hidden[ends.to(device)]
 
     def _values(self, rows: list[Row], lengths: list[int]) -> tuple[LayerState, ...]:
-        device = self._model.device
+        device = self.model.device
         slots = torch.tensor([row.state or SINK for row in rows]).to(device)
-        table = page_table(rows, lengths, self._page_tokens, device)
+        table = page_table(rows, lengths, self.page_tokens, device)
         # As signed 64-bit integers, which is what tensors have.
         seeds = [row.seed - (row.seed >> 63 << 64) for row in rows]
         key, seen = (torch.tensor(x).to(device) for x in (seeds, [row.end for row in rows]))
         values: list[LayerState] = []
-        for n, layer in enumerate(self._storage.layers):
+        for n, layer in enumerate(self.storage.layers):
             match layer:
                 case LinearStorage():
                     values.append(PooledState(layer.states, slots))

@@ -1,11 +1,19 @@
-"""Which runner serves a model: by the device that it lies on."""
+"""Which runner, and which verifier, serve a model: by the device that it lies on."""
 
 from collections.abc import Sequence
 
 from sevenfold.config import ConfigError
-from sevenfold.engine.device import CudaCapture, DeviceRunner, decode_batch_sizes
+from sevenfold.engine.device import (
+    CudaCapture,
+    DeviceRunner,
+    DeviceVerifier,
+    DraftLimits,
+    decode_batch_sizes,
+)
 from sevenfold.engine.int8_weights import Int8Linear
 from sevenfold.engine.runner import Runner
+from sevenfold.engine.speculation.pending import PendingDrafts
+from sevenfold.engine.speculation.verifier import Verifier
 from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import MixtureOfExperts
@@ -56,6 +64,28 @@ def make_runner(
     capture = CudaCapture(model.device) if batch_sizes else None
     return DeviceRunner(
         model, storage, page_tokens=page_tokens, batch_sizes=batch_sizes, capture=capture
+    )
+
+
+def make_verifier(
+    runner: Runner | DeviceRunner, pending: PendingDrafts, drafts: tuple[int, bool]
+) -> Verifier:
+    """Return what checks drafts beside a runner, by graphs of the same numbers of rows.
+
+    Args:
+        runner: of the model.
+        pending: what its states lack.
+        drafts: tokens of a draft with its root at most, and whether drafts are trees.
+    """
+    parts = (runner.model, runner.storage, pending)
+    if isinstance(runner, Runner):
+        return Verifier(*parts, page_tokens=runner.page_tokens)
+    return DeviceVerifier(
+        *parts,
+        DraftLimits(*drafts),
+        page_tokens=runner.page_tokens,
+        batch_sizes=runner.batch_sizes,
+        capture=runner.capture,
     )
 
 

@@ -10,17 +10,18 @@ from sevenfold.ops import ReplayPool, lightning_attention_verify
 
 @dataclass(frozen=True)
 class DraftLayout:
-    """How the packed drafts of N sequences lie in rows [N, T]; one for all layers.
+    """How the drafts of N sequences lie in rows [N, T]; one for all layers.
 
     num_tokens: T, the longest draft's.
-    place: [tokens] int64, where each packed token lies: n * T + t.
+    place: [tokens] int64, where each packed token lies: n * T + t; None where the drafts come in
+        rows [N, T] already, padded.
     accepted: [N, A] int32, which tokens of its draft before this one each sequence took, then -1;
         None where none has one.
     ancestors: [N, T, T] bool, as lightning_attention_verify; None if all are chains.
     """
 
     num_tokens: int
-    place: Tensor
+    place: Tensor | None
     accepted: Tensor | None
     ancestors: Tensor | None
 
@@ -40,14 +41,18 @@ class DraftedState:
         """Run drafts from the states before them, which stay as they are.
 
         Args:
-            tokens: q, k, v [B, T, H, D], the drafts packed one after another.
+            tokens: q, k, v [B, T, H, D], the drafts packed one after another, or [N, T, H, D].
             log_decay: [H] fp32.
 
         Returns:
-            o [tokens, H, D]. A token counts once the next call accepts it.
+            o, of as many elements as v, in their order. A token counts once the next call accepts
+            it.
         """
-        layout, num_rows = self.layout, len(self.slots)
-        q, k, v = (_in_rows(x.flatten(0, 1), layout, num_rows) for x in tokens)
+        layout = self.layout
+        q, k, v = tokens
+        if layout.place is not None:
+            shape = (len(self.slots), layout.num_tokens)
+            q, k, v = (_in_rows(x.flatten(0, 1), layout.place, shape) for x in tokens)
         o = lightning_attention_verify(
             q,
             k,
@@ -58,10 +63,10 @@ class DraftedState:
             accepted=layout.accepted,
             ancestors=layout.ancestors,
         )
-        return o.flatten(0, 1)[layout.place]
+        return o if layout.place is None else o.flatten(0, 1)[layout.place]
 
 
-def _in_rows(x: Tensor, layout: DraftLayout, num_rows: int) -> Tensor:
+def _in_rows(x: Tensor, place: Tensor, shape: tuple[int, int]) -> Tensor:
     """Packed tokens [tokens, H, D] in rows [N, T, H, D]; where a draft is shorter, zeros."""
-    rows = x.new_zeros(num_rows * layout.num_tokens, *x.shape[1:])
-    return rows.index_copy(0, layout.place, x).view(num_rows, layout.num_tokens, *x.shape[1:])
+    rows = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+    return rows.index_copy(0, place, x).view(*shape, *x.shape[1:])

@@ -43,7 +43,8 @@ class DeviceRunner:
             batch_sizes: of decoding steps that are recorded; none without `capture`.
             capture: records them; None runs each step as it comes.
         """
-        self._model, self._storage, self._page_tokens = model.eval(), storage, page_tokens
+        self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
+        self.batch_sizes, self.capture = tuple(batch_sizes), capture
         self._graphs = None
         if capture is not None:
             self._graphs = DecodeGraphs(self._step, capture, batch_sizes, device=model.device)
@@ -63,14 +64,14 @@ class DeviceRunner:
     def _decode(self, rows: Sequence[Row]) -> Tensor:
         size = None if self._graphs is None else self._graphs.size_of(rows)
         if self._graphs is not None and size is not None:
-            logits = self._graphs.run(rows, size, self._page_tokens)
+            logits = self._graphs.run(rows, size, self.page_tokens)
         else:
             most = max(1, *(len(row.pages) for row in rows))
-            inputs = DecodeInputs(Size(len(rows), most), self._model.device)
-            inputs.fill(rows, self._page_tokens)
+            inputs = DecodeInputs(Size(len(rows), most), self.model.device)
+            inputs.fill(rows, self.page_tokens)
             logits = self._step(inputs)
         kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
-        self._storage.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
+        self.storage.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
         return logits
 
     def _step(self, inputs: DecodeInputs) -> Tensor:
@@ -78,10 +79,10 @@ class DeviceRunner:
         batch = Batch((1,) * rows, (0,) * rows, inputs.positions, None)
         table = PageTable(inputs.pages, inputs.page, inputs.place, inputs.key_lengths)
         state = self._values(inputs.slots, table, ())
-        return self._model.logits(self._model.hidden(inputs.ids, batch, state).hidden[:, 0])
+        return self.model.logits(self.model.hidden(inputs.ids, batch, state).hidden[:, 0])
 
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
-        parts = upload_parts(_prefill_inputs(rows, self._page_tokens), self._model.device)
+        parts = upload_parts(_prefill_inputs(rows, self.page_tokens), self.model.device)
         ids, positions, page, place, slots, key_lengths, starts, pages = parts
         lengths, past = (tuple(x) for x in ([len(r.tokens) for r in rows], [r.past for r in rows]))
         borders = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
@@ -89,14 +90,14 @@ class DeviceRunner:
         pages = pages.view(len(rows), -1)
         table = PageTable(pages, page, place, key_lengths, starts)
         state = self._values(slots, table, _stops(rows))
-        hidden = self._model.hidden(ids[None], batch, state).hidden[0]
-        return self._model.logits(hidden[starts[1:] - 1])
+        hidden = self.model.hidden(ids[None], batch, state).hidden[0]
+        return self.model.logits(hidden[starts[1:] - 1])
 
     def _values(
         self, slots: Tensor, table: PageTable, stops: tuple[Stop, ...]
     ) -> tuple[LayerState, ...]:
         values: list[LayerState] = []
-        for layer in self._storage.layers:
+        for layer in self.storage.layers:
             if isinstance(layer, KVStorage):
                 values.append(PagedKV(layer.k, layer.v, table))
                 continue

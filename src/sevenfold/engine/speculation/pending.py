@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.storage import LinearStorage, Storage
+from sevenfold.engine.transfer import upload
 from sevenfold.models import HybridModel
-from sevenfold.models.mixers import LightningAttention
 from sevenfold.ops import ReplayPool, lightning_attention_commit
 
 
@@ -21,10 +21,9 @@ class PendingDrafts:
     def __init__(self, model: HybridModel, storage: Storage) -> None:
         self._layers: list[tuple[Tensor, ReplayPool]] = []
         for block, stored in zip(model.layers, storage.layers, strict=True):
-            mixer = block.get_submodule("self_attn")
             drafts = stored.drafts if isinstance(stored, LinearStorage) else None
-            if isinstance(mixer, LightningAttention) and drafts is not None:
-                self._layers.append((mixer.log_decay, drafts))
+            if drafts is not None:
+                self._layers.append((block.get_submodule("self_attn").log_decay, drafts))
         self._accepted: dict[int, list[int]] = {}
         self._device = model.device
 
@@ -39,11 +38,11 @@ class PendingDrafts:
         if held:
             self._fold(held)
 
-    def take(self, slots: Sequence[int]) -> Tensor | None:
-        """Return what the slots' next verification must accept, [N, A] int32; it holds it then."""
+    def take(self, slots: Sequence[int]) -> list[list[int]]:
+        """Return what the slots' next verification must accept; it holds it then."""
         taken = [self._accepted.get(slot, []) for slot in slots]
         self._accepted.update({slot: [] for slot in slots})
-        return self._table(taken) if any(taken) else None
+        return taken
 
     def accept(self, slot: int, path: Sequence[int]) -> None:
         """Note which tokens of its verified draft a state takes: their indices, root to last."""
@@ -60,12 +59,14 @@ class PendingDrafts:
         self._accepted[slot] = path[num_tokens:]
 
     def _fold(self, held: Mapping[int, list[int]]) -> None:
-        slots = torch.tensor(list(held), device=self._device)
-        accepted = self._table(list(held.values()))
+        slots = upload(list(held), self._device)
+        accepted = accepted_table(list(held.values()), self._device)
         for log_decay, pool in self._layers:
             lightning_attention_commit(log_decay, pool, slots, accepted=accepted)
 
-    def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        width = max(1, *map(len, rows))
-        filled = [[*row, *(-1,) * (width - len(row))] for row in rows]
-        return torch.tensor(filled, dtype=torch.int32).to(self._device)
+
+def accepted_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return which tokens of its draft each sequence took as the operators take it, [N, A] int32."""
+    width = max(1, *map(len, rows))
+    filled = [[*row, *(-1,) * (width - len(row))] for row in rows]
+    return upload(sum(filled, []), device).int().view(len(rows), width)
