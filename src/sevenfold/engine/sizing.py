@@ -21,11 +21,15 @@ _MOST_ROWS = SchedulerConfig.model_fields["max_running"].default
 _CPU_LIMITS = {"max_step_tokens": 2048, "max_running": 64, "min_chunk_tokens": 128}
 
 
-def default_budget_bytes(model: HybridModel) -> int:
-    """Return the bytes that states, pages and snapshots may take beside a model's weights."""
+def default_budget_bytes(model: HybridModel, *, draft_tokens: int = 0) -> int:
+    """Return the bytes that states, pages and snapshots may take beside a model's weights.
+
+    On a GPU it leaves room for recorded steps, with so many guesses a row where there are any.
+    """
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        graphs = graph_bytes(model.config, _MOST_ROWS, element_bytes=model.dtype.itemsize)
+        rows = _MOST_ROWS * (1 + draft_tokens)
+        graphs = graph_bytes(model.config, rows, element_bytes=model.dtype.itemsize)
         return int(_FREE_SHARE["cuda"] * free) - graphs
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_MOST_CPU_BYTES, int(_FREE_SHARE["cpu"] * free))
@@ -65,7 +69,10 @@ def size_engine(
             f"context_tokens must lie in 1 to max_position_embeddings = {limit}, got "
             f"{context_tokens}"
         )
-    budget = default_budget_bytes(model) if budget_bytes is None else budget_bytes
+    budget = budget_bytes
+    if budget is None:
+        drafts = 0 if speculation is None else speculation.draft_tokens
+        budget = default_budget_bytes(model, draft_tokens=drafts)
     if isinstance(speculation, DraftModelConfig):
         budget -= speculation.memory_bytes
     plan = plan_memory(

@@ -1,34 +1,26 @@
-"""Verification for a GPU on a CPU: the same tokens, and padding and stale buffers change nothing."""
+"""Verification for a GPU on a CPU: the same tokens; padding and stale buffers change nothing."""
 
 import copy
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
+from device_helpers import FakeCapture, new_runner, prompt
 from engine_helpers import MOE, tiny_model, uncached
 from speculation_helpers import CHAIN, TREE, build, is_idle, repeating, run, submit, tokens
 from tokenizers import Tokenizer
+from verifier_bench import CHAINS, TREES, Bench, real_rows
 
 from sevenfold.engine import worker as worker_module
-from sevenfold.engine.device import DeviceRunner, DeviceVerifier, DraftLimits, graphs
-from sevenfold.engine.memory import plan_memory
+from sevenfold.engine.device import DeviceVerifier, graphs
 from sevenfold.engine.runner import Row
-from sevenfold.engine.speculation import RING_TOKENS
-from sevenfold.engine.speculation.pending import PendingDrafts
 from sevenfold.engine.speculation.tree import DraftTree
-from sevenfold.engine.speculation.verifier import DraftRow, Verifier
-from sevenfold.engine.storage import KVStorage, Storage
+from sevenfold.engine.speculation.verifier import DraftRow
+from sevenfold.engine.storage import KVStorage
 from sevenfold.models import HybridModel
 from sevenfold.ops.testing import check_error
 
-sys.path.append(str(Path(__file__).parents[1]))
-from device_helpers import PAGE_TOKENS, FakeCapture, Places, new_runner, prompt  # noqa: E402
-
 LAYERS = ["ll", "ff", "lsf", "llsl"]
-CHAINS = [DraftTree((5, 6, 7), (0, 1, 2)), DraftTree((9,), (0,))]
-TREES = [DraftTree((5, 6, 7, 8), (0, 0, 1, 3)), DraftTree((9,), (0,))]
 
 
 def model_of(layers: str) -> HybridModel:
@@ -67,58 +59,13 @@ def test_the_engine_gives_the_same_tokens(
     assert capture is None or len(recorded.recorded) > 0
 
 
-class Bench:
-    """A storage with rings, some requests in it, and what verifies their drafts."""
-
-    def __init__(self, layers: str, sizes: Sequence[int], trees: Sequence[DraftTree]) -> None:
-        self.model = model_of(layers)
-        size = {"context_tokens": 64, "page_tokens": PAGE_TOKENS, "kv_element_bytes": 4}
-        size["ring_tokens"] = RING_TOKENS
-        slab = plan_memory(self.model.config, budget_bytes=1 << 30, **size).layout.slab_bytes
-        plan = plan_memory(self.model.config, budget_bytes=26 * slab, **size)
-        where = {"device": self.model.device, "dtype": self.model.dtype}
-        self.storage = Storage(self.model.config, plan, **where)
-        self.pending = PendingDrafts(self.model, self.storage)
-        self.places, self.trees = Places(self.storage), trees
-        capture = FakeCapture() if sizes else None
-        self.runner = new_runner(self.model, self.storage, capture, tuple(sizes))
-        assert isinstance(self.runner, DeviceRunner)
-        parts = (self.model, self.storage, self.pending)
-        limits = DraftLimits(8, not all(tree.is_chain for tree in trees))
-        how = {"page_tokens": PAGE_TOKENS, "batch_sizes": tuple(sizes), "capture": capture}
-        self.device = DeviceVerifier(*parts, limits, **how)
-        self.plain = Verifier(*parts, page_tokens=PAGE_TOKENS)
-
-    def start(self, numbers: Sequence[int]) -> list[DraftRow]:
-        """Drafts of requests by their numbers, whose prompts the runner has seen."""
-        found = []
-        for n in numbers:
-            where = (self.places.state(n + 1), self.places.pages(n), {})
-            self.runner.run([Row(prompt(9 + 4 * n, seed=n), 0, *where)])
-            tree = self.trees[n % len(self.trees)]
-            found.append(DraftRow.of(Row([7 + n], 9 + 4 * n, *where), tree))
-        return found
-
-
-def real_rows(checked, drafts: Sequence[DraftRow]) -> torch.Tensor:
-    """The logits of the drafts' own nodes."""
-    return torch.cat(
-        [
-            checked.logits[first : first + len(draft.row.tokens)]
-            for first, draft in zip(checked.first, drafts, strict=True)
-        ]
-    )
-
-
 @pytest.mark.parametrize("trees", [CHAINS, TREES], ids=["chains", "trees"])
 @pytest.mark.parametrize("layers", LAYERS)
-def test_two_drafts_in_a_row_are_as_without_a_device(
-    layers: str, trees: list[DraftTree]
-) -> None:
+def test_two_drafts_in_a_row_are_as_without_a_device(layers: str, trees: list[DraftTree]) -> None:
     """The second call folds in what the first accepted, branches that moved among it."""
     found, paths = {}, [[0, 2] if trees is TREES else [0, 1], [0]]
     for name in ("device", "plain"):
-        bench = Bench(layers, (4,), trees)
+        bench = Bench(model_of(layers), (4,), trees, FakeCapture())
         verifier, drafts = getattr(bench, name), bench.start([0, 1])
         first = real_rows(verifier.run(drafts), drafts).clone()
         verifier.accept(list(zip(drafts, paths, strict=True)))
@@ -157,7 +104,10 @@ def nodes_alone(
 @pytest.mark.parametrize("trees", [CHAINS, TREES], ids=["chains", "trees"])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_padding_and_what_buffers_held_change_no_bit(layers: str, trees: list[DraftTree]) -> None:
-    quiet, noisy = Bench(layers, (4,), trees), Bench(layers, (4,), trees)
+    quiet, noisy = (
+        Bench(model_of(layers), (4,), trees, FakeCapture()),
+        Bench(model_of(layers), (4,), trees, FakeCapture()),
+    )
     drafts = quiet.start([0, 1])
     wanted = real_rows(quiet.device.run(drafts), drafts).clone()
     drafts = noisy.start([0, 1])
@@ -176,7 +126,7 @@ def test_padding_and_what_buffers_held_change_no_bit(layers: str, trees: list[Dr
 @pytest.mark.parametrize("trees", [CHAINS, TREES], ids=["chains", "trees"])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_a_run_writes_to_its_rows_and_to_the_sink(layers: str, trees: list[DraftTree]) -> None:
-    bench = Bench(layers, (4,), trees)
+    bench = Bench(model_of(layers), (4,), trees, FakeCapture())
     drafts = bench.start([0, 1])
     slabs = bench.storage._arena.view(-1, bench.storage.layout.slab_bytes)
     before = slabs.clone()
@@ -192,7 +142,7 @@ def test_sizes_of_drafts() -> None:
     assert graphs.draft_token_sizes(2) == (2,)
     assert graphs.draft_token_sizes(6) == (2, 4, 6)
     assert graphs.draft_token_sizes(16) == (2, 4, 8, 16)
-    bench = Bench("lf", (2, 4), TREES)
+    bench = Bench(tiny_model("lf"), (2, 4), TREES, FakeCapture())
     drafts = bench.start([0, 1])
     bench.device.run(drafts)
     bench.device.run(drafts[1:])

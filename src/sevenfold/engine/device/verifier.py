@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
@@ -92,7 +90,7 @@ class DeviceVerifier(Verifier):
             captured.replay()
             logits = captured.output
         tokens = inputs.size.tokens
-        return Checked(logits[: len(rows) * tokens], np.arange(len(rows)) * tokens)
+        return Checked(logits[: len(rows) * tokens], range(0, len(rows) * tokens, tokens))
 
     def _size_of(self, drafts: Sequence[Draft]) -> DraftSize:
         """The least size that holds the drafts; no rows where they are more than any."""

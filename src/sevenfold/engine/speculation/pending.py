@@ -23,7 +23,8 @@ class PendingDrafts:
         for block, stored in zip(model.layers, storage.layers, strict=True):
             drafts = stored.drafts if isinstance(stored, LinearStorage) else None
             if drafts is not None:
-                self._layers.append((block.get_submodule("self_attn").log_decay, drafts))
+                decay = block.get_submodule("self_attn").log_decay  # of this rank's heads
+                self._layers.append((decay, drafts))  # pyright: ignore[reportArgumentType]
         self._accepted: dict[int, list[int]] = {}
         self._device = model.device
 
@@ -66,7 +67,7 @@ class PendingDrafts:
 
 
 def accepted_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return which tokens of its draft each sequence took as the operators take it, [N, A] int32."""
+    """Return which tokens of its draft each sequence took, as the operators read it: [N, A] int32."""
     width = max(1, *map(len, rows))
-    filled = [[*row, *(-1,) * (width - len(row))] for row in rows]
-    return upload(sum(filled, []), device).int().view(len(rows), width)
+    filled = [index for row in rows for index in (*row, *(-1,) * (width - len(row)))]
+    return upload(filled, device).int().view(len(rows), width)
