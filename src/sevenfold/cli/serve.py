@@ -55,6 +55,9 @@ def serve_command(
     ] = None,
     states: Annotated[str, typer.Option(help="Running: fp32, fp16, int8 or bf16.")] = "fp32",
     snapshots: Annotated[str, typer.Option(help="Cached: fp32, fp16, int8 or auto.")] = "fp32",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Ranks that divide the model; on cuda a GPU each.")
+    ] = 1,
     draft_tokens: Annotated[
         int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
     ] = 0,
@@ -79,6 +82,7 @@ def serve_command(
         sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
         speculation=_speculation(draft_tokens),
+        tensor_parallel=tensor_parallel,
     )
     _serve(checkpoint, _settings(api_keys_file, values), engine)
 
@@ -112,6 +116,7 @@ class _EngineOptions:
     sessions: SessionLimits
     precision: Precision
     speculation: PromptLookupConfig | None
+    tensor_parallel: int
 
     def build(self, checkpoint: Path) -> "BatchingEngine":
         """Load the checkpoint, say what the memory gives, and start."""
@@ -119,7 +124,11 @@ class _EngineOptions:
 
         bits = self.precision
         source = TextModel.load(
-            checkpoint, device=self.device, dtype=self.dtype, weights=bits.weights
+            checkpoint,
+            device=self.device,
+            dtype=self.dtype,
+            weights=bits.weights,
+            tensor_parallel=self.tensor_parallel,
         )
         plan, limits = size_engine(
             source.model,
@@ -128,6 +137,7 @@ class _EngineOptions:
             state_dtype=bits.states,
             snapshot_dtype=bits.snapshots,
             speculation=self.speculation,
+            num_ranks=self.tensor_parallel,
         )
         typer.echo(plan_report(plan))
         return BatchingEngine(

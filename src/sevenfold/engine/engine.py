@@ -35,6 +35,7 @@ from sevenfold.engine.speculation import (
     build_drafter,
     check_rings,
 )
+from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.transfer import fetch, upload
 from sevenfold.engine.worker import Worker, WorkerConfig
@@ -84,6 +85,7 @@ class Engine:
         decode_batch_sizes: Sequence[int] | None = None,
         speculation: SpeculationConfig | None = None,
         draft: DraftModel | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Allocate the plan's memory.
 
@@ -99,6 +101,7 @@ class Engine:
                 rows, decoding gives a request the same bits in any company.
             speculation: how to guess tokens, several of which one step checks; None guesses none.
             draft: the smaller model that guesses, with a DraftModelConfig.
+            ranks: those that hold the other parts of the model; None where it is whole.
 
         Raises:
             ConfigError: decode_batch_sizes are given for a CPU, or do not rise from 1; speculation,
@@ -106,7 +109,7 @@ class Engine:
         """
         self._model, self._tokenizer = model, tokenizer
         how = worker_config(config, decode_batch_sizes, speculation)
-        self._worker = Worker(model, plan, how)
+        self._worker = Worker(model, plan, how) if ranks is None else ranks.lead(plan, how)
         self.cache = SessionCache(
             plan, headroom_tokens=config.headroom_tokens, limits=sessions or SessionLimits()
         )

@@ -21,10 +21,11 @@ _MOST_ROWS = SchedulerConfig.model_fields["max_running"].default
 _CPU_LIMITS = {"max_step_tokens": 2048, "max_running": 64, "min_chunk_tokens": 128}
 
 
-def default_budget_bytes(model: HybridModel, *, draft_tokens: int = 0) -> int:
+def default_budget_bytes(model: HybridModel, *, draft_tokens: int = 0, num_ranks: int = 1) -> int:
     """Return the bytes that states, pages and snapshots may take beside a model's weights.
 
-    On a GPU it leaves room for recorded steps, with so many guesses a row where there are any.
+    On a GPU it leaves room for recorded steps, with so many guesses a row where there are any;
+    ranks on a CPU share its memory.
     """
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
@@ -32,7 +33,7 @@ def default_budget_bytes(model: HybridModel, *, draft_tokens: int = 0) -> int:
         graphs = graph_bytes(model.config, rows, element_bytes=model.dtype.itemsize)
         return int(_FREE_SHARE["cuda"] * free) - graphs
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(_MOST_CPU_BYTES, int(_FREE_SHARE["cpu"] * free))
+    return min(_MOST_CPU_BYTES, int(_FREE_SHARE["cpu"] * free)) // num_ranks
 
 
 def size_engine(
@@ -43,6 +44,7 @@ def size_engine(
     state_dtype: StateDtype = "fp32",
     snapshot_dtype: SnapshotDtype = "fp32",
     speculation: SpeculationConfig | None = None,
+    num_ranks: int = 1,
 ) -> tuple[MemoryPlan, SchedulerConfig]:
     """Cut a budget for a model and set the scheduler's limits to it.
 
@@ -55,6 +57,7 @@ def size_engine(
         snapshot_dtype: of cached states; "auto" keeps more bits of heads that remember longer.
         speculation: what the engine will speculate by: its drafts, and the memory of a draft model,
             come out of the budget.
+        num_ranks: processes of this machine that hold parts of the model.
 
     Returns:
         The plan and the limits.
@@ -72,7 +75,7 @@ def size_engine(
     budget = budget_bytes
     if budget is None:
         drafts = 0 if speculation is None else speculation.draft_tokens
-        budget = default_budget_bytes(model, draft_tokens=drafts)
+        budget = default_budget_bytes(model, draft_tokens=drafts, num_ranks=num_ranks)
     if isinstance(speculation, DraftModelConfig):
         budget -= speculation.memory_bytes
     plan = plan_memory(

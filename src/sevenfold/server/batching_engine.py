@@ -89,6 +89,7 @@ class BatchingEngine:
             sessions=sessions,
             speculation=speculation,
             draft=draft,
+            ranks=source.ranks,
         )
         self._jobs: dict[str, _Job] = {}
         self._orders: deque[Callable[[], None]] = deque()

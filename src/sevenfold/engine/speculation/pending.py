@@ -67,7 +67,7 @@ class PendingDrafts:
 
 
 def accepted_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return which tokens of its draft each sequence took, as the operators read it: [N, A] int32."""
+    """Return which tokens of its draft each sequence took, [N, A] int32, as operators read it."""
     width = max(1, *map(len, rows))
     filled = [index for row in rows for index in (*row, *(-1,) * (width - len(row)))]
     return upload(filled, device).int().view(len(rows), width)
