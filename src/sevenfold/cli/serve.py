@@ -41,6 +41,9 @@ def serve_command(
         float | None,
         typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
     ] = None,
+    host_memory_gib: Annotated[
+        float, typer.Option(help="Of the host's memory, for cached prefixes that must make room.")
+    ] = 0.0,
     max_context: Annotated[
         int | None, typer.Option(help="Tokens that a request must be able to reach.")
     ] = None,
@@ -78,6 +81,7 @@ def serve_command(
         device=device,
         dtype=_dtype(dtype),
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
+        host_bytes=int(host_memory_gib * 2**30),
         context_tokens=max_context,
         sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
@@ -112,6 +116,7 @@ class _EngineOptions:
     device: str
     dtype: torch.dtype | None
     memory_bytes: int | None
+    host_bytes: int
     context_tokens: int | None
     sessions: SessionLimits
     precision: Precision
@@ -138,6 +143,7 @@ class _EngineOptions:
             snapshot_dtype=bits.snapshots,
             speculation=self.speculation,
             num_ranks=self.tensor_parallel,
+            host_bytes=self.host_bytes,
         )
         typer.echo(plan_report(plan))
         return BatchingEngine(

@@ -80,6 +80,7 @@ class LLM:
         speculation: SpeculationConfig | None = None,
         draft: DraftModel | None = None,
         tensor_parallel: int = 1,
+        host_bytes: int = 0,
     ) -> None:
         """Load a checkpoint and allocate the engine's memory.
 
@@ -97,6 +98,8 @@ class LLM:
             draft: the smaller model that guesses, with a DraftModelConfig.
             tensor_parallel: ranks that divide a directory's model, each a process of this machine;
                 on "cuda" each has a GPU of its own. They end with close, or with this object.
+            host_bytes: of the host's memory, of each rank, for cached prefixes that have to make
+                room; they come back when they are asked for. 0 keeps none.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
@@ -122,6 +125,7 @@ class LLM:
             context_tokens=context_tokens,
             speculation=speculation,
             num_ranks=1 if source.ranks is None else source.ranks.size,
+            host_bytes=host_bytes,
         )
         parts = (self.model, self.tokenizer, self.plan, limits)
         self._ranks = source.ranks

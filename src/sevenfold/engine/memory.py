@@ -35,6 +35,8 @@ class MemoryPlan:
     snapshot: one cached state.
     ring_tokens: drafts' keys and values that a state keeps beside it; 0 where nobody speculates.
     ring_bytes: what they take of a state's place, all linear layers.
+    host: slabs of the same kind in the host's memory, for cached prefixes that have to make room;
+        None keeps none.
     """
 
     budget_bytes: int
@@ -48,6 +50,12 @@ class MemoryPlan:
     cost: PrefillCost
     ring_tokens: int = 0
     ring_bytes: int = 0
+    host: ArenaLayout | None = None
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host's memory."""
+        return 0 if self.host is None else self.host.num_slabs * self.host.slab_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -113,6 +121,7 @@ def plan_memory(
     snapshot_dtype: SnapshotDtype = "fp32",
     kv_element_bytes: int = 2,
     ring_tokens: int = 0,
+    host_bytes: int = 0,
 ) -> MemoryPlan:
     """Cut a byte budget into slabs for states, pages and snapshots.
 
@@ -129,14 +138,15 @@ def plan_memory(
         kv_element_bytes: of one element of keys and values; 2 for bf16.
         ring_tokens: tokens of drafts that a linear state keeps beside it, 0 or more:
             speculation's RING_TOKENS where requests speculate.
+        host_bytes: of the host's memory, for cached prefixes that have to make room; 0 keeps none.
 
     Returns:
         The plan.
 
     Raises:
         ConfigError: page_tokens or context_tokens breaks its rule, state_dtype is bf16 and would
-            erase a head's horizon, or the budget cannot hold one request of context_tokens; the
-            message shows the arithmetic.
+            erase a head's horizon, the budget cannot hold one request of context_tokens, or
+            host_bytes no cached prefix; the message shows the arithmetic.
     """
     if page_tokens not in range(16, 65, 16):
         raise ConfigError(f"page_tokens must be a multiple of 16 from 16 to 64, got {page_tokens}")
@@ -171,7 +181,21 @@ def plan_memory(
         cost=PrefillCost.of(config),
         ring_tokens=ring_tokens,
         ring_bytes=ring,
+        host=_host_layout(host_bytes, slab, places),
     )
+
+
+def _host_layout(host_bytes: int, slab: int, places: tuple[int, int, int]) -> ArenaLayout | None:
+    """Slabs for a snapshot and for its pages at least; the first is nobody's, as on the device."""
+    if not host_bytes:
+        return None
+    least = 1 + sum(places[tenant] > 0 for tenant in (Tenant.PAGE, Tenant.SNAPSHOT))
+    if host_bytes < least * slab:
+        raise ConfigError(
+            f"host_bytes must be 0 or hold {least} slabs of {slab:,} = {least * slab:,} bytes, got "
+            f"{host_bytes:,}"
+        )
+    return ArenaLayout(host_bytes // slab, slab, places)
 
 
 def _kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:

@@ -45,6 +45,7 @@ def size_engine(
     snapshot_dtype: SnapshotDtype = "fp32",
     speculation: SpeculationConfig | None = None,
     num_ranks: int = 1,
+    host_bytes: int = 0,
 ) -> tuple[MemoryPlan, SchedulerConfig]:
     """Cut a budget for a model and set the scheduler's limits to it.
 
@@ -58,6 +59,7 @@ def size_engine(
         speculation: what the engine will speculate by: its drafts, and the memory of a draft model,
             come out of the budget.
         num_ranks: processes of this machine that hold parts of the model.
+        host_bytes: of the host's memory, for cached prefixes that have to make room; 0 keeps none.
 
     Returns:
         The plan and the limits.
@@ -87,6 +89,7 @@ def size_engine(
         snapshot_dtype=snapshot_dtype,
         kv_element_bytes=model.dtype.itemsize,
         ring_tokens=0 if speculation is None else RING_TOKENS,
+        host_bytes=host_bytes,
     )
     longest = plan.longest_context_tokens
     most = context_tokens or (limit if longest is None else min(limit, longest))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.engine.cache import Fresh
+from sevenfold.engine.cache import Copy, Fresh
 from sevenfold.engine.memory import RING_COUNT_BYTES, MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.engine.precision import linear_layers
@@ -102,6 +102,7 @@ class Storage:
         size = plan.layout.num_slabs * plan.layout.slab_bytes
         self._arena = _zeros(size, device)
         self.layers = tuple(_layers(config, plan, self._arena, dtype))
+        self._host = None if plan.host is None else _host_arena(plan.host_bytes, device)
 
     @property
     def is_exact(self) -> bool:
@@ -115,6 +116,24 @@ class Storage:
             if items:
                 rows = _pool(self._arena, self.layout, tenant, 0, torch.uint8, self._item(tenant))
                 rows[upload(items, rows.device)] = 0
+
+    def save(self, copies: Sequence[Copy]) -> None:
+        """Copy items to the host; nothing waits for it."""
+        for device, host in self._copied(copies):
+            host.copy_(device, non_blocking=True)
+
+    def load(self, copies: Sequence[Copy]) -> None:
+        """Copy items from the host; nothing waits for it, and what runs next reads them."""
+        for device, host in self._copied(copies):
+            device.copy_(host, non_blocking=True)
+
+    def _copied(self, copies: Sequence[Copy]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The bytes of each item, on the device and on the host."""
+        for tenant, device, host in copies:
+            if self._host is None:
+                raise AssertionError("a plan without a host's memory has no copies")
+            size = self.layout.stride_bytes(tenant)
+            yield self._arena[device * size :][:size], self._host[host * size :][:size]
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
@@ -139,6 +158,13 @@ class Storage:
 
     def _item(self, tenant: Tenant) -> tuple[int]:
         return (self.layout.stride_bytes(tenant),)
+
+
+def _host_arena(num_bytes: int, device: torch.device) -> Tensor:
+    """Bytes of the host's memory; beside a GPU they are pinned, so that no copy waits."""
+    if device.type == "cuda":
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return _zeros(num_bytes, torch.device("cpu"))
 
 
 def _zeros(num_bytes: int, device: torch.device) -> Tensor:

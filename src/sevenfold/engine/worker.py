@@ -61,8 +61,10 @@ class Worker:
             self._verifier = make_verifier(self.runner, self._pending, drafts)
 
     def prepare(self, fresh: Fresh) -> None:
-        """Clear items that were handed out, before anything reads them."""
+        """Clear or fill items that were handed out, before anything reads them."""
+        self.storage.save(fresh.saved)
         self.storage.zero(fresh)
+        self.storage.load(fresh.loaded)
         self._pending.forget(fresh.states)
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:

@@ -2,11 +2,13 @@
 
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sevenfold.engine.cache.arena import index_of
 from sevenfold.engine.cache.keys import KeyChain
 from sevenfold.engine.cache.lookup import Lookup
 from sevenfold.engine.cache.tree import Anchor, Node
+from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
 
 
@@ -77,12 +79,25 @@ class Placement:
     snapshots: dict[int, int]
 
 
+class Copy(NamedTuple):
+    """A page or a snapshot that goes between the device and the host: their indices."""
+
+    tenant: Tenant
+    device: int
+    host: int
+
+
 @dataclass(frozen=True)
 class Fresh:
-    """Items taken since the last time, to be zeroed before the model runs."""
+    """What must happen to items before the model runs, in this order.
+
+    saved: copied to the host. states, pages: zeroed. loaded: copied from the host.
+    """
 
     states: list[int]
     pages: list[int]
+    saved: list[Copy] = field(default_factory=list)
+    loaded: list[Copy] = field(default_factory=list)
 
 
 @dataclass

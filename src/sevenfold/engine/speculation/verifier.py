@@ -169,7 +169,7 @@ class Verifier:
         """Every softmax layer's keys, with page and place in it; none without places."""
         if not sum(place.shape[1] for place in places):
             return
-        page, place = upload_parts(np.concatenate(places, axis=1), self._model.device)
+        page, place = upload_parts(list(np.concatenate(places, axis=1)), self._model.device)
         for layer in self._storage.layers:
             if isinstance(layer, KVStorage):
                 yield layer, page, place

@@ -1,4 +1,4 @@
-"""The program of a rank that follows: python -m sevenfold.engine.tensor_parallel JOINING-AS-JSON."""
+"""A rank that follows, as a program: python -m sevenfold.engine.tensor_parallel JOINING."""
 
 import sys
 

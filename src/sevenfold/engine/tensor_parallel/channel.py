@@ -49,5 +49,6 @@ class Channel:
         return self.receive().astype(np.uint8).tobytes().decode()
 
     def _broadcast(self, numbers: np.ndarray) -> np.ndarray:
-        dist.broadcast(torch.from_numpy(numbers), src=0, group=self._group)
+        group = self._group
+        dist.broadcast(torch.from_numpy(numbers), 0, group)  # pyright: ignore[reportArgumentType]
         return numbers

@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import FileStore
 
 from sevenfold.config import StrictModel
 from sevenfold.engine.memory import MemoryPlan, plan_memory
@@ -43,6 +44,7 @@ class Part(StrictModel):
     state_dtype: StateDtype
     snapshot_dtype: SnapshotDtype
     ring_tokens: int
+    host_bytes: int
     worker: WorkerConfig
 
     @classmethod
@@ -54,6 +56,7 @@ class Part(StrictModel):
             state_dtype=plan.state_dtype,
             snapshot_dtype=plan.snapshot_dtype,
             ring_tokens=plan.ring_tokens,
+            host_bytes=plan.host_bytes,
             worker=worker,
         )
 
@@ -68,6 +71,7 @@ class Part(StrictModel):
             snapshot_dtype=self.snapshot_dtype,
             kv_element_bytes=model.dtype.itemsize,
             ring_tokens=self.ring_tokens,
+            host_bytes=self.host_bytes,
         )
 
 
@@ -91,8 +95,9 @@ def join(joining: Joining) -> Joined:
         ConfigError: the number of ranks does not divide the model's sizes.
     """
     parallel = ParallelConfig(tensor=joining.num_ranks)
-    device = torch.device(joining.device, joining.rank if joining.device == "cuda" else None)
+    device = torch.device(joining.device)
     if device.type == "cuda":
+        device = torch.device("cuda", joining.rank)
         torch.cuda.set_device(device)
     dtype = None if joining.dtype is None else getattr(torch, joining.dtype)
     divided = load_divided_model(
@@ -100,7 +105,7 @@ def join(joining: Joining) -> Joined:
     )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(joining.store, joining.num_ranks),
+        store=FileStore(joining.store, joining.num_ranks),
         rank=joining.rank,
         world_size=joining.num_ranks,
         timeout=_PATIENCE,

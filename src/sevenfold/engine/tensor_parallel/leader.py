@@ -29,7 +29,7 @@ class LeadingWorker(Worker):
 
     def prepare(self, fresh: Fresh) -> None:
         """As Worker.prepare, on all ranks."""
-        if fresh.states or fresh.pages:
+        if fresh.states or fresh.pages or fresh.saved or fresh.loaded:
             self._orders.prepare(fresh)
         super().prepare(fresh)
 

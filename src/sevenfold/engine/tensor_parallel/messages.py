@@ -5,7 +5,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from sevenfold.engine.cache import Fresh
+from sevenfold.engine.cache import Copy, Fresh
+from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.runner import Row
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.engine.speculation.verifier import DraftRow
@@ -37,6 +38,8 @@ class Orders:
         """As Worker.prepare."""
         self._numbers(_Order.PREPARE)
         self._lists(fresh.states, fresh.pages)
+        for copies in (fresh.saved, fresh.loaded):
+            self._lists([number for copy in copies for number in copy])
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """As Worker.restore."""
@@ -110,7 +113,7 @@ class _Reader:
         self._at += 1
         return int(self._message[self._at - 1])
 
-    def list(self) -> list[int]:
+    def numbers(self) -> list[int]:
         return self.array().tolist()
 
     def array(self) -> np.ndarray:
@@ -118,9 +121,13 @@ class _Reader:
         self._at += length
         return self._message[self._at - length : self._at]
 
+    def copies(self) -> list[Copy]:
+        numbers = self.array().reshape(-1, 3).tolist()
+        return [Copy(Tenant(tenant), device, host) for tenant, device, host in numbers]
+
     def row(self) -> Row:
         past, state, seed = self.number(), self.number(), self.number()
-        tokens, pages, places, kept = self.list(), self.array(), self.list(), self.list()
+        tokens, pages, places, kept = self.numbers(), self.array(), self.numbers(), self.numbers()
         return Row(
             tokens=tokens,
             past=past,
@@ -132,7 +139,7 @@ class _Reader:
 
     def draft(self) -> DraftRow:
         row = self.row()
-        return DraftRow(row, DraftTree(tuple(self.list()), tuple(self.list())))
+        return DraftRow(row, DraftTree(tuple(self.numbers()), tuple(self.numbers())))
 
 
 def _stop(reader: _Reader) -> None:
@@ -140,12 +147,12 @@ def _stop(reader: _Reader) -> None:
 
 
 def _prepare(reader: _Reader) -> Callable[[Worker], object]:
-    fresh = Fresh(reader.list(), reader.list())
+    fresh = Fresh(reader.numbers(), reader.numbers(), reader.copies(), reader.copies())
     return lambda worker: worker.prepare(fresh)
 
 
 def _restore(reader: _Reader) -> Callable[[Worker], object]:
-    snapshots, states = reader.list(), reader.list()
+    snapshots, states = reader.numbers(), reader.numbers()
     return lambda worker: worker.restore(snapshots, states)
 
 
@@ -161,7 +168,7 @@ def _check(reader: _Reader) -> Callable[[Worker], object]:
 
 def _accept(reader: _Reader) -> Callable[[Worker], object]:
     num_accepted, num_rejected = reader.number(), reader.number()
-    accepted = [(reader.draft(), reader.list()) for _ in range(num_accepted)]
+    accepted = [(reader.draft(), reader.numbers()) for _ in range(num_accepted)]
     rejected = [reader.draft() for _ in range(num_rejected)]
     return lambda worker: worker.accept(accepted, rejected=rejected)
 
