@@ -32,7 +32,7 @@ def capture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         worker_module,
         "make_runner",
-        lambda model, storage, _limits, _sizes: new_runner(model, storage, capture, sizes),
+        lambda model, storage, *_, **__: new_runner(model, storage, capture, sizes),
     )
     return capture
 

@@ -5,8 +5,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sevenfold.engine import SamplingParams
 from sevenfold.engine.decoding import Decoder
-from sevenfold.engine.engine import Engine, worker_config
+from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.options import worker_config
 from sevenfold.engine.request import Request
 from sevenfold.engine.sizing import size_engine
 from sevenfold.engine.speculation import PromptLookupConfig

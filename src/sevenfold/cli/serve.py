@@ -61,6 +61,9 @@ def serve_command(
     tensor_parallel: Annotated[
         int, typer.Option(help="Ranks that divide the model; on cuda a GPU each.")
     ] = 1,
+    batch_invariant: Annotated[
+        bool, typer.Option(help="Outputs do not depend on others, to the bit; slower.")
+    ] = False,
     draft_tokens: Annotated[
         int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
     ] = 0,
@@ -87,6 +90,7 @@ def serve_command(
         precision=parse_config(Precision, bits, "serve"),
         speculation=_speculation(draft_tokens),
         tensor_parallel=tensor_parallel,
+        batch_invariant=batch_invariant,
     )
     _serve(checkpoint, _settings(api_keys_file, values), engine)
 
@@ -122,6 +126,7 @@ class _EngineOptions:
     precision: Precision
     speculation: PromptLookupConfig | None
     tensor_parallel: int
+    batch_invariant: bool
 
     def build(self, checkpoint: Path) -> "BatchingEngine":
         """Load the checkpoint, say what the memory gives, and start."""
@@ -144,6 +149,7 @@ class _EngineOptions:
             speculation=self.speculation,
             num_ranks=self.tensor_parallel,
             host_bytes=self.host_bytes,
+            batch_invariant=self.batch_invariant,
         )
         typer.echo(plan_report(plan))
         return BatchingEngine(

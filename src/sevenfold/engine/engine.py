@@ -12,6 +12,7 @@ from sevenfold.config import ConfigError
 from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.options import check_invariant, worker_config
 from sevenfold.engine.prompt_logprobs import prompt_logprobs
 from sevenfold.engine.request import FinishReason, Request, Status
 from sevenfold.engine.runner import Row
@@ -38,7 +39,7 @@ from sevenfold.engine.speculation import (
 from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.transfer import fetch, upload
-from sevenfold.engine.worker import Worker, WorkerConfig
+from sevenfold.engine.worker import Worker
 from sevenfold.models import HybridModel
 
 NO_TOKEN = "no token can follow in the output's grammar"
@@ -97,8 +98,7 @@ class Engine:
             config: the scheduler's limits.
             sessions: how many conversations may keep their prefixes; None takes the defaults.
             decode_batch_sizes: rows of decoding steps that a GPU records as graphs; None takes
-                device.decode_batch_sizes, and none records nothing. With one size of max_running
-                rows, decoding gives a request the same bits in any company.
+                device.decode_batch_sizes, and none records nothing.
             speculation: how to guess tokens, several of which one step checks; None guesses none.
             draft: the smaller model that guesses, with a DraftModelConfig.
             ranks: those that hold the other parts of the model; None where it is whole.
@@ -108,10 +108,15 @@ class Engine:
                 draft and plan do not go together.
         """
         self._model, self._tokenizer = model, tokenizer
+        if config.batch_invariant:
+            check_invariant(plan, speculation)
         how = worker_config(config, decode_batch_sizes, speculation)
         self._worker = Worker(model, plan, how) if ranks is None else ranks.lead(plan, how)
         self.cache = SessionCache(
-            plan, headroom_tokens=config.headroom_tokens, limits=sessions or SessionLimits()
+            plan,
+            headroom_tokens=config.opening_headroom_tokens,
+            grain_tokens=how.chunk_tokens,
+            limits=sessions or SessionLimits(),
         )
         self.scheduler = Scheduler(self.cache, config)
         self._underway: dict[str, _Underway] = {}
@@ -348,20 +353,6 @@ class Engine:
 
     def _sampler_of(self, outputs: Sequence[Output]) -> Sampler:
         return Sampler(outputs, self._model.config.vocab_size, self._model.device)
-
-
-def worker_config(
-    config: SchedulerConfig,
-    decode_batch_sizes: Sequence[int] | None,
-    speculation: SpeculationConfig | None,
-) -> WorkerConfig:
-    """Return how an engine of these options has its model run."""
-    return WorkerConfig(
-        max_running=config.max_running,
-        decode_batch_sizes=None if decode_batch_sizes is None else tuple(decode_batch_sizes),
-        draft_tokens=0 if speculation is None else speculation.draft_tokens,
-        draft_trees=speculation is not None and speculation.branches > 1,
-    )
 
 
 @dataclass

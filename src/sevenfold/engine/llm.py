@@ -81,6 +81,7 @@ class LLM:
         draft: DraftModel | None = None,
         tensor_parallel: int = 1,
         host_bytes: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         """Load a checkpoint and allocate the engine's memory.
 
@@ -100,6 +101,8 @@ class LLM:
                 on "cuda" each has a GPU of its own. They end with close, or with this object.
             host_bytes: of the host's memory, of each rank, for cached prefixes that have to make
                 room; they come back when they are asked for. 0 keeps none.
+            batch_invariant: whether an output, and the bits of its logits, must not depend on what
+                else is generated or has been; it costs speed.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
@@ -126,6 +129,7 @@ class LLM:
             speculation=speculation,
             num_ranks=1 if source.ranks is None else source.ranks.size,
             host_bytes=host_bytes,
+            batch_invariant=batch_invariant,
         )
         parts = (self.model, self.tokenizer, self.plan, limits)
         self._ranks = source.ranks

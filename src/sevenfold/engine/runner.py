@@ -38,9 +38,14 @@ class Row:
         """Tokens that will have been seen."""
         return self.past + len(self.tokens)
 
-    def parts(self) -> "list[Row]":
-        """The row cut where a snapshot is due; all but the last end in one."""
-        cuts = [self.past, *sorted(at for at in self.snapshots if at < self.end), self.end]
+    def parts(self, chunk_tokens: int | None = None) -> "list[Row]":
+        """The row cut where a snapshot is due, and at multiples of chunk_tokens if they are given;
+        of snapshots each part has the one at its end alone."""
+        inner = {at for at in self.snapshots if at < self.end}
+        if chunk_tokens is not None:
+            first = self.past // chunk_tokens * chunk_tokens + chunk_tokens
+            inner.update(range(first, self.end, chunk_tokens))
+        cuts = [self.past, *sorted(inner), self.end]
         return [
             Row(
                 tokens=self.tokens[first - self.past : last - self.past],

@@ -46,6 +46,7 @@ def size_engine(
     speculation: SpeculationConfig | None = None,
     num_ranks: int = 1,
     host_bytes: int = 0,
+    batch_invariant: bool = False,
 ) -> tuple[MemoryPlan, SchedulerConfig]:
     """Cut a budget for a model and set the scheduler's limits to it.
 
@@ -60,6 +61,7 @@ def size_engine(
             come out of the budget.
         num_ranks: processes of this machine that hold parts of the model.
         host_bytes: of the host's memory, for cached prefixes that have to make room; 0 keeps none.
+        batch_invariant: whether a request's bits must not depend on others (SchedulerConfig).
 
     Returns:
         The plan and the limits.
@@ -94,5 +96,10 @@ def size_engine(
     longest = plan.longest_context_tokens
     most = context_tokens or (limit if longest is None else min(limit, longest))
     limits = _CPU_LIMITS if model.device.type == "cpu" else {}
-    config = SchedulerConfig(max_request_tokens=most, page_tokens=PAGE_TOKENS, **limits)
+    config = SchedulerConfig(
+        max_request_tokens=most,
+        page_tokens=PAGE_TOKENS,
+        batch_invariant=batch_invariant,
+        **limits,
+    )
     return plan, config

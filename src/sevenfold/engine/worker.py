@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sevenfold.config import StrictModel
 from sevenfold.engine.cache import Fresh
+from sevenfold.engine.invariant import InvariantRunner
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.runner import Row
 from sevenfold.engine.runners import make_runner, make_verifier
@@ -27,12 +28,15 @@ class WorkerConfig(StrictModel):
         device.decode_batch_sizes, and none records nothing.
     draft_tokens: guesses that are checked for a request at a time, at most; 0 checks none.
     draft_trees: whether guesses may be more than a chain.
+    chunk_tokens: run each request so that its bits do not depend on others, its prompt in chunks
+        that end at multiples of these; None runs together what pays.
     """
 
     max_running: Count
     decode_batch_sizes: tuple[int, ...] | None = None
     draft_tokens: Annotated[int, Field(ge=0)] = 0
     draft_trees: bool = False
+    chunk_tokens: Count | None = None
 
 
 class Worker:
@@ -53,7 +57,12 @@ class Worker:
         self.model = model.eval()
         self.storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
         limits = (plan.page_tokens, config.max_running)
-        self.runner = make_runner(model, self.storage, limits, config.decode_batch_sizes)
+        one_size = config.chunk_tokens is not None
+        sizes = config.decode_batch_sizes
+        self.runner = make_runner(model, self.storage, limits, sizes, one_size=one_size)
+        self._run = self.runner.run
+        if config.chunk_tokens is not None:
+            self._run = InvariantRunner(self.runner, config.chunk_tokens).run
         self._pending = PendingDrafts(model, self.storage)
         self._verifier = None
         if config.draft_tokens:
@@ -80,7 +89,7 @@ class Worker:
             it.
         """
         self._pending.commit([row.state for row in rows if row.state is not None])
-        return self.runner.run(rows)
+        return self._run(rows)
 
     def check(self, drafts: Sequence[DraftRow]) -> Checked:
         """Run drafts of N requests, one or more, from the states before them."""

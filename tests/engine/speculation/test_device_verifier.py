@@ -37,7 +37,7 @@ def test_the_engine_gives_the_same_tokens(
     monkeypatch.setattr(
         worker_module,
         "make_runner",
-        lambda model, storage, _limits, _sizes: new_runner(model, storage, capture, sizes),
+        lambda model, storage, *_, **__: new_runner(model, storage, capture, sizes),
     )
     model, texts = model_of(layers), repeating(0, [1, 70, 17, 40])
     engine = build(model, tokenizer, mode)

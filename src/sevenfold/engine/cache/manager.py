@@ -30,10 +30,15 @@ class CacheManager(Opening):
         plan: the budget and how it is cut.
         headroom_tokens: output for which a request gets pages when it is opened, doubled by each of
             its preemptions: as much as the scheduler asks for, default 256.
+        grain_tokens: keep and offer only what whole chunks of so many tokens of a prompt have
+            computed, so that what is found is bit for bit what would be computed; None keeps
+            outputs too, by pages.
     """
 
-    def __init__(self, plan: MemoryPlan, *, headroom_tokens: int = 256) -> None:
-        super().__init__(plan, headroom_tokens=headroom_tokens)
+    def __init__(
+        self, plan: MemoryPlan, *, headroom_tokens: int = 256, grain_tokens: int | None = None
+    ) -> None:
+        super().__init__(plan, headroom_tokens=headroom_tokens, grain_tokens=grain_tokens)
         # Keys of prompts' snapshots that are being written: of many alike one is enough.
         self._writing: set[bytes] = set()
         self._counters = CacheCounters()
@@ -109,6 +114,8 @@ class CacheManager(Opening):
         for at, needed in holding.wanted.items():
             if first < at <= end and self._reserve(holding, at, needed=needed):
                 due.append(at)
+        if self._grain_tokens is not None:
+            return sorted(due)
         at = decode_snapshot(max(first, holding.num_prompt_tokens), end, self.plan.page_tokens)
         if at is not None and self._reserve_rolling(holding, at):
             due.append(at)
@@ -281,10 +288,17 @@ class CacheManager(Opening):
                 self._tree.unpin(holding.restored)
                 holding.restored = None
         if computed >= holding.next_block_tokens:
-            self._publish(holding, computed // self.plan.page_tokens)
+            self._publish(holding, self._num_offered(holding, computed) // self.plan.page_tokens)
         if holding.pending:
             for at in [at for at in holding.pending if at <= computed]:
                 self._keep_snapshot(holding, at)
+
+    def _num_offered(self, holding: Holding, computed: int) -> int:
+        """Tokens that others may go on from."""
+        if self._grain_tokens is None:
+            return computed
+        whole = min(computed, holding.num_prompt_tokens)
+        return whole // self._grain_tokens * self._grain_tokens
 
     def _publish(self, holding: Holding, num_blocks: int) -> None:
         """Put blocks into the tree: their pages become the tree's, unless it has such blocks."""

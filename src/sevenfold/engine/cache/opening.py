@@ -17,18 +17,27 @@ class Opening:
 
     Args:
         plan: the budget and how it is cut.
-        headroom_tokens: as CacheManager's.
+        headroom_tokens, grain_tokens: as CacheManager's.
     """
 
-    def __init__(self, plan: MemoryPlan, *, headroom_tokens: int = 256) -> None:
+    def __init__(
+        self, plan: MemoryPlan, *, headroom_tokens: int = 256, grain_tokens: int | None = None
+    ) -> None:
         self.plan = plan
+        self._grain_tokens = grain_tokens
         self._headroom_tokens = headroom_tokens
         self._arena = Arena(plan.layout)
         seen = SeenKeys()
         self._host = None if plan.host is None else HostTier(plan.host)
         evicted = None if self._host is None else self._host.keep
         self._tree = PrefixTree(self._arena, plan, seen.add, evicted)
-        self._index = PrefixIndex(self._tree, seen, plan.page_tokens, any_node=not plan.has_states)
+        self._index = PrefixIndex(
+            self._tree,
+            seen,
+            plan.page_tokens,
+            any_node=not plan.has_states,
+            grain_tokens=grain_tokens or plan.page_tokens,
+        )
         self._holdings: dict[str, Holding] = {}
         self._fresh = Fresh([], [])
 
@@ -118,7 +127,7 @@ class Opening:
             chain=chain,
             lookup=found.lookup,
             num_prompt_tokens=request.num_tokens,
-            wanted=wanted_snapshots(places, self.plan.page_tokens),
+            wanted=wanted_snapshots(places, self._grain_tokens or self.plan.page_tokens),
             path=found.path,
             pages=[node.page for node in found.path if node.page is not None],
             state=state,

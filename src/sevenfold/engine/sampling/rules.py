@@ -64,7 +64,9 @@ def choose_tokens(logits: Tensor, rules: Rules, draws: Tensor) -> Tensor:
     best = logits.argmax(-1)
     if rules.all_greedy:
         return best
-    probabilities, tokens = (logits / rules.temperature).softmax(-1).sort(descending=True)
+    probabilities, tokens = (
+        (logits / rules.temperature).softmax(-1).sort(descending=True, stable=True)
+    )
     if not rules.none_truncates:
         probabilities = probabilities * _kept(probabilities, rules)
     cumulative = probabilities.double().cumsum(-1)

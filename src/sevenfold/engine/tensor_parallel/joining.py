@@ -7,7 +7,6 @@ from typing import Self
 
 import torch
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import FileStore
 
 from sevenfold.config import StrictModel
 from sevenfold.engine.memory import MemoryPlan, plan_memory
@@ -105,7 +104,9 @@ def join(joining: Joining) -> Joined:
     )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=FileStore(joining.store, joining.num_ranks),
+        store=dist.FileStore(  # pyright: ignore[reportPrivateImportUsage]
+            joining.store, joining.num_ranks
+        ),
         rank=joining.rank,
         world_size=joining.num_ranks,
         timeout=_PATIENCE,
