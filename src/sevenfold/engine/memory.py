@@ -34,7 +34,8 @@ class MemoryPlan:
     page_bytes: keys and values of page_tokens tokens in all softmax layers; 0 without them.
     snapshot: one cached state.
     ring_tokens: drafts' keys and values that a state keeps beside it; 0 where nobody speculates.
-    ring_bytes: what they take of a state's place, all linear layers.
+    ring_bytes: what they take of a state's place beside it, all linear layers; int8 states have
+        them in their own ring.
     host: slabs of the same kind in the host's memory, for cached prefixes that have to make room;
         None keeps none.
     """
@@ -153,7 +154,7 @@ def plan_memory(
     if context_tokens < 1:
         raise ConfigError(f"context_tokens must be 1 or more, got {context_tokens}")
     check_state_dtype(config, state_dtype)
-    states = _active_layout(config, state_dtype, kv_element_bytes)
+    states = _active_layout(config, state_dtype, kv_element_bytes, ring_tokens)
     snapshots = lay_out_states(
         config,
         snapshot_formats(config, snapshot_dtype),
@@ -162,7 +163,9 @@ def plan_memory(
     )
     state, snapshot = states.num_bytes, snapshots.num_bytes
     page = page_tokens * _kv_bytes_per_token(config, kv_element_bytes)
-    ring = _ring_bytes(config, ring_tokens, kv_element_bytes)
+    # An int8 state has a ring of its own, and takes drafts into it.
+    own_tokens = 0 if state_dtype == "int8" else ring_tokens
+    ring = _ring_bytes(config, own_tokens, kv_element_bytes)
     slab, places = _cut(state + ring, page, snapshot)
     num_slabs = budget_bytes // slab
     needed = 1 + (state > 0) + _page_slabs(context_tokens, page_tokens, places[Tenant.PAGE])
@@ -204,10 +207,12 @@ def _kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
     return layers * 2 * config.num_key_value_heads * config.head_dim * element_bytes
 
 
-def _active_layout(config: ModelConfig, dtype: StateDtype, token_bytes: int) -> StateLayout:
+def _active_layout(
+    config: ModelConfig, dtype: StateDtype, token_bytes: int, draft_tokens: int
+) -> StateLayout:
     heads: tuple[StateFormat, ...] = (dtype,) * config.num_attention_heads
     formats = [heads] * len(linear_layers(config))
-    ring = RING_TOKENS if dtype == "int8" else None
+    ring = RING_TOKENS + draft_tokens if dtype == "int8" else None
     return lay_out_states(config, formats, token_bytes=token_bytes, ring_tokens=ring)
 
 

@@ -57,7 +57,8 @@ def plan_report(plan: MemoryPlan) -> str:
 
 
 def _active(plan: MemoryPlan) -> str:
-    ring = f" and a ring of {RING_TOKENS} tokens" if plan.state_dtype == "int8" else ""
+    tokens = RING_TOKENS + plan.ring_tokens
+    ring = f" and a ring of {tokens} tokens" if plan.state_dtype == "int8" else ""
     return plan.state_dtype + ring
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.storage import EncodedStorage, LinearStorage, Storage
+from sevenfold.engine.transfer import upload
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
 from sevenfold.ops import Noise
 
@@ -117,19 +118,24 @@ class Runner:
         device = self.model.device
         slots = torch.tensor([row.state or SINK for row in rows]).to(device)
         table = page_table(rows, lengths, self.page_tokens, device)
-        # As signed 64-bit integers, which is what tensors have.
-        seeds = [row.seed - (row.seed >> 63 << 64) for row in rows]
-        key, seen = (torch.tensor(x).to(device) for x in (seeds, [row.end for row in rows]))
+        seeds, seen = [row.seed for row in rows], [row.end for row in rows]
         values: list[LayerState] = []
         for n, layer in enumerate(self.storage.layers):
             match layer:
                 case LinearStorage():
                     values.append(PooledState(layer.states, slots))
                 case EncodedStorage():
-                    values.append(layer.states.at(slots, Noise(key, seen, n)))
+                    values.append(layer.states.at(slots, noise_of(seeds, seen, n, device)))
                 case _:
                     values.append(PagedKV(layer.k, layer.v, table))
         return tuple(values)
+
+
+def noise_of(seeds: Sequence[int], seen: Sequence[int], layer: int, device: torch.device) -> Noise:
+    """Return what rounds the states of a layer after so many tokens of each request."""
+    # As signed 64-bit integers, which is what tensors have.
+    signed = [seed - (seed >> 63 << 64) for seed in seeds]
+    return Noise(upload(signed, device), upload(seen, device), layer)
 
 
 def page_table(

@@ -55,7 +55,8 @@ class Worker:
             UnsupportedError: the model's dtype cannot be served.
         """
         self.model = model.eval()
-        self.storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
+        where = {"device": model.device, "dtype": model.dtype}
+        self.storage = Storage(model.config, plan, decays=_decays(model), **where)
         limits = (plan.page_tokens, config.max_running)
         one_size = config.chunk_tokens is not None
         sizes = config.decode_batch_sizes
@@ -110,3 +111,10 @@ class Worker:
         if self._verifier is None:
             raise ValueError("draft_tokens must be 1 or more to check drafts, got 0")
         return self._verifier
+
+
+def _decays(model: HybridModel) -> list[Tensor]:
+    """Of the heads that this rank has, each linear layer's."""
+    mixers = [block.get_submodule("self_attn") for block in model.layers]
+    decays = [getattr(mixer, "log_decay", None) for mixer in mixers]
+    return [decay for decay in decays if decay is not None]

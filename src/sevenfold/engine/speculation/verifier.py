@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.runner import Row, page_table
+from sevenfold.engine.runner import Row, noise_of, page_table
 from sevenfold.engine.speculation.pending import PendingDrafts, accepted_table
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.engine.storage import EncodedStorage, KVStorage, LinearStorage, Storage
@@ -25,6 +25,7 @@ from sevenfold.models import (
     PagedTree,
     PageTable,
 )
+from sevenfold.ops import Noise
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Verifier:
         for draft, path in accepted:
             row = draft.row
             if row.state is not None:
-                self._pending.accept(row.state, path)
+                self._pending.accept(row, path)
                 self._write_snapshots(row, row.past + len(path))
 
     @torch.inference_mode()
@@ -107,7 +108,7 @@ class Verifier:
             return
         done = row.past
         for at in sorted(at for at in row.snapshots if at <= end):
-            self._pending.stop(row.state, at - done)
+            self._pending.stop(row, at - done)
             self._storage.snapshot([row.state], [row.snapshots[at]])
             done = at
 
@@ -127,7 +128,11 @@ class Verifier:
             ancestors=ancestors,
         )
         at = torch.tensor(slots).to(self._model.device)
-        return tuple(self._value(layer, at, layout, table) for layer in self._storage.layers)
+        seeds, past = [row.seed for row in rows], [row.past for row in rows]
+        return tuple(
+            self._value(layer, at, layout, table, noise_of(seeds, past, n, self._model.device))
+            for n, layer in enumerate(self._storage.layers)
+        )
 
     def _value(
         self,
@@ -135,14 +140,15 @@ class Verifier:
         slots: Tensor,
         layout: DraftLayout,
         table: PageTable,
+        noise: Noise,
     ) -> LayerState:
         if isinstance(layer, KVStorage):
             if layout.ancestors is None:
                 return PagedKV(layer.k, layer.v, table)
             return PagedTree(layer.k, layer.v, table, layout.ancestors)
-        if isinstance(layer, EncodedStorage) or layer.drafts is None:
+        if layer.drafts is None:
             raise AssertionError("a plan without rings is refused before anything runs")
-        return DraftedState(layer.drafts, slots, layout)
+        return DraftedState(layer.drafts, slots, layout, noise)
 
     def _move_keys(self, accepted: Sequence[tuple[Row, Sequence[int]]]) -> None:
         """Put the keys of accepted nodes into the places of their tokens."""

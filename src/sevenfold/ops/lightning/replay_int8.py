@@ -39,7 +39,7 @@ class Int8ReplayPool:
             slots: [N] int64.
             log_decay: [H] fp32.
         """
-        taken = self._gather(slots)
+        taken = self.gather(slots)
         lightning_attention_commit(log_decay, taken, torch.arange(len(slots), device=slots.device))
         return taken.state
 
@@ -48,8 +48,8 @@ class Int8ReplayPool:
         self.codes[slots], self.scale[slots] = quantise_rows(states)
         self.count[slots] = 0
 
-    def _gather(self, slots: Tensor) -> ReplayPool:
-        """The slots as a pool of their own, in fp32."""
+    def gather(self, slots: Tensor) -> ReplayPool:
+        """Return the slots as a pool of their own, in fp32: copies."""
         state = dequantise_rows(self.codes[slots], self.scale[slots])
         rings = (self.ring_k[slots], self.ring_v[slots], self.count[slots])
         return ReplayPool(state, *(ring.contiguous() for ring in rings))
@@ -87,7 +87,7 @@ def lightning_attention_replay_int8(
     Raises:
         ValueError, TypeError, UnsupportedError: as lightning_attention_replay.
     """
-    taken, own = pool._gather(slots), torch.arange(len(slots), device=slots.device)
+    taken, own = pool.gather(slots), torch.arange(len(slots), device=slots.device)
     before = taken.count[:, 0].clone()
     o = lightning_attention_replay(q, k, v, log_decay, taken, own, scale=scale)
     folded = (taken.count[:, 0] <= before).nonzero().squeeze(1)
