@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from sevenfold.config import ConfigError
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.engine import Engine
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.scheduler import SchedulerConfig
 from sevenfold.engine.speculation import RING_TOKENS, PromptLookupConfig
 from sevenfold.models import HybridModel

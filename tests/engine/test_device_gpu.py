@@ -11,7 +11,8 @@ from test_engine import build, prompts, run, submit, tokens
 from tokenizers import Tokenizer
 
 from sevenfold.engine.device import CudaCapture, DeviceRunner, graph_bytes
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.transfer import fetch, upload
 from sevenfold.models import HybridModel
 

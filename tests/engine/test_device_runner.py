@@ -14,7 +14,8 @@ from sevenfold.config import ConfigError
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import decode_batch_sizes, graph_bytes
 from sevenfold.engine.device.graphs import DecodeGraphs
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.runners import is_recordable
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.transfer import fetch, upload

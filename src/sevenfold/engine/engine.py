@@ -13,9 +13,8 @@ from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionL
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.options import check_invariant, worker_config
-from sevenfold.engine.prompt_logprobs import prompt_logprobs
 from sevenfold.engine.request import FinishReason, Request, Status
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row, Scored
 from sevenfold.engine.sampling import (
     Logprobs,
     Output,
@@ -143,6 +142,9 @@ class Engine:
                 f"{request.max_tokens}"
             )
         words = bad_word_tokens(self._tokenizer, params.bad_words)
+        if params.prompt_logprobs is not None:
+            # The cache holds states, not logits: every token of the prompt has to be computed.
+            request.max_cached_tokens = 0
         self.scheduler.submit(request)
         eos = self._model.config.eos_token_id
         ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
@@ -257,7 +259,9 @@ class Engine:
         for chunk in chunks:
             underway = self._underway[chunk.request.id]
             underway.prompt = underway.prompt or self.cache.lookup(chunk.request)
-        logits = self._worker.run([self._row(chunk.request, chunk.end) for chunk in chunks])
+        rows = [self._row(chunk.request, chunk.end) for chunk in chunks]
+        rows = [self._underway[c.request.id].scoring(r) for c, r in zip(chunks, rows, strict=True)]
+        logits = self._worker.run(rows)
         yielding = [n for n, chunk in enumerate(chunks) if chunk.yields_token]
         for chunk in chunks:
             if not chunk.yields_token:
@@ -323,15 +327,9 @@ class Engine:
             text += underway.text.finish()
             reason = "stop" if underway.text.stopped else reason
         prompt = underway.prompt if is_first else None
-        scored = self._prompt_logprobs(underway) if is_first else None
+        scored = underway.take_scored() if is_first else None
         event = TokenEvent(request.id, token, text, reason, logprobs, prompt, scored)
         return [*events, event]
-
-    def _prompt_logprobs(self, underway: "_Underway") -> tuple[Logprobs, ...] | None:
-        num_top = underway.output.params.prompt_logprobs
-        if num_top is None:
-            return None
-        return prompt_logprobs(self._model, underway.request.prompt, num_top)
 
     def _end(self, request: Request) -> TokenEvent | None:
         """The last event of a request; one that ended by a token has had it."""
@@ -364,6 +362,24 @@ class _Underway:
     text: TextStream
     constraint: Constraint | None
     prompt: Lookup | None = None
+    scored: list[Logprobs] | None = None
+
+    def scoring(self, row: Row) -> Row:
+        """The row of a prompt's chunk, with the log probabilities that are asked of it."""
+        num_top, request = self.output.params.prompt_logprobs, self.request
+        if num_top is None or request.generated:
+            return row
+        if row.past == 0 or self.scored is None:
+            self.scored = []  # anew, if the request was preempted
+        targets = request.prompt[row.past + 1 : row.end + 1]
+        return replace(row, scored=Scored(targets, num_top, self.scored))
+
+    def take_scored(self) -> tuple[Logprobs, ...] | None:
+        """The prompt's log probabilities, once its last chunk is computed."""
+        if self.scored is None:
+            return None
+        self.request.max_cached_tokens = None
+        return tuple(self.scored)
 
     def accepts(self, token: int) -> bool:
         """Advance the grammar, but for a token that ends the output; False if it may not follow."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.device import DeviceRunner
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 
 
 class InvariantRunner:

@@ -1,63 +1,18 @@
 """Runs the model on rows of tokens whose states and keys lie in the engine's storage."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sevenfold.engine.memory_layout import SINK
+from sevenfold.engine.prompt_logprobs import score_rows
+from sevenfold.engine.rows import Row
 from sevenfold.engine.storage import EncodedStorage, LinearStorage, Storage
 from sevenfold.engine.transfer import upload
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
 from sevenfold.ops import Noise
-
-
-@dataclass(frozen=True)
-class Row:
-    """New tokens of one request.
-
-    tokens: their ids, at least one.
-    past: tokens that its state and its pages have seen.
-    state: its index among the states; None in a model without linear layers.
-    pages: its pages, in the order of its tokens, with room for the new ones.
-    snapshots: token count in (past, past + new tokens] -> snapshot to write the state into.
-    seed: of the stochastic rounding of its state, where there is any.
-    """
-
-    tokens: Sequence[int]
-    past: int
-    state: int | None
-    pages: Sequence[int]
-    snapshots: dict[int, int]
-    seed: int = 0
-
-    @property
-    def end(self) -> int:
-        """Tokens that will have been seen."""
-        return self.past + len(self.tokens)
-
-    def parts(self, chunk_tokens: int | None = None) -> "list[Row]":
-        """The row cut where a snapshot is due, and at multiples of chunk_tokens if they are given;
-        of snapshots each part has the one at its end alone."""
-        inner = {at for at in self.snapshots if at < self.end}
-        if chunk_tokens is not None:
-            first = self.past // chunk_tokens * chunk_tokens + chunk_tokens
-            inner.update(range(first, self.end, chunk_tokens))
-        cuts = [self.past, *sorted(inner), self.end]
-        return [
-            Row(
-                tokens=self.tokens[first - self.past : last - self.past],
-                past=first,
-                state=self.state,
-                pages=self.pages,
-                snapshots={last: self.snapshots[last]} if last in self.snapshots else {},
-                seed=self.seed,
-            )
-            for first, last in pairwise(cuts)
-        ]
 
 
 class Runner:
@@ -105,6 +60,7 @@ class Runner:
             batch = Batch.packed(lengths, past=past, device=device)
         ids = ids.view(batch.positions.shape).to(device)
         hidden = self.model.hidden(ids, batch, self._values(rows, lengths)).hidden.flatten(0, 1)
+        score_rows(self.model, rows, hidden)
         kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
         self.storage.snapshot(
             [state for state, _ in kept if state is not None], [s for _, s in kept]

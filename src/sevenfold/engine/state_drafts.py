@@ -5,7 +5,7 @@ what is accepted in their ring, where plain decoding keeps its tokens too; other
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ class RoundedRings(DraftRings):
         taken = self._gather(slots)
         o, folded = _verify(tokens, log_decay, taken, drafts)
         if len(folded):
-            key, seen, layer = noise
-            some = Noise(key[folded], seen[folded], layer)
+            some = replace(noise, key=noise.key[folded], position=noise.position[folded])
             self.states.write(slots[folded], taken.state[folded], some)
         self._put_back(slots, taken)
         return o

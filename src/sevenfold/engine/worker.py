@@ -10,7 +10,7 @@ from sevenfold.config import StrictModel
 from sevenfold.engine.cache import Fresh
 from sevenfold.engine.invariant import InvariantRunner
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.runners import make_runner, make_verifier
 from sevenfold.engine.speculation.pending import PendingDrafts
 from sevenfold.engine.speculation.verifier import Checked, DraftRow

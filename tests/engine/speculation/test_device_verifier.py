@@ -13,7 +13,7 @@ from verifier_bench import CHAINS, TREES, Bench, real_rows
 
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import DeviceVerifier, graphs
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.engine.speculation.verifier import DraftRow
 from sevenfold.engine.storage import KVStorage

@@ -8,7 +8,7 @@ from device_helpers import PAGE_TOKENS, Places, new_runner, prompt
 from sevenfold.engine.device import DeviceVerifier, DraftLimits
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.memory import plan_memory
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.speculation import RING_TOKENS
 from sevenfold.engine.speculation.pending import PendingDrafts
 from sevenfold.engine.speculation.tree import DraftTree

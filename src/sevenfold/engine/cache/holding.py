@@ -19,8 +19,7 @@ class Holding:
     num_prompt_tokens: what was known when it was opened; prefill ends there.
     wanted: token counts of snapshots to write -> whether they are needed.
     path: nodes of the tree for its first blocks, which it keeps there.
-    pages: for all blocks in their order. Those of path may be the tree's; a block that another
-        request published first is in the tree with the other's page, and here with its own.
+    pages: for all blocks in their order; those of path are the tree's.
     restored: the anchor that its state is read from, until that has happened.
     next_block_tokens: computed tokens with which path grows.
     pending: token count -> snapshot being written.
@@ -58,11 +57,7 @@ class Holding:
     @property
     def own_pages(self) -> list[int]:
         """Pages that are not the tree's."""
-        shared = len(self.path)
-        differ = [
-            page for node, page in zip(self.path, self.pages, strict=False) if node.page != page
-        ]
-        return differ + self.pages[shared:]
+        return self.pages[len(self.path) :]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from sevenfold.engine.cache.holding import CacheCounters, Fresh, Holding, Placem
 from sevenfold.engine.cache.host import HostCounters
 from sevenfold.engine.cache.keys import KeyChain
 from sevenfold.engine.cache.lookup import Lookup
-from sevenfold.engine.cache.opening import Opening
+from sevenfold.engine.cache.opening import Opening, num_matched_tokens
 from sevenfold.engine.cache.tree import Node
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
@@ -60,7 +60,7 @@ class CacheManager(Opening):
             raise ValueError(f"request must not be open to be opened, got {request.id!r}")
         self._settle_all()
         chain = KeyChain(request, self.plan.page_tokens)
-        found = self._index.match(chain, request.num_tokens)
+        found = self._index.match(chain, num_matched_tokens(request))
         holding = self._admit_from_host(request, chain, found)
         holding = holding or self._admit(request, chain, found)
         if holding is None:
@@ -313,9 +313,18 @@ class CacheManager(Opening):
                     self._tree.name_first_block(node, chain.unsalted())
             self._tree.lock((node,))
             path.append(node)
+            self._share(holding, block, node)
             if not self.plan.has_states and (block + 1) % _ANCHOR_BLOCKS == 0:
                 self._anchor(holding, node, None)
         holding.next_block_tokens = (len(path) + 1) * self.plan.page_tokens
+
+    def _share(self, holding: Holding, block: int, node: Node) -> None:
+        """Give back the page of a block that another request published first, and read its page."""
+        own = holding.pages[block] if self.plan.has_pages else None
+        if own is not None and node.page is not None and own != node.page:
+            holding.pages[block] = node.page
+            holding.page_indices[block] = index_of(node.page)
+            self._arena.release(Tenant.PAGE, (own,))
 
     def _keep_snapshot(self, holding: Holding, at: int) -> None:
         """Hand a written snapshot to the tree, which may have got one from another request."""

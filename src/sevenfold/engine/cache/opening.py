@@ -58,7 +58,7 @@ class Opening:
         The prefix takes its place in the tree at once; its items are filled before the model runs.
         """
         page = self.plan.page_tokens
-        most, least = (request.num_tokens - 1) // page, found.lookup.hit_tokens // page + 1
+        most, least = (num_matched_tokens(request) - 1) // page, found.lookup.hit_tokens // page + 1
         entry = None if self._host is None else self._host.find(chain, most, least)
         if self._host is None or entry is None:
             return None
@@ -152,3 +152,9 @@ class Opening:
             if not self._tree.evict(whole_slab=tenant is Tenant.STATE):
                 raise AssertionError("what is not pinned can be evicted")
         return handles
+
+
+def num_matched_tokens(request: Request) -> int:
+    """Tokens of a request that are looked for in the cache, one more than it may take from it."""
+    most = request.max_cached_tokens
+    return request.num_tokens if most is None else min(request.num_tokens, most + 1)

@@ -8,7 +8,7 @@ import torch
 
 from sevenfold.engine.device.staging import Staging
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 
 
 @dataclass(frozen=True)

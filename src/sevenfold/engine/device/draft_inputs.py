@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sevenfold.engine.device.staging import Staging
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.ops import MAX_DRAFT_TOKENS
 

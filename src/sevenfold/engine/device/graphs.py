@@ -11,7 +11,7 @@ from torch import Tensor
 from sevenfold.config import ConfigError
 from sevenfold.engine.device.capture import Capture, Captured
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 
 # Room costs an upload of 8 bytes a page and row, a size costs a graph: so sizes are few.
 _LEAST_PAGES = 16

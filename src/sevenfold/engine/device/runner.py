@@ -11,7 +11,8 @@ from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.runner import Row
+from sevenfold.engine.prompt_logprobs import score_rows
+from sevenfold.engine.rows import Row
 from sevenfold.engine.storage import KVStorage, LinearStorage, Storage
 from sevenfold.engine.transfer import upload_parts
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
@@ -57,7 +58,7 @@ class DeviceRunner:
             [N, vocab_size] fp32, the logits after each row's last token; the next run may overwrite
             it.
         """
-        if all(len(row.tokens) == 1 for row in rows):
+        if all(len(row.tokens) == 1 and row.scored is None for row in rows):
             return self._decode(rows)
         return self._prefill(rows)
 
@@ -91,6 +92,7 @@ class DeviceRunner:
         table = PageTable(pages, page, place, key_lengths, starts)
         state = self._values(slots, table, _stops(rows))
         hidden = self.model.hidden(ids[None], batch, state).hidden[0]
+        score_rows(self.model, rows, hidden)
         return self.model.logits(hidden[starts[1:] - 1])
 
     def _values(

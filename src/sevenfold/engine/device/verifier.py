@@ -9,7 +9,7 @@ from sevenfold.config import UnsupportedError
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.draft_inputs import Draft, DraftInputs, DraftSize
 from sevenfold.engine.device.graphs import Recorder, draft_token_sizes, least_size, page_room
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.speculation.pending import PendingDrafts
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.engine.speculation.verifier import Checked, Verifier

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sevenfold.engine.runner import Row, noise_of
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import noise_of
 from sevenfold.engine.state_drafts import DraftRings
 from sevenfold.engine.storage import KVStorage, Storage
 from sevenfold.engine.transfer import upload

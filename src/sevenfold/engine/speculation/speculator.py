@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from sevenfold.engine.request import Request
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import Output, Sampler
 from sevenfold.engine.speculation.acceptance import Progress, Walk, walk_drafts
 from sevenfold.engine.speculation.config import SpeculationConfig

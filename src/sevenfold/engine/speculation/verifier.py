@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.runner import Row, noise_of, page_table
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import noise_of, page_table
 from sevenfold.engine.speculation.pending import PendingDrafts, accepted_table
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.engine.storage import EncodedStorage, KVStorage, LinearStorage, Storage

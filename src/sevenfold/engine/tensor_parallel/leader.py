@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sevenfold.engine.cache import Fresh
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.speculation.verifier import Checked, DraftRow
 from sevenfold.engine.tensor_parallel.channel import Channel
 from sevenfold.engine.tensor_parallel.messages import Orders

@@ -7,12 +7,12 @@ import numpy as np
 
 from sevenfold.engine.cache import Copy, Fresh
 from sevenfold.engine.memory_layout import Tenant
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row, Scored
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.engine.speculation.verifier import DraftRow
 from sevenfold.engine.worker import Worker
 
-_NO_STATE = -1
+_NO_STATE = _NOT_SCORED = -1
 
 
 class _Order(IntEnum):
@@ -82,7 +82,9 @@ class Orders:
 
     def _row(self, row: Row) -> None:
         state = _NO_STATE if row.state is None else row.state
-        self._numbers(row.past, state, row.seed - (row.seed >> 63 << 64))
+        num_top = _NOT_SCORED if row.scored is None else row.scored.num_top
+        self._numbers(row.past, state, row.seed - (row.seed >> 63 << 64), num_top)
+        self._lists(() if row.scored is None else row.scored.targets)
         self._lists(row.tokens, row.pages, list(row.snapshots), list(row.snapshots.values()))
 
     def _numbers(self, *numbers: int) -> None:
@@ -126,7 +128,8 @@ class _Reader:
         return [Copy(Tenant(tenant), device, host) for tenant, device, host in numbers]
 
     def row(self) -> Row:
-        past, state, seed = self.number(), self.number(), self.number()
+        past, state, seed, num_top = (self.number() for _ in range(4))
+        targets = self.numbers()
         tokens, pages, places, kept = self.numbers(), self.array(), self.numbers(), self.numbers()
         return Row(
             tokens=tokens,
@@ -135,6 +138,7 @@ class _Reader:
             pages=pages,  # pyright: ignore[reportArgumentType]
             snapshots=dict(zip(places, kept, strict=True)),
             seed=seed + (1 << 64) if seed < 0 else seed,
+            scored=None if num_top == _NOT_SCORED else Scored(targets, num_top, []),
         )
 
     def draft(self) -> DraftRow:
