@@ -11,7 +11,8 @@ from test_engine import build, prompts, run, submit, tokens
 from tokenizers import Tokenizer
 
 from sevenfold.engine.device import CudaCapture, DeviceRunner, graph_bytes
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.transfer import fetch, upload
 from sevenfold.models import HybridModel
 
@@ -63,7 +64,7 @@ def test_the_engine_gives_the_same_tokens_in_fp32(mix: str, tokenizer: Tokenizer
     twin = tiny_model(mix, **WIDTHS)
     texts = prompts(0, [1, 70, 3, 17, 16])
     engine = build(model, tokenizer, max_step_tokens=300, max_running=5)
-    assert isinstance(engine._runner, DeviceRunner)
+    assert isinstance(engine._worker.runner, DeviceRunner)
     for n, text in enumerate(texts):
         submit(engine, str(n), text, 12)
     events = run(engine)

@@ -11,10 +11,11 @@ from test_engine import MIXES, build, prompts, run, submit, tokens
 from tokenizers import Tokenizer
 
 from sevenfold.config import ConfigError
-from sevenfold.engine import engine as engine_module
+from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import decode_batch_sizes, graph_bytes
 from sevenfold.engine.device.graphs import DecodeGraphs
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.runners import is_recordable
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.transfer import fetch, upload
@@ -30,9 +31,9 @@ def capture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     capture = None if request.param == "no graphs" else FakeCapture()
     sizes = (8,) if request.param == "one size" else (1, 2, 4)
     monkeypatch.setattr(
-        engine_module,
+        worker_module,
         "make_runner",
-        lambda model, storage, _limits, _sizes: new_runner(model, storage, capture, sizes),
+        lambda model, storage, *_, **__: new_runner(model, storage, capture, sizes),
     )
     return capture
 
@@ -174,9 +175,9 @@ def test_wrong_sizes(sizes: tuple[int, ...]) -> None:
 def test_a_cpu_records_no_graphs(tokenizer: Tokenizer) -> None:
     model = tiny_model("lf")
     engine = build(model, tokenizer)
-    assert isinstance(engine._runner, Runner)
+    assert isinstance(engine._worker.runner, Runner)
     with pytest.raises(ConfigError, match="decode_batch_sizes must be None on cpu, which records"):
-        engine_module.make_runner(model, new_storage(model), (16, 4), (1, 2))
+        worker_module.make_runner(model, new_storage(model), (16, 4), (1, 2))
 
 
 def test_a_graph_holds_steps_that_do_not_wait() -> None:

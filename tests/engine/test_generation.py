@@ -437,7 +437,7 @@ def test_an_interrupted_step_leaves_an_engine_that_works(
 
 
 def test_arguments_of_a_model_that_is_loaded(llm: LLM, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="device, dtype and weights must be left out for a model"):
+    with pytest.raises(ValueError, match="device, dtype, weights and tensor_parallel must be left"):
         LLM(TextModel(llm.model, tokenizer), device="cpu")
     with pytest.raises(ConfigError, match="context_tokens must lie in 1 to"):
         LLM(TextModel(llm.model, tokenizer), context_tokens=101)

@@ -10,7 +10,8 @@ from sevenfold.engine import SamplingParams
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory import plan_memory
 from sevenfold.engine.request import Request
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.scheduler import SchedulerConfig
 from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel

@@ -6,13 +6,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from sevenfold.engine import SamplingParams
 from sevenfold.engine.decoding import Decoder
 from sevenfold.engine.engine import Engine
+from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.options import worker_config
 from sevenfold.engine.request import Request
 from sevenfold.engine.sizing import size_engine
+from sevenfold.engine.speculation import PromptLookupConfig
+from sevenfold.engine.tensor_parallel import Channel, LeadingWorker, follow
+from sevenfold.engine.worker import Worker, WorkerConfig
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig, init_weights
 
 LETTERS = {"l": "linear_attention", "f": "full_attention", "s": "sliding_attention"}
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9], list(range(20, 60))]
 NUM_TOKENS = 6
+CHAIN = PromptLookupConfig(min_match_tokens=1, adaptive=False)
+TREE = PromptLookupConfig(draft_tokens=7, branches=3, min_match_tokens=1, adaptive=False)
 VOCAB_SIZE = 300
 
 
@@ -27,7 +34,7 @@ def model_of(layers: str, experts: bool) -> HybridModel:
         intermediate_size=12,
         rotary_dim=4,
         sliding_window=4 if "s" in layers else None,
-        max_position_embeddings=100,
+        max_position_embeddings=200,
         moe=MoEConfig(num_local_experts=4) if experts else None,
     )
     model = init_weights(HybridModel(config), seed=0)
@@ -71,6 +78,54 @@ def by_engine(model: HybridModel) -> list[list[int]]:
             if event.token_id is not None:
                 found[int(event.request_id)].append(event.token_id)
     return found
+
+
+def serve(model: HybridModel, channel: Channel | None = None) -> list[list[list[int]]] | None:
+    """Tokens of every kind of serving; None on a rank that follows."""
+    found = []
+    for speculation in (None, CHAIN, TREE):
+        plan, config = size_engine(model, budget_bytes=4 << 20, speculation=speculation)
+        how = worker_config(config, None, speculation)
+        if channel is None or channel.is_first:
+            ranks = None if channel is None else Leading(model, channel)
+            engine = Engine(
+                model, byte_tokenizer(), plan, config, speculation=speculation, ranks=ranks
+            )
+            found.append(two_turns(engine))
+            if ranks is not None:
+                ranks.worker.stop()
+        else:
+            follow(Worker(model, plan, how), channel)
+    return found or None
+
+
+class Leading:
+    """Ranks that are processes already."""
+
+    def __init__(self, model: HybridModel, channel: Channel) -> None:
+        self.model, self.channel = model, channel
+
+    def lead(self, plan: MemoryPlan, config: WorkerConfig) -> LeadingWorker:
+        self.worker = LeadingWorker(self.model, plan, config, self.channel)
+        return self.worker
+
+
+def two_turns(engine: Engine) -> list[list[int]]:
+    """Greedy tokens of repeating prompts of several lengths, and of a second turn of one."""
+    texts = [[1, 2, 3] * 30, [9], [20, 21, 22, 23, 24] * 9]
+    answers = [ask(engine, text, f"first {n}") for n, text in enumerate(texts)]
+    second = [*texts[0], *answers[0], 7]
+    answers.append(ask(engine, second, "second"))
+    assert engine.counters().hit_tokens >= 64
+    return answers
+
+
+def ask(engine: Engine, prompt: list[int], name: str) -> list[int]:
+    request = Request(name, tuple(prompt), 12)
+    engine.submit(request, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    return request.generated
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ import torch
 from parallel_helpers import build, take_step
 from torch import distributed as dist
 
+from sevenfold.engine.tensor_parallel import Channel
 from sevenfold.parallel import Layout, ParallelConfig, divide_model
 from sevenfold.train import load_run_config, train
 
@@ -50,7 +51,18 @@ def generation(folder: Path, rank: int, layers: str) -> None:
         torch.save(tokens, folder / f"{layers}-{experts}.{rank}.pt")
 
 
-JOBS = {"steps": steps, "runs": runs, "decoding": decoding, "generation": generation}
+def serving(folder: Path, rank: int, layers: str) -> None:
+    """Tokens of the engine on the first rank, which the others follow."""
+    layout = Layout.join(ParallelConfig(tensor=dist.get_world_size()), "cpu")
+    for experts in (False, True):
+        model = parallel_generation.model_of(layers, experts)
+        divide_model(model, layout)
+        found = parallel_generation.serve(model, Channel())
+        if rank == 0:
+            torch.save(found, folder / f"{layers}-{experts}.pt")
+
+
+JOBS = {job.__name__: job for job in (steps, runs, decoding, generation, serving)}
 
 
 def process(job: str, rank: int, num_ranks: int, folder: Path, arguments: list[str]) -> None:

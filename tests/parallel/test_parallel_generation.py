@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_generation import by_decoder, generate, model_of
+from parallel_generation import by_decoder, generate, model_of, serve
 from parallel_helpers import run_ranks
 
 
@@ -27,3 +27,13 @@ def test_ranks_generate_the_greedy_tokens_of_one_process(
         for rank in range(num_ranks):
             found = torch.load(tmp_path / f"{layers}-{experts}.{rank}.pt", weights_only=True)
             assert found == alone
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_serve_the_greedy_tokens_of_one_process(num_ranks: int, tmp_path: Path) -> None:
+    """The first schedules, the others follow; prefix cache, chains and trees of drafts."""
+    run_ranks("serving", num_ranks, tmp_path, "lfs")
+    for experts in (False, True):
+        alone = serve(model_of("lfs", experts))
+        assert alone[0] == alone[1] == alone[2]
+        assert torch.load(tmp_path / f"lfs-{experts}.pt", weights_only=True) == alone

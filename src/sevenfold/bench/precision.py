@@ -15,7 +15,8 @@ from sevenfold.engine.cache.arena import index_of
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.quantised_weights import load_quantised_model
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import weight_bytes

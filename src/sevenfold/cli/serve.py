@@ -46,6 +46,9 @@ def serve_command(
         float | None,
         typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
     ] = None,
+    host_memory_gib: Annotated[
+        float, typer.Option(help="Of the host's memory, for cached prefixes that must make room.")
+    ] = 0.0,
     max_context: Annotated[
         int | None, typer.Option(help="Tokens that a request must be able to reach.")
     ] = None,
@@ -60,6 +63,12 @@ def serve_command(
     ] = None,
     states: Annotated[str, typer.Option(help="Running: fp32, fp16, int8 or bf16.")] = "fp32",
     snapshots: Annotated[str, typer.Option(help="Cached: fp32, fp16, int8 or auto.")] = "fp32",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Ranks that divide the model; on cuda a GPU each.")
+    ] = 1,
+    batch_invariant: Annotated[
+        bool, typer.Option(help="Outputs do not depend on others, to the bit; slower.")
+    ] = False,
     draft_tokens: Annotated[
         int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
     ] = 0,
@@ -80,10 +89,13 @@ def serve_command(
         device=_device(device),
         dtype=_dtype(dtype),
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
+        host_bytes=int(host_memory_gib * 2**30),
         context_tokens=max_context,
         sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
         speculation=_speculation(draft_tokens),
+        tensor_parallel=tensor_parallel,
+        batch_invariant=batch_invariant,
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
     _serve(checkpoint, _settings(files, values), engine)
@@ -120,10 +132,13 @@ class _EngineOptions:
     device: str
     dtype: torch.dtype | None
     memory_bytes: int | None
+    host_bytes: int
     context_tokens: int | None
     sessions: SessionLimits
     precision: Precision
     speculation: PromptLookupConfig | None
+    tensor_parallel: int
+    batch_invariant: bool
 
     def build(self, checkpoint: Path) -> "BatchingEngine":
         """Load the checkpoint, say what the memory gives, and start."""
@@ -131,7 +146,11 @@ class _EngineOptions:
 
         bits = self.precision
         source = TextModel.load(
-            checkpoint, device=self.device, dtype=self.dtype, weights=bits.weights
+            checkpoint,
+            device=self.device,
+            dtype=self.dtype,
+            weights=bits.weights,
+            tensor_parallel=self.tensor_parallel,
         )
         plan, limits = size_engine(
             source.model,
@@ -140,6 +159,9 @@ class _EngineOptions:
             state_dtype=bits.states,
             snapshot_dtype=bits.snapshots,
             speculation=self.speculation,
+            num_ranks=self.tensor_parallel,
+            host_bytes=self.host_bytes,
+            batch_invariant=self.batch_invariant,
         )
         typer.echo(plan_report(plan))
         return BatchingEngine(

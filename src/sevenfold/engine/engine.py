@@ -12,10 +12,9 @@ from sevenfold.config import ConfigError
 from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.prompt_logprobs import prompt_logprobs
+from sevenfold.engine.options import check_invariant, worker_config
 from sevenfold.engine.request import FinishReason, Request, Status
-from sevenfold.engine.runner import Row
-from sevenfold.engine.runners import make_runner
+from sevenfold.engine.rows import Row, Scored
 from sevenfold.engine.sampling import (
     Logprobs,
     Output,
@@ -28,19 +27,18 @@ from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, Sched
 from sevenfold.engine.speculation import (
     Drafted,
     DraftModel,
-    PendingDrafts,
     SpeculationConfig,
     SpeculationCounters,
     Speculator,
     Taken,
-    Verifier,
     Walk,
     build_drafter,
     check_rings,
 )
-from sevenfold.engine.storage import Storage
+from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.transfer import fetch, upload
+from sevenfold.engine.worker import Worker
 from sevenfold.models import HybridModel
 
 NO_TOKEN = "no token can follow in the output's grammar"
@@ -87,6 +85,7 @@ class Engine:
         decode_batch_sizes: Sequence[int] | None = None,
         speculation: SpeculationConfig | None = None,
         draft: DraftModel | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Allocate the plan's memory.
 
@@ -98,27 +97,29 @@ class Engine:
             config: the scheduler's limits.
             sessions: how many conversations may keep their prefixes; None takes the defaults.
             decode_batch_sizes: rows of decoding steps that a GPU records as graphs; None takes
-                device.decode_batch_sizes, and none records nothing. With one size of max_running
-                rows, decoding gives a request the same bits in any company.
+                device.decode_batch_sizes, and none records nothing.
             speculation: how to guess tokens, several of which one step checks; None guesses none.
             draft: the smaller model that guesses, with a DraftModelConfig.
+            ranks: those that hold the other parts of the model; None where it is whole.
 
         Raises:
             ConfigError: decode_batch_sizes are given for a CPU, or do not rise from 1; speculation,
                 draft and plan do not go together.
         """
-        storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
-        self._model, self._tokenizer, self._storage = model, tokenizer, storage
-        self._runner = make_runner(
-            model, storage, (plan.page_tokens, config.max_running), decode_batch_sizes
-        )
+        self._model, self._tokenizer = model, tokenizer
+        if config.batch_invariant:
+            check_invariant(plan, speculation)
+        how = worker_config(config, decode_batch_sizes, speculation)
+        self._worker = Worker(model, plan, how) if ranks is None else ranks.lead(plan, how)
         self.cache = SessionCache(
-            plan, headroom_tokens=config.headroom_tokens, limits=sessions or SessionLimits()
+            plan,
+            headroom_tokens=config.opening_headroom_tokens,
+            grain_tokens=how.chunk_tokens,
+            limits=sessions or SessionLimits(),
         )
         self.scheduler = Scheduler(self.cache, config)
         self._underway: dict[str, _Underway] = {}
         self._sampler: tuple[tuple[str, ...], Sampler] | None = None
-        self._pending = PendingDrafts(model, storage)
         self._speculator = self._build_speculator(speculation, draft)
 
     def submit(
@@ -141,6 +142,9 @@ class Engine:
                 f"{request.max_tokens}"
             )
         words = bad_word_tokens(self._tokenizer, params.bad_words)
+        if params.prompt_logprobs is not None:
+            # The cache holds states, not logits: every token of the prompt has to be computed.
+            request.max_cached_tokens = 0
         self.scheduler.submit(request)
         eos = self._model.config.eos_token_id
         ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
@@ -175,9 +179,7 @@ class Engine:
         """
         drafting_s = self._propose()
         step = self.scheduler.step()
-        fresh = self.cache.take_fresh()
-        self._storage.zero(fresh)
-        self._pending.forget(fresh.states)
+        self._worker.prepare(self.cache.take_fresh())
         if self._speculator is not None:
             self._speculator.forget(step.preempted, ended=False)
             self._speculator.forget(step.ended, ended=True)
@@ -198,9 +200,7 @@ class Engine:
             return None
         check_rings(config, self.cache.plan)
         drafter = build_drafter(config, draft, self._model, self._tokenizer)
-        page_tokens = self.cache.plan.page_tokens
-        verifier = Verifier(self._model, self._storage, self._pending, page_tokens=page_tokens)
-        return Speculator(config, drafter, verifier, self._sampler_of)
+        return Speculator(config, drafter, self._worker, self._sampler_of)
 
     def _propose(self) -> float:
         """Guess what follows for the requests that decode; returns the seconds that it took."""
@@ -249,8 +249,7 @@ class Engine:
         if not requests:
             return []
         rows = [self._row(r, r.num_computed_tokens + 1) for r in requests]
-        self._pending.commit([row.state for row in rows if row.state is not None])
-        logits = self._runner.run(rows)
+        logits = self._worker.run(rows)
         return self._choose(requests, logits, self._kept_sampler(requests))
 
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> list["TokenEvent | None"]:
@@ -260,7 +259,9 @@ class Engine:
         for chunk in chunks:
             underway = self._underway[chunk.request.id]
             underway.prompt = underway.prompt or self.cache.lookup(chunk.request)
-        logits = self._runner.run([self._row(chunk.request, chunk.end) for chunk in chunks])
+        rows = [self._row(chunk.request, chunk.end) for chunk in chunks]
+        rows = [self._underway[c.request.id].scoring(r) for c, r in zip(chunks, rows, strict=True)]
+        logits = self._worker.run(rows)
         yielding = [n for n, chunk in enumerate(chunks) if chunk.yields_token]
         for chunk in chunks:
             if not chunk.yields_token:
@@ -275,8 +276,7 @@ class Engine:
         """Read the states of requests that go on from a cached prefix, before their first chunk."""
         found = [(p.restore, p.state) for p in (self.cache.placement(c.request) for c in chunks)]
         pairs = [(a, b) for a, b in found if a is not None and b is not None]
-        self._storage.restore([a for a, _ in pairs], [b for _, b in pairs])
-        self._pending.forget([b for _, b in pairs])
+        self._worker.restore([a for a, _ in pairs], [b for _, b in pairs])
 
     def _row(self, request: Request, end: int) -> Row:
         placement, past = self.cache.placement(request), request.num_computed_tokens
@@ -327,15 +327,9 @@ class Engine:
             text += underway.text.finish()
             reason = "stop" if underway.text.stopped else reason
         prompt = underway.prompt if is_first else None
-        scored = self._prompt_logprobs(underway) if is_first else None
+        scored = underway.take_scored() if is_first else None
         event = TokenEvent(request.id, token, text, reason, logprobs, prompt, scored)
         return [*events, event]
-
-    def _prompt_logprobs(self, underway: "_Underway") -> tuple[Logprobs, ...] | None:
-        num_top = underway.output.params.prompt_logprobs
-        if num_top is None:
-            return None
-        return prompt_logprobs(self._model, underway.request.prompt, num_top)
 
     def _end(self, request: Request) -> TokenEvent | None:
         """The last event of a request; one that ended by a token has had it."""
@@ -368,6 +362,24 @@ class _Underway:
     text: TextStream
     constraint: Constraint | None
     prompt: Lookup | None = None
+    scored: list[Logprobs] | None = None
+
+    def scoring(self, row: Row) -> Row:
+        """The row of a prompt's chunk, with the log probabilities that are asked of it."""
+        num_top, request = self.output.params.prompt_logprobs, self.request
+        if num_top is None or request.generated:
+            return row
+        if row.past == 0 or self.scored is None:
+            self.scored = []  # anew, if the request was preempted
+        targets = request.prompt[row.past + 1 : row.end + 1]
+        return replace(row, scored=Scored(targets, num_top, self.scored))
+
+    def take_scored(self) -> tuple[Logprobs, ...] | None:
+        """The prompt's log probabilities, once its last chunk is computed."""
+        if self.scored is None:
+            return None
+        self.request.max_cached_tokens = None
+        return tuple(self.scored)
 
     def accepts(self, token: int) -> bool:
         """Advance the grammar, but for a token that ends the output; False if it may not follow."""

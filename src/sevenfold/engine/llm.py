@@ -79,6 +79,9 @@ class LLM:
         context_tokens: int | None = None,
         speculation: SpeculationConfig | None = None,
         draft: DraftModel | None = None,
+        tensor_parallel: int = 1,
+        host_bytes: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         """Load a checkpoint and allocate the engine's memory.
 
@@ -87,26 +90,35 @@ class LLM:
             device: where to run a directory's model; None is "cpu".
             dtype: of a directory's weights; None keeps the file's.
             weights: which matrices to quantise to int8 as they are read; None none.
-            memory_bytes: for states, keys and values, and cached prefixes, beside the weights; None
-                takes a share of what is free. A CPU's memory is taken as it is used.
+            memory_bytes: of each rank, for states, keys and values, and cached prefixes, beside the
+                weights; None takes a share of what is free. A CPU's memory is taken as it is used.
             context_tokens: what one request must be able to reach; None takes what the model
                 allows, or less if the memory holds less.
             speculation: how to guess tokens, several of which one step checks; None guesses none.
                 The tokens are the same.
             draft: the smaller model that guesses, with a DraftModelConfig.
+            tensor_parallel: ranks that divide a directory's model, each a process of this machine;
+                on "cuda" each has a GPU of its own. They end with close, or with this object.
+            host_bytes: of the host's memory, of each rank, for cached prefixes that have to make
+                room; they come back when they are asked for. 0 keeps none.
+            batch_invariant: whether an output, and the bits of its logits, must not depend on what
+                else is generated or has been; it costs speed.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
             ConfigError: the memory cannot hold one request of context_tokens, weights has no effect
-                on the model, or draft does not suit speculation.
+                on the model, draft does not suit speculation, or tensor_parallel the model.
             UnsupportedError: the model's dtype cannot be served.
-            ValueError: device, dtype or weights stands beside a model that is loaded.
+            ValueError: device, dtype, weights or tensor_parallel stands beside a model that is
+                loaded.
         """
         if not isinstance(source, TextModel):
-            source = TextModel.load(source, device=device or "cpu", dtype=dtype, weights=weights)
-        elif not (device is None and dtype is None and weights is None):
+            how = {"dtype": dtype, "weights": weights, "tensor_parallel": tensor_parallel}
+            source = TextModel.load(source, device=device or "cpu", **how)
+        elif (device, dtype, weights, tensor_parallel) != (None, None, None, 1):
             raise ValueError(
-                "device, dtype and weights must be left out for a model that is loaded"
+                "device, dtype, weights and tensor_parallel must be left out for a model that is "
+                "loaded"
             )
         self.model: HybridModel = source.model
         self.tokenizer: Tokenizer = source.tokenizer
@@ -115,12 +127,23 @@ class LLM:
             budget_bytes=memory_bytes,
             context_tokens=context_tokens,
             speculation=speculation,
+            num_ranks=1 if source.ranks is None else source.ranks.size,
+            host_bytes=host_bytes,
+            batch_invariant=batch_invariant,
         )
         parts = (self.model, self.tokenizer, self.plan, limits)
-        self._driver = Driver(Engine(*parts, speculation=speculation, draft=draft))
+        self._ranks = source.ranks
+        self._driver = Driver(
+            Engine(*parts, speculation=speculation, draft=draft, ranks=source.ranks)
+        )
         config = self.model.config
         self._grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_id)
         self._names = count()
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; nothing can be generated afterwards."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     def speculation_counters(self) -> SpeculationCounters | None:
         """Return what speculation has done so far; None where nothing is guessed."""

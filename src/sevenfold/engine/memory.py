@@ -34,7 +34,10 @@ class MemoryPlan:
     page_bytes: keys and values of page_tokens tokens in all softmax layers; 0 without them.
     snapshot: one cached state.
     ring_tokens: drafts' keys and values that a state keeps beside it; 0 where nobody speculates.
-    ring_bytes: what they take of a state's place, all linear layers.
+    ring_bytes: what they take of a state's place beside it, all linear layers; int8 states have
+        them in their own ring.
+    host: slabs of the same kind in the host's memory, for cached prefixes that have to make room;
+        None keeps none.
     """
 
     budget_bytes: int
@@ -48,6 +51,12 @@ class MemoryPlan:
     cost: PrefillCost
     ring_tokens: int = 0
     ring_bytes: int = 0
+    host: ArenaLayout | None = None
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host's memory."""
+        return 0 if self.host is None else self.host.num_slabs * self.host.slab_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -113,6 +122,7 @@ def plan_memory(
     snapshot_dtype: SnapshotDtype = "fp32",
     kv_element_bytes: int = 2,
     ring_tokens: int = 0,
+    host_bytes: int = 0,
 ) -> MemoryPlan:
     """Cut a byte budget into slabs for states, pages and snapshots.
 
@@ -129,21 +139,22 @@ def plan_memory(
         kv_element_bytes: of one element of keys and values; 2 for bf16.
         ring_tokens: tokens of drafts that a linear state keeps beside it, 0 or more:
             speculation's RING_TOKENS where requests speculate.
+        host_bytes: of the host's memory, for cached prefixes that have to make room; 0 keeps none.
 
     Returns:
         The plan.
 
     Raises:
         ConfigError: page_tokens or context_tokens breaks its rule, state_dtype is bf16 and would
-            erase a head's horizon, or the budget cannot hold one request of context_tokens; the
-            message shows the arithmetic.
+            erase a head's horizon, the budget cannot hold one request of context_tokens, or
+            host_bytes no cached prefix; the message shows the arithmetic.
     """
     if page_tokens not in range(16, 65, 16):
         raise ConfigError(f"page_tokens must be a multiple of 16 from 16 to 64, got {page_tokens}")
     if context_tokens < 1:
         raise ConfigError(f"context_tokens must be 1 or more, got {context_tokens}")
     check_state_dtype(config, state_dtype)
-    states = _active_layout(config, state_dtype, kv_element_bytes)
+    states = _active_layout(config, state_dtype, kv_element_bytes, ring_tokens)
     snapshots = lay_out_states(
         config,
         snapshot_formats(config, snapshot_dtype),
@@ -152,7 +163,9 @@ def plan_memory(
     )
     state, snapshot = states.num_bytes, snapshots.num_bytes
     page = page_tokens * _kv_bytes_per_token(config, kv_element_bytes)
-    ring = _ring_bytes(config, ring_tokens, kv_element_bytes)
+    # An int8 state has a ring of its own, and takes drafts into it.
+    own_tokens = 0 if state_dtype == "int8" else ring_tokens
+    ring = _ring_bytes(config, own_tokens, kv_element_bytes)
     slab, places = _cut(state + ring, page, snapshot)
     num_slabs = budget_bytes // slab
     needed = 1 + (state > 0) + _page_slabs(context_tokens, page_tokens, places[Tenant.PAGE])
@@ -171,7 +184,21 @@ def plan_memory(
         cost=PrefillCost.of(config),
         ring_tokens=ring_tokens,
         ring_bytes=ring,
+        host=_host_layout(host_bytes, slab, places),
     )
+
+
+def _host_layout(host_bytes: int, slab: int, places: tuple[int, int, int]) -> ArenaLayout | None:
+    """Slabs for a snapshot and for its pages at least; the first is nobody's, as on the device."""
+    if not host_bytes:
+        return None
+    least = 1 + sum(places[tenant] > 0 for tenant in (Tenant.PAGE, Tenant.SNAPSHOT))
+    if host_bytes < least * slab:
+        raise ConfigError(
+            f"host_bytes must be 0 or hold {least} slabs of {slab:,} = {least * slab:,} bytes, got "
+            f"{host_bytes:,}"
+        )
+    return ArenaLayout(host_bytes // slab, slab, places)
 
 
 def _kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
@@ -180,10 +207,12 @@ def _kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
     return layers * 2 * config.num_key_value_heads * config.head_dim * element_bytes
 
 
-def _active_layout(config: ModelConfig, dtype: StateDtype, token_bytes: int) -> StateLayout:
+def _active_layout(
+    config: ModelConfig, dtype: StateDtype, token_bytes: int, draft_tokens: int
+) -> StateLayout:
     heads: tuple[StateFormat, ...] = (dtype,) * config.num_attention_heads
     formats = [heads] * len(linear_layers(config))
-    ring = RING_TOKENS if dtype == "int8" else None
+    ring = RING_TOKENS + draft_tokens if dtype == "int8" else None
     return lay_out_states(config, formats, token_bytes=token_bytes, ring_tokens=ring)
 
 

@@ -18,6 +18,7 @@ def plan_values(plan: MemoryPlan) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "slab_bytes": layout.slab_bytes,
         "num_slabs": layout.num_slabs,
+        "host_bytes": plan.host_bytes,
         "page_tokens": plan.page_tokens,
         "state_bytes": plan.state_bytes,
         "ring_bytes": plan.ring_bytes,
@@ -46,6 +47,7 @@ def plan_report(plan: MemoryPlan) -> str:
         *_ring(plan),
         ("page", _item(plan, Tenant.PAGE, plan.page_bytes, f"for {plan.page_tokens} tokens")),
         ("snapshot", _item(plan, Tenant.SNAPSHOT, plan.snapshot_bytes, _cached(plan))),
+        *_host(plan),
         ("longest context", "any" if longest is None else f"{longest:,} tokens"),
         *((f"at {context:,} tokens", f"{plan.concurrency(context):,} requests at a time")
           for context in CONTEXTS),
@@ -55,7 +57,8 @@ def plan_report(plan: MemoryPlan) -> str:
 
 
 def _active(plan: MemoryPlan) -> str:
-    ring = f" and a ring of {RING_TOKENS} tokens" if plan.state_dtype == "int8" else ""
+    tokens = RING_TOKENS + plan.ring_tokens
+    ring = f" and a ring of {tokens} tokens" if plan.state_dtype == "int8" else ""
     return plan.state_dtype + ring
 
 
@@ -73,6 +76,13 @@ def _ring(plan: MemoryPlan) -> list[tuple[str, str]]:
     return [
         ("drafts", f"{_size(plan.ring_bytes)} beside each state, for {plan.ring_tokens} tokens")
     ]
+
+
+def _host(plan: MemoryPlan) -> list[tuple[str, str]]:
+    if plan.host is None:
+        return []
+    slabs = f"{plan.host.num_slabs:,} slabs of the host's memory"
+    return [("evicted prefixes", f"{_size(plan.host_bytes)}: {slabs}")]
 
 
 def _item(plan: MemoryPlan, tenant: Tenant, num_bytes: int, what: str) -> str:

@@ -1,40 +1,34 @@
-"""Log probabilities of a prompt's own tokens."""
+"""Log probabilities of a prompt's own tokens, read while its prefill computes them."""
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
-from sevenfold.engine.sampling import Logprobs, SamplingParams, read_logprobs
-from sevenfold.models import Batch, HybridModel, empty_state
+from sevenfold.engine.rows import Row
+from sevenfold.engine.sampling import SamplingParams, read_logprobs
+from sevenfold.engine.transfer import upload
+from sevenfold.models import HybridModel
 
-_CHUNK_TOKENS = 1024  # at once: all logits of a long prompt would not fit
+_TOKENS_AT_ONCE = 1024  # all logits of a chunk would not fit
 
 
-@torch.inference_mode()
-def prompt_logprobs(
-    model: HybridModel, prompt: Sequence[int], num_top: int
-) -> tuple[Logprobs, ...]:
-    """Run a prompt by itself, beside the engine's memory, and read each token's log probability.
-
-    A prefix cache holds states, not logits, so nothing of it helps here.
+def score_rows(model: HybridModel, rows: Sequence[Row], hidden: Tensor) -> None:
+    """Read the log probabilities that rows ask for, by the model's logits.
 
     Args:
-        model: in eval mode.
-        prompt: token ids, one or more.
-        num_top: how many of the most probable tokens to give beside each.
-
-    Returns:
-        One entry for each token after the first.
+        model: whose logits.
+        rows: those that ran.
+        hidden: [tokens, hidden_size], of all tokens of the rows, one row after another.
     """
-    device, asked = model.device, SamplingParams(logprobs=num_top)
-    state = empty_state(model.config, 1, len(prompt), device=device, dtype=model.dtype)
-    ids = torch.tensor(prompt, device=device)
-    found: list[Logprobs | None] = []
-    for first in range(0, len(prompt) - 1, _CHUNK_TOKENS):
-        last = min(first + _CHUNK_TOKENS, len(prompt) - 1)
-        batch = Batch.rows(1, last - first, past=(first,), device=device)
-        hidden, after, _ = model.hidden(ids[None, first:last], batch, state)
-        state = state if after is None else after
-        chosen = ids[first + 1 : last + 1]
-        found += read_logprobs(model.logits(hidden[0]), chosen, [asked] * (last - first))
-    return tuple(one for one in found if one is not None)
+    at = 0
+    for row in rows:
+        if row.scored is not None:
+            params = SamplingParams(logprobs=row.scored.num_top)
+            targets = row.scored.targets
+            for first in range(0, len(targets), _TOKENS_AT_ONCE):
+                some = targets[first : first + _TOKENS_AT_ONCE]
+                logits = model.logits(hidden[at + first : at + first + len(some)])
+                chosen = upload(some, logits.device)
+                found = read_logprobs(logits, chosen, [params] * len(some))
+                row.scored.found.extend(one for one in found if one is not None)
+        at += len(row.tokens)

@@ -44,6 +44,8 @@ class Request:
             key.
         draft_tokens: tokens to speculate in each decoding step at most; may be changed between
             steps, as an engine that speculates does; default 0.
+        max_cached_tokens: tokens that it may take from the prefix cache at most; may be changed
+            while it waits; default None, all that it finds.
         session: a conversation, under the salt, that keeps what this request leaves in the prefix
             cache for its next one; None keeps nothing beyond what everybody may find.
 
@@ -60,6 +62,7 @@ class Request:
     salt: bytes = b""
     draft_tokens: int = 0
     session: str | None = None
+    max_cached_tokens: int | None = None
     generated: list[int] = field(default_factory=list, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)

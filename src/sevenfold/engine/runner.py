@@ -1,64 +1,25 @@
 """Runs the model on rows of tokens whose states and keys lie in the engine's storage."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sevenfold.engine.memory_layout import SINK
+from sevenfold.engine.prompt_logprobs import score_rows
+from sevenfold.engine.rows import Row
 from sevenfold.engine.storage import EncodedStorage, LinearStorage, Storage
+from sevenfold.engine.transfer import upload
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
 from sevenfold.ops import Noise
-
-
-@dataclass(frozen=True)
-class Row:
-    """New tokens of one request.
-
-    tokens: their ids, at least one.
-    past: tokens that its state and its pages have seen.
-    state: its index among the states; None in a model without linear layers.
-    pages: its pages, in the order of its tokens, with room for the new ones.
-    snapshots: token count in (past, past + new tokens] -> snapshot to write the state into.
-    seed: of the stochastic rounding of its state, where there is any.
-    """
-
-    tokens: Sequence[int]
-    past: int
-    state: int | None
-    pages: Sequence[int]
-    snapshots: dict[int, int]
-    seed: int = 0
-
-    @property
-    def end(self) -> int:
-        """Tokens that will have been seen."""
-        return self.past + len(self.tokens)
-
-    def parts(self) -> "list[Row]":
-        """The row cut where a snapshot is due; all but the last end in one."""
-        cuts = [self.past, *sorted(at for at in self.snapshots if at < self.end), self.end]
-        return [
-            Row(
-                tokens=self.tokens[first - self.past : last - self.past],
-                past=first,
-                state=self.state,
-                pages=self.pages,
-                snapshots={last: self.snapshots[last]} if last in self.snapshots else {},
-                seed=self.seed,
-            )
-            for first, last in pairwise(cuts)
-        ]
 
 
 class Runner:
     """A model over the storage of the requests that it runs."""
 
     def __init__(self, model: HybridModel, storage: Storage, *, page_tokens: int) -> None:
-        self._model, self._storage, self._page_tokens = model.eval(), storage, page_tokens
+        self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
@@ -75,7 +36,7 @@ class Runner:
                 hidden = self._run([row for _, row in group])
                 for (n, _), vector in zip(group, hidden, strict=True):
                     last[n] = vector
-        return self._model.logits(torch.stack([x for x in last if x is not None]))
+        return self.model.logits(torch.stack([x for x in last if x is not None]))
 
     def _together(self, rows: list[Row], names: list[int]) -> list[list[tuple[int, Row]]]:
         """Groups of rows that one run takes: all on a GPU, and all decode rows.
@@ -84,13 +45,13 @@ class Runner:
         its neighbours (docs/numerics.md), and saves nothing.
         """
         named = list(zip(names, rows, strict=True))
-        if self._model.device.type == "cuda" or all(len(row.tokens) == 1 for row in rows):
+        if self.model.device.type == "cuda" or all(len(row.tokens) == 1 for row in rows):
             return [named]
         return [[one] for one in named]
 
     def _run(self, rows: list[Row]) -> Tensor:
         """Run rows whose snapshots are due at their ends: [N, hidden_size] after the last token."""
-        device = self._model.device
+        device = self.model.device
         lengths, past = [len(row.tokens) for row in rows], [row.past for row in rows]
         ids = torch.tensor([token for row in rows for token in row.tokens])
         if max(lengths) == 1:
@@ -98,9 +59,10 @@ class Runner:
         else:
             batch = Batch.packed(lengths, past=past, device=device)
         ids = ids.view(batch.positions.shape).to(device)
-        hidden = self._model.hidden(ids, batch, self._values(rows, lengths)).hidden.flatten(0, 1)
+        hidden = self.model.hidden(ids, batch, self._values(rows, lengths)).hidden.flatten(0, 1)
+        score_rows(self.model, rows, hidden)
         kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
-        self._storage.snapshot(
+        self.storage.snapshot(
             [state for state, _ in kept if state is not None], [s for _, s in kept]
         )
         if batch.is_step:
@@ -109,22 +71,27 @@ class Runner:
         return hidden[ends.to(device)]
 
     def _values(self, rows: list[Row], lengths: list[int]) -> tuple[LayerState, ...]:
-        device = self._model.device
+        device = self.model.device
         slots = torch.tensor([row.state or SINK for row in rows]).to(device)
-        table = page_table(rows, lengths, self._page_tokens, device)
-        # As signed 64-bit integers, which is what tensors have.
-        seeds = [row.seed - (row.seed >> 63 << 64) for row in rows]
-        key, seen = (torch.tensor(x).to(device) for x in (seeds, [row.end for row in rows]))
+        table = page_table(rows, lengths, self.page_tokens, device)
+        seeds, seen = [row.seed for row in rows], [row.end for row in rows]
         values: list[LayerState] = []
-        for n, layer in enumerate(self._storage.layers):
+        for n, layer in enumerate(self.storage.layers):
             match layer:
                 case LinearStorage():
                     values.append(PooledState(layer.states, slots))
                 case EncodedStorage():
-                    values.append(layer.states.at(slots, Noise(key, seen, n)))
+                    values.append(layer.states.at(slots, noise_of(seeds, seen, n, device)))
                 case _:
                     values.append(PagedKV(layer.k, layer.v, table))
         return tuple(values)
+
+
+def noise_of(seeds: Sequence[int], seen: Sequence[int], layer: int, device: torch.device) -> Noise:
+    """Return what rounds the states of a layer after so many tokens of each request."""
+    # As signed 64-bit integers, which is what tensors have.
+    signed = [seed - (seed >> 63 << 64) for seed in seeds]
+    return Noise(upload(signed, device), upload(seen, device), layer)
 
 
 def page_table(

@@ -1,13 +1,21 @@
-"""Which runner serves a model: by the device that it lies on."""
+"""Which runner, and which verifier, serve a model: by the device that it lies on."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from sevenfold.config import ConfigError
-from sevenfold.engine.device import CudaCapture, DeviceRunner, decode_batch_sizes
+from sevenfold.engine.device import (
+    CudaCapture,
+    DeviceRunner,
+    DeviceVerifier,
+    DraftLimits,
+    decode_batch_sizes,
+)
 from sevenfold.engine.quantised_weights import QuantisedLinear
 from sevenfold.engine.runner import Runner
+from sevenfold.engine.speculation.pending import PendingDrafts
+from sevenfold.engine.speculation.verifier import Verifier
 from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import Experts
@@ -23,6 +31,8 @@ def make_runner(
     storage: Storage,
     limits: tuple[int, int],
     batch_sizes: Sequence[int] | None,
+    *,
+    one_size: bool = False,
 ) -> Runner | DeviceRunner:
     """Return the runner of a model over its storage.
 
@@ -32,12 +42,18 @@ def make_runner(
         limits: tokens of a page, and rows of a decoding step at most.
         batch_sizes: of decoding steps that are recorded on a GPU; None takes decode_batch_sizes of
             the most rows, or none where a graph cannot hold the model's step.
+        one_size: whether every recorded step must have the most rows.
 
     Raises:
         ConfigError: batch_sizes are given for a CPU or for a model whose steps a graph cannot hold,
-            or do not rise from 1.
+            or do not rise from 1, or are more than the one size that is asked for.
     """
     page_tokens, most_rows = limits
+    if one_size and batch_sizes is not None and tuple(batch_sizes) != (most_rows,):
+        raise ConfigError(
+            f"decode_batch_sizes must be ({most_rows},) or None with batch_invariant, got "
+            f"{list(batch_sizes)}"
+        )
     if model.device.type != "cuda":
         if batch_sizes is not None:
             raise ConfigError(
@@ -55,10 +71,33 @@ def make_runner(
     if not storage.is_exact:
         return Runner(model, storage, page_tokens=page_tokens)
     if batch_sizes is None:
-        batch_sizes = decode_batch_sizes(most_rows) if can_record else ()
+        recorded = (most_rows,) if one_size else decode_batch_sizes(most_rows)
+        batch_sizes = recorded if can_record else ()
     capture = CudaCapture(model.device) if batch_sizes else None
     return DeviceRunner(
         model, storage, page_tokens=page_tokens, batch_sizes=batch_sizes, capture=capture
+    )
+
+
+def make_verifier(
+    runner: Runner | DeviceRunner, pending: PendingDrafts, drafts: tuple[int, bool]
+) -> Verifier:
+    """Return what checks drafts beside a runner, by graphs of the same numbers of rows.
+
+    Args:
+        runner: of the model.
+        pending: what its states lack.
+        drafts: tokens of a draft with its root at most, and whether drafts are trees.
+    """
+    parts = (runner.model, runner.storage, pending)
+    if isinstance(runner, Runner):
+        return Verifier(*parts, page_tokens=runner.page_tokens)
+    return DeviceVerifier(
+        *parts,
+        DraftLimits(*drafts),
+        page_tokens=runner.page_tokens,
+        batch_sizes=runner.batch_sizes,
+        capture=runner.capture,
     )
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.engine.cache import Fresh
+from sevenfold.engine.cache import Copy, Fresh
 from sevenfold.engine.memory import RING_COUNT_BYTES, MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.engine.precision import linear_layers
+from sevenfold.engine.state_drafts import DraftRings, Int8Rings, RoundedRings
 from sevenfold.engine.state_layout import Section, StateLayout
 from sevenfold.engine.state_pool import (
     ActiveStates,
@@ -69,18 +70,24 @@ class LinearStorage:
 
 @dataclass(frozen=True)
 class EncodedStorage:
-    """A lightning-attention layer's active states in less than fp32, and its snapshots."""
+    """A lightning-attention layer's active states in less than fp32, and its snapshots.
+
+    drafts: the states with their rings; None where nobody speculates.
+    """
 
     states: ActiveStates
     snapshots: StatePool
+    drafts: DraftRings | None
 
     def read_states(self, slots: Tensor) -> Tensor:
         """Return active states, [N, H, K, V] fp32."""
         return self.states.read(slots)
 
     def write_states(self, slots: Tensor, states: Tensor) -> None:
-        """Replace active states, rounded."""
+        """Replace active states, rounded, which lack nothing then."""
         self.states.write(slots, states)
+        if isinstance(self.drafts, RoundedRings):
+            self.drafts.forget(slots)
 
     def snapshot(self, slots: Tensor, items: Tensor) -> None:
         """Round active states into snapshots."""
@@ -103,7 +110,13 @@ class Storage:
     """One allocation of the plan's slabs, and every layer's views of it."""
 
     def __init__(
-        self, config: ModelConfig, plan: MemoryPlan, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        plan: MemoryPlan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        decays: Sequence[Tensor] | None = None,
     ) -> None:
         """Allocate the arena, zeroed.
 
@@ -112,6 +125,8 @@ class Storage:
             plan: with kv_element_bytes of dtype.
             device: the model's.
             dtype: of keys and values: the model's; bf16, fp16 or fp32.
+            decays: [H] fp32 log decays of each linear layer's heads, on the device; None takes
+                those of a whole model.
 
         Raises:
             UnsupportedError: the model's dtype is fp64.
@@ -121,7 +136,10 @@ class Storage:
         self.layout = plan.layout
         size = plan.layout.num_slabs * plan.layout.slab_bytes
         self._arena = _zeros(size, device)
-        self.layers = tuple(_layers(config, plan, self._arena, dtype))
+        if decays is None:
+            decays = _decays(config, device)
+        self.layers = tuple(_layers(config, plan, self._arena, dtype, decays))
+        self._host = None if plan.host is None else _host_arena(plan.host_bytes, device)
 
     @property
     def is_exact(self) -> bool:
@@ -135,6 +153,24 @@ class Storage:
             if items:
                 rows = _pool(self._arena, self.layout, tenant, 0, torch.uint8, self._item(tenant))
                 rows[upload(items, rows.device)] = 0
+
+    def save(self, copies: Sequence[Copy]) -> None:
+        """Copy items to the host; nothing waits for it."""
+        for device, host in self._copied(copies):
+            host.copy_(device, non_blocking=True)
+
+    def load(self, copies: Sequence[Copy]) -> None:
+        """Copy items from the host; nothing waits for it, and what runs next reads them."""
+        for device, host in self._copied(copies):
+            device.copy_(host, non_blocking=True)
+
+    def _copied(self, copies: Sequence[Copy]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The bytes of each item, on the device and on the host."""
+        for tenant, device, host in copies:
+            if self._host is None:
+                raise AssertionError("a plan without a host's memory has no copies")
+            size = self.layout.stride_bytes(tenant)
+            yield self._arena[device * size :][:size], self._host[host * size :][:size]
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
@@ -161,6 +197,18 @@ class Storage:
         return (self.layout.stride_bytes(tenant),)
 
 
+def _decays(config: ModelConfig, device: torch.device) -> list[Tensor]:
+    H, L = config.num_attention_heads, config.num_hidden_layers
+    return [layer_log_decay(H, layer, L).to(device) for layer in linear_layers(config)]
+
+
+def _host_arena(num_bytes: int, device: torch.device) -> Tensor:
+    """Bytes of the host's memory; beside a GPU they are pinned, so that no copy waits."""
+    if device.type == "cuda":
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return _zeros(num_bytes, torch.device("cpu"))
+
+
 def _zeros(num_bytes: int, device: torch.device) -> Tensor:
     """Zeroed bytes; on a CPU NumPy's, which the system hands out page by page as they are used."""
     if device.type == "cpu":
@@ -168,10 +216,16 @@ def _zeros(num_bytes: int, device: torch.device) -> Tensor:
     return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 
-def _layers(config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype):
+def _layers(
+    config: ModelConfig,
+    plan: MemoryPlan,
+    arena: Tensor,
+    dtype: torch.dtype,
+    decays: Sequence[Tensor],
+):
     """Each layer's views; items lay their layers out one after another."""
     G, D = config.num_key_value_heads, config.head_dim
-    linear = iter(_linear_layers(config, plan, arena, dtype))
+    linear = iter(_linear_layers(config, plan, arena, dtype, decays))
     page_at, page_shape = 0, (plan.page_tokens, G, D)
     page_bytes = plan.page_tokens * G * D * dtype.itemsize
     for kind in config.layer_types:
@@ -189,24 +243,31 @@ def _layers(config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.d
 
 
 def _linear_layers(
-    config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype
+    config: ModelConfig,
+    plan: MemoryPlan,
+    arena: Tensor,
+    dtype: torch.dtype,
+    decays: Sequence[Tensor],
 ) -> Iterator[LinearStorage | EncodedStorage]:
     """The lightning-attention layers' views."""
-    H, L = config.num_attention_heads, config.num_hidden_layers
-    for n, layer in enumerate(linear_layers(config)):
+    H, rings = config.num_attention_heads, plan.ring_tokens > 0
+    for n in range(config.count("linear_attention")):
         active = _arrays(arena, plan.layout, Tenant.STATE, plan.state, n, dtype)
         cached = _arrays(arena, plan.layout, Tenant.SNAPSHOT, plan.snapshot, n, dtype)
         snapshots = StatePool(tuple(_groups(cached, H)))
         if plan.state_dtype == "fp32":
             [(_, states)] = active
-            drafts = _drafts(states, plan, arena, dtype, n) if plan.ring_tokens else None
+            drafts = ReplayPool(states, *_rings(config, plan, arena, dtype, n)) if rings else None
             yield LinearStorage(states, snapshots, drafts)
         elif plan.state_dtype == "int8":
             named = {section.part: view for section, view in active}
-            decay = layer_log_decay(H, layer, L).to(arena.device)
-            yield EncodedStorage(RingStates(Int8ReplayPool(**named), decay), snapshots)
+            pool = Int8ReplayPool(**named)
+            drafts = Int8Rings(pool) if rings else None
+            yield EncodedStorage(RingStates(pool, decays[n]), snapshots, drafts)
         else:
-            yield EncodedStorage(RoundedStates(StatePool(tuple(_groups(active, H)))), snapshots)
+            pool = StatePool(tuple(_groups(active, H)))
+            drafts = RoundedRings(pool, *_rings(config, plan, arena, dtype, n)) if rings else None
+            yield EncodedStorage(RoundedStates(pool), snapshots, drafts)
 
 
 def _arrays(
@@ -235,22 +296,21 @@ def _groups(arrays: list[tuple[Section, Tensor]], num_heads: int) -> Iterator[He
             yield HeadGroup(heads, codes, scales.get(section.heads))
 
 
-def _drafts(
-    states: Tensor, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype, linear: int
-) -> ReplayPool:
-    """The rings of the linear layer of that number.
+def _rings(
+    config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype, linear: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and count of the rings of the linear layer of that number.
 
     Behind the states of all layers lie the keys and values of all, and then the counts of all.
     """
-    H, D = states.shape[1:3]
-    num_layers = plan.state_bytes // (H * D * D * torch.float32.itemsize)
+    H, D, num_layers = config.num_attention_heads, config.head_dim, config.count("linear_attention")
     ring_bytes = H * plan.ring_tokens * D * dtype.itemsize
     rings_at = [plan.state_bytes + (2 * linear + n) * ring_bytes for n in range(2)]
     count_at = plan.state_bytes + 2 * num_layers * ring_bytes + linear * H * RING_COUNT_BYTES
     shape = (H, plan.ring_tokens, D)
     ring_k, ring_v = (_pool(arena, plan.layout, Tenant.STATE, at, dtype, shape) for at in rings_at)
     count = _pool(arena, plan.layout, Tenant.STATE, count_at, torch.int32, (H,))
-    return ReplayPool(states, ring_k, ring_v, count)
+    return ring_k, ring_v, count
 
 
 def _pool(

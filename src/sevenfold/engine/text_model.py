@@ -7,8 +7,9 @@ from typing import Self
 import torch
 from tokenizers import Tokenizer
 
-from sevenfold.config import CheckpointError
+from sevenfold.config import CheckpointError, ConfigError
 from sevenfold.engine.quantised_weights import load_quantised_model
+from sevenfold.engine.tensor_parallel import Ranks, start_ranks
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import load_model
@@ -19,10 +20,12 @@ class TextModel:
     """A model that reads and writes text; it is put into eval mode.
 
     tokenizer: with at most the model's vocab_size tokens.
+    ranks: the processes that hold the other parts of the model; None where it is whole.
     """
 
     model: HybridModel
     tokenizer: Tokenizer
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         most, size = self.model.config.vocab_size, self.tokenizer.get_vocab_size()
@@ -38,6 +41,7 @@ class TextModel:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         weights: WeightFormat | None = None,
+        tensor_parallel: int = 1,
     ) -> Self:
         """Load a checkpoint directory and the tokenizer.json in it.
 
@@ -46,10 +50,13 @@ class TextModel:
             device: where to run.
             dtype: of the weights; None keeps the file's.
             weights: which matrices to quantise as they are read, and to what; None none.
+            tensor_parallel: ranks that divide every matrix, each a process of this machine; on
+                "cuda" each has a GPU of its own.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
-            ConfigError: weights has no effect on the model.
+            ConfigError: weights has no effect on the model, or tensor_parallel does not divide its
+                sizes, has too few GPUs, or stands beside weights.
             UnsupportedError: weights are to be fp8 on a GPU that has none.
         """
         if not Path(path).is_dir():
@@ -57,11 +64,26 @@ class TextModel:
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{file} must exist to generate text; copy the tokenizer there")
+        if tensor_parallel != 1:
+            check_tensor_parallel(tensor_parallel, weights)
+            model, ranks = start_ranks(Path(path), tensor_parallel, device=device, dtype=dtype)
+            return cls(model, _read_tokenizer(file), ranks)
         if weights is None:
             model = load_model(Path(path), device=device, dtype=dtype)
         else:
             model = load_quantised_model(Path(path), weights, device=device, dtype=dtype)
         return cls(model, _read_tokenizer(file))
+
+
+def check_tensor_parallel(num_ranks: int, weights: WeightFormat | None) -> None:
+    """Raise ConfigError unless so many ranks can divide weights of that format."""
+    if num_ranks < 1:
+        raise ConfigError(f"tensor_parallel must be 1 or more, got {num_ranks}")
+    if weights is not None:
+        raise ConfigError(
+            f"weights must be left out with tensor_parallel, got {weights!r}: 8-bit codes are not "
+            "divided"
+        )
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:

@@ -18,6 +18,14 @@ def upload(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def send(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor of a dtype on the device; nothing waits for the copy."""
+    host = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def upload_parts(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Return several rows of integers on the device, sent there in one copy."""
     whole = upload(np.concatenate(parts), device)

@@ -2,7 +2,7 @@
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import LayerType, ModelConfig, MoEConfig
-from sevenfold.models.drafts import DraftedState, DraftLayout
+from sevenfold.models.drafts import DraftedState, DraftLayout, EncodedDrafts
 from sevenfold.models.hybrid import HiddenResult, HybridModel
 from sevenfold.models.init import deepnorm_alpha, deepnorm_beta, init_weights
 from sevenfold.models.presets import preset, preset_names, resolve_model
@@ -24,6 +24,7 @@ __all__ = [
     "Batch",
     "DraftLayout",
     "DraftedState",
+    "EncodedDrafts",
     "EncodedState",
     "HiddenResult",
     "HybridModel",

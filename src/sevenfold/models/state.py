@@ -103,7 +103,8 @@ class PagedKV:
 class PagedTree:
     """Keys and values in pages, as PagedKV, of which the new tokens are trees.
 
-    ancestors: [N, T, T] bool; draft token t of sequence n lies in place past[n] + t.
+    ancestors: [N, T, T] bool; draft token t of sequence n lies in place past[n] + t, and is among
+        the last T of the sequence's keys where the table has key_lengths.
     """
 
     k: Tensor

@@ -3,6 +3,7 @@
 from sevenfold.parallel.apply import divide_model, shard_weights
 from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.context.batch import ContextBatch, divide_row
+from sevenfold.parallel.divided_loading import DividedModel, load_divided_model
 from sevenfold.parallel.gradients import clip_gradients, gradient_norm, groups_by_mesh
 from sevenfold.parallel.layout import Layout, Place, check_num_ranks
 from sevenfold.parallel.portable import portable, portable_tensors
@@ -10,6 +11,7 @@ from sevenfold.parallel.sharding import release_weights
 
 __all__ = [
     "ContextBatch",
+    "DividedModel",
     "Layout",
     "ParallelConfig",
     "Place",
@@ -19,6 +21,7 @@ __all__ = [
     "divide_row",
     "gradient_norm",
     "groups_by_mesh",
+    "load_divided_model",
     "portable",
     "portable_tensors",
     "release_weights",

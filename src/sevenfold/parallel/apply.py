@@ -8,10 +8,10 @@ from sevenfold.parallel.context.softmax import ContextSoftmax
 from sevenfold.parallel.experts import divide_experts, share_statistics
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.sharding import shard_model
-from sevenfold.parallel.tensor import TensorLightning, divide_tensors
+from sevenfold.parallel.tensor import TensorLightning, divide_tensors, divide_weights
 
 
-def divide_model(model: HybridModel, layout: Layout) -> None:
+def divide_model(model: HybridModel, layout: Layout, *, weights_are_divided: bool = False) -> None:
     """Apply tensor, expert and context parallelism, and share the routers' statistics.
 
     fully_shard comes after recomputation: see shard_weights.
@@ -19,6 +19,7 @@ def divide_model(model: HybridModel, layout: Layout) -> None:
     Args:
         model: whole and the same on all ranks, on its final device; changed in place, names stay.
         layout: whose degrees suit the model.
+        weights_are_divided: whether each rank has loaded its part of the matrices alone.
     """
     if layout.is_alone:
         return
@@ -29,6 +30,8 @@ def divide_model(model: HybridModel, layout: Layout) -> None:
                 divide_experts(block.mlp, layout)
             share_statistics(block.mlp, layout)
     if layout.config.tensor > 1:
+        if not weights_are_divided:
+            divide_weights(model, layout)
         divide_tensors(model, layout)
     if layout.config.context > 1:
         _divide_context(model, layout)

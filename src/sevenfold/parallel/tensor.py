@@ -23,21 +23,26 @@ from sevenfold.parallel.parts import parts_of, tensor_slice
 from sevenfold.parallel.vocabulary import vocabulary_cross_entropy
 
 
+def divide_weights(model: HybridModel, layout: Layout) -> None:
+    """Keep this rank's part of every matrix; names stay."""
+    index, size = layout.place.tensor, layout.config.tensor
+    for name, parameter in model.named_parameters():
+        own = tensor_slice(parameter.data, parts_of(name), index, size)
+        parameter.data = own.clone(memory_format=torch.contiguous_format)
+
+
 def divide_tensors(model: HybridModel, layout: Layout) -> None:
-    """Keep this rank's part of every matrix, and sum over ranks where the model needs it.
+    """Compute with this rank's part of every matrix, and sum over ranks where the model needs it.
 
     The result computes what the plain model computes, in training and in inference. Its config then
     has the heads of one rank, so that states and caches are allocated for these alone.
 
     Args:
-        model: changed in place, on its final device; names stay.
+        model: with the weights of divide_weights; changed in place, on its final device.
         layout: with tensor above 1, whose degrees suit the model.
     """
     index, size = layout.place.tensor, layout.config.tensor
     group = layout.group("tensor")
-    for name, parameter in model.named_parameters():
-        own = tensor_slice(parameter.data, parts_of(name), index, size)
-        parameter.data = own.clone(memory_format=torch.contiguous_format)
     for block in model.layers:
         _divide_block(block, index, size, group)  # pyright: ignore[reportArgumentType]
     start = index * len(model.embed_tokens.weight)
@@ -160,6 +165,6 @@ def _cross_entropy(
 def _logits(model: HybridModel, group: dist.ProcessGroup, hidden: Tensor) -> Tensor:
     """Logits of the whole vocabulary, on all ranks."""
     part = head_logits(hidden, model.lm_head.weight)
-    gathered = part.new_empty(dist.get_world_size(group), *part.shape)
-    dist.all_gather_into_tensor(gathered, part[None].contiguous(), group=group)
-    return torch.cat(list(gathered), -1)
+    gathered = list(part.new_empty(dist.get_world_size(group), *part.shape))
+    dist.all_gather(gathered, part.contiguous(), group=group)
+    return torch.cat(gathered, -1)

@@ -103,6 +103,7 @@ class BatchingEngine:
             sessions=sessions,
             speculation=speculation,
             draft=draft,
+            ranks=source.ranks,
         )
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from sevenfold.engine.cache import CacheManager
 from sevenfold.engine.memory import MemoryPlan, plan_memory
-from sevenfold.engine.memory_layout import SINK, Tenant
+from sevenfold.engine.memory_layout import SINK, ArenaLayout, Tenant
 from sevenfold.engine.precision import SnapshotDtype
 from sevenfold.engine.request import Request
 from sevenfold.models import LayerType, ModelConfig
@@ -36,19 +36,22 @@ def tiny_plan(
     layer_types: tuple[LayerType, ...] = HYBRID,
     snapshot_dtype: SnapshotDtype = "fp32",
     head_dim: int = 16,
+    host_slabs: int = 0,
 ) -> MemoryPlan:
     """A plan of that many slabs; of a hybrid, a slab holds 1 state, 8 pages of 16 tokens."""
 
-    def plan(budget: int) -> MemoryPlan:
+    def plan(budget: int, host: int = 0) -> MemoryPlan:
         return plan_memory(
             tiny_config(layer_types, head_dim),
             budget_bytes=budget,
             context_tokens=1,
             page_tokens=P,
             snapshot_dtype=snapshot_dtype,
+            host_bytes=host,
         )
 
-    return plan(num_slabs * plan(1 << 30).layout.slab_bytes)
+    slab = plan(1 << 30).layout.slab_bytes
+    return plan(num_slabs * slab, host_slabs * slab)
 
 
 def blocks(text: str) -> tuple[int, ...]:
@@ -60,11 +63,12 @@ def blocks(text: str) -> tuple[int, ...]:
 class Runner:
     """Runs requests through a manager as an engine would, and checks what they read.
 
-    memory: what each item of each tenant holds.
+    memory: what each item of each tenant holds. host: what its copies hold.
     """
 
     manager: CacheManager
     memory: dict[tuple[Tenant, int], Content | None] = field(default_factory=dict)
+    host: dict[tuple[Tenant, int], Content | None] = field(default_factory=dict)
     open: dict[str, Request] = field(default_factory=dict)
     num_made: int = 0
 
@@ -184,14 +188,23 @@ class Runner:
         usage = self.manager.usage()
         assert usage.num_free_slabs == self.manager.plan.layout.num_usable_slabs
         assert sum(usage.num_items) == 0
+        host = self.manager.host_usage()
+        assert host is None or sum(host.num_items) == 0
 
     def zero(self) -> None:
-        """Clear what was taken since the last time."""
+        """Clear or fill what was taken since the last time."""
         fresh = self.manager.take_fresh()
+        for tenant, device, host in fresh.saved:
+            # What lay in the same slab under another tenant is gone.
+            _forget_others(self.manager.plan.host, self.host, tenant, host)
+            self.host[tenant, host] = self.memory[tenant, device]
         for state in fresh.states:
             self.memory[Tenant.STATE, state] = None
         for page in fresh.pages:
             self.memory[Tenant.PAGE, page] = None
+        for tenant, device, host in fresh.loaded:
+            self._overwrite(tenant, device)
+            self.memory[tenant, device] = self.host[tenant, host]
 
     def _write(self, tenant: Tenant, index: int, request: Request, end: int) -> None:
         layout = self.manager.plan.layout
@@ -201,12 +214,7 @@ class Runner:
 
     def _overwrite(self, tenant: Tenant, index: int) -> None:
         """What lay in the same slab under another tenant is gone."""
-        places = self.manager.plan.layout.places
-        slab = index // places[tenant]
-        for other in Tenant:
-            if other is not tenant:
-                for at in range(slab * places[other], (slab + 1) * places[other]):
-                    self.memory.pop((other, at), None)
+        _forget_others(self.manager.plan.layout, self.memory, tenant, index)
 
     def _check_pages(self, request: Request) -> None:
         if not self.manager.plan.has_pages:
@@ -217,3 +225,13 @@ class Runner:
             if end > block * P:
                 content = (request.salt, request.tokens[:end])
                 assert self.memory[Tenant.PAGE, page] == content
+
+
+def _forget_others(layout: ArenaLayout, memory: dict, tenant: Tenant, index: int) -> None:
+    """What lay in an item's slab under another tenant is gone."""
+    places = layout.places
+    slab = index // places[tenant]
+    for other in Tenant:
+        if other is not tenant:
+            for at in range(slab * places[other], (slab + 1) * places[other]):
+                memory.pop((other, at), None)

@@ -27,9 +27,10 @@ class Sessions(RuleBasedStateMachine):
         dtype=st.sampled_from(["fp32", "fp16", "int8"]),
         head_dim=st.sampled_from([16, 64]),
         headroom=st.sampled_from([0, 0, 40]),
+        host_slabs=st.sampled_from([0, 3, 5, 20]),
     )
-    def begin(self, num_slabs, layers, dtype, head_dim, headroom) -> None:
-        plan = tiny_plan(num_slabs, layers, dtype, head_dim)
+    def begin(self, num_slabs, layers, dtype, head_dim, headroom, host_slabs) -> None:
+        plan = tiny_plan(num_slabs, layers, dtype, head_dim, host_slabs)
         self.headroom = headroom
         self.runner = Runner(CacheManager(plan, headroom_tokens=headroom))
 
@@ -43,6 +44,23 @@ class Sessions(RuleBasedStateMachine):
             if node.num_tokens < request.num_tokens and self.holds(node, (request.salt, tokens)):
                 best = max(best, node.num_tokens)
         return best
+
+    def longest_on_host(self, request: Request) -> int:
+        """The longest entry of the host's memory that is a prefix, by what its items hold."""
+        tier, best = self.runner.manager._host, 0
+        for entry in () if tier is None else tier._entries.values():
+            end = len(entry.keys) * P
+            content = (request.salt, request.tokens[:end])
+            if end < request.num_tokens and self.holds_on_host(entry, content):
+                best = max(best, end)
+        return best
+
+    def holds_on_host(self, entry, content) -> bool:
+        tier = self.runner.manager._host
+        tenant, handle = Tenant.SNAPSHOT, entry.snapshot
+        if handle is None:
+            tenant, handle = Tenant.PAGE, tier._blocks[entry.keys[-1]].page
+        return self.runner.host.get((tenant, tier._arena.check(tenant, handle))) == content
 
     def holds(self, node, content) -> bool:
         if node.anchor is not None and node.anchor.snapshot is not None:
@@ -62,7 +80,7 @@ class Sessions(RuleBasedStateMachine):
     def try_to_open(self, request: Request) -> None:
         manager = self.runner.manager
         manager._settle_all()
-        best = self.longest_anchored(request)
+        on_device, on_host = self.longest_anchored(request), self.longest_on_host(request)
         before = manager.usage()
         fits = manager.plan.longest_context_tokens
         alone = not self.runner.open and (
@@ -75,7 +93,9 @@ class Sessions(RuleBasedStateMachine):
             return
         reason = manager.lookup(request).reason
         assert (reason is None) == (hit > 0)
-        assert hit == best or (hit == 0 and reason is not None and reason.value == "no_memory")
+        # What lies on the host is longer only if the device has room for all of it.
+        no_room = hit == 0 and reason is not None and reason.value == "no_memory"
+        assert hit == max(on_device, on_host) or hit == on_device or no_room
 
     @rule(letters=LETTERS, tail=TAILS, salt=st.sampled_from([b"x", b"y"]), data=st.data())
     def chat(self, letters, tail, salt, data) -> None:
@@ -141,6 +161,20 @@ class Sessions(RuleBasedStateMachine):
         anchors = [node.anchor for node in tree._nodes.values() if node.anchor]
         kept = sum(anchor.snapshot is not None for anchor in anchors)
         assert self.runner.manager.usage().num_items[Tenant.SNAPSHOT] == pending + kept
+        self.host_is_sound()
+
+    def host_is_sound(self) -> None:
+        tier = self.runner.manager._host
+        if tier is None:
+            return
+        entries, blocks, usage = tier._entries.values(), tier._blocks.values(), tier.usage()
+        in_use = sum(usage.num_slabs) + usage.num_free_slabs
+        assert in_use == self.runner.manager.plan.host.num_usable_slabs
+        # Each item has an owner, and each owner its items.
+        assert usage.num_items[Tenant.PAGE] == sum(b.page is not None for b in blocks)
+        assert usage.num_items[Tenant.SNAPSHOT] == sum(e.snapshot is not None for e in entries)
+        assert {key for entry in entries for key in entry.keys} == set(tier._blocks)
+        assert all(not entry.pins for entry in entries)
 
     def teardown(self) -> None:
         if hasattr(self, "runner"):

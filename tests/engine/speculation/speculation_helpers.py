@@ -36,6 +36,7 @@ def build(
     draft: DraftModel | None = None,
     *,
     slabs: int = 64,
+    state_dtype: str = "fp32",
     **limits: float,
 ) -> Engine:
     """An engine of so many slabs."""
@@ -44,6 +45,7 @@ def build(
         "page_tokens": PAGE_TOKENS,
         "kv_element_bytes": 4,
         "ring_tokens": 0 if speculation is None else RING_TOKENS,
+        "state_dtype": state_dtype,
     }
     slab = plan_memory(model.config, budget_bytes=1 << 30, **size).layout.slab_bytes
     plan = plan_memory(model.config, budget_bytes=slabs * slab, **size)

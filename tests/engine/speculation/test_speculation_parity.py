@@ -239,7 +239,9 @@ def test_a_state_kept_inside_a_draft_is_exact(tokenizer: Tokenizer, layers: str,
     key = KeyChain(request, PAGE_TOKENS).key(128 // PAGE_TOKENS - 1)
     at = index_of(engine.cache._tree.get(key).anchor.snapshot)
     kept = [
-        layer.snapshots.exact[at] for layer in engine._storage.layers if hasattr(layer, "snapshots")
+        layer.snapshots.exact[at]
+        for layer in engine._worker.storage.layers
+        if hasattr(layer, "snapshots")
     ]
     row = torch.tensor([[*text, *answer[: 128 - 50]]])
     states = [

@@ -2,11 +2,13 @@
 
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sevenfold.engine.cache.arena import index_of
 from sevenfold.engine.cache.keys import KeyChain
 from sevenfold.engine.cache.lookup import Lookup
 from sevenfold.engine.cache.tree import Anchor, Node
+from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
 
 
@@ -17,8 +19,7 @@ class Holding:
     num_prompt_tokens: what was known when it was opened; prefill ends there.
     wanted: token counts of snapshots to write -> whether they are needed.
     path: nodes of the tree for its first blocks, which it keeps there.
-    pages: for all blocks in their order. Those of path may be the tree's; a block that another
-        request published first is in the tree with the other's page, and here with its own.
+    pages: for all blocks in their order; those of path are the tree's.
     restored: the anchor that its state is read from, until that has happened.
     next_block_tokens: computed tokens with which path grows.
     pending: token count -> snapshot being written.
@@ -56,11 +57,7 @@ class Holding:
     @property
     def own_pages(self) -> list[int]:
         """Pages that are not the tree's."""
-        shared = len(self.path)
-        differ = [
-            page for node, page in zip(self.path, self.pages, strict=False) if node.page != page
-        ]
-        return differ + self.pages[shared:]
+        return self.pages[len(self.path) :]
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,25 @@ class Placement:
     snapshots: dict[int, int]
 
 
+class Copy(NamedTuple):
+    """A page or a snapshot that goes between the device and the host: their indices."""
+
+    tenant: Tenant
+    device: int
+    host: int
+
+
 @dataclass(frozen=True)
 class Fresh:
-    """Items taken since the last time, to be zeroed before the model runs."""
+    """What must happen to items before the model runs, in this order.
+
+    saved: copied to the host. states, pages: zeroed. loaded: copied from the host.
+    """
 
     states: list[int]
     pages: list[int]
+    saved: list[Copy] = field(default_factory=list)
+    loaded: list[Copy] = field(default_factory=list)
 
 
 @dataclass

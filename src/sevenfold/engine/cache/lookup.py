@@ -83,12 +83,20 @@ class PrefixIndex:
         seen: what was.
         page_tokens: of a block.
         any_node: whether a request can go on from any node: in a model without linear layers.
+        grain_tokens: a request goes on from a multiple of these alone; of page_tokens a multiple.
     """
 
     def __init__(
-        self, tree: PrefixTree, seen: SeenKeys, page_tokens: int, *, any_node: bool
+        self,
+        tree: PrefixTree,
+        seen: SeenKeys,
+        page_tokens: int,
+        *,
+        any_node: bool,
+        grain_tokens: int,
     ) -> None:
         self._tree, self._seen = tree, seen
+        self._grain_blocks = grain_tokens // page_tokens
         self._page_tokens, self._any_node = page_tokens, any_node
 
     def match(self, chain: KeyChain, num_tokens: int) -> Match:
@@ -97,7 +105,7 @@ class PrefixIndex:
         nodes: list[Node] = []
         while len(nodes) < most and (node := self._tree.get(chain.key(len(nodes)))):
             nodes.append(node)
-        hit = len(nodes)
+        hit = len(nodes) // self._grain_blocks * self._grain_blocks
         while hit and not self._any_node and nodes[hit - 1].anchor is None:
             hit -= 1
         seen = len(nodes)

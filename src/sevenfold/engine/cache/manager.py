@@ -3,12 +3,14 @@
 from array import array
 from dataclasses import replace
 
-from sevenfold.engine.cache.admission import PromptPlaces, decode_snapshot, wanted_snapshots
-from sevenfold.engine.cache.arena import Arena, ArenaUsage, index_of
+from sevenfold.engine.cache.admission import decode_snapshot
+from sevenfold.engine.cache.arena import ArenaUsage, index_of
 from sevenfold.engine.cache.holding import CacheCounters, Fresh, Holding, Placement
+from sevenfold.engine.cache.host import HostCounters
 from sevenfold.engine.cache.keys import KeyChain
-from sevenfold.engine.cache.lookup import Lookup, Match, PrefixIndex, SeenKeys
-from sevenfold.engine.cache.tree import Node, PrefixTree
+from sevenfold.engine.cache.lookup import Lookup
+from sevenfold.engine.cache.opening import Opening, num_matched_tokens
+from sevenfold.engine.cache.tree import Node
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
@@ -17,7 +19,7 @@ from sevenfold.engine.request import Request
 _ANCHOR_BLOCKS = 16
 
 
-class CacheManager:
+class CacheManager(Opening):
     """Gives memory to requests and keeps the prefixes that they leave.
 
     A request's num_computed_tokens says what the model has computed: blocks and snapshots up to it
@@ -28,19 +30,17 @@ class CacheManager:
         plan: the budget and how it is cut.
         headroom_tokens: output for which a request gets pages when it is opened, doubled by each of
             its preemptions: as much as the scheduler asks for, default 256.
+        grain_tokens: keep and offer only what whole chunks of so many tokens of a prompt have
+            computed, so that what is found is bit for bit what would be computed; None keeps
+            outputs too, by pages.
     """
 
-    def __init__(self, plan: MemoryPlan, *, headroom_tokens: int = 256) -> None:
-        self.plan = plan
-        self._headroom_tokens = headroom_tokens
-        self._arena = Arena(plan.layout)
-        seen = SeenKeys()
-        self._tree = PrefixTree(self._arena, plan, seen.add)
-        self._index = PrefixIndex(self._tree, seen, plan.page_tokens, any_node=not plan.has_states)
-        self._holdings: dict[str, Holding] = {}
+    def __init__(
+        self, plan: MemoryPlan, *, headroom_tokens: int = 256, grain_tokens: int | None = None
+    ) -> None:
+        super().__init__(plan, headroom_tokens=headroom_tokens, grain_tokens=grain_tokens)
         # Keys of prompts' snapshots that are being written: of many alike one is enough.
         self._writing: set[bytes] = set()
-        self._fresh = Fresh([], [])
         self._counters = CacheCounters()
 
     def open(self, request: Request) -> int | None:
@@ -60,8 +60,9 @@ class CacheManager:
             raise ValueError(f"request must not be open to be opened, got {request.id!r}")
         self._settle_all()
         chain = KeyChain(request, self.plan.page_tokens)
-        found = self._index.match(chain, request.num_tokens)
-        holding = self._admit(request, chain, found)
+        found = self._index.match(chain, num_matched_tokens(request))
+        holding = self._admit_from_host(request, chain, found)
+        holding = holding or self._admit(request, chain, found)
         if holding is None:
             return None
         self._holdings[request.id] = holding
@@ -113,6 +114,8 @@ class CacheManager:
         for at, needed in holding.wanted.items():
             if first < at <= end and self._reserve(holding, at, needed=needed):
                 due.append(at)
+        if self._grain_tokens is not None:
+            return sorted(due)
         at = decode_snapshot(max(first, holding.num_prompt_tokens), end, self.plan.page_tokens)
         if at is not None and self._reserve_rolling(holding, at):
             due.append(at)
@@ -176,16 +179,29 @@ class CacheManager:
     def take_fresh(self) -> Fresh:
         """Return the items to be zeroed before the model runs, once."""
         fresh, self._fresh = self._fresh, Fresh([], [])
-        return fresh
+        if self._host is None:
+            return fresh
+        saved, loaded = self._host.take_copies()
+        return replace(fresh, saved=saved, loaded=loaded)
 
     def clear(self) -> None:
         """Forget every prefix that no open request uses."""
         while self._tree.evict():
             pass
+        if self._host is not None:
+            self._host.clear()
 
     def usage(self) -> ArenaUsage:
         """Return how the arena is used now."""
         return self._arena.usage()
+
+    def host_usage(self) -> ArenaUsage | None:
+        """Return how the host's memory is used now; None without any."""
+        return None if self._host is None else self._host.usage()
+
+    def host_counters(self) -> HostCounters | None:
+        """Return what the host's memory has done, copied; None without any."""
+        return None if self._host is None else replace(self._host.counters)
 
     def counters(self) -> CacheCounters:
         """Return what the prefix cache has done, copied."""
@@ -203,70 +219,6 @@ class CacheManager:
             raise ValueError(f"request must be open, got {request.id!r}, which is not")
         return holding
 
-    def _admit(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
-        """Take memory for a request behind the path that it goes on from."""
-        if self._lock(request, found.path):
-            return self._hold(request, chain, found)
-        if self._holdings or not found.path:
-            return None
-        # Alone: nothing will come free, and what was found is in the way of what is needed.
-        if not self._lock(request, []):
-            return None
-        return self._hold(request, chain, found.without_path())
-
-    def _lock(self, request: Request, path: list[Node]) -> bool:
-        """Keep a path and its last state if what the request needs besides can be had."""
-        pages = self._num_opening_pages(request) - len(path)
-        self._tree.lock(path)
-        anchor = path[-1].anchor if path else None
-        if anchor is not None:
-            self._tree.pin(anchor)
-        if self._arena.suffices((int(self.plan.has_states), pages, 0)):
-            return True
-        if anchor is not None:
-            self._tree.unpin(anchor)
-        self._tree.unlock(path)
-        return False
-
-    def _num_opening_pages(self, request: Request) -> int:
-        """Pages for all known tokens and for some output: none of them can be refused later, while
-        the state that the request goes on from must stay."""
-        headroom = self._headroom_tokens << min(request.num_preemptions, 32)
-        output = max(0, min(headroom, request.num_remaining_tokens - 1))
-        return self.plan.num_pages(request.num_tokens + output)
-
-    def _hold(self, request: Request, chain: KeyChain, found: Match) -> Holding:
-        anchor = found.path[-1].anchor if found.path else None
-        if anchor is not None:
-            self._tree.hit(anchor)
-        seen = found.lookup.seen_tokens
-        places = PromptPlaces(request.num_tokens, request.marks, seen)
-        state = self._take(Tenant.STATE, 1)[0] if self.plan.has_states else None
-        holding = Holding(
-            request=request,
-            chain=chain,
-            lookup=found.lookup,
-            num_prompt_tokens=request.num_tokens,
-            wanted=wanted_snapshots(places, self.plan.page_tokens),
-            path=found.path,
-            pages=[node.page for node in found.path if node.page is not None],
-            state=state,
-            restored=anchor,
-            next_block_tokens=(len(found.path) + 1) * self.plan.page_tokens,
-        )
-        if state is not None and anchor is None:
-            self._fresh.states.append(index_of(state))
-        missing = self._num_opening_pages(request) - len(holding.pages)
-        if missing > 0:
-            self._give_pages(holding, self._take(Tenant.PAGE, missing))
-        return holding
-
-    def _give_pages(self, holding: Holding, pages: list[int]) -> None:
-        indices = [index_of(page) for page in pages]
-        holding.pages.extend(pages)
-        holding.page_indices.extend(indices)
-        self._fresh.pages.extend(indices)
-
     def _obtain(self, tenant: Tenant, count: int) -> list[int] | None:
         """Take items, evicting what must go; None when that would not be enough."""
         needs = [0, 0, 0]
@@ -276,12 +228,6 @@ class CacheManager:
             if not self._arena.suffices((needs[0], needs[1], needs[2])):
                 return None
         return self._take(tenant, count)
-
-    def _take(self, tenant: Tenant, count: int) -> list[int]:
-        while (handles := self._arena.take(tenant, count)) is None:
-            if not self._tree.evict(whole_slab=tenant is Tenant.STATE):
-                raise AssertionError("what is not pinned can be evicted")
-        return handles
 
     def _reserve(self, holding: Holding, at: int, *, needed: bool) -> bool:
         """Reserve a snapshot unless there is one, or will be, or there is no memory for it."""
@@ -342,10 +288,17 @@ class CacheManager:
                 self._tree.unpin(holding.restored)
                 holding.restored = None
         if computed >= holding.next_block_tokens:
-            self._publish(holding, computed // self.plan.page_tokens)
+            self._publish(holding, self._num_offered(holding, computed) // self.plan.page_tokens)
         if holding.pending:
             for at in [at for at in holding.pending if at <= computed]:
                 self._keep_snapshot(holding, at)
+
+    def _num_offered(self, holding: Holding, computed: int) -> int:
+        """Tokens that others may go on from."""
+        if self._grain_tokens is None:
+            return computed
+        whole = min(computed, holding.num_prompt_tokens)
+        return whole // self._grain_tokens * self._grain_tokens
 
     def _publish(self, holding: Holding, num_blocks: int) -> None:
         """Put blocks into the tree: their pages become the tree's, unless it has such blocks."""
@@ -360,9 +313,18 @@ class CacheManager:
                     self._tree.name_first_block(node, chain.unsalted())
             self._tree.lock((node,))
             path.append(node)
+            self._share(holding, block, node)
             if not self.plan.has_states and (block + 1) % _ANCHOR_BLOCKS == 0:
                 self._anchor(holding, node, None)
         holding.next_block_tokens = (len(path) + 1) * self.plan.page_tokens
+
+    def _share(self, holding: Holding, block: int, node: Node) -> None:
+        """Give back the page of a block that another request published first, and read its page."""
+        own = holding.pages[block] if self.plan.has_pages else None
+        if own is not None and node.page is not None and own != node.page:
+            holding.pages[block] = node.page
+            holding.page_indices[block] = index_of(node.page)
+            self._arena.release(Tenant.PAGE, (own,))
 
     def _keep_snapshot(self, holding: Holding, at: int) -> None:
         """Hand a written snapshot to the tree, which may have got one from another request."""

@@ -120,11 +120,12 @@ class SessionCache(CacheManager):
         plan: MemoryPlan,
         *,
         headroom_tokens: int = 256,
+        grain_tokens: int | None = None,
         limits: SessionLimits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start empty; clock gives seconds that never fall."""
-        super().__init__(plan, headroom_tokens=headroom_tokens)
+        super().__init__(plan, headroom_tokens=headroom_tokens, grain_tokens=grain_tokens)
         self._sessions = Sessions(self._tree, plan, limits, clock)
 
     @property

@@ -67,13 +67,21 @@ class PrefixTree:
         arena: holds the pages and snapshots, which the tree gives back.
         plan: sizes and costs.
         forgotten: told the key of each node that is dropped.
+        evicted: told each anchor that has to make room, before it is dropped, with its value.
     """
 
-    def __init__(self, arena: Arena, plan: MemoryPlan, forgotten: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        plan: MemoryPlan,
+        forgotten: Callable[[bytes], None],
+        evicted: Callable[[Anchor, float], None] | None = None,
+    ) -> None:
         self.queue: EvictionQueue[Anchor] = EvictionQueue(self._value)
         self.num_evicted = 0
         self.num_dropped_pages = 0
         self._arena, self._plan, self._forgotten = arena, plan, forgotten
+        self._evicted = evicted
         self._nodes: dict[bytes, Node] = {}
         self._first_blocks: Counter[bytes] = Counter()
         self._owners: dict[int, Anchor] = {}
@@ -180,6 +188,8 @@ class PrefixTree:
             if self._frees(anchor):
                 for each in (anchor, *(self._slab_mates(anchor) if whole_slab else ())):
                     self.num_evicted += 1
+                    if self._evicted is not None:
+                        self._evicted(each, self._value(each))
                     self.drop(each)
                 return True
         return False

@@ -4,11 +4,14 @@ from sevenfold.engine.device.capture import CudaCapture
 from sevenfold.engine.device.footprint import graph_bytes
 from sevenfold.engine.device.graphs import DecodeGraphs, decode_batch_sizes
 from sevenfold.engine.device.runner import DeviceRunner
+from sevenfold.engine.device.verifier import DeviceVerifier, DraftLimits
 
 __all__ = [
     "CudaCapture",
     "DecodeGraphs",
     "DeviceRunner",
+    "DeviceVerifier",
+    "DraftLimits",
     "decode_batch_sizes",
     "graph_bytes",
 ]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sevenfold.engine.device.staging import Staging
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Size:
 
 
 class DecodeInputs:
-    """One buffer on the device, one on the host, and named views of the first.
+    """Named views of one buffer on the device.
 
     A row that is only there to fill the step is a token of id 0 without keys, whose state and
     whose page are the sink's: what it computes is finite or not, and nobody reads it.
@@ -29,21 +30,15 @@ class DecodeInputs:
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size = size
-        shape = (6 + size.pages, size.rows)
-        pinned = device.type == "cuda"
-        self._staged = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
-        self._device = torch.zeros(shape, dtype=torch.int64, device=device)
-        columns, self.pages = self._device[:6], self._device[6:].view(size.rows, size.pages)
+        self._staging = Staging([(6, size.rows), (size.rows, size.pages)], device)
+        columns, self.pages = self._staging.views
         self.ids, self.positions = columns[0, :, None], columns[1, :, None]
         self.slots, self.page, self.place, self.key_lengths = columns[2:]
-        self._copied = torch.cuda.Event() if pinned else None
 
     def fill(self, rows: Sequence[Row], page_tokens: int) -> None:
         """Send the rows to the device, and padding behind them; nothing waits for the copy."""
-        if self._copied is not None:
-            self._copied.synchronize()  # the copy of the step before, long since done
-        staged, N = self._staged.numpy(), len(rows)
-        columns, table = staged[:6], staged[6:].reshape(self.size.rows, self.size.pages)
+        columns, table = self._staging.begin()
+        N = len(rows)
         columns[:, N:], table[N:] = _padding()[:, None], SINK
         past = np.array([row.past for row in rows])
         columns[0, :N] = [row.tokens[0] for row in rows]
@@ -54,9 +49,7 @@ class DecodeInputs:
             table[n, len(row.pages) :] = SINK
         block = np.minimum(past // page_tokens, self.size.pages - 1)
         columns[3, :N], columns[4, :N] = table[np.arange(N), block], past % page_tokens
-        self._device.copy_(self._staged, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._staging.send()
 
 
 def _padding() -> np.ndarray:

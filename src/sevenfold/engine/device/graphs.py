@@ -1,8 +1,9 @@
-"""Decoding steps of a few sizes, each recorded once; a batch takes the least that holds it."""
+"""Steps of a few sizes, each recorded once; a batch takes the least that holds it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,19 +11,35 @@ from torch import Tensor
 from sevenfold.config import ConfigError
 from sevenfold.engine.device.capture import Capture, Captured
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
-from sevenfold.engine.runner import Row
-
-Step = Callable[[DecodeInputs], Tensor]
+from sevenfold.engine.rows import Row
 
 # Room costs an upload of 8 bytes a page and row, a size costs a graph: so sizes are few.
 _LEAST_PAGES = 16
 _GROWTH = 8
 
+Key = TypeVar("Key", bound=Hashable)
+Inputs = TypeVar("Inputs")
+
 
 @dataclass(frozen=True)
-class _Recorded:
-    inputs: DecodeInputs
-    captured: Captured
+class Recorder(Generic[Key, Inputs]):
+    """A step recorded for each size when it is first met.
+
+    step: the model on inputs of a size; it reads nothing else that changes.
+    new_inputs: allocates them. A step is recorded on padding alone, which touches nobody's memory.
+    """
+
+    step: Callable[[Inputs], Tensor]
+    capture: Capture
+    new_inputs: Callable[[Key], Inputs]
+    recorded: dict[Key, tuple[Inputs, Captured]]
+
+    def at(self, size: Key) -> tuple[Inputs, Captured]:
+        """Return the inputs and the recorded step of a size."""
+        if size not in self.recorded:
+            inputs = self.new_inputs(size)
+            self.recorded[size] = (inputs, self.capture(lambda: self.step(inputs)))
+        return self.recorded[size]
 
 
 class DecodeGraphs:
@@ -33,7 +50,12 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, step: Step, capture: Capture, batch_sizes: Sequence[int], *, device: torch.device
+        self,
+        step: Callable[[DecodeInputs], Tensor],
+        capture: Capture,
+        batch_sizes: Sequence[int],
+        *,
+        device: torch.device,
     ) -> None:
         """Record nothing yet.
 
@@ -47,22 +69,18 @@ class DecodeGraphs:
         Raises:
             ConfigError: the sizes do not rise from 1 or more.
         """
-        rising = all(a < b for a, b in pairwise(batch_sizes))
-        if not batch_sizes or batch_sizes[0] < 1 or not rising:
-            raise ConfigError(
-                f"decode_batch_sizes must rise from 1 or more, got {list(batch_sizes)}"
-            )
-        self._step, self._capture, self._device = step, capture, device
+        check_batch_sizes(batch_sizes)
         self._batch_sizes = tuple(batch_sizes)
-        self._recorded: dict[Size, _Recorded] = {}
+        self._recorder: Recorder[Size, DecodeInputs] = Recorder(
+            step, capture, lambda size: DecodeInputs(size, device), {}
+        )
 
     def size_of(self, rows: Sequence[Row]) -> Size | None:
         """The least size that holds the rows; None where they are more than any."""
-        fitting = [size for size in self._batch_sizes if size >= len(rows)]
-        room = _LEAST_PAGES
-        while room < max(len(row.pages) for row in rows):
-            room *= _GROWTH
-        return Size(fitting[0], room) if fitting else None
+        num_rows = least_size(self._batch_sizes, len(rows))
+        if num_rows is None:
+            return None
+        return Size(num_rows, page_room(max(len(row.pages) for row in rows)))
 
     def run(self, rows: Sequence[Row], size: Size, page_tokens: int) -> Tensor:
         """Run rows in a step of a size.
@@ -70,20 +88,38 @@ class DecodeGraphs:
         Returns:
             [len(rows), vocab_size]; the next run overwrites it.
         """
-        recorded = self._recorded.get(size)
-        if recorded is None:
-            recorded = self._recorded[size] = self._record(size)
-        recorded.inputs.fill(rows, page_tokens)
-        recorded.captured.replay()
-        return recorded.captured.output[: len(rows)]
+        inputs, captured = self._recorder.at(size)
+        inputs.fill(rows, page_tokens)
+        captured.replay()
+        return captured.output[: len(rows)]
 
-    def _record(self, size: Size) -> _Recorded:
-        """Record a step of padding alone, which touches nobody's memory."""
-        inputs = DecodeInputs(size, self._device)
-        return _Recorded(inputs, self._capture(lambda: self._step(inputs)))
+
+def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
+    """Raise ConfigError unless the sizes rise from 1 or more."""
+    rising = all(a < b for a, b in pairwise(batch_sizes))
+    if not batch_sizes or batch_sizes[0] < 1 or not rising:
+        raise ConfigError(f"decode_batch_sizes must rise from 1 or more, got {list(batch_sizes)}")
+
+
+def least_size(sizes: Sequence[int], needed: int) -> int | None:
+    """Return the first of rising sizes that is no less than what is needed, or None."""
+    return next((size for size in sizes if size >= needed), None)
+
+
+def page_room(num_pages: int) -> int:
+    """Return 16, 128, 1024 and so on: room for so many pages in each row of a table."""
+    room = _LEAST_PAGES
+    while room < num_pages:
+        room *= _GROWTH
+    return room
 
 
 def decode_batch_sizes(most: int) -> tuple[int, ...]:
     """Return 1, 2, 4, then multiples of 8 up to 64, of 32 beyond, and `most`."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most, 32)]
     return (*(size for size in sizes if size < most), most)
+
+
+def draft_token_sizes(most: int) -> tuple[int, ...]:
+    """Return 2, 4, 8 and so on, and `most`: tokens of drafts, their roots among them."""
+    return (*(size for size in (2, 4, 8) if size < most), most)

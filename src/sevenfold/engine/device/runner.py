@@ -11,7 +11,8 @@ from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.runner import Row
+from sevenfold.engine.prompt_logprobs import score_rows
+from sevenfold.engine.rows import Row
 from sevenfold.engine.storage import KVStorage, LinearStorage, Storage
 from sevenfold.engine.transfer import upload_parts
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
@@ -43,7 +44,8 @@ class DeviceRunner:
             batch_sizes: of decoding steps that are recorded; none without `capture`.
             capture: records them; None runs each step as it comes.
         """
-        self._model, self._storage, self._page_tokens = model.eval(), storage, page_tokens
+        self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
+        self.batch_sizes, self.capture = tuple(batch_sizes), capture
         self._graphs = None
         if capture is not None:
             self._graphs = DecodeGraphs(self._step, capture, batch_sizes, device=model.device)
@@ -56,21 +58,21 @@ class DeviceRunner:
             [N, vocab_size] fp32, the logits after each row's last token; the next run may overwrite
             it.
         """
-        if all(len(row.tokens) == 1 for row in rows):
+        if all(len(row.tokens) == 1 and row.scored is None for row in rows):
             return self._decode(rows)
         return self._prefill(rows)
 
     def _decode(self, rows: Sequence[Row]) -> Tensor:
         size = None if self._graphs is None else self._graphs.size_of(rows)
         if self._graphs is not None and size is not None:
-            logits = self._graphs.run(rows, size, self._page_tokens)
+            logits = self._graphs.run(rows, size, self.page_tokens)
         else:
             most = max(1, *(len(row.pages) for row in rows))
-            inputs = DecodeInputs(Size(len(rows), most), self._model.device)
-            inputs.fill(rows, self._page_tokens)
+            inputs = DecodeInputs(Size(len(rows), most), self.model.device)
+            inputs.fill(rows, self.page_tokens)
             logits = self._step(inputs)
         kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
-        self._storage.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
+        self.storage.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
         return logits
 
     def _step(self, inputs: DecodeInputs) -> Tensor:
@@ -78,10 +80,10 @@ class DeviceRunner:
         batch = Batch((1,) * rows, (0,) * rows, inputs.positions, None)
         table = PageTable(inputs.pages, inputs.page, inputs.place, inputs.key_lengths)
         state = self._values(inputs.slots, table, ())
-        return self._model.logits(self._model.hidden(inputs.ids, batch, state).hidden[:, 0])
+        return self.model.logits(self.model.hidden(inputs.ids, batch, state).hidden[:, 0])
 
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
-        parts = upload_parts(_prefill_inputs(rows, self._page_tokens), self._model.device)
+        parts = upload_parts(_prefill_inputs(rows, self.page_tokens), self.model.device)
         ids, positions, page, place, slots, key_lengths, starts, pages = parts
         lengths, past = (tuple(x) for x in ([len(r.tokens) for r in rows], [r.past for r in rows]))
         borders = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
@@ -89,14 +91,15 @@ class DeviceRunner:
         pages = pages.view(len(rows), -1)
         table = PageTable(pages, page, place, key_lengths, starts)
         state = self._values(slots, table, _stops(rows))
-        hidden = self._model.hidden(ids[None], batch, state).hidden[0]
-        return self._model.logits(hidden[starts[1:] - 1])
+        hidden = self.model.hidden(ids[None], batch, state).hidden[0]
+        score_rows(self.model, rows, hidden)
+        return self.model.logits(hidden[starts[1:] - 1])
 
     def _values(
         self, slots: Tensor, table: PageTable, stops: tuple[Stop, ...]
     ) -> tuple[LayerState, ...]:
         values: list[LayerState] = []
-        for layer in self._storage.layers:
+        for layer in self.storage.layers:
             if isinstance(layer, KVStorage):
                 values.append(PagedKV(layer.k, layer.v, table))
                 continue

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.sampling.params import SamplingParams
+from sevenfold.engine.transfer import send
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ def build_rules(params: Sequence[SamplingParams], vocab_size: int, device: torch
     """Lay out the rules of a batch; rebuilt when its requests change, not at each token."""
 
     def column(values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)[:, None]
+        return send(values, dtype, device)[:, None]
 
     greedy = [p.temperature == 0 for p in params]
     rules = [(p.top_k, p.top_p, p.min_p) for p in params]
     return Rules(
-        greedy=torch.tensor(greedy, device=device),
+        greedy=send(greedy, torch.bool, device),
         temperature=column([p.temperature or 1.0 for p in params], torch.float32),
         top_k=column([p.top_k or vocab_size for p in params], torch.int64),
         # Above 1, so that rounding in the cumulative sum drops nothing.
@@ -63,7 +64,9 @@ def choose_tokens(logits: Tensor, rules: Rules, draws: Tensor) -> Tensor:
     best = logits.argmax(-1)
     if rules.all_greedy:
         return best
-    probabilities, tokens = (logits / rules.temperature).softmax(-1).sort(descending=True)
+    probabilities, tokens = (
+        (logits / rules.temperature).softmax(-1).sort(descending=True, stable=True)
+    )
     if not rules.none_truncates:
         probabilities = probabilities * _kept(probabilities, rules)
     cumulative = probabilities.double().cumsum(-1)

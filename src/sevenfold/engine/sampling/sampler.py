@@ -13,6 +13,7 @@ from sevenfold.engine.sampling.draws import uniform
 from sevenfold.engine.sampling.params import SamplingParams
 from sevenfold.engine.sampling.penalties import Penalties
 from sevenfold.engine.sampling.rules import build_rules, choose_tokens
+from sevenfold.engine.transfer import send
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Sampler:
         self._rules = build_rules(params, vocab_size, device)
         self._penalties = Penalties(params, prompts, tokens, vocab_size, device)
         seeds = [o.seed - (1 << 64) if o.seed >= 1 << 63 else o.seed for o in outputs]
-        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
-        self._places = torch.tensor([len(t) for t in tokens], dtype=torch.int64, device=device)
+        self._seeds = send(seeds, torch.int64, device)
+        self._places = send([len(t) for t in tokens], torch.int64, device)
 
     def choose(self, logits: Tensor) -> Tensor:
         """Choose each request's next token, [N] int64, from logits [N, vocab_size] fp32.

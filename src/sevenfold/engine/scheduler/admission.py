@@ -42,6 +42,8 @@ class Admission:
                 if self._tenancy.open(entry):
                     return True
                 rivals = self._roster.open
+            if self._config.batch_invariant:
+                return False
             victim = last_in_rank(rivals)
             if victim is None or victim.rank < entry.rank:
                 return False

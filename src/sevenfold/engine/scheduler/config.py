@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from sevenfold.config import SevenfoldError, StrictModel
 
+_ALL_OUTPUT_TOKENS = 1 << 40
+
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -30,6 +32,9 @@ class SchedulerConfig(StrictModel):
     headroom_tokens: output for which a request must find pages to be opened; doubled by each of its
         preemptions.
     ageing_s: seconds of waiting that weigh as much as one level of priority.
+    batch_invariant: what is computed for a request shall not depend on any other. Its prompt is
+        computed in chunks that end at multiples of min_chunk_tokens; it is opened when memory has
+        room for all of its output, and never preempted.
     """
 
     max_request_tokens: Count | None
@@ -41,6 +46,17 @@ class SchedulerConfig(StrictModel):
     max_waiting: Count = 1024
     headroom_tokens: Annotated[int, Field(ge=0)] = 256
     ageing_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    batch_invariant: bool = False
+
+    @property
+    def opening_headroom_tokens(self) -> int:
+        """Output for which a request must find pages to be opened at first."""
+        return _ALL_OUTPUT_TOKENS if self.batch_invariant else self.headroom_tokens
+
+    @property
+    def grain_tokens(self) -> int:
+        """A chunk ends at a multiple of these, or at the prompt's end."""
+        return self.min_chunk_tokens if self.batch_invariant else self.page_tokens
 
     @model_validator(mode="after")
     def _check(self) -> Self:

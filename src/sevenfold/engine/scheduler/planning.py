@@ -67,6 +67,6 @@ class Planner:
         first, total = request.num_computed_tokens, request.num_tokens
         end = min(total, first + most)
         if end < total:
-            end -= end % self._config.page_tokens
+            end -= end % self._config.grain_tokens
         due = self._cache.snapshots_due(request, first, end)
         return PrefillChunk(request, first, end, tuple(due), yields_token=end == total)

@@ -34,7 +34,7 @@ class Tenancy:
             self._refused = entry
             return False
         # The last token that is generated is never computed, and has no place in memory.
-        headroom = self._config.headroom_tokens << min(request.num_preemptions, 32)
+        headroom = self._config.opening_headroom_tokens << min(request.num_preemptions, 32)
         need = request.num_tokens + min(headroom, request.num_remaining_tokens - 1)
         if not self.reserve(entry, need):
             self._free(entry, keep=False)

@@ -16,6 +16,7 @@ from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.request import Request
 from sevenfold.engine.sampling import Logprobs, Output, Sampler, read_logprobs
 from sevenfold.engine.speculation.tree import ROOT, DraftTree
+from sevenfold.engine.transfer import fetch, upload
 
 
 class Taken(NamedTuple):
@@ -116,26 +117,30 @@ def walk_drafts(
         logits: [tokens, vocab_size] fp32 after every node of every tree, one after another.
         new_sampler: builds the sampler of some outputs.
     """
-    finite = torch.isfinite(logits).all(-1).tolist()
     while going := [walk for walk in walks if not walk.is_over]:
         chosen = _choose(going, logits, new_sampler)
         for walk in going:
             while not walk.is_over and (node := walk.first + walk.path[-1]) in chosen:
-                walk.advance(*chosen[node], is_finite=finite[node])
+                token, logprobs, is_finite = chosen[node]
+                walk.advance(token, logprobs, is_finite=is_finite)
 
 
 def _choose(
     walks: Sequence[Walk], logits: Tensor, new_sampler: Callable[[list[Output]], Sampler]
-) -> dict[int, tuple[int, Logprobs | None]]:
-    """Choose the tokens after the nodes that the walks name: row of the logits -> token."""
+) -> dict[int, tuple[int, Logprobs | None, bool]]:
+    """Choose the tokens after the nodes that the walks name, by one wait for the device.
+
+    Row of the logits -> token, its log probabilities, whether the row is finite.
+    """
     asked = [(walk, node) for walk in walks for node in walk.nodes]
     rows = [walk.first + node for walk, node in asked]
     outputs = [_supposed(walk.progress.output, walk.tree.guesses(node)) for walk, node in asked]
-    picked = logits[torch.tensor(rows, device=logits.device)]
+    picked = logits[upload(rows, logits.device)]
     masked = mask_logits(picked, [walk.progress.constraint for walk, _ in asked])
     tokens = new_sampler(outputs).choose(masked)
+    ids, finite = fetch([tokens, torch.isfinite(picked).all(-1)])
     logprobs = read_logprobs(picked, tokens, [output.params for output in outputs])
-    return dict(zip(rows, zip(tokens.tolist(), logprobs, strict=True), strict=True))
+    return dict(zip(rows, zip(ids, logprobs, map(bool, finite), strict=True), strict=True))
 
 
 def _supposed(output: Output, guesses: Sequence[int]) -> Output:

@@ -44,9 +44,7 @@ def build_drafter(
 
 
 def check_rings(config: SpeculationConfig, plan: MemoryPlan) -> None:
-    """Raise ConfigError unless a plan has room for drafts beside its states, which are fp32."""
-    if plan.has_states and plan.state_dtype != "fp32":
-        raise ConfigError(f"state_dtype must be fp32 to speculate, got {plan.state_dtype}")
+    """Raise ConfigError unless a plan has room for drafts beside its states."""
     if plan.has_states and plan.ring_tokens < config.draft_tokens + 1:
         raise ConfigError(
             f"plan.ring_tokens must be at least draft_tokens + 1 = {config.draft_tokens + 1} to "

@@ -13,7 +13,8 @@ from sevenfold.engine.cache import Fresh
 from sevenfold.engine.cache.arena import Arena, index_of
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.memory_layout import Tenant
-from sevenfold.engine.runner import Row, Runner
+from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.sampling import Output, Sampler
 from sevenfold.engine.speculation.config import DraftModelConfig
 from sevenfold.engine.speculation.drafter import Ask, Paths

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from sevenfold.engine.request import Request
-from sevenfold.engine.runner import Row
+from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import Output, Sampler
 from sevenfold.engine.speculation.acceptance import Progress, Walk, walk_drafts
 from sevenfold.engine.speculation.config import SpeculationConfig
 from sevenfold.engine.speculation.drafter import Ask, Drafter
 from sevenfold.engine.speculation.pace import Pace, StepTimes
 from sevenfold.engine.speculation.tree import DraftTree
-from sevenfold.engine.speculation.verifier import DraftRow, Verifier
+from sevenfold.engine.speculation.verifier import Checked, DraftRow
 
 _NOTHING = DraftTree((), ())
 
@@ -31,6 +30,23 @@ class SpeculationCounters:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     num_spoilt_drafts: int = 0
+
+
+class Checker(Protocol):
+    """What runs the model on drafts."""
+
+    def check(self, drafts: Sequence[DraftRow]) -> Checked:
+        """Run drafts of several requests from the states before them."""
+        ...
+
+    def accept(
+        self,
+        accepted: Sequence[tuple[DraftRow, Sequence[int]]],
+        *,
+        rejected: Sequence[DraftRow],
+    ) -> None:
+        """Take the nodes that were right, root to last; clear drafts that are not finite."""
+        ...
 
 
 class Drafted(NamedTuple):
@@ -60,7 +76,7 @@ class Speculator:
         self,
         config: SpeculationConfig,
         drafter: Drafter,
-        verifier: Verifier,
+        worker: Checker,
         new_sampler: Callable[[Sequence[Output]], Sampler],
     ) -> None:
         """Begin with nothing drafted.
@@ -68,11 +84,11 @@ class Speculator:
         Args:
             config: what it may do.
             drafter: guesses.
-            verifier: runs the model.
+            worker: runs the model.
             new_sampler: builds the sampler of some outputs.
         """
         self._config, self._drafter = config, drafter
-        self._verifier, self._new_sampler = verifier, new_sampler
+        self._worker, self._new_sampler = worker, new_sampler
         self._times = StepTimes()
         self._drafted: dict[str, _Drafting] = {}
         self.counters = SpeculationCounters()
@@ -111,15 +127,17 @@ class Speculator:
             DraftRow.of(one.row, self._of(one.progress.request).tree.first(one.num_guesses))
             for one in drafted
         ]
-        ends = accumulate((len(draft.row.tokens) for draft in drafts), initial=0)
+        logits, starts = self._worker.check(drafts)
         walks = [
             Walk(one.progress, draft.tree, first)
-            for one, draft, first in zip(drafted, drafts, ends, strict=False)
+            for one, draft, first in zip(drafted, drafts, starts, strict=True)
         ]
-        walk_drafts(walks, self._verifier.run(drafts), self._new_sampler)
+        walk_drafts(walks, logits, self._new_sampler)
         pairs = list(zip(drafts, walks, strict=True))
-        self._verifier.accept([(draft, walk.path) for draft, walk in pairs if walk.taken])
-        self._verifier.reject([draft for draft, walk in pairs if not walk.is_finite])
+        self._worker.accept(
+            [(draft, walk.path) for draft, walk in pairs if walk.taken],
+            rejected=[draft for draft, walk in pairs if not walk.is_finite],
+        )
         for walk in walks:
             self._count(walk, num_rows)
         return walks

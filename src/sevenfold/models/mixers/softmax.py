@@ -114,13 +114,26 @@ class SoftmaxAttention(nn.Module):
     def _attend_tree(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PagedTree
     ) -> Tensor:
-        at = (state.table.page, state.table.place)
-        state.k[at], state.v[at] = k.flatten(0, 1), v.flatten(0, 1)
+        table, tokens = state.table, (k.flatten(0, 1), v.flatten(0, 1))
+        if table.key_lengths is not None:
+            write_pages(*tokens, state.k, state.v, table.page, table.place)
+            return attention_pages(
+                q,
+                state.k,
+                state.v,
+                table.pages,
+                table.key_lengths,
+                scale=self.scale,
+                window=self.window,
+                ancestors=state.ancestors,
+            )
+        at = (table.page, table.place)
+        state.k[at], state.v[at] = tokens
         return attention_paged_tree(
             q,
             state.k,
             state.v,
-            state.table.pages,
+            table.pages,
             state.ancestors,
             lengths=batch.lengths,
             past=batch.past,

@@ -30,6 +30,8 @@ def cached(
     last = torch.tensor(key_lengths, device=q.device)[:, None]
     place = torch.arange(places, device=q.device)
     visible = place < last
+    # A mask hides no NaN: its weight is zero, and zero times NaN is none.
+    k, v = (x.masked_fill(~visible[:, None, :, None], 0) for x in (k, v))
     if window is not None:
         visible &= place >= last - window
     return _sdpa(q, k, v, scale, mask=visible[:, None, None]).transpose(1, 2)

@@ -1,0 +1,160 @@
+"""Opening requests: memory for one, behind the longest prefix that it can go on from."""
+
+from sevenfold.engine.cache.admission import PromptPlaces, wanted_snapshots
+from sevenfold.engine.cache.arena import Arena, index_of
+from sevenfold.engine.cache.holding import Fresh, Holding
+from sevenfold.engine.cache.host import HostEntry, HostTier
+from sevenfold.engine.cache.keys import KeyChain
+from sevenfold.engine.cache.lookup import Lookup, Match, PrefixIndex, SeenKeys
+from sevenfold.engine.cache.tree import Node, PrefixTree
+from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.request import Request
+
+
+class Opening:
+    """The memory, the prefixes in it, and what open requests hold.
+
+    Args:
+        plan: the budget and how it is cut.
+        headroom_tokens, grain_tokens: as CacheManager's.
+    """
+
+    def __init__(
+        self, plan: MemoryPlan, *, headroom_tokens: int = 256, grain_tokens: int | None = None
+    ) -> None:
+        self.plan = plan
+        self._grain_tokens = grain_tokens
+        self._headroom_tokens = headroom_tokens
+        self._arena = Arena(plan.layout)
+        seen = SeenKeys()
+        self._host = None if plan.host is None else HostTier(plan.host)
+        evicted = None if self._host is None else self._host.keep
+        self._tree = PrefixTree(self._arena, plan, seen.add, evicted)
+        self._index = PrefixIndex(
+            self._tree,
+            seen,
+            plan.page_tokens,
+            any_node=not plan.has_states,
+            grain_tokens=grain_tokens or plan.page_tokens,
+        )
+        self._holdings: dict[str, Holding] = {}
+        self._fresh = Fresh([], [])
+
+    def _admit(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
+        """Take memory for a request behind the path that it goes on from."""
+        if self._lock(request, found.path):
+            return self._hold(request, chain, found)
+        if self._holdings or not found.path:
+            return None
+        # Alone: nothing will come free, and what was found is in the way of what is needed.
+        if not self._lock(request, []):
+            return None
+        return self._hold(request, chain, found.without_path())
+
+    def _admit_from_host(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
+        """Take memory for a request that goes on from a longer prefix in the host's memory.
+
+        The prefix takes its place in the tree at once; its items are filled before the model runs.
+        """
+        page = self.plan.page_tokens
+        most, least = (num_matched_tokens(request) - 1) // page, found.lookup.hit_tokens // page + 1
+        entry = None if self._host is None else self._host.find(chain, most, least)
+        if self._host is None or entry is None:
+            return None
+        path: list[Node] = []
+        while len(path) < len(entry.keys) and (node := self._tree.get(entry.keys[len(path)])):
+            path.append(node)
+        self._tree.lock(path)
+        pages = self._num_opening_pages(request) - len(path)
+        needs = (int(self.plan.has_states), pages, int(entry.snapshot is not None))
+        if not self._arena.suffices(needs):
+            self._tree.unlock(path)
+            return None
+        self._host.pin(entry)
+        self._bring_back(entry, path, chain)
+        self._host.unpin(entry)
+        hit = len(path) * page
+        self._host.counters.hit_tokens += hit - found.lookup.hit_tokens
+        seen = max(hit, found.lookup.seen_tokens)
+        return self._hold(request, chain, Match(Lookup(hit, seen, None), path))
+
+    def _bring_back(self, entry: HostEntry, path: list[Node], chain: KeyChain) -> None:
+        """Put an entry's missing nodes behind a locked path, and a pinned anchor on the last."""
+        missing = entry.keys[len(path) :]
+        pages = self._take(Tenant.PAGE, len(missing)) if self.plan.has_pages and missing else []
+        snapshot = None if entry.snapshot is None else self._take(Tenant.SNAPSHOT, 1)[0]
+        for n, key in enumerate(missing):
+            node = self._tree.grow(path[-1] if path else None, key, pages[n] if pages else None)
+            if not path:
+                self._tree.name_first_block(node, chain.unsalted())
+            self._tree.lock((node,))
+            path.append(node)
+        if self._host is not None:
+            self._host.read(entry, dict(zip(missing, pages, strict=False)), snapshot)
+        self._tree.pin(self._tree.anchor(path[-1], snapshot))
+
+    def _lock(self, request: Request, path: list[Node]) -> bool:
+        """Keep a path and its last state if what the request needs besides can be had."""
+        pages = self._num_opening_pages(request) - len(path)
+        self._tree.lock(path)
+        anchor = path[-1].anchor if path else None
+        if anchor is not None:
+            self._tree.pin(anchor)
+        if self._arena.suffices((int(self.plan.has_states), pages, 0)):
+            return True
+        if anchor is not None:
+            self._tree.unpin(anchor)
+        self._tree.unlock(path)
+        return False
+
+    def _num_opening_pages(self, request: Request) -> int:
+        """Pages for all known tokens and for some output: none of them can be refused later, while
+        the state that the request goes on from must stay."""
+        headroom = self._headroom_tokens << min(request.num_preemptions, 32)
+        output = max(0, min(headroom, request.num_remaining_tokens - 1))
+        return self.plan.num_pages(request.num_tokens + output)
+
+    def _hold(self, request: Request, chain: KeyChain, found: Match) -> Holding:
+        anchor = found.path[-1].anchor if found.path else None
+        if anchor is not None:
+            self._tree.hit(anchor)
+        seen = found.lookup.seen_tokens
+        places = PromptPlaces(request.num_tokens, request.marks, seen)
+        state = self._take(Tenant.STATE, 1)[0] if self.plan.has_states else None
+        holding = Holding(
+            request=request,
+            chain=chain,
+            lookup=found.lookup,
+            num_prompt_tokens=request.num_tokens,
+            wanted=wanted_snapshots(places, self._grain_tokens or self.plan.page_tokens),
+            path=found.path,
+            pages=[node.page for node in found.path if node.page is not None],
+            state=state,
+            restored=anchor,
+            next_block_tokens=(len(found.path) + 1) * self.plan.page_tokens,
+        )
+        if state is not None and anchor is None:
+            self._fresh.states.append(index_of(state))
+        missing = self._num_opening_pages(request) - len(holding.pages)
+        if missing > 0:
+            self._give_pages(holding, self._take(Tenant.PAGE, missing))
+        return holding
+
+    def _give_pages(self, holding: Holding, pages: list[int]) -> None:
+        indices = [index_of(page) for page in pages]
+        holding.pages.extend(pages)
+        holding.page_indices.extend(indices)
+        self._fresh.pages.extend(indices)
+
+    def _take(self, tenant: Tenant, count: int) -> list[int]:
+        while (handles := self._arena.take(tenant, count)) is None:
+            if not self._tree.evict(whole_slab=tenant is Tenant.STATE):
+                raise AssertionError("what is not pinned can be evicted")
+        return handles
+
+
+def num_matched_tokens(request: Request) -> int:
+    """Tokens of a request that are looked for in the cache, one more than it may take from it."""
+    most = request.max_cached_tokens
+    return request.num_tokens if most is None else min(request.num_tokens, most + 1)

@@ -1,0 +1,122 @@
+"""Starting the ranks that serve a model together on one machine."""
+
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sevenfold.config import ConfigError
+from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.tensor_parallel.channel import Channel
+from sevenfold.engine.tensor_parallel.joining import Joined, Joining, Part, join
+from sevenfold.engine.tensor_parallel.leader import LeadingWorker
+from sevenfold.engine.worker import WorkerConfig
+from sevenfold.models import HybridModel
+
+_FOLLOWER = "sevenfold.engine.tensor_parallel"
+_END_S = 10.0
+
+
+class Ranks:
+    """The other ranks of a model, in processes of their own; they end with this one."""
+
+    def __init__(self, joined: Joined, processes: Sequence[subprocess.Popen]) -> None:
+        self._joined, self._processes = joined, processes
+        self._worker: LeadingWorker | None = None
+        self._end = weakref.finalize(self, _end, processes)
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are, this one among them."""
+        return 1 + len(self._processes)
+
+    def lead(self, plan: MemoryPlan, config: WorkerConfig) -> LeadingWorker:
+        """Let every rank allocate the plan's memory for its part of the model; once.
+
+        Raises:
+            ConfigError: as Worker, or snapshot_dtype is auto: a rank does not know all heads.
+        """
+        if plan.snapshot_dtype == "auto":
+            raise ConfigError(
+                "snapshot_dtype must name one precision with tensor_parallel, got auto, which "
+                "chooses by all heads of a layer"
+            )
+        self._channel.send_text(Part.of(plan, config).model_dump_json())
+        self._worker = LeadingWorker(self._joined.model, plan, config, self._channel)
+        return self._worker
+
+    def close(self) -> None:
+        """End the other ranks."""
+        if self._end.alive:
+            if self._worker is not None:
+                self._worker.stop()
+                for process in self._processes:
+                    process.wait(_END_S)
+            self._joined.leave()
+            self._end()
+
+    @property
+    def _channel(self) -> Channel:
+        return self._joined.channel
+
+
+def start_ranks(
+    checkpoint: Path, num_ranks: int, *, device: str, dtype: torch.dtype | None
+) -> tuple[HybridModel, Ranks]:
+    """Load a checkpoint in parts: one here, each other in a process that is started now.
+
+    Args:
+        checkpoint: the folder.
+        num_ranks: 2 or more, which must divide heads, widths and vocabulary.
+        device: "cpu" or "cuda"; rank n takes GPU n.
+        dtype: of the weights; None keeps the file's.
+
+    Returns:
+        The first part, which computes what the whole model computes where all ranks compute, and
+        the ranks.
+
+    Raises:
+        CheckpointError, UnsupportedError: as load_model.
+        ConfigError: num_ranks does not divide the model's sizes, or there are fewer GPUs.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu or cuda with tensor_parallel, got {device!r}")
+    if device == "cuda" and torch.cuda.device_count() < num_ranks:
+        raise ConfigError(
+            f"tensor_parallel must be at most the {torch.cuda.device_count()} GPUs of this "
+            f"machine, got {num_ranks}"
+        )
+    with tempfile.TemporaryDirectory(prefix="sevenfold-ranks-") as folder:
+        ranks = [
+            Joining(
+                checkpoint=str(checkpoint),
+                device=device,
+                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+                rank=rank,
+                num_ranks=num_ranks,
+                store=str(Path(folder) / "store"),
+            )
+            for rank in range(num_ranks)
+        ]
+        processes = [_start(joining) for joining in ranks[1:]]
+        try:
+            joined = join(ranks[0])
+        except BaseException:
+            _end(processes)
+            raise
+    return joined.model, Ranks(joined, processes)
+
+
+def _start(joining: Joining) -> subprocess.Popen:
+    command = [sys.executable, "-m", _FOLLOWER, joining.model_dump_json()]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()

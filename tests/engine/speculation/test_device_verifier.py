@@ -1,0 +1,150 @@
+"""Verification for a GPU on a CPU: the same tokens; padding and stale buffers change nothing."""
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from device_helpers import FakeCapture, new_runner, prompt
+from engine_helpers import MOE, tiny_model, uncached
+from speculation_helpers import CHAIN, TREE, build, is_idle, repeating, run, submit, tokens
+from tokenizers import Tokenizer
+from verifier_bench import CHAINS, TREES, Bench, real_rows
+
+from sevenfold.engine import worker as worker_module
+from sevenfold.engine.device import DeviceVerifier, graphs
+from sevenfold.engine.rows import Row
+from sevenfold.engine.speculation.tree import DraftTree
+from sevenfold.engine.speculation.verifier import DraftRow
+from sevenfold.engine.storage import KVStorage
+from sevenfold.models import HybridModel
+from sevenfold.ops.testing import check_error
+
+LAYERS = ["ll", "ff", "lsf", "llsl"]
+
+
+def model_of(layers: str) -> HybridModel:
+    return tiny_model(layers, max_position_embeddings=200, moe=MOE if layers == "llsl" else None)
+
+
+@pytest.mark.parametrize("mode", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (8,), ()], ids=["graphs", "one size", "no graphs"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_the_engine_gives_the_same_tokens(
+    layers: str, sizes: tuple[int, ...], mode, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = FakeCapture() if sizes else None
+    monkeypatch.setattr(
+        worker_module,
+        "make_runner",
+        lambda model, storage, *_, **__: new_runner(model, storage, capture, sizes),
+    )
+    model, texts = model_of(layers), repeating(0, [1, 70, 17, 40])
+    engine = build(model, tokenizer, mode)
+    idle = engine.cache.usage()
+    for n, text in enumerate(texts):
+        submit(engine, str(n), text, 24)
+    events = run(engine)
+    found = [tokens(events[str(n)]) for n in range(len(texts))]
+    assert found == [uncached(model, text, 24) for text in texts]
+    assert engine.speculation_counters().num_accepted_tokens > 0
+    # The next turn goes on from snapshots that drafts passed.
+    second = [*texts[1], *found[1], 5]
+    again = submit(engine, "again", second, 4)
+    assert tokens(run(engine)["again"]) == uncached(model, second, 4)
+    assert again.num_cached_tokens >= 64
+    assert is_idle(engine, idle)
+    assert isinstance(engine._worker._verifier, DeviceVerifier)
+    recorded = engine._worker._verifier._recorder
+    assert capture is None or len(recorded.recorded) > 0
+
+
+@pytest.mark.parametrize("trees", [CHAINS, TREES], ids=["chains", "trees"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_two_drafts_in_a_row_are_as_without_a_device(layers: str, trees: list[DraftTree]) -> None:
+    """The second call folds in what the first accepted, branches that moved among it."""
+    found, paths = {}, [[0, 2] if trees is TREES else [0, 1], [0]]
+    for name in ("device", "plain"):
+        bench = Bench(model_of(layers), (4,), trees, FakeCapture())
+        verifier, drafts = getattr(bench, name), bench.start([0, 1])
+        first = real_rows(verifier.run(drafts), drafts).clone()
+        verifier.accept(list(zip(drafts, paths, strict=True)))
+        later = [
+            DraftRow.of(Row([3], d.row.past + len(p), d.row.state, d.row.pages, {}), d.tree)
+            for d, p in zip(drafts, paths, strict=True)
+        ]
+        found[name] = torch.cat([first, real_rows(verifier.run(later), later)])
+    known = [prompt(9 + 4 * n, seed=n) for n in range(2)]
+    taken = [
+        [*known[n], *(drafts[n].row.tokens[node] for node in path)] for n, path in enumerate(paths)
+    ]
+    alone, exact = (
+        torch.cat([nodes_alone(model, known, drafts), nodes_alone(model, taken, later)])
+        for model in (bench.model, copy.deepcopy(bench.model).double())
+    )
+    # Two honest runs in fp32, without a device: the larger error of each number is theirs.
+    plain = found["plain"]
+    is_worse = (plain - exact).abs() > (alone - exact).abs()
+    check_error("logits", found["device"], torch.where(is_worse, plain, alone), exact)
+
+
+@torch.inference_mode()
+def nodes_alone(
+    model: HybridModel, known: list[list[int]], drafts: Sequence[DraftRow]
+) -> torch.Tensor:
+    """The logits after each node of each draft, of a row that holds its path alone."""
+    found = []
+    for text, draft in zip(known, drafts, strict=True):
+        for path in draft.tree.paths:
+            row = [*text, *(draft.row.tokens[node] for node in path)]
+            found.append(model(torch.tensor([row]))[0, -1])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("trees", [CHAINS, TREES], ids=["chains", "trees"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_padding_and_what_buffers_held_change_no_bit(layers: str, trees: list[DraftTree]) -> None:
+    quiet, noisy = (
+        Bench(model_of(layers), (4,), trees, FakeCapture()),
+        Bench(model_of(layers), (4,), trees, FakeCapture()),
+    )
+    drafts = quiet.start([0, 1])
+    wanted = real_rows(quiet.device.run(drafts), drafts).clone()
+    drafts = noisy.start([0, 1])
+    # Another crowd passes through the same buffers, and the sink holds what no number is.
+    crowd = noisy.start([2, 3, 4])
+    noisy.device.run(crowd)
+    noisy.device.accept([(draft, [0]) for draft in crowd])
+    noisy.device.run(crowd)
+    for layer in noisy.storage.layers:
+        pools = [layer.k, layer.v] if isinstance(layer, KVStorage) else [layer.states]
+        for pool in pools:
+            pool[0] = float("nan")
+    assert torch.equal(real_rows(noisy.device.run(drafts), drafts), wanted)
+
+
+@pytest.mark.parametrize("trees", [CHAINS, TREES], ids=["chains", "trees"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_a_run_writes_to_its_rows_and_to_the_sink(layers: str, trees: list[DraftTree]) -> None:
+    bench = Bench(model_of(layers), (4,), trees, FakeCapture())
+    drafts = bench.start([0, 1])
+    slabs = bench.storage._arena.view(-1, bench.storage.layout.slab_bytes)
+    before = slabs.clone()
+    bench.device.run(drafts)
+    changed = (slabs != before).any(-1).nonzero().flatten().tolist()
+    # Places 9 to 13 and 13 to 14: the first page of each.
+    states = [1, 2] if drafts[0].row.state else []
+    pages = [8, 10] if any(isinstance(x, KVStorage) for x in bench.storage.layers) else []
+    assert [slab for slab in changed if slab] == states + pages
+
+
+def test_sizes_of_drafts() -> None:
+    assert graphs.draft_token_sizes(2) == (2,)
+    assert graphs.draft_token_sizes(6) == (2, 4, 6)
+    assert graphs.draft_token_sizes(16) == (2, 4, 8, 16)
+    bench = Bench(tiny_model("lf"), (2, 4), TREES, FakeCapture())
+    drafts = bench.start([0, 1])
+    bench.device.run(drafts)
+    bench.device.run(drafts[1:])
+    sizes = [(s.rows, s.tokens, s.pages) for s in bench.device._recorder.recorded]
+    assert sizes == [(2, 8, 16), (2, 2, 16)]
