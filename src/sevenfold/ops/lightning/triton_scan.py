@@ -15,6 +15,9 @@ what pieces of the segments add to the states after them, but for the tokens who
 segment's end is below the rounding of their dtype. chain_kernel adds these up along a sequence.
 """
 
+# pyright reads a kernel as the Python function that it is not.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
