@@ -32,7 +32,10 @@ MAX_FUNCTION_LINES = 60  # the docstring does not count
 MAX_README_LINES = 150
 
 # "ops/lightning/triton_forward.py" or "ops/lightning/triton_forward.py:kernel" -> its own limit.
-LARGER: dict[str, int] = {}
+LARGER: dict[str, int] = {
+    # One parameter for each option that the command offers.
+    "cli/serve.py:serve_command": 75,
+}
 
 # "tests/...py:line" of a literal tolerance that no error budget can give, with its reason.
 LITERAL_TOLERANCES: dict[str, str] = {}

@@ -22,6 +22,7 @@ from sevenfold.engine import LLM, SamplingParams
 from sevenfold.ops.testing import check_error
 from sevenfold.server import (
     BatchingEngine,
+    EngineStats,
     EngineStoppedError,
     GenerationRequest,
     RequestFailedError,
@@ -169,22 +170,27 @@ async def outputs_of(engine: BatchingEngine, request: GenerationRequest) -> list
     return [output async for output in engine.submit(request)]
 
 
+async def told(engine: BatchingEngine, *, running: int) -> EngineStats:
+    """What the thread tells of itself, which it does after its step: once so many run."""
+    for _ in range(500):
+        if engine.stats().running == running:
+            break
+        await asyncio.sleep(0.01)
+    return engine.stats()
+
+
 async def test_closing_an_iterator_frees_what_it_held(llm: LLM) -> None:
     engine = make_engine(llm)
     long, other = engine.submit(asking("a", 500)), engine.submit(asking("b", 500))
     await anext(long)
     await anext(other)
-    assert engine.stats().running == 2
-    assert engine.stats().states.used == 2
+    stats = await told(engine, running=2)
+    assert (stats.running, stats.states.used) == (2, 2)
     await long.aclose()
     await other.aclose()
     outputs = await outputs_of(engine, asking("c", 3))
     assert [output.finish_reason for output in outputs] == [None, None, "length"]
-    for _ in range(500):  # the thread tells of itself after its step
-        stats = engine.stats()
-        if not stats.running:
-            break
-        await asyncio.sleep(0.01)
+    stats = await told(engine, running=0)
     assert (stats.running, stats.states.used) == (0, 0)
     engine.close()
     assert not engine.healthy()

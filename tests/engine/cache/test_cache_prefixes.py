@@ -425,3 +425,24 @@ def test_a_request_must_be_open_once() -> None:
     run.start(request)
     with pytest.raises(ValueError, match=r"request must not be open to be opened, got 'r1'"):
         run.manager.open(request)
+
+
+def test_two_that_compute_one_block_share_its_page() -> None:
+    """The later one gives its page back: alone it gets all that the plan promises."""
+    run = Runner(CacheManager(tiny_plan(4), headroom_tokens=0))
+    longest = run.manager.plan.longest_context_tokens
+    prompt = blocks("abc")
+    first, second = (run.request((*prompt, 7), max_tokens=longest - 48) for _ in range(2))
+    for request in (first, second):
+        assert run.start(request) == 0
+    for request in (first, second):
+        run.prefill(request)
+    run.check()
+    pages = [list(run.manager.pages(request))[:3] for request in (first, second)]
+    assert pages[0] == pages[1]
+    run.check()
+    run.finish(first)
+    second.generated.extend([9] * (longest - second.num_tokens))
+    assert run.manager.extend(second, longest)
+    run.finish(second)
+    run.check_nothing_is_left()

@@ -9,7 +9,7 @@ from pages_cases import Case, Inputs, apart, make
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import attention_pages, write_pages
+from sevenfold.ops import attention_paged, attention_pages, write_pages
 from sevenfold.ops.testing import check_error
 
 CASES = {
@@ -141,3 +141,16 @@ def test_the_kernels_need_a_gpu() -> None:
     pools, where = [torch.zeros(4, 4, 3, 5)] * 2, [torch.zeros(2).long()] * 2
     with pytest.raises(UnsupportedError, match=message):
         write_pages(torch.zeros(2, 3, 5), torch.zeros(2, 3, 5), *pools, *where, impl="triton")
+
+
+def test_a_nan_behind_a_shorter_sequence_reaches_nobody() -> None:
+    """Places that a sequence does not fill may hold anything: another's, or what no number is."""
+    generator = torch.Generator().manual_seed(0)
+    k_pages, v_pages = (torch.randn(4, 16, 1, 8, generator=generator) for _ in range(2))
+    q = torch.randn(2, 1, 2, 8, generator=generator)
+    pages = torch.tensor([[1, 2], [3, 0]])
+    how = {"lengths": (1, 1), "key_lengths": (20, 5), "scale": 1.0}
+    wanted = attention_paged(q, k_pages, v_pages, pages, **how)
+    for pool in (k_pages, v_pages):
+        pool[0], pool[3, 5:] = float("nan"), float("nan")
+    assert torch.equal(attention_paged(q, k_pages, v_pages, pages, **how), wanted)

@@ -72,18 +72,20 @@ class Opening:
             self._tree.unlock(path)
             return None
         self._host.pin(entry)
+        # A whole slab first, then part of one: pages find room wherever others leave it.
+        state = self._take(Tenant.STATE, 1)[0] if self.plan.has_states else None
         self._bring_back(entry, path, chain)
         self._host.unpin(entry)
         hit = len(path) * page
         self._host.counters.hit_tokens += hit - found.lookup.hit_tokens
         seen = max(hit, found.lookup.seen_tokens)
-        return self._hold(request, chain, Match(Lookup(hit, seen, None), path))
+        return self._hold(request, chain, Match(Lookup(hit, seen, None), path), state)
 
     def _bring_back(self, entry: HostEntry, path: list[Node], chain: KeyChain) -> None:
         """Put an entry's missing nodes behind a locked path, and a pinned anchor on the last."""
         missing = entry.keys[len(path) :]
-        pages = self._take(Tenant.PAGE, len(missing)) if self.plan.has_pages and missing else []
         snapshot = None if entry.snapshot is None else self._take(Tenant.SNAPSHOT, 1)[0]
+        pages = self._take(Tenant.PAGE, len(missing)) if self.plan.has_pages and missing else []
         for n, key in enumerate(missing):
             node = self._tree.grow(path[-1] if path else None, key, pages[n] if pages else None)
             if not path:
@@ -115,13 +117,17 @@ class Opening:
         output = max(0, min(headroom, request.num_remaining_tokens - 1))
         return self.plan.num_pages(request.num_tokens + output)
 
-    def _hold(self, request: Request, chain: KeyChain, found: Match) -> Holding:
+    def _hold(
+        self, request: Request, chain: KeyChain, found: Match, state: int | None = None
+    ) -> Holding:
+        """What a request holds behind a locked path, with a state that it has or gets now."""
         anchor = found.path[-1].anchor if found.path else None
         if anchor is not None:
             self._tree.hit(anchor)
         seen = found.lookup.seen_tokens
         places = PromptPlaces(request.num_tokens, request.marks, seen)
-        state = self._take(Tenant.STATE, 1)[0] if self.plan.has_states else None
+        if state is None and self.plan.has_states:
+            state = self._take(Tenant.STATE, 1)[0]
         holding = Holding(
             request=request,
             chain=chain,
