@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 
-def check_interpreted(tests: Path) -> None:
-    """Raise AssertionError, with pytest's report, unless every test of the file passes."""
+def check_interpreted(*tests: Path) -> None:
+    """Raise AssertionError, with pytest's report, unless every test of the files passes."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(tests)],
+        [sys.executable, "-m", "pytest", *options, *map(str, tests)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from sevenfold.ops import (
 )
 from sevenfold.ops.testing import check_error, error_bound
 
-H, S = len(DECAYS["mixed"]), 4
+H, S = len(DECAYS["mixed"]), 3
 
 
 class Int8Course:

@@ -68,7 +68,7 @@ def test_fp16_states_lie_within_a_rounding_of_the_recurrence(
         assert bool(
             ((after - exact).abs() <= 2**-10 * (1 + 2**-9) * exact.abs() + 2**-22 * peak).all()
         )
-    assert torch.equal(pool.codes[[1, 3]], held.codes[[1, 3]])
+    assert torch.equal(pool.codes[1], held.codes[1])
     assert bool((gaps(pool.codes) == 7).all())
     assert bool((gaps(pool.scale) == 7).all())
 
@@ -77,7 +77,7 @@ def test_fp16_rounds_by_the_same_bits_as_the_eager_form() -> None:
     """Whole numbers whose sums fp32 holds and fp16 does not."""
     K, V, zero = *WIDTHS[0], torch.zeros(H, device=DEVICE)
     held = to_scaled_fp16((randn(S, H, K, V, seed=0) * 500).round())
-    slots = torch.tensor([1, 3], device=DEVICE)
+    slots = torch.tensor([1, 2], device=DEVICE)
     pools = [ScaledFp16(*(x.clone() for x in held)) for _ in range(2)]
     for step in range(3):
         q, k, v = (randn(2, H, w, seed=step + n).mul(60).round() for n, w in enumerate((K, K, V)))
@@ -93,7 +93,7 @@ def test_fp16_rounds_by_the_same_bits_as_the_eager_form() -> None:
 def test_any_course_of_calls_over_int8_states(K: int, V: int, dtype: torch.dtype) -> None:
     sizes = (K, V, 4 if INTERPRETED else 16)
     course = Int8Course("triton", sizes, dtype, str(DEVICE), seed=K)
-    course.run(9 if INTERPRETED else 60)
+    course.run(7 if INTERPRETED else 60)
     assert course.folds
 
 

@@ -15,11 +15,11 @@ pytestmark = [
     # NumPy's, in the interpreter.
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
 ]
-S, H, N = 5, 6, 3
+S, H, N = 5, 4, 3
 SLOTS, INTO = [4, 0, 2], [1, 3, 0]
 WIDTHS = [(40, 24)] if INTERPRETED else [(40, 24), (128, 128), (256, 256)]
 FORMATS = ["fp32", "fp16", "int8"] if INTERPRETED else ["fp32", "bf16", "fp16", "int8"]
-HEADS = [None, (5, 0, 2)]
+HEADS = [None, (3, 0)]
 
 
 def index(numbers: list[int]) -> Tensor:
@@ -47,17 +47,18 @@ def pool(kind: str, heads: tuple[int, ...] | None, K: int, V: int) -> EncodedHea
 def states(K: int, V: int) -> Tensor:
     """Heads of very different sizes, zeros, and numbers that round up into the next power of 2."""
     x = torch.randn(S, H, K, V, generator=torch.Generator().manual_seed(0))
-    x *= 2.0 ** torch.tensor([0, 90, -100, 10, -3, 3])[:, None, None]
+    x *= 2.0 ** torch.tensor([0, 90, -100, 3])[:, None, None]
     x[2, 0] = 0
     x[0, 2, 3] = 0
-    x[4, 5, 0, 0] = 1000 * (2 - 2**-12)
-    x[:, 3, 1] = torch.tensor(1e-42)  # subnormal
+    x[4, 3, 0, 0] = 1000 * (2 - 2**-12)
+    x[:, 2, 1] = torch.tensor(1e-42)  # subnormal
     return apart(x.to(DEVICE))
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "stochastic"), [*((kind, False) for kind in FORMATS), ("fp16", True)]
+)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_it_writes_and_reads_what_the_eager_form_does(
     K: int, V: int, kind: str, heads: tuple[int, ...] | None, stochastic: bool
@@ -81,13 +82,13 @@ def test_it_writes_and_reads_what_the_eager_form_does(
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
 def test_what_is_no_number_stays_in_its_head_or_row(kind: str) -> None:
     x, held = states(40, 24), pool(kind, None, 40, 24)
-    x[4, 1, 2, 3], x[0, 4, 5, 6] = float("nan"), float("inf")
+    x[4, 1, 2, 3], x[0, 3, 5, 6] = float("nan"), float("inf")
     encode_states(x, index(SLOTS), held, index(INTO), impl="triton")
     back = torch.empty(N, H, 40, 24, device=DEVICE)
     decode_states(held, index(INTO), back, index([0, 1, 2]), impl="triton")
     bad = ~back.isfinite()
     assert bad[0, 1, 2].any()
-    assert bad[1, 4, 5].any()
+    assert bad[1, 3, 5].any()
     row = slice(None) if kind == "fp16" else 2, slice(None) if kind == "fp16" else 5
-    bad[0, 1, row[0]], bad[1, 4, row[1]] = False, False
+    bad[0, 1, row[0]], bad[1, 3, row[1]] = False, False
     assert not bad.any()
