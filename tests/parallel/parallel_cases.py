@@ -14,16 +14,29 @@ from parallel_helpers import MOE, Case
 
 DENSE = {"tie_word_embeddings": True}
 MIXTURE = {"moe": MOE}
+MOE_NO_DROP = {"moe": MOE | {"capacity_factor": None}}
 
 CASES = (
-    Case("shard", {"shard": 2}, model=MIXTURE | {"moe": MOE | {"capacity_factor": None}}),
+    Case("shard", {"shard": 2}, model=MOE_NO_DROP),
     Case("tied-shard", {"shard": 2}, model=DENSE, recompute=True),
     Case("replicate", {"replicate": 2}, model=DENSE, is_slow=True),
     Case("context", {"context": 2}, micro_batch_rows=3, model=DENSE),
     Case("context-recompute", {"context": 2}, micro_batch_rows=1, recompute=True, is_slow=True),
+    Case(
+        "context-ring",
+        {"context": 2, "context_attention": "ring"},
+        micro_batch_rows=3,
+        model={"num_key_value_heads": 2},
+        recompute=True,
+    ),
     Case("context-bf16", {"context": 2}, micro_batch_rows=3, autocast="bf16"),
     Case("tensor-bf16", {"tensor": 2}, autocast="bf16"),
-    Case("expert", {"shard": 2, "expert": 2}, model=MIXTURE, is_slow=True),
+    Case(
+        "expert",
+        {"shard": 2, "expert": 2, "expert_token_groups": 2},
+        model=MIXTURE,
+        is_slow=True,
+    ),
     Case("expert-context", {"context": 2, "expert": 2}, micro_batch_rows=3, model=MIXTURE),
     Case("tensor", {"tensor": 2}, model=MIXTURE),
     Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True, is_slow=True),
@@ -31,15 +44,39 @@ CASES = (
     Case("context-4", {"context": 4}, micro_batch_rows=2, model=DENSE),
     Case("shard-context", {"shard": 2, "context": 2}, micro_batch_rows=2, model=DENSE),
     Case("expert-4", {"shard": 4, "expert": 4}, model=MIXTURE, recompute=True),
-    Case(
-        "expert-2-of-4", {"shard": 4, "expert": 2}, model={"moe": MOE | {"capacity_factor": None}}
-    ),
+    Case("expert-2-of-4", {"shard": 4, "expert": 2}, model=MOE_NO_DROP),
     Case(
         "replicate-expert",
         {"replicate": 2, "shard": 2, "expert": 2},
-        model={"moe": MOE | {"capacity_factor": None}},
+        model=MOE_NO_DROP,
     ),
     Case("tensor-4", {"tensor": 4}, model=MIXTURE),
+    Case(
+        "ring-4",
+        {"context": 4, "context_attention": "ring"},
+        micro_batch_rows=2,
+        model={"num_key_value_heads": 1},
+    ),
+    Case("experts-whole", {"tensor": 2, "shard": 2, "expert_tensor": 1}, model=MOE_NO_DROP),
+    Case("experts-wide", {"shard": 4, "expert": 2, "expert_tensor": 2}, model=MIXTURE),
+    Case(
+        "experts-apart",
+        {"tensor": 2, "context": 2, "expert": 4, "expert_tensor": 1},
+        micro_batch_rows=4,
+        model=MIXTURE,
+    ),
+    Case(
+        "experts-turned",
+        {"tensor": 2, "shard": 2, "expert_tensor": 4},
+        model=MOE_NO_DROP,
+    ),
+    Case(
+        "experts-groups",
+        {"context": 4, "expert": 4, "expert_token_groups": 3},
+        micro_batch_rows=4,
+        model=MIXTURE,
+        recompute=True,
+    ),
     Case("tensor-shard", {"tensor": 2, "shard": 2}, model=DENSE),
     Case("tensor-expert", {"tensor": 2, "shard": 2, "expert": 2}, model=MIXTURE, recompute=True),
     Case("tensor-context", {"tensor": 2, "context": 2}, micro_batch_rows=3, model=DENSE),

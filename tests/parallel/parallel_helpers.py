@@ -162,16 +162,19 @@ def joined(case: Case, ranks: list[dict], kind: str, name: str, whole: torch.Ten
 
 def region(config: ParallelConfig, place: Any, name: str, x: torch.Tensor) -> list[torch.Tensor]:
     """The views of a whole tensor that a rank holds, written independently of the package."""
-    is_expert = ".experts." in name
     shards = config.shard * config.context
     index = place.data % config.shard * config.context + place.context
-    if is_expert:
+    width, part = config.tensor, place.tensor
+    if ".experts." in name:
         x = x.chunk(config.expert)[place.expert]
-        shards, index = shards // config.expert, index // config.expert
+        width, part = config.expert_tensor or config.tensor, place.expert_tensor
+        size = config.expert * width
+        index = (index * config.tensor + place.tensor) // size
+        shards = shards * config.tensor // size
     dim = tensor_dim(name)
     halves = list(x.chunk(2, dim)) if "gate_up_proj" in name else [x]
     if dim is not None:
-        halves = [half.chunk(config.tensor, dim)[place.tensor] for half in halves]
+        halves = [half.chunk(width, dim)[part] for half in halves]
     hidden = hidden_dim(name, x)
     return [half.chunk(shards, hidden)[index] for half in halves]
 

@@ -1,11 +1,15 @@
 """Operators: functions of tensors, each with one meaning and one or more implementations."""
 
 from sevenfold.ops.attention import (
+    Block,
     attention,
+    attention_block,
+    attention_block_backward,
     attention_cached,
     attention_paged,
     attention_paged_tree,
     attention_pages,
+    join_blocks,
     write_pages,
 )
 from sevenfold.ops.cross_entropy import IGNORED_LABEL, linear_cross_entropy
@@ -67,6 +71,7 @@ from sevenfold.ops.types import Impl, OpResult
 __all__ = [
     "IGNORED_LABEL",
     "MAX_DRAFT_TOKENS",
+    "Block",
     "DenseRows",
     "Dispatch",
     "ExpertRows",
@@ -84,6 +89,8 @@ __all__ = [
     "Snapshots",
     "Stop",
     "attention",
+    "attention_block",
+    "attention_block_backward",
     "attention_cached",
     "attention_paged",
     "attention_paged_tree",
@@ -100,6 +107,7 @@ __all__ = [
     "head_slopes",
     "int8_linear",
     "int8_mixture",
+    "join_blocks",
     "layer_log_decay",
     "lightning_attention",
     "lightning_attention_commit",

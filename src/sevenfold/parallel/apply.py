@@ -25,7 +25,7 @@ def divide_model(model: HybridModel, layout: Layout) -> None:
     layout.config.check_model(model.config)
     for block in model.layers:
         if isinstance(block.mlp, MixtureOfExperts):
-            if layout.config.expert > 1:
+            if layout.config.routes_tokens:
                 divide_experts(block.mlp, layout)
             share_statistics(block.mlp, layout)
     if layout.config.tensor > 1:
@@ -45,6 +45,7 @@ def _divide_context(model: HybridModel, layout: Layout) -> None:
     for block in model.layers:
         mixer = block.self_attn
         if isinstance(mixer, SoftmaxAttention):
-            mixer.attend = ContextSoftmax(mixer.scale, mixer.window, group)
+            exchange = layout.config.context_attention
+            mixer.attend = ContextSoftmax(mixer.scale, mixer.window, group, exchange)
         elif isinstance(mixer, LightningAttention | TensorLightning):
             mixer.attend = ContextLightning(mixer.log_decay, group)

@@ -28,7 +28,7 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
         return Shard(parts_of(names[id(parameter)]).weights)
 
     for block in model.layers:
-        if layout.config.expert > 1 and isinstance(block.mlp, MixtureOfExperts):
+        if layout.config.routes_tokens and isinstance(block.mlp, MixtureOfExperts):
             fully_shard(block.mlp.experts, mesh=layout.expert_mesh, shard_placement_fn=along_hidden)
         fully_shard(block, mesh=layout.weight_mesh, shard_placement_fn=along_hidden)
     # The head is read after the forward, so the outermost unit stays whole until the backward.

@@ -35,11 +35,16 @@ def divide_tensors(model: HybridModel, layout: Layout) -> None:
     """
     index, size = layout.place.tensor, layout.config.tensor
     group = layout.group("tensor")
+    routes = layout.config.routes_tokens
     for name, parameter in model.named_parameters():
-        own = tensor_slice(parameter.data, parts_of(name), index, size)
+        parts = parts_of(name)
+        if parts.is_expert and routes:
+            continue  # divide_experts has done so
+        own = tensor_slice(parameter.data, parts, index, size)
         parameter.data = own.clone(memory_format=torch.contiguous_format)
     for block in model.layers:
-        _divide_block(block, index, size, group)  # pyright: ignore[reportArgumentType]
+        _divide_mixer(block, index, size, group)  # pyright: ignore[reportArgumentType]
+        _divide_mlp(block.mlp, routes, group)  # pyright: ignore[reportArgumentType]
     start = index * len(model.embed_tokens.weight)
     # Callables take the place of methods; a module keeps its parameters under their names.
     embed = partial(_embed, model.embed_tokens, start, group)
@@ -52,7 +57,7 @@ def divide_tensors(model: HybridModel, layout: Layout) -> None:
     )
 
 
-def _divide_block(block: Block, index: int, size: int, group: dist.ProcessGroup) -> None:
+def _divide_mixer(block: Block, index: int, size: int, group: dist.ProcessGroup) -> None:
     mixer = block.self_attn
     if isinstance(mixer, LightningAttention):
         block.self_attn = TensorLightning(mixer, index, size, group)
@@ -61,12 +66,16 @@ def _divide_block(block: Block, index: int, size: int, group: dist.ProcessGroup)
         mixer.num_kv_heads //= size
         mix = partial(_mix_in_parts, mixer.forward, group)
         mixer.forward = mix  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(block.mlp, MixtureOfExperts):
-        block.mlp.routed = partial(_routed_in_parts, block.mlp.routed, group)
-        if block.mlp.shared_mlp is not None:
-            _divide_swiglu(block.mlp.shared_mlp, group)
-    else:
-        _divide_swiglu(block.mlp, group)
+
+
+def _divide_mlp(mlp: MixtureOfExperts | SwiGLU, routes: bool, group: dist.ProcessGroup) -> None:
+    if isinstance(mlp, SwiGLU):
+        _divide_swiglu(mlp, group)
+        return
+    if not routes:
+        mlp.routed = partial(_routed_in_parts, mlp.routed, group)
+    if mlp.shared_mlp is not None:
+        _divide_swiglu(mlp.shared_mlp, group)
 
 
 class TensorLightning(nn.Module):
