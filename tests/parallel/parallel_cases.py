@@ -13,6 +13,7 @@ expert-4).
 from parallel_helpers import MOE, Case
 
 DENSE = {"tie_word_embeddings": True}
+DENSE_APART = {"tie_word_embeddings": False}
 MIXTURE = {"moe": MOE}
 MOE_NO_DROP = {"moe": MOE | {"capacity_factor": None}}
 
@@ -28,6 +29,14 @@ CASES = (
         micro_batch_rows=3,
         model={"num_key_value_heads": 2},
         recompute=True,
+    ),
+    Case("pipeline", {"pipeline": 2}, num_micro_batches=3, model=MIXTURE, recompute=True),
+    Case(
+        "pipeline-interleaved",
+        {"pipeline": 2, "pipeline_stages": 2},
+        micro_batch_rows=2,
+        num_micro_batches=4,
+        is_slow=True,
     ),
     Case("context-bf16", {"context": 2}, micro_batch_rows=3, autocast="bf16"),
     Case("tensor-bf16", {"tensor": 2}, autocast="bf16"),
@@ -57,6 +66,17 @@ CASES = (
         micro_batch_rows=2,
         model={"num_key_value_heads": 1},
     ),
+    Case("pipeline-shard", {"pipeline": 2, "shard": 2}, num_micro_batches=3),
+    Case(
+        "pipeline-4",
+        {"pipeline": 4},
+        micro_batch_rows=1,
+        num_micro_batches=6,
+        model=MIXTURE,
+    ),
+    Case("pipeline-tensor", {"pipeline": 2, "tensor": 2}, model=MIXTURE),
+    Case("pipeline-context", {"pipeline": 2, "context": 2}, model=DENSE_APART),
+    Case("pipeline-expert", {"pipeline": 2, "shard": 2, "expert": 2}, model=MIXTURE),
     Case("experts-whole", {"tensor": 2, "shard": 2, "expert_tensor": 1}, model=MOE_NO_DROP),
     Case("experts-wide", {"shard": 4, "expert": 2, "expert_tensor": 2}, model=MIXTURE),
     Case(

@@ -15,6 +15,7 @@ from sevenfold.optim import AdamWConfig, build_adamw
 from sevenfold.parallel import (
     Layout,
     ParallelConfig,
+    Pipeline,
     clip_gradients,
     divide_model,
     gradient_norm,
@@ -22,6 +23,7 @@ from sevenfold.parallel import (
     shard_weights,
 )
 from sevenfold.train.batch import read_step
+from sevenfold.train.stages import forward_backward_by_stages
 from sevenfold.train.step import forward_backward
 from sevenfold.train.transform import recompute_blocks
 
@@ -56,11 +58,12 @@ ROWS = ((5, 11), (16,), (1, 2, 13), (9, 7), (3, 13), (16,), (12, 4))
 
 @dataclass(frozen=True)
 class Case:
-    """A layout on a model, over a step of two micro-batches."""
+    """A layout on a model, over a step of micro-batches."""
 
     name: str
     parallel: dict[str, int]
     micro_batch_rows: int = 4
+    num_micro_batches: int = 2
     model: dict[str, Any] = field(default_factory=dict)
     recompute: bool = False
     autocast: str | None = None
@@ -108,8 +111,20 @@ def build(case: Case, layout: Layout, dtype: torch.dtype) -> tuple[HybridModel, 
 def take_step(case: Case, model: HybridModel, optimizer: Any, layout: Layout) -> dict[str, Any]:
     """One step of training, as the loop takes it: what it computed, and this rank's tensors."""
     size = case.micro_batch_rows
-    step = read_step(Rows(), 0, 2 * size, micro_batch_rows=size, device=model.device, layout=layout)
-    losses = layout.sum_over_tokens(forward_backward(model, step, autocast=case.autocast))
+    step = read_step(
+        Rows(),
+        0,
+        case.num_micro_batches * size,
+        micro_batch_rows=size,
+        device=model.device,
+        layout=layout,
+    )
+    if layout.config.pipeline == 1:
+        losses = forward_backward(model, step, autocast=case.autocast)
+    else:
+        pipeline = Pipeline(model, layout)
+        losses = forward_backward_by_stages(model, pipeline, step, autocast=case.autocast)
+    losses = layout.sum_over_shares(losses)
     norm = gradient_norm(model.named_parameters(), layout)
     clip_gradients(model.parameters(), 0.5, norm)
     gradients = {name: held(p.grad).clone() for name, p in model.named_parameters()}
@@ -149,7 +164,7 @@ def joined(case: Case, ranks: list[dict], kind: str, name: str, whole: torch.Ten
     Returns the tensor as rank after rank wrote it: [copies] of equal tensors are one.
     """
     out = torch.full_like(whole, float("nan"), dtype=torch.float64)
-    for rank in ranks:
+    for rank in (rank for rank in ranks if name in rank[kind]):
         view = region(case.config, rank["place"], name, out)
         part = rank[kind][name].double()
         for piece, own in zip(view, part.chunk(len(view), tensor_dim(name) or 0), strict=True):

@@ -5,6 +5,7 @@ from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.context.batch import ContextBatch, divide_row
 from sevenfold.parallel.gradients import clip_gradients, gradient_norm, groups_by_mesh
 from sevenfold.parallel.layout import Layout, Place, check_num_ranks
+from sevenfold.parallel.pipeline import Pipeline, Stage, with_loss
 from sevenfold.parallel.portable import portable, portable_tensors
 from sevenfold.parallel.sharding import release_weights
 
@@ -12,7 +13,9 @@ __all__ = [
     "ContextBatch",
     "Layout",
     "ParallelConfig",
+    "Pipeline",
     "Place",
+    "Stage",
     "check_num_ranks",
     "clip_gradients",
     "divide_model",
@@ -23,4 +26,5 @@ __all__ = [
     "portable_tensors",
     "release_weights",
     "shard_weights",
+    "with_loss",
 ]

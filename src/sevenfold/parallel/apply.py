@@ -7,12 +7,13 @@ from sevenfold.parallel.context.lightning import ContextLightning
 from sevenfold.parallel.context.softmax import ContextSoftmax
 from sevenfold.parallel.experts import divide_experts, share_statistics
 from sevenfold.parallel.layout import Layout
+from sevenfold.parallel.pipeline import keep_stages, own_blocks
 from sevenfold.parallel.sharding import shard_model
 from sevenfold.parallel.tensor import TensorLightning, divide_tensors
 
 
 def divide_model(model: HybridModel, layout: Layout) -> None:
-    """Apply tensor, expert and context parallelism, and share the routers' statistics.
+    """Apply pipeline, tensor, expert and context parallelism, and share the routers' statistics.
 
     fully_shard comes after recomputation: see shard_weights.
 
@@ -23,7 +24,9 @@ def divide_model(model: HybridModel, layout: Layout) -> None:
     if layout.is_alone:
         return
     layout.config.check_model(model.config)
-    for block in model.layers:
+    if layout.config.pipeline > 1:
+        keep_stages(model, layout)
+    for block in own_blocks(model):
         if isinstance(block.mlp, MixtureOfExperts):
             if layout.config.routes_tokens:
                 divide_experts(block.mlp, layout)
@@ -42,7 +45,7 @@ def shard_weights(model: HybridModel, layout: Layout) -> None:
 
 def _divide_context(model: HybridModel, layout: Layout) -> None:
     group = layout.group("context")
-    for block in model.layers:
+    for block in own_blocks(model):
         mixer = block.self_attn
         if isinstance(mixer, SoftmaxAttention):
             exchange = layout.config.context_attention

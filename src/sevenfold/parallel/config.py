@@ -20,6 +20,7 @@ class ParallelConfig(StrictModel):
 
     Args:
         pipeline: stages, each with some of the layers; micro-batches follow one another.
+        pipeline_stages: of each of them; above 1 they interleave.
         replicate: copies of the weights that read different rows (hybrid sharding).
         shard: ranks that read different rows and divide weights, gradients and moments.
         context: ranks that divide every row's tokens; they divide the weights as well.
@@ -33,6 +34,7 @@ class ParallelConfig(StrictModel):
     """
 
     pipeline: _Degree = 1
+    pipeline_stages: _Degree = 1
     replicate: _Degree = 1
     shard: _Degree = 1
     context: _Degree = 1
@@ -95,6 +97,7 @@ class ParallelConfig(StrictModel):
                 f"parallel.context_attention must be unset without context ranks and layers of "
                 f"full_attention, got {self.context_attention!r}"
             )
+        self._check_pipeline(model)
         if self.num_ranks == 1:
             return
         _check_divides("shard * context", self.weight_shards, "hidden_size", model.hidden_size)
@@ -106,6 +109,48 @@ class ParallelConfig(StrictModel):
         for name, size in _tensor_sizes(model).items():
             _check_divides("tensor", self.tensor, name, size)
         self._check_experts(model)
+
+    def _check_pipeline(self, model: ModelConfig) -> None:
+        if self.pipeline == 1:
+            if self.pipeline_stages > 1:
+                raise ConfigError(
+                    f"parallel.pipeline_stages must be 1 without pipeline ranks, got "
+                    f"{self.pipeline_stages}"
+                )
+            return
+        count = self.pipeline * self.pipeline_stages
+        if count > model.num_hidden_layers:
+            raise ConfigError(
+                f"parallel: pipeline * pipeline_stages must not exceed num_hidden_layers = "
+                f"{model.num_hidden_layers}, got {count}"
+            )
+        if model.tie_word_embeddings:
+            raise ConfigError(
+                f"parallel.pipeline must be 1 with tie_word_embeddings, whose weight the first and "
+                f"last stage would share, got {self.pipeline}"
+            )
+
+    def check_micro_batches(self, num_rows: int, micro_batch_rows: int) -> None:
+        """Raise unless a step's micro-batches suit the pipeline: equal, and enough of them.
+
+        Args:
+            num_rows: of a step.
+            micro_batch_rows: of a micro-batch.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        if self.pipeline == 1:
+            return
+        name = "the rows of a step"
+        _check_divides("micro_batch_rows, under pipeline,", micro_batch_rows, name, num_rows)
+        count = num_rows // micro_batch_rows
+        if count < self.pipeline or (self.pipeline_stages > 1 and count % self.pipeline):
+            rule = "a multiple of" if self.pipeline_stages > 1 else "at least"
+            raise ConfigError(
+                f"parallel: the micro-batches of a step must be {rule} pipeline = {self.pipeline}, "
+                f"got {count}; set batch.micro_batch_rows"
+            )
 
     def _check_experts(self, model: ModelConfig) -> None:
         if model.moe is None:

@@ -20,6 +20,7 @@ from sevenfold.ops import head_logits
 from sevenfold.parallel.collectives import copy_to_ranks, sum_for_parts, sum_of_parts
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of, tensor_slice
+from sevenfold.parallel.pipeline import own_blocks
 from sevenfold.parallel.vocabulary import vocabulary_cross_entropy
 
 
@@ -42,13 +43,14 @@ def divide_tensors(model: HybridModel, layout: Layout) -> None:
             continue  # divide_experts has done so
         own = tensor_slice(parameter.data, parts, index, size)
         parameter.data = own.clone(memory_format=torch.contiguous_format)
-    for block in model.layers:
-        _divide_mixer(block, index, size, group)  # pyright: ignore[reportArgumentType]
-        _divide_mlp(block.mlp, routes, group)  # pyright: ignore[reportArgumentType]
-    start = index * len(model.embed_tokens.weight)
+    for block in own_blocks(model):
+        _divide_mixer(block, index, size, group)
+        _divide_mlp(block.mlp, routes, group)
+    start = index * (model.config.vocab_size // size)
     # Callables take the place of methods; a module keeps its parameters under their names.
-    embed = partial(_embed, model.embed_tokens, start, group)
-    model.embed_tokens.forward = embed  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(model.embed_tokens, nn.Embedding):
+        embed = partial(_embed, model.embed_tokens, start, group)
+        model.embed_tokens.forward = embed  # pyright: ignore[reportAttributeAccessIssue]
     model.cross_entropy = partial(_cross_entropy, model, start, group)
     model.logits = partial(_logits, model, group)
     heads = ("num_attention_heads", "num_key_value_heads")

@@ -171,6 +171,9 @@ class RunConfig(StrictModel):
                 f"exchanges it does not compile, got true"
             )
         self.parallel.check_model(self.model)
+        for size in sizes:
+            rows = size // seq_len
+            self.parallel.check_micro_batches(rows, min(self.batch.micro_batch_rows or rows, rows))
         for rows, rule in self._micro_batches(sizes).items():
             self.parallel.check_rows(rows, seq_len, rule=rule)
         return self

@@ -13,7 +13,7 @@ from sevenfold.data import PackedLoader, TokenDataset
 from sevenfold.models import HybridModel, ModelConfig, init_weights
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_adamw
-from sevenfold.parallel import Layout, divide_model, groups_by_mesh, shard_weights
+from sevenfold.parallel import Layout, Pipeline, divide_model, groups_by_mesh, shard_weights
 from sevenfold.train.batch import ALONE
 from sevenfold.train.checkpoint import (
     list_checkpoints,
@@ -142,7 +142,8 @@ def _build(
     optimizer = build_adamw(model.named_parameters(), config.optimizer)
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
     loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
-    return Trainer(config, model, optimizer, loader, layout)
+    pipeline = Pipeline(model, layout) if config.parallel.pipeline > 1 else None
+    return Trainer(config, model, optimizer, loader, layout, pipeline)
 
 
 def _with_end_of_text(config: ModelConfig, data: TokenDataset) -> ModelConfig:
@@ -207,6 +208,7 @@ def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
         micro_batch_rows=config.batch.micro_batch_rows,
         autocast=config.precision.autocast,
         layout=trainer.layout,
+        pipeline=trainer.pipeline,
     )
 
 
