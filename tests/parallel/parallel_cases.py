@@ -48,6 +48,7 @@ CASES = (
     ),
     Case("expert-context", {"context": 2, "expert": 2}, micro_batch_rows=3, model=MIXTURE),
     Case("tensor", {"tensor": 2}, model=MIXTURE),
+    Case("tensor-groups", {"tensor": 2}, model={"linear_attn_norm_groups": 2}),
     Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True, is_slow=True),
     Case("hybrid-shard", {"replicate": 2, "shard": 2}, model=DENSE),
     Case("context-4", {"context": 4}, micro_batch_rows=2, model=DENSE),

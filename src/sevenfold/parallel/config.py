@@ -205,6 +205,8 @@ def _tensor_sizes(model: ModelConfig) -> dict[str, int]:
         "num_attention_heads": model.num_attention_heads,
         "intermediate_size": model.intermediate_size,
     }
+    if model.linear_attn_norm_groups > 1 and model.count("linear_attention"):
+        sizes["linear_attn_norm_groups"] = model.linear_attn_norm_groups
     if model.count("linear_attention") < model.num_hidden_layers:
         sizes["num_key_value_heads"] = model.num_key_value_heads
     if model.moe is not None and model.moe.shared_intermediate_size is not None:

@@ -2,7 +2,8 @@
 
 Each rank computes with its part of the weights on the same tokens. What enters a divided product is
 copied (its gradient is summed), what leaves one is summed. The RMSNorm over all heads is exact: the
-sum of squares is summed over the ranks. Source: arXiv 1909.08053 (Megatron-LM).
+sum of squares is summed over the ranks. A model whose norm has groups (linear_attn_norm_groups)
+has whole groups on each rank, which exchange nothing. Source: arXiv 1909.08053 (Megatron-LM).
 """
 
 from functools import partial
@@ -16,6 +17,7 @@ from sevenfold.models import Batch, HybridModel, LayerState
 from sevenfold.models.block import Block
 from sevenfold.models.feed_forward import MixtureOfExperts, SwiGLU
 from sevenfold.models.mixers import LightningAttention, SoftmaxAttention
+from sevenfold.models.mixers.lightning import gated_group_norm
 from sevenfold.ops import head_logits
 from sevenfold.parallel.collectives import copy_to_ranks, sum_for_parts, sum_of_parts
 from sevenfold.parallel.layout import Layout
@@ -90,6 +92,8 @@ class TensorLightning(nn.Module):
         self.qkv_proj, self.output_gate = plain.qkv_proj, plain.output_gate
         self.norm, self.out_proj = plain.norm, plain.out_proj
         self.group = group
+        # The whole norm's one group lies on all ranks; else each has some of the groups.
+        self.norm_groups = plain.norm_groups // size
         plain.num_heads //= size
         plain.log_decay = plain.log_decay.chunk(size)[index].clone()
         self.num_heads, self.log_decay = plain.num_heads, plain.log_decay
@@ -103,7 +107,10 @@ class TensorLightning(nn.Module):
         q, k, v = self.project(x)
         o, state = self.attend(q, k, v, batch, state)  # pyright: ignore[reportArgumentType]
         o, gate = o.reshape(*x.shape[:2], -1), self.output_gate(x)
-        o = gated_norm_of_parts(o, gate, self.norm.weight, self.norm.eps, self.group)
+        if self.norm_groups:
+            o = gated_group_norm(o, gate, self.norm, self.norm_groups)
+        else:
+            o = gated_norm_of_parts(o, gate, self.norm.weight, self.norm.eps, self.group)
         return sum_of_parts(self.out_proj(o), self.group), state
 
 

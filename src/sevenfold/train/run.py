@@ -30,6 +30,7 @@ from sevenfold.train.progress import Progress
 from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
 from sevenfold.train.run_folder import CHECKPOINTS, FINAL, open_run_folder
+from sevenfold.train.saving import open_saver
 from sevenfold.train.setting import run_setting
 from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.speed import FlopsCounter, known_peak_flops
@@ -170,11 +171,16 @@ def _continue(
     config, device = trainer.config, trainer.model.device
     listeners = () if on_step is None else (on_step,)
     peak_flops = config.run.peak_flops or known_peak_flops(device, config.precision.autocast)
+    run = config.run
     with ExitStack() as stack:
-        metrics = None
+        metrics, folder = None, run.out / CHECKPOINTS
+        saver = open_saver(
+            folder, run.keep_checkpoints, trainer.layout, asynchronous=run.async_checkpoints
+        )
+        stack.enter_context(saver)
         if trainer.layout.is_first:
-            metrics = stack.enter_context(MetricsFile(config.run.out / METRICS_FILE))
-            listeners += stack.enter_context(tensorboard_listener(config.run, progress.step))
+            metrics = stack.enter_context(MetricsFile(run.out / METRICS_FILE))
+            listeners += stack.enter_context(tensorboard_listener(run, progress.step))
         recorder = Recorder(
             trainer=trainer,
             metrics=metrics,
@@ -182,6 +188,7 @@ def _continue(
             validate=_validation(trainer),
             flops=FlopsCounter(config.model),
             peak_flops=peak_flops,
+            saver=saver,
         )
         progress = train_steps(trainer, progress, after_step=recorder, stop=stop)
         recorder.save(progress)
