@@ -10,17 +10,16 @@ import numpy as np
 import torch
 
 from sevenfold.config import parse_config
-from sevenfold.models import HybridModel, ModelConfig, init_weights
+from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.optim import AdamWConfig, build_adamw
 from sevenfold.parallel import (
     Layout,
     ParallelConfig,
     Pipeline,
+    build_model,
     clip_gradients,
-    divide_model,
     gradient_norm,
     groups_by_mesh,
-    shard_weights,
 )
 from sevenfold.train.batch import read_step
 from sevenfold.train.stages import forward_backward_by_stages
@@ -98,11 +97,14 @@ class Rows:
 
 
 def build(case: Case, layout: Layout, dtype: torch.dtype) -> tuple[HybridModel, Any]:
-    model = init_weights(HybridModel(case.model_config), seed=3).to(dtype).train()
-    divide_model(model, layout)
-    if case.recompute:
-        recompute_blocks(model, 1)
-    shard_weights(model, layout)
+    model = build_model(
+        case.model_config,
+        layout,
+        seed=3,
+        device=torch.device("cpu"),
+        between=lambda model: recompute_blocks(model, 1) if case.recompute else None,
+        dtype=dtype,
+    ).train()
     optimizer = build_adamw(model.named_parameters(), AdamWConfig(lr=0.01))
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
     return model, optimizer

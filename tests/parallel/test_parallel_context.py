@@ -12,7 +12,7 @@ from sevenfold.parallel import ContextBatch, divide_row
 from sevenfold.parallel.context.keys import Step, plan_keys
 from sevenfold.parallel.context.lightning import _Decayed, _outgoing, plan_states
 from sevenfold.parallel.context.softmax import RING_BYTES, as_received, chosen_exchange, in_order
-from sevenfold.parallel.context.states import Decay, add_read, added_states, decay_of
+from sevenfold.parallel.context.states import Decay, add_read, added_states
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=8)
@@ -126,13 +126,8 @@ def test_the_gradients_of_what_states_add_and_give() -> None:
 
 def test_heads_that_have_decayed_to_nothing_are_not_sent() -> None:
     heads = (-1.0, -0.1, -1e-4)
-    assert [decay_of(torch.tensor(heads)).first_head(d) for d in (0, 87, 88, 873, 874)] == [
-        0,
-        0,
-        1,
-        1,
-        2,
-    ]
+    decay = Decay(torch.tensor(heads), heads)
+    assert [decay.first_head(d) for d in (0, 87, 88, 873, 874)] == [0, 0, 1, 1, 2]
     # One document over eight stretches of 100 tokens: past the next one the fast head is 0.
     parts = divided([800], 4)
     plan = plan_states(parts[0].cut, 0, heads)

@@ -1,6 +1,7 @@
 """Parallelism over processes: layouts of ranks, applied to a plain model from outside."""
 
 from sevenfold.parallel.apply import divide_model, shard_weights
+from sevenfold.parallel.building import build_model
 from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.context.batch import ContextBatch, divide_row
 from sevenfold.parallel.gradients import clip_gradients, gradient_norm, groups_by_mesh
@@ -16,6 +17,7 @@ __all__ = [
     "Pipeline",
     "Place",
     "Stage",
+    "build_model",
     "check_num_ranks",
     "clip_gradients",
     "divide_model",

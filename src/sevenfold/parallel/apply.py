@@ -18,7 +18,8 @@ def divide_model(model: HybridModel, layout: Layout) -> None:
     fully_shard comes after recomputation: see shard_weights.
 
     Args:
-        model: whole and the same on all ranks, on its final device; changed in place, names stay.
+        model: whole; with weights the same on all ranks, or on the meta device. Changed in place,
+            names stay.
         layout: whose degrees suit the model.
     """
     if layout.is_alone:
@@ -51,4 +52,4 @@ def _divide_context(model: HybridModel, layout: Layout) -> None:
             exchange = layout.config.context_attention
             mixer.attend = ContextSoftmax(mixer.scale, mixer.window, group, exchange)
         elif isinstance(mixer, LightningAttention | TensorLightning):
-            mixer.attend = ContextLightning(mixer.log_decay, group)
+            mixer.attend = ContextLightning(mixer, group)

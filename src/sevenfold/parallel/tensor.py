@@ -6,7 +6,9 @@ sum of squares is summed over the ranks. A model whose norm has groups (linear_a
 has whole groups on each rank, which exchange nothing. Source: arXiv 1909.08053 (Megatron-LM).
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,15 @@ class TensorLightning(nn.Module):
         plain.log_decay = plain.log_decay.chunk(size)[index].clone()
         self.num_heads, self.log_decay = plain.num_heads, plain.log_decay
         self.project, self.attend = plain.project, plain.attend
+        self._plain = [plain]  # in a list: its children are this module's
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # As in LightningAttention: the decay follows the weights to their device.
+        super()._apply(fn, recurse)
+        device = self.norm.weight.device
+        if device.type != "meta":
+            self.log_decay = self._plain[0].log_decay = self.log_decay.to(device)
+        return self
 
     def forward(
         self, x: Tensor, batch: Batch, state: LayerState | None

@@ -10,10 +10,10 @@ import torch
 
 from sevenfold.config import ConfigError
 from sevenfold.data import PackedLoader, TokenDataset
-from sevenfold.models import HybridModel, ModelConfig, init_weights
+from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_adamw
-from sevenfold.parallel import Layout, Pipeline, divide_model, groups_by_mesh, shard_weights
+from sevenfold.parallel import Layout, Pipeline, build_model, groups_by_mesh
 from sevenfold.train.batch import ALONE
 from sevenfold.train.checkpoint import (
     list_checkpoints,
@@ -130,21 +130,25 @@ def _find_newest(config: RunConfig) -> tuple[Path | None, int | None]:
 def _build(
     config: RunConfig, data: TokenDataset, device: torch.device, layout: Layout = ALONE
 ) -> Trainer:
-    model = HybridModel(_with_end_of_text(config.model, data))
-    # Whole on every rank before it is divided, so that all layouts begin with the same weights.
-    init_weights(model, seed=config.run.seed)
-    model.to(device)
-    divide_model(model, layout)
-    if config.checkpointing.every_layers is not None:
-        recompute_blocks(model, config.checkpointing.every_layers)
+    model = build_model(
+        _with_end_of_text(config.model, data),
+        layout,
+        seed=config.run.seed,
+        device=device,
+        between=partial(_recompute, config),
+    )
     if config.compile.enabled:
         compile_parts(model, autocast=config.precision.autocast)
-    shard_weights(model, layout)
     optimizer = build_adamw(model.named_parameters(), config.optimizer)
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
     loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
     pipeline = Pipeline(model, layout) if config.parallel.pipeline > 1 else None
     return Trainer(config, model, optimizer, loader, layout, pipeline)
+
+
+def _recompute(config: RunConfig, model: HybridModel) -> None:
+    if config.checkpointing.every_layers is not None:
+        recompute_blocks(model, config.checkpointing.every_layers)
 
 
 def _with_end_of_text(config: ModelConfig, data: TokenDataset) -> ModelConfig:

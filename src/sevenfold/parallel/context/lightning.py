@@ -21,7 +21,7 @@ the gradients G travel while the recurrence's backward runs. Source: arXiv 2501.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,15 +33,22 @@ from sevenfold.ops import lightning_attention
 from sevenfold.parallel.collectives import Flight, begin_exchange, end_exchange
 from sevenfold.parallel.context.batch import SLOTS, ContextBatch, context_batch
 from sevenfold.parallel.context.cut import Cut
-from sevenfold.parallel.context.states import Decay, add_read, added_states, decay_of
+from sevenfold.parallel.context.states import Decay, add_read, added_states
+
+
+class HasDecay(Protocol):
+    """A mixer of heads with a decay."""
+
+    log_decay: Tensor
 
 
 class ContextLightning:
     """Stands in for LightningAttention.attend on a context rank."""
 
-    def __init__(self, log_decay: Tensor, group: dist.ProcessGroup) -> None:
-        """Args: log_decay [H] of the layer, as the mixer has it; group of the context ranks."""
-        self.decay, self.group = decay_of(log_decay), group
+    def __init__(self, mixer: HasDecay, group: dist.ProcessGroup) -> None:
+        """Args: the layer's mixer, whose decay [H] may move to a device; group of context ranks."""
+        self.mixer, self.group = mixer, group
+        self.on_host = tuple(mixer.log_decay.tolist())
 
     def __call__(
         self,
@@ -52,17 +59,16 @@ class ContextLightning:
         state: LightningState | None,
     ) -> tuple[Tensor, None]:
         """Attend [1, T, H, D] over own stretches and what comes before; no state goes in."""
-        own = context_batch(batch, state)
+        own, log_decay = context_batch(batch, state), self.mixer.log_decay
         if not own.cut.crosses:
-            o = lightning_attention(q, k, v, self.decay.log_decay, cu_seqlens=own.cu_seqlens).o
-            return o, None
-        decay = self.decay.to(torch.promote_types(q.dtype, torch.float32))
-        plan = plan_states(own.cut, own.rank, self.decay.on_host)
+            return lightning_attention(q, k, v, log_decay, cu_seqlens=own.cu_seqlens).o, None
+        decay = Decay(log_decay.to(torch.promote_types(q.dtype, torch.float32)), self.on_host)
+        plan = plan_states(own.cut, own.rank, self.on_host)
         added = added_states(k[0], v[0], decay, _leaving(own, plan))
         sent, received = ([_num_heads(r, added) for r in way] for way in plan)
         flight = Flight(sent, received, self.group)
         underway = begin_exchange(_outgoing(added, plan), flight)
-        o = lightning_attention(q, k, v, self.decay.log_decay, cu_seqlens=own.cu_seqlens).o
+        o = lightning_attention(q, k, v, log_decay, cu_seqlens=own.cu_seqlens).o
         # Ranks that nothing reaches take part in the backward's exchange too.
         before = _Decayed.apply(end_exchange(underway, flight), plan, decay)
         return add_read(o, q[0], before, decay, _entered(own)), None

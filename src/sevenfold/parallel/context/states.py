@@ -46,15 +46,6 @@ class Decay(NamedTuple):
         power = torch.exp(distances[:, None] * self.log_decay[first_head:])
         return power * (power >= LEAST)
 
-    def to(self, dtype: torch.dtype) -> "Decay":
-        """The same in another dtype."""
-        return Decay(self.log_decay.to(dtype), self.on_host)
-
-
-def decay_of(log_decay: Tensor) -> Decay:
-    """Read a layer's decay [H] on the host, once."""
-    return Decay(log_decay, tuple(log_decay.tolist()))
-
 
 def added_states(k: Tensor, v: Tensor, decay: Decay, pieces: Sequence[Piece | None]) -> Tensor:
     """Return the state that each piece adds.
