@@ -2,12 +2,15 @@
 
 Errors that other trainers had without a word, and the case that would show each: copies of norms
 and routers that tensor ranks do not sum (tensor*, by the ranks' copies); a norm that undercounts
-experts or counts copies twice (tensor-expert, replicate-expert); a norm of each expert group's own
-(expert*); gradients of experts times the group's size, or none (expert*); experts overwritten by
-the first rank's (expert*, by their weights after the step); a document that leaks over a border, or
-whose positions begin anew (context*); a mean over ranks of means over labels (shard, context:
-labels are uneven); balance counted again by recomputation, or of local tokens alone (*recompute,
-expert-4).
+experts or counts copies twice (tensor-expert, experts-*, replicate-expert); a norm of each expert
+group's own (expert*); gradients of experts times the group's size, or none (expert*); experts
+overwritten by the first rank's (expert*, by their weights after the step); a document that leaks
+over a border, or whose positions begin anew (context*, ring*); a mean over ranks of means over
+labels (shard, context: labels are uneven); balance counted again by recomputation, or of local
+tokens alone (*recompute, expert-4); routers' losses that stages before the last lose, or that count
+once a micro-batch too often (pipeline*); drops in another order than the tokens' (expert-context,
+experts-apart: their ranks hold stretches from both ends of a row); names that change when a run is
+read under another layout (test_parallel_runs).
 """
 
 from parallel_helpers import MOE, Case
@@ -78,6 +81,18 @@ CASES = (
     Case("pipeline-tensor", {"pipeline": 2, "tensor": 2}, model=MIXTURE),
     Case("pipeline-context", {"pipeline": 2, "context": 2}, model=DENSE_APART),
     Case("pipeline-expert", {"pipeline": 2, "shard": 2, "expert": 2}, model=MIXTURE),
+    Case(
+        "pipeline-replicate", {"pipeline": 2, "replicate": 2}, model={"linear_attn_norm_groups": 2}
+    ),
+    Case("replicate-context", {"replicate": 2, "context": 2}, model=MOE_NO_DROP),
+    Case("replicate-tensor", {"replicate": 2, "tensor": 2}, model=MOE_NO_DROP),
+    Case("expert-bf16", {"shard": 4, "expert": 4}, model=MOE_NO_DROP, autocast="bf16"),
+    Case(
+        "ring-bf16",
+        {"context": 4, "context_attention": "ring"},
+        model=DENSE_APART,
+        autocast="bf16",
+    ),
     Case("experts-whole", {"tensor": 2, "shard": 2, "expert_tensor": 1}, model=MOE_NO_DROP),
     Case("experts-wide", {"shard": 4, "expert": 2, "expert_tensor": 2}, model=MIXTURE),
     Case(
@@ -101,4 +116,18 @@ CASES = (
     Case("tensor-shard", {"tensor": 2, "shard": 2}, model=DENSE),
     Case("tensor-expert", {"tensor": 2, "shard": 2, "expert": 2}, model=MIXTURE, recompute=True),
     Case("tensor-context", {"tensor": 2, "context": 2}, micro_batch_rows=3, model=DENSE),
+    Case(
+        "all",
+        {
+            "pipeline": 2,
+            "context": 2,
+            "tensor": 2,
+            "expert": 2,
+            "expert_tensor": 1,
+            "expert_token_groups": 2,
+        },
+        num_micro_batches=3,
+        model=MOE_NO_DROP,
+        recompute=True,
+    ),
 )

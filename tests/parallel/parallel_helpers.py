@@ -1,8 +1,11 @@
 """What the tests of parallelism share: one tiny model, samples, cases, and runs over processes."""
 
+import atexit
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +150,37 @@ def held(x: Any) -> torch.Tensor:
     return (x.to_local() if hasattr(x, "to_local") else x).detach()
 
 
+class RankServer:
+    """A process that has imported everything, and forks the ranks of one job after another."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self.close)
+
+    def run(self, job: str, num_ranks: int, folder: Path, arguments: tuple[str, ...]) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        order = {"job": job, "ranks": num_ranks, "folder": str(folder), "arguments": arguments}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == "done\n", (folder / "errors").read_text()[-6000:]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@cache
+def _server() -> RankServer:
+    return RankServer()
+
+
 def run_ranks(job: str, num_ranks: int, folder: Path, *arguments: str) -> None:
     """Run a job of parallel_worker.py in processes that write their results to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, str(WORKER), job, str(num_ranks), str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    _server().run(job, num_ranks, folder, arguments)
 
 
 def joined(case: Case, ranks: list[dict], kind: str, name: str, whole: torch.Tensor):

@@ -275,11 +275,11 @@ def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -
     keys_sent = (layers - num_linear) * (c - 1) * keys * (forwards + 1)
     chosen = 0 if model.moe is None else model.moe.num_experts_per_tok
     routed = tokens / t if parallel.routes_tokens else tokens
-    there_and_back = 2 * chosen * D * _FP32_BYTES * routed * (x - 1) / x
+    there_and_back = 2 * chosen * D * e * routed * (x - 1) / x
     if parallel.routes_tokens:
         # Rows gathered and summed over an expert's width, and tokens joined over tensor ranks.
         w = parallel.expert_width
-        there_and_back += 2 * chosen * D * _FP32_BYTES * routed * (w - 1)
+        there_and_back += 2 * chosen * D * e * routed * (w - 1)
         there_and_back += 2 * D * e * tokens * (t - 1) / t
     tensor_sums = 1 if parallel.routes_tokens else 2
     stages = parallel.pipeline_stages if parallel.pipeline > 1 else 0

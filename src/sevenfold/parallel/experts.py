@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats
-from sevenfold.ops import Dispatch, combine, gather_rows, plan_dispatch
+from sevenfold.ops import Dispatch, autocast, combine, gather_rows, plan_dispatch
 from sevenfold.parallel.collectives import (
     Flight,
     begin_exchange,
@@ -209,7 +209,9 @@ class ExpertRoute:
         own = by_rank[:, :, expert]  # [expert, expert_tensor, E / expert]
         received = own[:, part].sum(-1).tolist()
         flight = Flight(sent, received, self.peers)
-        underway = begin_exchange(gather_rows(tokens[rows], plan), flight)
+        # The experts would cast them: under autocast half the bytes travel.
+        (travelling,) = autocast(gather_rows(tokens[rows], plan))
+        underway = begin_exchange(travelling, flight)
         return _Underway(plan, underway, flight, own.transpose(0, 1))
 
     def _run_experts(self, arrived: Tensor, counts: Tensor) -> Tensor:
