@@ -9,6 +9,7 @@ from torch import Tensor
 from sevenfold.ops import layer_log_decay, lightning_attention
 from sevenfold.ops.testing import check_error
 from sevenfold.parallel import ContextBatch, divide_row
+from sevenfold.parallel.context import states as states_module
 from sevenfold.parallel.context.keys import Step, plan_keys
 from sevenfold.parallel.context.lightning import _Decayed, _outgoing, plan_states
 from sevenfold.parallel.context.softmax import RING_BYTES, as_received, chosen_exchange, in_order
@@ -34,7 +35,7 @@ def tokens_of(batch: ContextBatch, row: Tensor) -> Tensor:
 
 
 @given(LENGTHS, RANKS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_stretches_hold_every_token_once_at_its_position(lengths: list[int], ranks: int) -> None:
     lengths = filled(lengths, ranks)
     parts = divided(lengths, ranks)
@@ -107,8 +108,12 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, lengths: list
     return torch.cat(run)
 
 
-def test_the_gradients_of_what_states_add_and_give() -> None:
-    decay = Decay(torch.tensor([-0.5, -1e-3], dtype=torch.float64), (-0.5, -1e-3))
+@pytest.mark.parametrize("block_elements", [1, 24, 2**25])
+def test_the_gradients_of_what_states_add_and_give(
+    block_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states_module, "_BLOCK_ELEMENTS", block_elements)
+    decay = Decay(torch.tensor([-30.0, -1e-3], dtype=torch.float64), (-30.0, -1e-3))
     (part,) = divided([5, 7], 1)
     q, k, v = torch.randn(3, 12, 2, 3, dtype=torch.float64, generator=torch.Generator())
     leaves = [x.clone().requires_grad_() for x in (k, v)]
@@ -149,7 +154,7 @@ def test_powers_below_fp32_are_zero_and_no_decay_never_fades() -> None:
 
 
 @given(LENGTHS, RANKS, st.one_of(st.none(), st.integers(1, 30)), st.booleans())
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 def test_every_query_meets_each_key_of_its_document_once(
     lengths: list[int], ranks: int, window: int | None, in_turn: bool
 ) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from sevenfold.models import Batch, HybridModel
 from sevenfold.models.block import Block
@@ -154,6 +153,9 @@ class Pipeline:
                     dist.send(y.contiguous(), after, group=self._group)
 
     def _scheduled(self, num_micro_batches: int, num_tokens: int) -> "_Scheduled":
+        # It takes two seconds to import: only who needs it waits for it.
+        from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
+
         modules = [_StageModule(stage) for stage in self.stages]
         stages: list[Any] = [self._torch_stage(module, num_tokens) for module in modules]
         if len(stages) == 1:
@@ -164,7 +166,9 @@ class Pipeline:
             )
         return _Scheduled(modules, schedule)
 
-    def _torch_stage(self, module: "_StageModule", num_tokens: int) -> PipelineStage:
+    def _torch_stage(self, module: "_StageModule", num_tokens: int) -> Any:
+        from torch.distributed.pipelining import PipelineStage
+
         x = self._like.new_empty(num_tokens, self._like.shape[1]).requires_grad_()
         stage = module.stage
         return PipelineStage(

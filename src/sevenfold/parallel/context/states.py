@@ -19,7 +19,8 @@ from sevenfold.parallel.context.batch import Piece
 
 # What has decayed by more is 0: the smallest number that fp32 holds with all its digits.
 LEAST = torch.finfo(torch.float32).tiny
-_BLOCK_TOKENS = 4096
+# Channels of a block that exist in fp32 at once.
+_BLOCK_ELEMENTS = 2**25
 
 
 class Decay(NamedTuple):
@@ -88,7 +89,7 @@ class _AddedStates(torch.autograd.Function):
         states = k.new_zeros(len(pieces), H, K, V, dtype=dtype)
         with full_precision(k.device):
             for state, piece in zip(states, pieces, strict=True):
-                for tokens, head, power in _blocks(piece, decay, from_end=True):
+                for tokens, head, power in _blocks(piece, decay, K, from_end=True):
                     faded = k[tokens, head:].to(dtype) * power
                     values = v[tokens, head:].to(dtype)
                     state[head:] += torch.einsum("nhk,nhv->hkv", faded, values)
@@ -101,7 +102,7 @@ class _AddedStates(torch.autograd.Function):
         dtype = grads[0].dtype
         with full_precision(k.device):
             for dstate, piece in zip(grads[0], ctx.pieces, strict=True):
-                for tokens, head, power in _blocks(piece, ctx.decay, from_end=True):
+                for tokens, head, power in _blocks(piece, ctx.decay, k.shape[2], from_end=True):
                     faded = v[tokens, head:].to(dtype) * power
                     dk[tokens, head:] = torch.einsum("nhv,hkv->nhk", faded, dstate[head:]).to(
                         dk.dtype
@@ -129,7 +130,7 @@ class _AddRead(torch.autograd.Function):
         dtype, rows = states.dtype, o[0]
         with full_precision(q.device):
             for state, piece in zip(states, pieces, strict=True):
-                for tokens, head, power in _blocks(piece, decay, from_end=False):
+                for tokens, head, power in _blocks(piece, decay, q.shape[2], from_end=False):
                     faded = q[tokens, head:].to(dtype) * power
                     read = torch.einsum("nhk,hkv->nhv", faded, state[head:])
                     rows[tokens, head:] = (rows[tokens, head:] + read).to(o.dtype)
@@ -143,7 +144,7 @@ class _AddRead(torch.autograd.Function):
         dtype = states.dtype
         with full_precision(q.device):
             for n, piece in enumerate(ctx.pieces):
-                for tokens, head, power in _blocks(piece, ctx.decay, from_end=False):
+                for tokens, head, power in _blocks(piece, ctx.decay, q.shape[2], from_end=False):
                     faded = do[0, tokens, head:].to(dtype) * power
                     dstates[n, head:] += torch.einsum(
                         "nhk,nhv->hkv", q[tokens, head:].to(dtype), faded
@@ -155,7 +156,7 @@ class _AddRead(torch.autograd.Function):
 
 
 def _blocks(
-    piece: Piece | None, decay: Decay, *, from_end: bool
+    piece: Piece | None, decay: Decay, width: int, *, from_end: bool
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Tokens of a block, its first head that counts, and the powers [n, heads, 1].
 
@@ -164,8 +165,9 @@ def _blocks(
     if piece is None:
         return
     device = decay.log_decay.device
-    for nearest in range(0, piece.length, _BLOCK_TOKENS):
-        n = min(_BLOCK_TOKENS, piece.length - nearest)
+    size = max(1, _BLOCK_ELEMENTS // (len(decay.on_host) * width))
+    for nearest in range(0, piece.length, size):
+        n = min(size, piece.length - nearest)
         head = decay.first_head(nearest + (0 if from_end else 1))
         if head == len(decay.on_host):
             return
