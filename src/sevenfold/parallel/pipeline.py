@@ -104,10 +104,8 @@ class Pipeline:
     """The stages of a rank, and the order in which they run.
 
     Args:
-        config: of the layout.
-        stages: this rank's.
-        group: the ranks that hold the other stages.
-        device, dtype, width: of what goes from stage to stage.
+        model: what this rank holds, on its device.
+        layout: with pipeline above 1.
     """
 
     def __init__(self, model: HybridModel, layout: Layout) -> None:
