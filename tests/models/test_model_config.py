@@ -42,6 +42,10 @@ def test_residual_factors_by_kind_of_layer() -> None:
             {"num_attention_heads": 4, "num_key_value_heads": 3},
             "num_key_value_heads must divide num_attention_heads = 4, got 3",
         ),
+        (
+            {"linear_attn_norm_groups": 3},
+            "linear_attn_norm_groups must divide num_attention_heads = ",
+        ),
         ({"rotary_dim": 8}, "rotary_dim must not exceed head_dim = 6, got 8"),
         ({"rotary_dim": 3}, "rotary_dim must be valid: Input should be a multiple of 2, got 3"),
         ({"rotary_dim": -2}, "rotary_dim must be valid: Input should be greater than or equal to"),

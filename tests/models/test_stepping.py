@@ -14,6 +14,7 @@ MIXES = [
     {"layers": "llf", "moe": MOE},
     {"layers": "lf", "moe": SHARED},
     {"layers": "lf", "norm_placement": "pre_norm"},
+    {"layers": "lf", "linear_attn_norm_groups": 2},
 ]
 
 

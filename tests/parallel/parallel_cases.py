@@ -2,45 +2,132 @@
 
 Errors that other trainers had without a word, and the case that would show each: copies of norms
 and routers that tensor ranks do not sum (tensor*, by the ranks' copies); a norm that undercounts
-experts or counts copies twice (tensor-expert, replicate-expert); a norm of each expert group's own
-(expert*); gradients of experts times the group's size, or none (expert*); experts overwritten by
-the first rank's (expert*, by their weights after the step); a document that leaks over a border, or
-whose positions begin anew (context*); a mean over ranks of means over labels (shard, context:
-labels are uneven); balance counted again by recomputation, or of local tokens alone (*recompute,
-expert-4).
+experts or counts copies twice (tensor-expert, experts-*, replicate-expert); a norm of each expert
+group's own (expert*); gradients of experts times the group's size, or none (expert*); experts
+overwritten by the first rank's (expert*, by their weights after the step); a document that leaks
+over a border, or whose positions begin anew (context*, ring*); a mean over ranks of means over
+labels (shard, context: labels are uneven); balance counted again by recomputation, or of local
+tokens alone (*recompute, expert-4); routers' losses that stages before the last lose, or that count
+once a micro-batch too often (pipeline*); drops in another order than the tokens' (expert-context,
+experts-apart: their ranks hold stretches from both ends of a row); names that change when a run is
+read under another layout (test_parallel_runs).
 """
 
 from parallel_helpers import MOE, Case
 
 DENSE = {"tie_word_embeddings": True}
+DENSE_APART = {"tie_word_embeddings": False}
 MIXTURE = {"moe": MOE}
+MOE_NO_DROP = {"moe": MOE | {"capacity_factor": None}}
 
 CASES = (
-    Case("shard", {"shard": 2}, model=MIXTURE | {"moe": MOE | {"capacity_factor": None}}),
+    Case("shard", {"shard": 2}, model=MOE_NO_DROP),
     Case("tied-shard", {"shard": 2}, model=DENSE, recompute=True),
     Case("replicate", {"replicate": 2}, model=DENSE, is_slow=True),
     Case("context", {"context": 2}, micro_batch_rows=3, model=DENSE),
     Case("context-recompute", {"context": 2}, micro_batch_rows=1, recompute=True, is_slow=True),
+    Case(
+        "context-ring",
+        {"context": 2, "context_attention": "ring"},
+        micro_batch_rows=3,
+        model={"num_key_value_heads": 2},
+        recompute=True,
+    ),
+    Case("pipeline", {"pipeline": 2}, num_micro_batches=3, model=MIXTURE, recompute=True),
+    Case(
+        "pipeline-interleaved",
+        {"pipeline": 2, "pipeline_stages": 2},
+        micro_batch_rows=2,
+        num_micro_batches=4,
+        is_slow=True,
+    ),
     Case("context-bf16", {"context": 2}, micro_batch_rows=3, autocast="bf16"),
     Case("tensor-bf16", {"tensor": 2}, autocast="bf16"),
-    Case("expert", {"shard": 2, "expert": 2}, model=MIXTURE, is_slow=True),
+    Case(
+        "expert",
+        {"shard": 2, "expert": 2, "expert_token_groups": 2},
+        model=MIXTURE,
+        is_slow=True,
+    ),
     Case("expert-context", {"context": 2, "expert": 2}, micro_batch_rows=3, model=MIXTURE),
     Case("tensor", {"tensor": 2}, model=MIXTURE),
+    Case("tensor-groups", {"tensor": 2}, model={"linear_attn_norm_groups": 2}),
     Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True, is_slow=True),
     Case("hybrid-shard", {"replicate": 2, "shard": 2}, model=DENSE),
     Case("context-4", {"context": 4}, micro_batch_rows=2, model=DENSE),
     Case("shard-context", {"shard": 2, "context": 2}, micro_batch_rows=2, model=DENSE),
     Case("expert-4", {"shard": 4, "expert": 4}, model=MIXTURE, recompute=True),
-    Case(
-        "expert-2-of-4", {"shard": 4, "expert": 2}, model={"moe": MOE | {"capacity_factor": None}}
-    ),
+    Case("expert-2-of-4", {"shard": 4, "expert": 2}, model=MOE_NO_DROP),
     Case(
         "replicate-expert",
         {"replicate": 2, "shard": 2, "expert": 2},
-        model={"moe": MOE | {"capacity_factor": None}},
+        model=MOE_NO_DROP,
     ),
     Case("tensor-4", {"tensor": 4}, model=MIXTURE),
+    Case(
+        "ring-4",
+        {"context": 4, "context_attention": "ring"},
+        micro_batch_rows=2,
+        model={"num_key_value_heads": 1},
+    ),
+    Case("pipeline-shard", {"pipeline": 2, "shard": 2}, num_micro_batches=3),
+    Case(
+        "pipeline-4",
+        {"pipeline": 4},
+        micro_batch_rows=1,
+        num_micro_batches=6,
+        model=MIXTURE,
+    ),
+    Case("pipeline-tensor", {"pipeline": 2, "tensor": 2}, model=MIXTURE),
+    Case("pipeline-context", {"pipeline": 2, "context": 2}, model=DENSE_APART),
+    Case("pipeline-expert", {"pipeline": 2, "shard": 2, "expert": 2}, model=MIXTURE),
+    Case(
+        "pipeline-replicate", {"pipeline": 2, "replicate": 2}, model={"linear_attn_norm_groups": 2}
+    ),
+    Case("replicate-context", {"replicate": 2, "context": 2}, model=MOE_NO_DROP),
+    Case("replicate-tensor", {"replicate": 2, "tensor": 2}, model=MOE_NO_DROP),
+    Case("expert-bf16", {"shard": 4, "expert": 4}, model=MOE_NO_DROP, autocast="bf16"),
+    Case(
+        "ring-bf16",
+        {"context": 4, "context_attention": "ring"},
+        model=DENSE_APART,
+        autocast="bf16",
+    ),
+    Case("experts-whole", {"tensor": 2, "shard": 2, "expert_tensor": 1}, model=MOE_NO_DROP),
+    Case("experts-wide", {"shard": 4, "expert": 2, "expert_tensor": 2}, model=MIXTURE),
+    Case(
+        "experts-apart",
+        {"tensor": 2, "context": 2, "expert": 4, "expert_tensor": 1},
+        micro_batch_rows=4,
+        model=MIXTURE,
+    ),
+    Case(
+        "experts-turned",
+        {"tensor": 2, "shard": 2, "expert_tensor": 4},
+        model=MOE_NO_DROP,
+    ),
+    Case(
+        "experts-groups",
+        {"context": 4, "expert": 4, "expert_token_groups": 3},
+        micro_batch_rows=4,
+        model=MIXTURE,
+        recompute=True,
+    ),
     Case("tensor-shard", {"tensor": 2, "shard": 2}, model=DENSE),
     Case("tensor-expert", {"tensor": 2, "shard": 2, "expert": 2}, model=MIXTURE, recompute=True),
     Case("tensor-context", {"tensor": 2, "context": 2}, micro_batch_rows=3, model=DENSE),
+    Case(
+        "all",
+        {
+            "pipeline": 2,
+            "context": 2,
+            "tensor": 2,
+            "expert": 2,
+            "expert_tensor": 1,
+            "expert_token_groups": 2,
+        },
+        num_micro_batches=3,
+        model=MOE_NO_DROP,
+        recompute=True,
+    ),
 )

@@ -1,8 +1,11 @@
 """What the tests of parallelism share: one tiny model, samples, cases, and runs over processes."""
 
+import atexit
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +13,19 @@ import numpy as np
 import torch
 
 from sevenfold.config import parse_config
-from sevenfold.models import HybridModel, ModelConfig, init_weights
+from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.optim import AdamWConfig, build_adamw
 from sevenfold.parallel import (
     Layout,
     ParallelConfig,
+    Pipeline,
+    build_model,
     clip_gradients,
-    divide_model,
     gradient_norm,
     groups_by_mesh,
-    shard_weights,
 )
 from sevenfold.train.batch import read_step
+from sevenfold.train.stages import forward_backward_by_stages
 from sevenfold.train.step import forward_backward
 from sevenfold.train.transform import recompute_blocks
 
@@ -56,11 +60,12 @@ ROWS = ((5, 11), (16,), (1, 2, 13), (9, 7), (3, 13), (16,), (12, 4))
 
 @dataclass(frozen=True)
 class Case:
-    """A layout on a model, over a step of two micro-batches."""
+    """A layout on a model, over a step of micro-batches."""
 
     name: str
     parallel: dict[str, int]
     micro_batch_rows: int = 4
+    num_micro_batches: int = 2
     model: dict[str, Any] = field(default_factory=dict)
     recompute: bool = False
     autocast: str | None = None
@@ -95,11 +100,14 @@ class Rows:
 
 
 def build(case: Case, layout: Layout, dtype: torch.dtype) -> tuple[HybridModel, Any]:
-    model = init_weights(HybridModel(case.model_config), seed=3).to(dtype).train()
-    divide_model(model, layout)
-    if case.recompute:
-        recompute_blocks(model, 1)
-    shard_weights(model, layout)
+    model = build_model(
+        case.model_config,
+        layout,
+        seed=3,
+        device=torch.device("cpu"),
+        between=lambda model: recompute_blocks(model, 1) if case.recompute else None,
+        dtype=dtype,
+    ).train()
     optimizer = build_adamw(model.named_parameters(), AdamWConfig(lr=0.01))
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
     return model, optimizer
@@ -108,8 +116,20 @@ def build(case: Case, layout: Layout, dtype: torch.dtype) -> tuple[HybridModel, 
 def take_step(case: Case, model: HybridModel, optimizer: Any, layout: Layout) -> dict[str, Any]:
     """One step of training, as the loop takes it: what it computed, and this rank's tensors."""
     size = case.micro_batch_rows
-    step = read_step(Rows(), 0, 2 * size, micro_batch_rows=size, device=model.device, layout=layout)
-    losses = layout.sum_over_tokens(forward_backward(model, step, autocast=case.autocast))
+    step = read_step(
+        Rows(),
+        0,
+        case.num_micro_batches * size,
+        micro_batch_rows=size,
+        device=model.device,
+        layout=layout,
+    )
+    if layout.config.pipeline == 1:
+        losses = forward_backward(model, step, autocast=case.autocast)
+    else:
+        pipeline = Pipeline(model, layout)
+        losses = forward_backward_by_stages(model, pipeline, step, autocast=case.autocast)
+    losses = layout.sum_over_shares(losses)
     norm = gradient_norm(model.named_parameters(), layout)
     clip_gradients(model.parameters(), 0.5, norm)
     gradients = {name: held(p.grad).clone() for name, p in model.named_parameters()}
@@ -130,17 +150,37 @@ def held(x: Any) -> torch.Tensor:
     return (x.to_local() if hasattr(x, "to_local") else x).detach()
 
 
+class RankServer:
+    """A process that has imported everything, and forks the ranks of one job after another."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self.close)
+
+    def run(self, job: str, num_ranks: int, folder: Path, arguments: tuple[str, ...]) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        order = {"job": job, "ranks": num_ranks, "folder": str(folder), "arguments": arguments}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == "done\n", (folder / "errors").read_text()[-6000:]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@cache
+def _server() -> RankServer:
+    return RankServer()
+
+
 def run_ranks(job: str, num_ranks: int, folder: Path, *arguments: str) -> None:
     """Run a job of parallel_worker.py in processes that write their results to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, str(WORKER), job, str(num_ranks), str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    _server().run(job, num_ranks, folder, arguments)
 
 
 def joined(case: Case, ranks: list[dict], kind: str, name: str, whole: torch.Tensor):
@@ -149,7 +189,7 @@ def joined(case: Case, ranks: list[dict], kind: str, name: str, whole: torch.Ten
     Returns the tensor as rank after rank wrote it: [copies] of equal tensors are one.
     """
     out = torch.full_like(whole, float("nan"), dtype=torch.float64)
-    for rank in ranks:
+    for rank in (rank for rank in ranks if name in rank[kind]):
         view = region(case.config, rank["place"], name, out)
         part = rank[kind][name].double()
         for piece, own in zip(view, part.chunk(len(view), tensor_dim(name) or 0), strict=True):
@@ -162,16 +202,19 @@ def joined(case: Case, ranks: list[dict], kind: str, name: str, whole: torch.Ten
 
 def region(config: ParallelConfig, place: Any, name: str, x: torch.Tensor) -> list[torch.Tensor]:
     """The views of a whole tensor that a rank holds, written independently of the package."""
-    is_expert = ".experts." in name
     shards = config.shard * config.context
     index = place.data % config.shard * config.context + place.context
-    if is_expert:
+    width, part = config.tensor, place.tensor
+    if ".experts." in name:
         x = x.chunk(config.expert)[place.expert]
-        shards, index = shards // config.expert, index // config.expert
+        width, part = config.expert_tensor or config.tensor, place.expert_tensor
+        size = config.expert * width
+        index = (index * config.tensor + place.tensor) // size
+        shards = shards * config.tensor // size
     dim = tensor_dim(name)
     halves = list(x.chunk(2, dim)) if "gate_up_proj" in name else [x]
     if dim is not None:
-        halves = [half.chunk(config.tensor, dim)[place.tensor] for half in halves]
+        halves = [half.chunk(width, dim)[part] for half in halves]
     hidden = hidden_dim(name, x)
     return [half.chunk(shards, hidden)[index] for half in halves]
 

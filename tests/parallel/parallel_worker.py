@@ -1,10 +1,14 @@
-"""Runs a job in several processes over gloo; they are forked, so the imports are paid once.
+"""Runs jobs in several processes over gloo; they are forked, so the imports are paid once.
 
-python parallel_worker.py JOB RANKS FOLDER [ARGUMENT...]
+Reads orders as lines of JSON, and answers each with "done" or "failed"; what the ranks say is in
+the file "errors" of the job's folder.
 """
 
+import json
 import multiprocessing
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -65,36 +69,46 @@ def serving(folder: Path, rank: int, layers: str) -> None:
 JOBS = {job.__name__: job for job in (steps, runs, decoding, generation, serving)}
 
 
-def process(job: str, rank: int, num_ranks: int, folder: Path, arguments: list[str]) -> None:
+TIMEOUT_S = 280
+
+
+def process(order: dict, rank: int) -> None:
+    folder, num_ranks = Path(order["folder"]), order["ranks"]
+    errors = (folder / "errors").open("a")
+    os.dup2(errors.fileno(), 2)
+    os.dup2(errors.fileno(), 1)
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), num_ranks)
+    store = dist.FileStore(order["store"], num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     try:
-        JOBS[job](folder, rank, *arguments)
+        JOBS[order["job"]](folder, rank, *order["arguments"])
     except BaseException:
-        # The others wait in a collective that this rank will not join: main ends them.
+        # The others wait in a collective that this rank will not join: run ends them.
         traceback.print_exc()
         sys.exit(1)
     dist.destroy_process_group()
 
 
-def main() -> None:
-    job, num_ranks, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+def run(order: dict) -> bool:
     context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=process, args=(job, rank, num_ranks, folder, sys.argv[4:]))
-        for rank in range(num_ranks)
-    ]
+    order["store"] = f"{order['folder']}/store-{time.monotonic_ns()}"
+    ranks = [context.Process(target=process, args=(order, r)) for r in range(order["ranks"])]
     for rank in ranks:
         rank.start()
+    until = time.monotonic() + TIMEOUT_S
     while any(rank.is_alive() for rank in ranks):
         for rank in ranks:
             rank.join(0.05)
-        if any(rank.exitcode for rank in ranks):
+        if any(rank.exitcode for rank in ranks) or time.monotonic() > until:
             for rank in ranks:
                 rank.kill()
-            sys.exit("a rank failed")
-    sys.exit(max(rank.exitcode or 0 for rank in ranks))
+    return all(rank.exitcode == 0 for rank in ranks)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        sys.stdout.write("done\n" if run(json.loads(line)) else "failed\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

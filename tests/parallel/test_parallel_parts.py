@@ -1,17 +1,20 @@
 """Which part of a parameter a rank holds; capacity over ranks; what a layout costs."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from parallel_helpers import MODEL, MOE, hidden_dim, tensor_dim
 
 from sevenfold.config import parse_config
 from sevenfold.models import HybridModel, ModelConfig, preset
-from sevenfold.models.accounting import count_parameters
 from sevenfold.ops import plan_dispatch
 from sevenfold.parallel import ParallelConfig
 from sevenfold.parallel.estimate import Rates, Work, rank_memory, step_time
-from sevenfold.parallel.experts import limited, share_capacity
+from sevenfold.parallel.experts import limited, order_of_pieces, share_capacity
+from sevenfold.parallel.layout import place_of
 from sevenfold.parallel.parts import parts_of, tensor_slice
+from sevenfold.parallel.rehearsal import heaviest_rank, rehearse
 
 WORK = Work(
     seq_len=8192, step_rows=512, micro_batch_rows=256, element_bytes=2, recomputed_layers=80
@@ -36,7 +39,7 @@ def test_tensor_ranks_divide_gate_and_up_apart() -> None:
     assert own == [[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]
 
 
-def test_capacity_goes_to_the_ranks_in_their_order() -> None:
+def test_capacity_goes_to_the_pieces_in_their_order() -> None:
     counts = torch.tensor([[3, 0, 5], [4, 2, 0], [1, 2, 3]])
     quotas = share_capacity(counts, 4)
     assert quotas.tolist() == [[3, 0, 4], [1, 2, 0], [0, 2, 0]]
@@ -45,24 +48,97 @@ def test_capacity_goes_to_the_ranks_in_their_order() -> None:
 def test_limits_keep_the_first_tokens_as_one_process_would() -> None:
     experts = torch.tensor([[0, 1], [1, 2], [1, 0], [0, 2], [2, 1]])
     whole = plan_dispatch(experts, 3, None)
-    kept = limited(whole, torch.tensor([3, 4, 3]), torch.tensor([2, 2, 2]))
+    kept = limited(whole, torch.tensor([[3, 4, 3]]), torch.tensor([[2, 2, 2]]))
     exact = plan_dispatch(experts, 3, 2)
     assert torch.equal(kept.choice, exact.choice)
     assert torch.equal(kept.row, exact.row)
     assert torch.equal(kept.rows_per_expert, exact.rows_per_expert)
 
 
-@pytest.mark.parametrize("degrees", [{}, {"shard": 64}, {"tensor": 8, "shard": 16, "expert": 16}])
-def test_divided_weights_make_the_whole_model(degrees: dict[str, int]) -> None:
+def test_limits_count_within_each_piece() -> None:
+    experts = torch.tensor([[0], [0], [0], [0], [1]])  # pieces of three tokens and of two
+    counts, quota = torch.tensor([[3, 0], [1, 1]]), torch.tensor([[1, 0], [1, 0]])
+    kept = limited(plan_dispatch(experts, 2, None), counts, quota)
+    assert kept.choice.tolist() == [0, 3]
+    assert kept.row.flatten().tolist() == [0, 2, 2, 1, 2]
+    assert kept.rows_per_expert.tolist() == [2, 0]
+
+
+def test_pieces_sort_by_their_tokens_over_ranks_that_hold_two_stretches() -> None:
+    # Two context ranks hold stretches 0, 3 and 1, 2 of a row.
+    config = ParallelConfig(context=2, shard=2, expert=4)
+    assert order_of_pieces(config, place_of(config, 3), 1) == [0, 2, 3, 1, 4, 6, 7, 5]
+    # Tensor ranks have neighbouring parts of a stretch, each in two token groups.
+    config = ParallelConfig(tensor=2, shard=2, expert=2, expert_tensor=1)
+    assert order_of_pieces(config, place_of(config, 0), 2) == [0, 1, 2, 3]
+    assert order_of_pieces(config, place_of(config, 3), 2) == [0, 1, 2, 3]
+
+
+LAYOUTS = [
+    {},
+    {"shard": 64},
+    {"tensor": 8, "shard": 16, "expert": 16},
+    {"tensor": 4, "shard": 8, "expert": 32, "expert_tensor": 1},
+    {"pipeline": 8, "pipeline_stages": 2, "shard": 2, "context": 2},
+]
+
+
+@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
+def test_the_count_is_what_a_rank_builds(degrees: dict[str, int]) -> None:
     model, parallel = preset("minimax-text-01"), ParallelConfig(**degrees)
     memory = rank_memory(model, parallel, WORK)
-    total = count_parameters(model).total
-    # Norms and routers are on every tensor rank; all else is divided by all.
-    copied = total if parallel.num_ranks == 1 else memory.weights // 4 * parallel.num_ranks
-    small = 80 * (2 * 6144 + 32 * 6144) + 6144
-    assert total <= copied <= total + parallel.tensor * small
+    held = heaviest_rank(model, parallel)
     assert memory.moments == 2 * memory.weights == 2 * memory.gradients
     assert memory.total > 4 * memory.weights
+    if parallel.pipeline == 1:
+        assert memory.weights == 4 * held.total
+    else:
+        assert 0.9 * 4 * held.total <= memory.weights <= 4 * held.total  # of the fullest in all
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"pipeline": 2, "tensor": 2, "shard": 2, "expert": 2},
+        {"replicate": 2, "context": 2, "tensor": 2, "expert": 4, "expert_tensor": 1},
+    ],
+    ids=str,
+)
+def test_the_ranks_parts_make_the_whole_model(degrees: dict[str, int]) -> None:
+    config, parallel = (
+        parse_config(ModelConfig, MODEL | {"moe": MOE}, "test"),
+        ParallelConfig(**degrees),
+    )
+    held = [rehearse(config, parallel, rank).by_name for rank in range(parallel.num_ranks)]
+    with torch.device("meta"):
+        model = HybridModel(config)
+    for name, parameter in model.named_parameters():
+        copies = parallel.replicate * (parallel.tensor if tensor_dim(name) is None else 1)
+        elements = sum(rank.get(name, 0) for rank in held)
+        assert elements == copies * parameter.numel(), name
+
+
+def test_a_rehearsal_is_for_a_process_of_no_group() -> None:
+    with (
+        patch("torch.distributed.is_initialized", return_value=True),
+        pytest.raises(RuntimeError, match="outside of a process group"),
+    ):
+        rehearse(preset("minimax-text-01"), ParallelConfig(shard=2), 0)
+
+
+def test_more_stages_wait_less_and_keep_more_micro_batches() -> None:
+    model, rates = preset("minimax-text-01"), Rates()
+    work = Work(8192, step_rows=512, micro_batch_rows=64, element_bytes=2, recomputed_layers=80)
+    plain, once, twice = (
+        step_time(model, ParallelConfig(pipeline=p, pipeline_stages=v, shard=64 // p), work, rates)
+        for p, v in ((1, 1), (8, 1), (8, 2))
+    )
+    assert plain.compute_s < twice.compute_s < once.compute_s
+    # 7 of 8 micro-batches' time is spent waiting.
+    assert 1.87 < once.compute_s / plain.compute_s < 1.88
+    assert "pipeline" in once.exchange_s
+    assert "pipeline" not in plain.exchange_s
+    assert twice.exchange_s["pipeline"] == 2 * once.exchange_s["pipeline"]
 
 
 def test_a_step_is_no_faster_than_its_products_nor_than_its_exchange() -> None:

@@ -12,10 +12,12 @@ from sevenfold.ops.testing import check_error
 from sevenfold.parallel import Layout, ParallelConfig
 
 ALONE = Layout(ParallelConfig())
+_CASES_AT_ONCE = 10
 TWO = [case for case in CASES if case.config.num_ranks == 2]
 QUICK = [case for case in TWO if not case.is_slow]
 SLOW = [case for case in TWO if case.is_slow]
 FOUR = [case for case in CASES if case.config.num_ranks == 4]
+EIGHT = [case for case in CASES if case.config.num_ranks == 8]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,16 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ran(FOUR, 4, tmp_path_factory.mktemp("four"))
 
 
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran(EIGHT, 8, tmp_path_factory.mktemp("eight"))
+
+
 def ran(cases: list[Case], num_ranks: int, folder: Path) -> Path:
-    """All cases in one start of the processes."""
-    run_ranks("steps", num_ranks, folder, *(case.name for case in cases))
+    """Many cases in one start of the processes."""
+    for n in range(0, len(cases), _CASES_AT_ONCE):
+        some = [case.name for case in cases[n : n + _CASES_AT_ONCE]]
+        run_ranks("steps", num_ranks, folder, *some)
     return folder
 
 
@@ -82,6 +91,12 @@ def test_other_layouts_of_two_ranks_do_so_too(case: Case, slow: Path) -> None:
 @pytest.mark.parametrize("case", FOUR, ids=lambda case: case.name)
 def test_four_ranks_take_the_step_of_one_process(case: Case, four: Path) -> None:
     agrees_with_one_process(case, four)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
+def test_eight_ranks_take_the_step_of_one_process(case: Case, eight: Path) -> None:
+    agrees_with_one_process(case, eight)
 
 
 def test_experts_drop_tokens_in_these_cases() -> None:

@@ -5,6 +5,7 @@ from rich.table import Table
 
 from sevenfold.parallel import ParallelConfig
 from sevenfold.parallel.estimate import Rates, Work, rank_memory, step_time
+from sevenfold.parallel.rehearsal import heaviest_rank
 from sevenfold.train import RunConfig
 
 _GIB = 2**30
@@ -45,13 +46,15 @@ def _mesh_table(parallel: ParallelConfig) -> Table:
     for column in ("dimension", "degree", "divides", "ranks of the first group"):
         table.add_column(column)
     t, c = parallel.tensor, parallel.context
-    shards = parallel.weight_shards
+    shards, width = parallel.weight_shards, parallel.expert_width
     rows = (
+        ("pipeline", parallel.pipeline, _stages(parallel), parallel.stage_ranks),
         ("replicate", parallel.replicate, "rows", shards * t),
         ("shard", parallel.shard, "rows, weights", c * t),
         ("context", c, "tokens of a row, weights", t),
         ("tensor", t, "heads, widths, vocabulary", 1),
-        ("expert", parallel.expert, "experts, along shard and context", t),
+        ("expert", parallel.expert, "experts", width),
+        ("expert_tensor", width, "an expert's width", 1),
     )
     for name, degree, divides, stride in rows:
         members = [i * stride for i in range(degree)]
@@ -60,11 +63,21 @@ def _mesh_table(parallel: ParallelConfig) -> Table:
     return table
 
 
+def _stages(parallel: ParallelConfig) -> str:
+    each = parallel.pipeline_stages
+    return "layers" if each == 1 else f"layers, in {each} stages each"
+
+
 def _memory_table(config: RunConfig, work: Work) -> Table:
     memory = rank_memory(config.model, config.parallel, work)
     table = Table(title="Memory of a rank", title_justify="left")
     table.add_column("what")
     table.add_column("GiB", justify="right")
+    held = heaviest_rank(config.model, config.parallel)
+    table.caption = (
+        f"weights are those of rank {held.rank}, divided on the meta device: {held.total:,} "
+        f"parameters"
+    )
     parts = {
         "weights, fp32": memory.weights,
         "gradients, fp32": memory.gradients,

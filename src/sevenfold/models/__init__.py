@@ -4,7 +4,7 @@ from sevenfold.models.batch import Batch
 from sevenfold.models.config import LayerType, ModelConfig, MoEConfig
 from sevenfold.models.drafts import DraftedState, DraftLayout, EncodedDrafts
 from sevenfold.models.hybrid import HiddenResult, HybridModel
-from sevenfold.models.init import deepnorm_alpha, deepnorm_beta, init_weights
+from sevenfold.models.init import deepnorm_alpha, deepnorm_beta, init_weights, initial_weight
 from sevenfold.models.presets import preset, preset_names, resolve_model
 from sevenfold.models.state import (
     EncodedState,
@@ -43,6 +43,7 @@ __all__ = [
     "deepnorm_beta",
     "empty_state",
     "init_weights",
+    "initial_weight",
     "preset",
     "preset_names",
     "resolve_model",

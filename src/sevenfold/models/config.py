@@ -66,6 +66,7 @@ class ModelConfig(StrictModel):
     mlp_beta_factor: float = 1.0
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     linear_attn_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    linear_attn_norm_groups: Positive = 1
     initialization: Literal["xavier_deepnorm", "normal"] = "xavier_deepnorm"
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     tie_word_embeddings: bool = False
@@ -79,6 +80,11 @@ class ModelConfig(StrictModel):
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads = "
                 f"{self.num_attention_heads}, got {self.num_key_value_heads}"
+            )
+        if self.num_attention_heads % self.linear_attn_norm_groups:
+            raise ValueError(
+                f"linear_attn_norm_groups must divide num_attention_heads = "
+                f"{self.num_attention_heads}, got {self.linear_attn_norm_groups}"
             )
         if self.rotary_dim > self.head_dim:
             raise ValueError(

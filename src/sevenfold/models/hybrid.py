@@ -50,12 +50,12 @@ class HybridModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.embed_tokens.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, the router's apart."""
-        return self.embed_tokens.weight.dtype
+        return next(self.parameters()).dtype
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Compute the logits of whole rows.

@@ -89,9 +89,10 @@ def _halves(layer: Block) -> _Halves:
     mix = feed = None
     if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
         feed = _feed(layer) if _is_plain(layer.mlp) else None
-        if isinstance(layer.self_attn, LightningAttention) and _is_plain(layer.self_attn):
-            mix = _mix(layer, layer.self_attn)
-            sources.append((vars(layer.self_attn), "log_decay"))
+        mixer = layer.self_attn
+        if isinstance(mixer, LightningAttention) and _is_plain(mixer) and mixer.norm_groups == 1:
+            mix = _mix(layer, mixer)
+            sources.append((vars(mixer), "log_decay"))
     places = [held[name].data_ptr() for held, name in sources]
     return _Halves(mix, feed, tuple(sources), places)
 

@@ -1,11 +1,15 @@
 """Operators: functions of tensors, each with one meaning and one or more implementations."""
 
 from sevenfold.ops.attention import (
+    Block,
     attention,
+    attention_block,
+    attention_block_backward,
     attention_cached,
     attention_paged,
     attention_paged_tree,
     attention_pages,
+    join_blocks,
     write_pages,
 )
 from sevenfold.ops.cross_entropy import IGNORED_LABEL, linear_cross_entropy
@@ -80,6 +84,7 @@ from sevenfold.ops.types import Impl, OpResult
 __all__ = [
     "IGNORED_LABEL",
     "MAX_DRAFT_TOKENS",
+    "Block",
     "DenseRows",
     "Dispatch",
     "EncodedHeads",
@@ -99,6 +104,8 @@ __all__ = [
     "Snapshots",
     "Stop",
     "attention",
+    "attention_block",
+    "attention_block_backward",
     "attention_cached",
     "attention_paged",
     "attention_paged_tree",
@@ -120,6 +127,7 @@ __all__ = [
     "head_slopes",
     "int8_linear",
     "int8_mixture",
+    "join_blocks",
     "layer_log_decay",
     "lightning_attention",
     "lightning_attention_commit",

@@ -16,6 +16,7 @@ class Impl(StrEnum):
     SCALED_MM = "scaled_mm"
     TRITON = "triton"
     NUMBA = "numba"
+    FLASH = "flash"
 
 
 class OpResult(NamedTuple):

@@ -7,26 +7,30 @@ from sevenfold.parallel.context.lightning import ContextLightning
 from sevenfold.parallel.context.softmax import ContextSoftmax
 from sevenfold.parallel.experts import divide_experts, share_statistics
 from sevenfold.parallel.layout import Layout
+from sevenfold.parallel.pipeline import keep_stages, own_blocks
 from sevenfold.parallel.sharding import shard_model
 from sevenfold.parallel.tensor import TensorLightning, divide_tensors, divide_weights
 
 
 def divide_model(model: HybridModel, layout: Layout, *, weights_are_divided: bool = False) -> None:
-    """Apply tensor, expert and context parallelism, and share the routers' statistics.
+    """Apply pipeline, tensor, expert and context parallelism, and share the routers' statistics.
 
     fully_shard comes after recomputation: see shard_weights.
 
     Args:
-        model: whole and the same on all ranks, on its final device; changed in place, names stay.
+        model: whole; with weights the same on all ranks, or on the meta device. Changed in place,
+            names stay.
         layout: whose degrees suit the model.
         weights_are_divided: whether each rank has loaded its part of the matrices alone.
     """
     if layout.is_alone:
         return
     layout.config.check_model(model.config)
-    for block in model.layers:
+    if layout.config.pipeline > 1:
+        keep_stages(model, layout)
+    for block in own_blocks(model):
         if isinstance(block.mlp, MixtureOfExperts):
-            if layout.config.expert > 1:
+            if layout.config.routes_tokens:
                 divide_experts(block.mlp, layout)
             share_statistics(block.mlp, layout)
     if layout.config.tensor > 1:
@@ -45,9 +49,10 @@ def shard_weights(model: HybridModel, layout: Layout) -> None:
 
 def _divide_context(model: HybridModel, layout: Layout) -> None:
     group = layout.group("context")
-    for block in model.layers:
+    for block in own_blocks(model):
         mixer = block.self_attn
         if isinstance(mixer, SoftmaxAttention):
-            mixer.attend = ContextSoftmax(mixer.scale, mixer.window, group)
+            exchange = layout.config.context_attention
+            mixer.attend = ContextSoftmax(mixer.scale, mixer.window, group, exchange)
         elif isinstance(mixer, LightningAttention | TensorLightning):
-            mixer.attend = ContextLightning(mixer.log_decay, group)
+            mixer.attend = ContextLightning(mixer, group)

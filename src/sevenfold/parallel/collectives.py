@@ -31,12 +31,91 @@ def sum_for_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return copy_to_ranks(sum_of_parts(x, group), group)
 
 
-def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Join the ranks' tokens along dimension 0.
+def split_tokens(x: Tensor, group: dist.ProcessGroup, stretches: int) -> Tensor:
+    """Take own tokens of what all ranks hold: the rank's part of each of some equal stretches.
 
-    forward: x of all ranks, in their order        backward: sum over ranks of dy, own part
+    forward: own part of x        backward: dx of all ranks, joined
+
+    Args:
+        x: [T, ...], the same on all ranks; ranks * stretches divide T.
+        group: the ranks.
+        stretches: into which x is cut first.
+
+    Returns:
+        [T / ranks, ...].
     """
-    return _GatherTokens.apply(x, group)
+    return _SplitTokens.apply(x, group, stretches)
+
+
+def join_tokens(x: Tensor, group: dist.ProcessGroup, stretches: int) -> Tensor:
+    """Join what ranks computed for their own tokens; the inverse of split_tokens.
+
+    forward: x of all ranks, joined        backward: own part of dy
+    """
+    return _JoinTokens.apply(x, group, stretches)
+
+
+def gather_rows_of_ranks(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Hand every rank the rows of all, to compute in part what they become.
+
+    forward: rows of all ranks, in their order        backward: sum over ranks of dy, own rows
+
+    Args:
+        rows: [n, D].
+        sizes: n of each rank.
+        group: the ranks.
+    """
+    return _GatherRows.apply(rows, sizes, group)
+
+
+def sum_rows_of_ranks(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Sum what each rank computed in part for the rows of all, and keep the own rows.
+
+    forward: sum over ranks of x, own rows        backward: dy of all ranks, in their order
+    """
+    return _SumRows.apply(rows, sizes, group)
+
+
+class Flight:
+    """An all-to-all under way, and the one that brings its gradient back.
+
+    What lies between begin_exchange and end_exchange runs beside it. Backward autograd takes nodes
+    in the reverse of their creation, so the same work runs beside the gradient's exchange.
+
+    Args:
+        sent, received: rows for and from each rank.
+        group: the ranks.
+    """
+
+    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
+        self.sent, self.received, self.group = sent, received, group
+        self.work: dist.Work | None = None
+        self.rows = torch.empty(0)
+
+    def start(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send rows; what is returned is filled when finish has been called."""
+        self.rows = rows.new_empty(sum(received), *rows.shape[1:])
+        self.work = dist.all_to_all_single(
+            self.rows, rows.contiguous(), received, sent, group=self.group, async_op=True
+        )
+        return self.rows
+
+    def finish(self) -> Tensor:
+        """Wait for what start began: on a GPU its stream does, and the host goes on."""
+        if self.work is not None:
+            self.work.wait()
+        rows, self.work, self.rows = self.rows, None, torch.empty(0)
+        return rows
+
+
+def begin_exchange(rows: Tensor, flight: Flight) -> Tensor:
+    """Send each rank its rows [sum(sent), ...], for rank 0 first; end_exchange takes the result."""
+    return _Begin.apply(rows, flight)
+
+
+def end_exchange(underway: Tensor, flight: Flight) -> Tensor:
+    """Return [sum(received), ...], from rank 0 first."""
+    return _End.apply(underway, flight)
 
 
 def exchange_rows(
@@ -45,14 +124,15 @@ def exchange_rows(
     """Send each rank its rows: an all-to-all, whose gradient goes the same way back.
 
     Args:
-        rows: [sum(sent), D], for rank 0 first.
+        rows: [sum(sent), ...], for rank 0 first.
         sent, received: rows for and from each rank.
         group: the ranks.
 
     Returns:
-        [sum(received), D], from rank 0 first.
+        [sum(received), ...], from rank 0 first.
     """
-    return _ExchangeRows.apply(rows, sent, received, group)
+    flight = Flight(sent, received, group)
+    return end_exchange(begin_exchange(rows, flight), flight)
 
 
 class _CopyToRanks(torch.autograd.Function):
@@ -76,33 +156,72 @@ class _SumOfParts(torch.autograd.Function):
         return grads[0], None
 
 
-class _GatherTokens(torch.autograd.Function):
+class _SplitTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, size = group, dist.get_world_size(group)
-        gathered = x.new_empty(size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-        return gathered
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, stretches: int) -> Tensor:
+        ctx.how = (group, stretches)
+        return _own_tokens(x, group, stretches)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _joined_tokens(grads[0], *ctx.how), None, None
+
+
+class _JoinTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, stretches: int) -> Tensor:
+        ctx.how = (group, stretches)
+        return _joined_tokens(x, group, stretches)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _own_tokens(grads[0], *ctx.how), None, None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.how = (sizes, group)
+        return _gathered_rows(rows, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _summed_rows(grads[0], *ctx.how), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.how = (sizes, group)
+        return _summed_rows(rows, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered_rows(grads[0], *ctx.how), None, None
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(rows, flight.sent, flight.received)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        dy, size = grads[0].contiguous(), dist.get_world_size(ctx.group)
-        dx = dy.new_empty(len(dy) // size, *dy.shape[1:])
-        dist.reduce_scatter_tensor(dx, dy, group=ctx.group)
-        return dx, None
+        return ctx.flight.finish(), None
 
 
-class _ExchangeRows(torch.autograd.Function):
+class _End(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.route = (received, sent, group)
-        return _exchanged(rows, sent, received, group)
+    def forward(ctx: Any, underway: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.finish().view_as(underway)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(grads[0], *ctx.route), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        flight: Flight = ctx.flight
+        flight.start(grads[0], flight.received, flight.sent)
+        return grads[0], None
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -111,9 +230,29 @@ def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return y
 
 
-def _exchanged(
-    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    arrived = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
-    return arrived
+def _own_tokens(x: Tensor, group: dist.ProcessGroup, stretches: int) -> Tensor:
+    size, index = dist.get_world_size(group), dist.get_rank(group)
+    return x.unflatten(0, (stretches, size, -1))[:, index].flatten(0, 1).contiguous()
+
+
+def _joined_tokens(x: Tensor, group: dist.ProcessGroup, stretches: int) -> Tensor:
+    size = dist.get_world_size(group)
+    gathered = x.new_empty(size, *x.shape)
+    dist.all_gather_into_tensor(gathered, x[None].contiguous(), group=group)
+    return gathered.unflatten(1, (stretches, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _gathered_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Ranks have different numbers of rows, which an all-to-all allows and a gather does not."""
+    gathered = rows.new_empty(sum(sizes), *rows.shape[1:])
+    copies = rows.repeat(len(sizes), *[1] * (rows.dim() - 1))
+    dist.all_to_all_single(gathered, copies, sizes, [len(rows)] * len(sizes), group=group)
+    return gathered
+
+
+def _summed_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    own = sizes[dist.get_rank(group)]
+    parts = rows.new_empty(len(sizes), own, *rows.shape[1:])
+    received = [own] * len(sizes)
+    dist.all_to_all_single(parts.flatten(0, 1), rows.contiguous(), received, sizes, group=group)
+    return parts.sum(0)

@@ -6,32 +6,52 @@ from pydantic import Field
 
 from sevenfold.config import ConfigError, StrictModel
 from sevenfold.models import ModelConfig
+from sevenfold.parallel.context.cut import NUM_STRETCHES
+from sevenfold.parallel.context.softmax import ContextAttention
 
 _Degree = Annotated[int, Field(ge=1)]
 
 
 class ParallelConfig(StrictModel):
-    """Degrees whose product is the number of ranks, expert apart.
+    """Degrees whose product is the number of ranks; experts have a layout of their own beside it.
 
-        ranks = replicate * shard * context * tensor        expert divides shard * context
+        ranks = pipeline * replicate * shard * context * tensor
+        expert * expert_tensor divides shard * context * tensor
 
     Args:
+        pipeline: stages, each with some of the layers; micro-batches follow one another.
+        pipeline_stages: of each of them; above 1 they interleave.
         replicate: copies of the weights that read different rows (hybrid sharding).
         shard: ranks that read different rows and divide weights, gradients and moments.
         context: ranks that divide every row's tokens; they divide the weights as well.
         tensor: ranks that divide heads, widths and vocabulary.
-        expert: ranks, of shard * context, that divide the experts.
+        expert: ranks that divide the experts.
+        expert_tensor: ranks that divide each expert's width; None is as many as tensor.
+        expert_token_groups: parts of a rank's tokens that go to the experts one after another, so
+            that one travels while the experts run on another.
+        context_attention: how keys travel under context: "gather" or "ring"; None decides by their
+            bytes.
     """
 
+    pipeline: _Degree = 1
+    pipeline_stages: _Degree = 1
     replicate: _Degree = 1
     shard: _Degree = 1
     context: _Degree = 1
     tensor: _Degree = 1
     expert: _Degree = 1
+    expert_tensor: _Degree | None = None
+    expert_token_groups: _Degree = 1
+    context_attention: ContextAttention | None = None
 
     @property
     def num_ranks(self) -> int:
         """Processes of the run."""
+        return self.pipeline * self.stage_ranks
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that hold the same layers."""
         return self.token_ranks * self.tensor
 
     @property
@@ -49,12 +69,35 @@ class ParallelConfig(StrictModel):
         """Ranks that divide a weight which neither tensor nor expert divides."""
         return self.shard * self.context
 
+    @property
+    def expert_width(self) -> int:
+        """Ranks that divide an expert's width."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks, of those that divide the weights, that hold the same part of the experts."""
+        return self.weight_shards * self.tensor // (self.expert * self.expert_width)
+
+    @property
+    def routes_tokens(self) -> bool:
+        """Whether tokens travel to experts: else each rank has its tensor part of all of them."""
+        return self.expert > 1 or self.expert_width != self.tensor
+
     def check_model(self, model: ModelConfig) -> None:
         """Raise unless the degrees divide the model's sizes.
 
         Raises:
             ConfigError: they do not; the message names degree, size and values.
         """
+        if self.context_attention is not None and (
+            self.context == 1 or not model.count("full_attention")
+        ):
+            raise ConfigError(
+                f"parallel.context_attention must be unset without context ranks and layers of "
+                f"full_attention, got {self.context_attention!r}"
+            )
+        self._check_pipeline(model)
         if self.num_ranks == 1:
             return
         _check_divides("shard * context", self.weight_shards, "hidden_size", model.hidden_size)
@@ -65,16 +108,76 @@ class ParallelConfig(StrictModel):
             _check_divides(degree, self.weight_shards * self.tensor, name, inner)
         for name, size in _tensor_sizes(model).items():
             _check_divides("tensor", self.tensor, name, size)
-        if self.expert > 1 and model.moe is None:
+        self._check_experts(model)
+
+    def _check_pipeline(self, model: ModelConfig) -> None:
+        if self.pipeline == 1:
+            if self.pipeline_stages > 1:
+                raise ConfigError(
+                    f"parallel.pipeline_stages must be 1 without pipeline ranks, got "
+                    f"{self.pipeline_stages}"
+                )
+            return
+        count = self.pipeline * self.pipeline_stages
+        if count > model.num_hidden_layers:
             raise ConfigError(
-                f"parallel.expert must be 1 for a model without experts, got {self.expert}"
+                f"parallel: pipeline * pipeline_stages must not exceed num_hidden_layers = "
+                f"{model.num_hidden_layers}, got {count}"
             )
-        if model.moe is not None:
-            _check_divides("expert", self.expert, "num_local_experts", model.moe.num_local_experts)
-        _check_divides("expert", self.expert, "shard * context", self.weight_shards)
+        if model.tie_word_embeddings:
+            raise ConfigError(
+                f"parallel.pipeline must be 1 with tie_word_embeddings, whose weight the first and "
+                f"last stage would share, got {self.pipeline}"
+            )
+
+    def check_micro_batches(self, num_rows: int, micro_batch_rows: int) -> None:
+        """Raise unless a step's micro-batches suit the pipeline: equal, and enough of them.
+
+        Args:
+            num_rows: of a step.
+            micro_batch_rows: of a micro-batch.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        if self.pipeline == 1:
+            return
+        name = "the rows of a step"
+        _check_divides("micro_batch_rows, under pipeline,", micro_batch_rows, name, num_rows)
+        count = num_rows // micro_batch_rows
+        if count < self.pipeline or (self.pipeline_stages > 1 and count % self.pipeline):
+            rule = "a multiple of" if self.pipeline_stages > 1 else "at least"
+            raise ConfigError(
+                f"parallel: the micro-batches of a step must be {rule} pipeline = {self.pipeline}, "
+                f"got {count}; set batch.micro_batch_rows"
+            )
+
+    def _check_experts(self, model: ModelConfig) -> None:
+        if model.moe is None:
+            named = {"expert": self.expert, "expert_token_groups": self.expert_token_groups}
+            named["expert_tensor"] = self.expert_tensor or 1
+            for name, value in named.items():
+                if value > 1:
+                    raise ConfigError(
+                        f"parallel.{name} must be 1 for a model without experts, got {value}"
+                    )
+            return
+        if self.expert_token_groups > 1 and not self.routes_tokens:
+            raise ConfigError(
+                f"parallel.expert_token_groups must be 1 where no tokens travel to experts, got "
+                f"{self.expert_token_groups}"
+            )
+        _check_divides("expert", self.expert, "num_local_experts", model.moe.num_local_experts)
+        width = "intermediate_size"
+        _check_divides("expert_tensor", self.expert_width, width, model.intermediate_size)
+        ranks = self.weight_shards * self.tensor
+        size = self.expert * self.expert_width
+        _check_divides("expert * expert_tensor", size, "shard * context * tensor", ranks)
+        name = "shard * context * tensor / (expert * expert_tensor)"
+        _check_divides(name, self.expert_shards, "hidden_size", model.hidden_size)
 
     def check_rows(self, num_rows: int, seq_len: int, *, rule: str) -> None:
-        """Raise unless rows divide among the data ranks, and their tokens among context ranks.
+        """Raise unless rows divide among data ranks, and their tokens in two for each context rank.
 
         Args:
             num_rows: of a micro-batch.
@@ -85,8 +188,14 @@ class ParallelConfig(StrictModel):
             ConfigError: they do not.
         """
         _check_divides("replicate * shard", self.data, f"the rows of {rule}", num_rows)
-        tokens = num_rows // self.data * seq_len
-        _check_divides("context", self.context, f"the tokens of a rank's rows in {rule}", tokens)
+        if self.context > 1:
+            tokens, name = num_rows // self.data * seq_len, f"the tokens of a rank's rows in {rule}"
+            _check_divides("2 * context", NUM_STRETCHES * self.context, name, tokens)
+        if self.routes_tokens and self.tensor > 1:
+            tokens = num_rows // self.data * seq_len // self.context
+            if self.context > 1:
+                tokens //= NUM_STRETCHES
+            _check_divides("tensor", self.tensor, f"the tokens of a stretch in {rule}", tokens)
 
 
 def _tensor_sizes(model: ModelConfig) -> dict[str, int]:
@@ -96,6 +205,8 @@ def _tensor_sizes(model: ModelConfig) -> dict[str, int]:
         "num_attention_heads": model.num_attention_heads,
         "intermediate_size": model.intermediate_size,
     }
+    if model.linear_attn_norm_groups > 1 and model.count("linear_attention"):
+        sizes["linear_attn_norm_groups"] = model.linear_attn_norm_groups
     if model.count("linear_attention") < model.num_hidden_layers:
         sizes["num_key_value_heads"] = model.num_key_value_heads
     if model.moe is not None and model.moe.shared_intermediate_size is not None:

@@ -15,6 +15,7 @@ from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.models.accounting import training_flops
 from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.parts import parts_of
+from sevenfold.parallel.pipeline import rank_stages
 
 _FP32_BYTES = 4
 # torch.optim.AdamW keeps two moments beside the weight and the gradient.
@@ -116,9 +117,16 @@ def rank_memory(model: ModelConfig, parallel: ParallelConfig, work: Work) -> Ran
         work: one step.
 
     Returns:
-        The bytes by kind.
+        The bytes by kind; under pipeline, of the rank with the most.
     """
-    outer, *blocks = _units(model, parallel)
+    ranks = [_pipeline_rank_memory(model, parallel, work, p) for p in range(parallel.pipeline)]
+    return max(ranks, key=lambda memory: memory.total)
+
+
+def _pipeline_rank_memory(
+    model: ModelConfig, parallel: ParallelConfig, work: Work, rank: int
+) -> RankMemory:
+    outer, *blocks = _units(model, parallel, rank)
     divided = sum(unit.divided for unit in (outer, *blocks)) * _FP32_BYTES
     largest = max(unit.whole for unit in blocks)
     gathers = parallel.token_ranks > 1
@@ -128,7 +136,7 @@ def rank_memory(model: ModelConfig, parallel: ParallelConfig, work: Work) -> Ran
         moments=_MOMENTS * divided,
         whole_weights=(outer.whole + 2 * largest) * _FP32_BYTES if gathers else 0,
         whole_gradients=(outer.whole + largest) * _FP32_BYTES if gathers else 0,
-        activations=_activation_bytes(model, parallel, work),
+        activations=int(_activation_bytes(model, parallel, work, rank)),
     )
 
 
@@ -146,14 +154,17 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
     """
     flops = training_flops(model, [work.seq_len]) * work.step_rows
     again = work.recomputed_layers / model.num_hidden_layers / 3  # a forward is a third of a step
-    compute = flops * (1 + again) / parallel.num_ranks / rates.flops_per_s
+    # Stages wait while the first micro-batches come, and the last leave: arXiv 2104.04473.
+    idle = (parallel.pipeline - 1) / (parallel.pipeline_stages * work.num_micro_batches)
+    compute = flops * (1 + again) * (1 + idle) / parallel.num_ranks / rates.flops_per_s
     sent = _exchanged_bytes(model, parallel, work)
     spans = {
         "weights": parallel.tensor * parallel.weight_shards,
-        "copies": parallel.num_ranks,
+        "copies": parallel.stage_ranks,
+        "pipeline": parallel.num_ranks,
         "tensor": parallel.tensor,
         "context": parallel.tensor * parallel.context,
-        "expert": parallel.tensor * parallel.expert,
+        "expert": parallel.expert_width * parallel.expert,
     }
     speeds = {
         name: rates.near_bytes_per_s if span <= rates.node_ranks else rates.far_bytes_per_s
@@ -162,8 +173,8 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
     return StepTime(compute, {name: size / speeds[name] for name, size in sent.items() if size})
 
 
-def _units(model: ModelConfig, parallel: ParallelConfig) -> Sequence[_Unit]:
-    """Embedding, last norm and head; then each block."""
+def _units(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Sequence[_Unit]:
+    """Embedding, last norm and head; then each block: what one pipeline rank has of them."""
     kinds = tuple(dict.fromkeys(model.layer_types))
     with torch.device("meta"):
         plain = HybridModel(model.model_copy(update={"layer_types": kinds}))
@@ -173,19 +184,31 @@ def _units(model: ModelConfig, parallel: ParallelConfig) -> Sequence[_Unit]:
     }
     own = {id(parameter) for parameter in plain.layers.parameters()}
     outer = {name: p for name, p in plain.named_parameters() if id(p) not in own}
+    if rank > 0:
+        outer.pop("embed_tokens.weight")
+    if rank < parallel.pipeline - 1:
+        outer = {name: p for name, p in outer.items() if name == "embed_tokens.weight"}
     by_kind = {kind: _unit(parameters, parallel) for kind, parameters in blocks.items()}
-    return [_unit(outer, parallel), *(by_kind[kind] for kind in model.layer_types)]
+    layers = _layers(model, parallel, rank)
+    return [_unit(outer, parallel), *(by_kind[model.layer_types[layer]] for layer in layers)]
+
+
+def _layers(model: ModelConfig, parallel: ParallelConfig, rank: int) -> list[int]:
+    stages = rank_stages(parallel, model.num_hidden_layers, rank)
+    return [layer for stage in stages for layer in stage.layers]
 
 
 def _unit(parameters: dict[str, torch.nn.Parameter], parallel: ParallelConfig) -> _Unit:
     whole = divided = 0
     for name, parameter in parameters.items():
         parts = parts_of(name)
-        experts = parallel.expert if parts.is_expert else 1
-        tensor = 1 if parts.tensor is None else parallel.tensor
-        size = parameter.numel() // (experts * tensor)
+        experts, width, shards = 1, parallel.tensor, parallel.weight_shards
+        if parts.is_expert:
+            experts, width = parallel.expert, parallel.expert_width
+            shards = parallel.expert_shards
+        size = parameter.numel() // (experts * (1 if parts.tensor is None else width))
         whole += size
-        divided += size // (parallel.weight_shards // experts)
+        divided += size // shards
     return _Unit(whole, divided)
 
 
@@ -193,13 +216,25 @@ def _rank_tokens(parallel: ParallelConfig, work: Work) -> int:
     return work.micro_batch_rows * work.seq_len // parallel.token_ranks
 
 
-def _activation_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -> int:
-    """Kept for the backward: every block's, or its input and one block's at a time."""
-    tokens, L = _rank_tokens(parallel, work), model.num_hidden_layers
+def _activation_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work, rank: int) -> float:
+    """Kept for the backward: every block's, or its input and one block's at a time.
+
+    Of a pipeline's first ranks several micro-batches are on their way at once.
+    """
+    tokens, layers = _rank_tokens(parallel, work), len(_layers(model, parallel, rank))
     per_block = max(_block_bytes(model, parallel, work, kind) for kind in model.layer_types)
-    kept = L - work.recomputed_layers + (1 if work.recomputed_layers else 0)
-    inputs = work.recomputed_layers * model.hidden_size * _FP32_BYTES
-    return tokens * (kept * per_block + inputs)
+    recomputed = layers * work.recomputed_layers / model.num_hidden_layers
+    inputs = recomputed * model.hidden_size * _FP32_BYTES
+    at_work = per_block if work.recomputed_layers else 0
+    waiting = tokens * ((layers - recomputed) * per_block + inputs)
+    return waiting * _in_flight(parallel, work, rank) + tokens * at_work
+
+
+def _in_flight(parallel: ParallelConfig, work: Work, rank: int) -> float:
+    """Micro-batches whose activations a pipeline rank keeps at once."""
+    P, V = parallel.pipeline, parallel.pipeline_stages
+    most = P - rank if V == 1 else ((V - 1) * P + 2 * (P - rank - 1) + 1) / V
+    return min(work.num_micro_batches, most)
 
 
 def _block_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work, layer_type: str) -> int:
@@ -221,25 +256,39 @@ def _block_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work, layer
 
 def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -> dict[str, float]:
     """Bytes that a rank sends in a step, by group."""
-    units, passes = _units(model, parallel), work.num_micro_batches
+    passes = work.num_micro_batches
+    # The rank that exchanges most weights stands for all: its layers are as many as any rank's.
+    by_rank = [_units(model, parallel, rank) for rank in range(parallel.pipeline)]
+    units = max(by_rank, key=lambda units: sum(unit.whole for unit in units))
     tokens, e = _rank_tokens(parallel, work) * passes, work.element_bytes
-    D, layers = model.hidden_size, model.num_hidden_layers
-    forwards = 1 + work.recomputed_layers / layers
+    D, layers = model.hidden_size, max(len(units) - 1 for units in by_rank)
+    forwards = 1 + work.recomputed_layers / model.num_hidden_layers
     gathered = sum(unit.whole - unit.divided for unit in units) * _FP32_BYTES * passes
     divided = sum(unit.divided for unit in units) * _FP32_BYTES * passes
     t, c, x = parallel.tensor, parallel.context, parallel.expert
-    state = model.num_attention_heads // t * model.head_dim**2 * _FP32_BYTES
+    heads, share = model.num_attention_heads // t, layers / model.num_hidden_layers
+    # Of a rank's two stretches; half of all that travels goes the other way.
+    state = 2 * heads * model.head_dim**2 * _FP32_BYTES
     keys = 2 * model.num_key_value_heads // t * model.head_dim * e * tokens
-    num_linear = model.count("linear_attention")
+    num_linear = model.count("linear_attention") * share
     states = num_linear * (c - 1) * state * (forwards + 1) * passes
     keys_sent = (layers - num_linear) * (c - 1) * keys * (forwards + 1)
     chosen = 0 if model.moe is None else model.moe.num_experts_per_tok
-    there_and_back = 2 * chosen * D * _FP32_BYTES * tokens * (x - 1) / x
+    routed = tokens / t if parallel.routes_tokens else tokens
+    there_and_back = 2 * chosen * D * e * routed * (x - 1) / x
+    if parallel.routes_tokens:
+        # Rows gathered and summed over an expert's width, and tokens joined over tensor ranks.
+        w = parallel.expert_width
+        there_and_back += 2 * chosen * D * e * routed * (w - 1)
+        there_and_back += 2 * D * e * tokens * (t - 1) / t
+    tensor_sums = 1 if parallel.routes_tokens else 2
+    stages = parallel.pipeline_stages if parallel.pipeline > 1 else 0
     return {
         # Gathered forward and backward, and the gradients divided.
         "weights": 3.0 * gathered,
         "copies": 2.0 * divided * (parallel.replicate - 1) / parallel.replicate,
-        "tensor": layers * 2 * (forwards + 1) * tokens * D * e * 2 * (t - 1) / t,
+        "pipeline": 2.0 * stages * tokens * D * _FP32_BYTES,
+        "tensor": layers * tensor_sums * (forwards + 1) * tokens * D * e * 2 * (t - 1) / t,
         "context": states + keys_sent,
         "expert": layers * (forwards + 1) * there_and_back,
     }

@@ -1,40 +1,54 @@
-"""Expert parallelism: each rank holds some experts, and tokens travel to them and back.
+"""Expert parallelism: each rank holds some experts, or some of their width; tokens travel there.
 
-The router is global: an expert's capacity is shared over the expert-parallel group before any token
-is dropped, in the order of the ranks, which is that of the tokens; so a group drops what one
-process with all its tokens would.
+    ranks of a stage = replicate * copies of the experts * expert * expert_tensor
 
-Source: arXiv 2501.08313 section 2.2.2 (global router), 3.1 (groups).
+beside the dense layers' replicate * shard * context * tensor: a layout of their own. The router is
+global: an expert's capacity is shared over the expert * expert_tensor ranks that hold one copy of
+the experts before any token is dropped, in the tokens' order; so a group drops what one process
+with all its tokens would.
+
+Source: arXiv 2501.08313 section 2.2.2 (global router), 3.1 (groups, overlap).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sevenfold.models.feed_forward import Experts, MixtureOfExperts, RouterStats
-from sevenfold.ops import Dispatch, combine, gather_rows, plan_dispatch
-from sevenfold.parallel.collectives import exchange_rows
-from sevenfold.parallel.layout import Layout
+from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats
+from sevenfold.ops import Dispatch, autocast, combine, gather_rows, plan_dispatch
+from sevenfold.parallel.collectives import (
+    Flight,
+    begin_exchange,
+    end_exchange,
+    gather_rows_of_ranks,
+    join_tokens,
+    split_tokens,
+    sum_rows_of_ranks,
+)
+from sevenfold.parallel.config import ParallelConfig
+from sevenfold.parallel.context.cut import NUM_STRETCHES
+from sevenfold.parallel.layout import Layout, Place
+from sevenfold.parallel.parts import parts_of, tensor_slice
 
 
 def divide_experts(moe: MixtureOfExperts, layout: Layout) -> None:
-    """Keep this rank's experts, and send tokens to the ranks that hold theirs.
+    """Keep this rank's part of the experts, and send tokens to the ranks that hold theirs.
 
     Args:
-        moe: changed in place; names stay, the stacked weights have fewer experts.
-        layout: with expert above 1.
+        moe: changed in place; names stay, the stacked weights have fewer experts of less width.
+        layout: whose config routes tokens.
     """
-    index, size = layout.place.expert, layout.config.expert
-    for weight in (moe.experts.gate_up_proj, moe.experts.down_proj):
-        weight.data = weight.data.chunk(size)[index].clone()
-    route = ExpertRoute(
-        moe.experts, layout.group("expert"), moe.moe.num_local_experts, index, moe.capacity
-    )
-    moe.routed = route  # pyright: ignore[reportAttributeAccessIssue]
+    place, config = layout.place, layout.config
+    for name in ("gate_up_proj", "down_proj"):
+        weight, parts = getattr(moe.experts, name), parts_of(f"experts.{name}")
+        own = weight.data.chunk(config.expert)[place.expert]
+        own = tensor_slice(own, parts, place.expert_tensor, config.expert_width)
+        weight.data = own.clone(memory_format=torch.contiguous_format)
+    moe.routed = ExpertRoute(moe, layout)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def share_statistics(moe: MixtureOfExperts, layout: Layout) -> None:
@@ -74,96 +88,208 @@ def shared_stats(logits: Tensor, experts: Tensor, kept: Tensor, *, layout: Layou
     return RouterStats(balance, z_loss, own, dropped)
 
 
-@dataclass(frozen=True)
-class ExpertRoute:
-    """Stands in for MixtureOfExperts.routed where ranks hold different experts.
+class _Pieces(NamedTuple):
+    """How a rank's tokens are parted: into token groups, each of pieces in the tokens' order."""
 
-    experts: this rank's, E / size of them from index * E / size on.
-    group: the ranks that hold the others.
-    num_experts: E.
-    index: this rank in the group.
-    capacity: tokens of the group -> rows that one expert takes, in training; None is any number.
+    sizes: tuple[int, ...]
+    per_group: int
+
+    @property
+    def groups(self) -> list[tuple[slice, slice]]:
+        """Pieces of each token group, and its tokens."""
+        ends, found = [0, *accumulate(self.sizes)], []
+        for first in range(0, len(self.sizes), self.per_group):
+            last = first + self.per_group
+            found.append((slice(first, last), slice(ends[first], ends[last])))
+        return found
+
+
+class _Underway(NamedTuple):
+    """A token group on its way to the experts."""
+
+    plan: Dispatch
+    rows: Tensor
+    flight: Flight
+    counts: Tensor  # [expert_tensor, expert, E / expert] rows that arrive, on the host
+
+
+class ExpertRoute:
+    """Stands in for MixtureOfExperts.routed where tokens travel to their experts.
+
+    Ranks of tensor parallelism hold the same tokens, and each sends its part of them. Token groups
+    follow one another: one travels while the experts run on the one before, and their results
+    travel back while they run on the next.
     """
 
-    experts: Experts
-    group: dist.ProcessGroup
-    num_experts: int
-    index: int
-    capacity: Callable[[int], int | None]
+    def __init__(self, moe: MixtureOfExperts, layout: Layout) -> None:
+        config = layout.config
+        self.experts, self.capacity = moe.experts, moe.capacity
+        self.num_experts = moe.moe.num_local_experts
+        self.place, self.size = layout.place, (config.expert, config.expert_width)
+        self.routers, self.peers = layout.group("routers"), layout.group("expert")
+        self.width_peers = layout.group("expert_tensor")
+        self.copies = layout.group("tensor") if config.tensor > 1 else None
+        self.stretches = NUM_STRETCHES if config.context > 1 else 1
+        self.num_groups = config.expert_token_groups
+        self.order = order_of_pieces(config, layout.place, self.num_groups)
+
+    @property
+    def index(self) -> int:
+        """This rank among those that share an expert's capacity."""
+        return self.place.expert * self.size[1] + self.place.expert_tensor
 
     def __call__(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Send tokens [T, D] to their experts [T, k]: their sum by weights, and choices kept."""
-        plan = plan_dispatch(experts, self.num_experts, None)
-        counts = self._counts(plan.rows_per_expert)
+        if self.copies is not None:
+            tokens, weights, experts = (
+                split_tokens(x, self.copies, self.stretches) for x in (tokens, weights, experts)
+            )
+        pieces = self._pieces(len(tokens))
+        counts = self._counts(experts, pieces)
         quotas = self._quotas(counts, len(tokens))
-        plan = limited(plan, counts[self.index], quotas[self.index])
-        rows = gather_rows(tokens, plan)
-        size = len(counts)
-        sent = quotas[self.index].view(size, -1).sum(1).tolist()
-        own = quotas.view(size, size, -1)[:, self.index]  # [ranks, E / size]
-        received = own.sum(1).tolist()
-        arrived = exchange_rows(rows, sent, received, self.group)
-        done = self._run_experts(arrived, own)
-        rows = exchange_rows(done, received, sent, self.group)
-        return combine(rows, weights.to(rows.dtype), plan), plan.rows_per_expert
+        groups, parts, kept = pieces.groups, [], []
+        underway = self._depart(tokens, experts, counts, quotas, groups[0])
+        for n, (_, rows) in enumerate(groups):
+            group = underway
+            if n + 1 < len(groups):
+                underway = self._depart(tokens, experts, counts, quotas, groups[n + 1])
+            done = self._run_experts(end_exchange(group.rows, group.flight), group.counts)
+            back = Flight(group.flight.received, group.flight.sent, self.peers)
+            parts.append((group.plan, begin_exchange(done, back), back, weights[rows]))
+            kept.append(group.plan.rows_per_expert)
+        sums = [
+            combine(end_exchange(rows, back), own.to(rows.dtype), plan)
+            for plan, rows, back, own in parts
+        ]
+        return self._joined(torch.cat(sums), torch.stack(kept).sum(0))
 
-    def _counts(self, rows_per_expert: Tensor) -> Tensor:
-        """[ranks, E] int64 on the host: choices of each rank. The exchange needs them there."""
-        size = dist.get_world_size(self.group)
-        counts = rows_per_expert.new_empty(size, self.num_experts)
-        dist.all_gather_into_tensor(counts, rows_per_expert[None], group=self.group)
-        return counts.cpu().long()
+    def _joined(self, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        if self.copies is None:
+            return y, kept
+        dist.all_reduce(kept, group=self.copies)
+        return join_tokens(y, self.copies, self.stretches), kept
+
+    def _pieces(self, num_tokens: int) -> _Pieces:
+        size, rest = divmod(num_tokens // self.stretches, self.num_groups)
+        of_stretch = [size + (n < rest) for n in range(self.num_groups)]
+        return _Pieces(tuple(of_stretch * self.stretches), self.stretches)
+
+    def _counts(self, experts: Tensor, pieces: _Pieces) -> Tensor:
+        """[ranks, pieces, E] int64 on the host: choices. The exchange needs them there."""
+        every = torch.arange(self.num_experts, device=experts.device)
+        own = [(x.reshape(-1, 1) == every).sum(0) for x in experts.split(list(pieces.sizes))]
+        gathered = experts.new_empty(len(self.order) // len(own), len(own), self.num_experts)
+        dist.all_gather_into_tensor(gathered, torch.stack(own)[None], group=self.routers)
+        return gathered.cpu()
 
     def _quotas(self, counts: Tensor, num_tokens: int) -> Tensor:
-        """[ranks, E]: choices of each rank that are kept."""
-        capacity = None
-        if self.experts.training:
-            capacity = self.capacity(num_tokens * len(counts))
-        return counts if capacity is None else share_capacity(counts, capacity)
+        """[ranks, pieces, E]: choices that are kept."""
+        capacity = self.capacity(num_tokens * len(counts)) if self.experts.training else None
+        if capacity is None:
+            return counts
+        quotas = torch.empty_like(counts).flatten(0, 1)
+        quotas[self.order] = share_capacity(counts.flatten(0, 1)[self.order], capacity)
+        return quotas.view_as(counts)
 
-    def _run_experts(self, arrived: Tensor, own: Tensor) -> Tensor:
+    def _depart(
+        self,
+        tokens: Tensor,
+        experts: Tensor,
+        counts: Tensor,
+        quotas: Tensor,
+        group: tuple[slice, slice],
+    ) -> _Underway:
+        """Send a token group on its way."""
+        pieces, rows = group
+        plan = plan_dispatch(experts[rows], self.num_experts, None)
+        plan = limited(plan, counts[self.index, pieces], quotas[self.index, pieces])
+        by_rank = quotas[:, pieces].sum(1).view(*self.size, self.size[0], -1)
+        expert, part = self.place.expert, self.place.expert_tensor
+        sent = by_rank[expert, part].sum(-1).tolist()
+        own = by_rank[:, :, expert]  # [expert, expert_tensor, E / expert]
+        received = own[:, part].sum(-1).tolist()
+        flight = Flight(sent, received, self.peers)
+        # The experts would cast them: under autocast half the bytes travel.
+        (travelling,) = autocast(gather_rows(tokens[rows], plan))
+        underway = begin_exchange(travelling, flight)
+        return _Underway(plan, underway, flight, own.transpose(0, 1))
+
+    def _run_experts(self, arrived: Tensor, counts: Tensor) -> Tensor:
         """Run rows that come from rank after rank, sorted by expert within each: the same order."""
-        local = torch.arange(own.shape[1]).repeat(len(own))
-        expert = torch.repeat_interleave(local, own.flatten()).to(arrived.device)
+        sizes = counts.sum((1, 2)).tolist()
+        if len(sizes) > 1:
+            arrived = gather_rows_of_ranks(arrived, sizes, self.width_peers)
+        local = torch.arange(counts.shape[-1]).repeat(counts[..., 0].numel())
+        expert = torch.repeat_interleave(local, counts.flatten()).to(arrived.device)
         if not len(arrived):
             # Experts without a token take a gradient of zero: their shards' reduction waits for it.
-            arrived, expert = arrived.new_zeros(1, arrived.shape[1]), expert.new_zeros(1)
-        ones = arrived.new_ones(len(arrived), 1)
-        plan = plan_dispatch(expert[:, None], own.shape[1], None)
-        return self.experts(arrived, ones, plan)[: len(expert) if own.sum() else 0]
+            row, expert = arrived.new_zeros(1, arrived.shape[1]), expert.new_zeros(1)
+            done = self._rows_of_experts(torch.cat([arrived, row]), expert, counts.shape[-1])[:0]
+        else:
+            done = self._rows_of_experts(arrived, expert, counts.shape[-1])
+        return sum_rows_of_ranks(done, sizes, self.width_peers) if len(sizes) > 1 else done
+
+    def _rows_of_experts(self, rows: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+        plan = plan_dispatch(expert[:, None], num_experts, None)
+        return self.experts(rows, rows.new_ones(len(rows), 1), plan)
+
+
+def order_of_pieces(config: ParallelConfig, place: Place, num_groups: int) -> list[int]:
+    """Sort all pieces of the ranks that share an expert's capacity by their tokens' order.
+
+    Args:
+        config: degrees.
+        place: of one of the ranks.
+        num_groups: token groups of each rank; each has a piece of every stretch.
+
+    Returns:
+        Indices into [ranks, stretches, token groups], flat, the first tokens first.
+    """
+    size = config.expert * config.expert_width
+    weights = place.data % config.shard * config.context + place.context
+    first = (weights * config.tensor + place.tensor) // size * size
+    keys = []
+    for rank in range(first, first + size):
+        row, tensor = divmod(rank, config.tensor)
+        data, context = divmod(row, config.context)
+        stretches = (context, 2 * config.context - 1 - context) if config.context > 1 else (0,)
+        keys += [(data, s, tensor, n) for s in stretches for n in range(num_groups)]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def share_capacity(counts: Tensor, capacity: int) -> Tensor:
-    """Give each expert's capacity to the ranks in their order.
+    """Give each expert's capacity to the pieces in their order.
 
-        quota_r = min(count_r, max(0, capacity - sum over q < r of count_q))
+        quota_p = min(count_p, max(0, capacity - sum over q < p of count_q))
 
     Args:
-        counts: [ranks, E] choices of each rank.
+        counts: [pieces, E] choices, in the tokens' order.
         capacity: rows that one expert takes in the whole group.
 
     Returns:
-        [ranks, E].
+        [pieces, E].
     """
     earlier = counts.cumsum(0) - counts
     return torch.minimum(counts, (capacity - earlier).clamp(min=0))
 
 
 def limited(plan: Dispatch, counts: Tensor, quota: Tensor) -> Dispatch:
-    """Keep the first choices of each expert.
+    """Keep the first choices of each expert in each piece.
 
     Args:
         plan: of all choices.
-        counts: [E] on the host; choices of each expert.
-        quota: [E] on the host; how many stay.
+        counts: [pieces, E] on the host; choices of each expert in the tokens' pieces.
+        quota: [pieces, E] on the host; how many of them stay, the first.
     """
     if torch.equal(counts, quota):
         return plan
     device, R = plan.choice.device, len(plan.choice)
-    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    place = torch.arange(R) - first
-    stays = (place < torch.repeat_interleave(quota, counts)).to(device)
-    choice = plan.choice[stays]
+    # The plan is sorted by expert, and within an expert by token: piece after piece.
+    by_expert, stay = counts.t().flatten(), quota.t().flatten()
+    first = torch.repeat_interleave(by_expert.cumsum(0) - by_expert, by_expert)
+    stays = torch.arange(R) - first < torch.repeat_interleave(stay, by_expert)
+    choice = plan.choice[stays.to(device)]
     row = torch.full((plan.row.numel(),), len(choice), device=device)
     row[choice] = torch.arange(len(choice), device=device)
-    return Dispatch(choice, row.view(plan.row.shape), quota.to(torch.int32).to(device))
+    rows_per_expert = quota.sum(0).to(torch.int32).to(device)
+    return Dispatch(choice, row.view(plan.row.shape), rows_per_expert)

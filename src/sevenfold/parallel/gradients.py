@@ -47,6 +47,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tenso
 def copies(parts: ParameterParts, layout: Layout) -> int:
     """How many ranks hold the same part of a parameter."""
     config = layout.config
+    # Of experts the layout has no copies but replicate's: see ParallelConfig.expert_shards.
     return config.replicate * (config.tensor if parts.tensor is None else 1)
 
 

@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sevenfold.config import ConfigError
 from sevenfold.parallel.config import ParallelConfig
 
+GroupName = Literal["pipeline", "context", "tensor", "expert", "expert_tensor", "routers"]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -21,27 +23,45 @@ class Place:
     context: which stretch of them.
     tensor: which part of heads, widths and vocabulary.
     expert: which part of the experts.
+    expert_tensor: which part of each expert's width.
+    stage: which layers.
     """
 
     data: int
     context: int
     tensor: int
     expert: int
+    expert_tensor: int = 0
+    stage: int = 0
 
 
 class Meshes(NamedTuple):
-    """The same ranks, cut in four ways; tensor is innermost: what speaks most lies nearest.
+    """The same ranks, cut in several ways; tensor is innermost: what speaks most lies nearest.
 
-    rows: (data, context, tensor).
-    tokens: (tokens, tensor); tokens are data and context.
-    weights: (replicate, weights, tensor); weights are shard and context.
-    experts: (replicate, expert_shard, expert, tensor).
+    rows: (pipeline, data, context, tensor).
+    tokens: (pipeline, tokens, tensor); tokens are data and context.
+    shares: (shares, tensor); shares are pipeline and tokens.
+    weights: (pipeline, replicate, weights, tensor); weights are shard and context.
+    experts: (pipeline, replicate, expert_shard, expert, expert_tensor).
+    routers: (pipeline, replicate, expert_shard, routers); routers are expert and expert_tensor.
     """
 
     rows: DeviceMesh
     tokens: DeviceMesh
+    shares: DeviceMesh
     weights: DeviceMesh
     experts: DeviceMesh
+    routers: DeviceMesh
+
+
+_MESH_OF = {
+    "pipeline": "rows",
+    "context": "rows",
+    "tensor": "rows",
+    "expert": "experts",
+    "expert_tensor": "experts",
+    "routers": "routers",
+}
 
 
 @dataclass(frozen=True)
@@ -84,10 +104,10 @@ class Layout:
         """Whether this rank writes what a run writes once."""
         return self.rank == 0
 
-    def group(self, name: Literal["context", "tensor", "expert"]) -> dist.ProcessGroup:
+    def group(self, name: GroupName) -> dist.ProcessGroup:
         """The ranks along one dimension."""
-        meshes = self._meshes()
-        return (meshes.experts if name == "expert" else meshes.rows).get_group(name)
+        mesh: DeviceMesh = getattr(self._meshes(), _MESH_OF[name])
+        return mesh.get_group(name)
 
     @property
     def device_type(self) -> str:
@@ -111,6 +131,12 @@ class Layout:
         if self.meshes is None:
             return values
         return _reduced(values, self.meshes.tokens.get_group("tokens"))
+
+    def sum_over_shares(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that hold different tokens or different layers."""
+        if self.meshes is None:
+            return values
+        return _reduced(values, self.meshes.shares.get_group("shares"))
 
     def sum_over_all(self, values: Tensor) -> Tensor:
         """Sum over all ranks."""
@@ -136,31 +162,41 @@ def check_num_ranks(config: ParallelConfig, num_processes: int) -> None:
     """Raise ConfigError unless the degrees multiply to the number of processes."""
     if config.num_ranks != num_processes:
         raise ConfigError(
-            f"parallel: replicate * shard * context * tensor must be the {num_processes} processes "
-            f"of the run, got {config.replicate} * {config.shard} * {config.context} * "
-            f"{config.tensor} = {config.num_ranks}"
+            f"parallel: pipeline * replicate * shard * context * tensor must be the "
+            f"{num_processes} processes of the run, got {config.pipeline} * {config.replicate} * "
+            f"{config.shard} * {config.context} * {config.tensor} = {config.num_ranks}"
         )
 
 
 def place_of(config: ParallelConfig, rank: int) -> Place:
-    """Return where a rank stands: tensor is innermost, then context, shard, replicate."""
-    outer, tensor = divmod(rank, config.tensor)
+    """Return where a rank stands: tensor innermost, then context, shard, replicate, pipeline."""
+    stage, within = divmod(rank, config.stage_ranks)
+    outer, tensor = divmod(within, config.tensor)
     data, context = divmod(outer, config.context)
-    return Place(data, context, tensor, expert=outer % config.weight_shards % config.expert)
+    expert, expert_tensor = divmod(within, config.expert_width)
+    return Place(data, context, tensor, expert % config.expert, expert_tensor, stage)
 
 
 def _meshes(config: ParallelConfig, device_type: str) -> Meshes:
     c = config
+    experts = {
+        "pipeline": c.pipeline,
+        "replicate": c.replicate,
+        "expert_shard": c.expert_shards,
+    }
+    within = {"expert": c.expert, "expert_tensor": c.expert_width}
     shapes: tuple[dict[str, int], ...] = (
-        {"data": c.data, "context": c.context, "tensor": c.tensor},
-        {"tokens": c.token_ranks, "tensor": c.tensor},
-        {"replicate": c.replicate, "weights": c.weight_shards, "tensor": c.tensor},
+        {"pipeline": c.pipeline, "data": c.data, "context": c.context, "tensor": c.tensor},
+        {"pipeline": c.pipeline, "tokens": c.token_ranks, "tensor": c.tensor},
+        {"shares": c.pipeline * c.token_ranks, "tensor": c.tensor},
         {
+            "pipeline": c.pipeline,
             "replicate": c.replicate,
-            "expert_shard": c.weight_shards // c.expert,
-            "expert": c.expert,
+            "weights": c.weight_shards,
             "tensor": c.tensor,
         },
+        experts | within,
+        experts | {"routers": c.expert * c.expert_width},
     )
     return Meshes(
         *(

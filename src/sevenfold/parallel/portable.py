@@ -44,14 +44,19 @@ def _placed(
     parts: ParameterParts, num_dims: int, layout: Layout
 ) -> tuple[DeviceMesh, list[Placement], list[int]]:
     """Mesh, its placements, and into how many parts each dimension is divided."""
-    config = layout.config
-    experts = config.expert if parts.is_expert else 1
-    shards = config.weight_shards // experts
-    ranks = torch.arange(config.num_ranks).view(config.replicate, shards, experts, config.tensor)
+    c, place = layout.config, layout.place
+    # Of the experts' ranks some hold what others hold of a dense weight: each has its own order.
+    experts, width, shards = (
+        (c.expert, c.expert_width, c.expert_shards)
+        if parts.is_expert
+        else (1, c.tensor, c.weight_shards)
+    )
+    # A weight lies on the ranks of its stage alone.
+    ranks = torch.arange(c.num_ranks).view(c.pipeline, c.replicate, shards, experts, width)
     # Tensor before weights: where both divide one dimension, tensor did so first.
     mesh = DeviceMesh(
         layout.device_type,
-        ranks.permute(0, 2, 3, 1),
+        ranks[place.stage].permute(0, 2, 3, 1),
         mesh_dim_names=("replicate", "expert", "tensor", "weights"),
         _init_backend=False,
         _rank=layout.rank,
@@ -68,7 +73,7 @@ def _placed(
         factors[0] *= experts
     if tensor is not None:
         placements[2] = Shard(tensor)
-        factors[tensor] *= config.tensor
+        factors[tensor] *= width
     return mesh, placements, factors
 
 

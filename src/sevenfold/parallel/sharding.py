@@ -8,6 +8,7 @@ from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of
+from sevenfold.parallel.pipeline import own_blocks
 
 
 def shard_model(model: HybridModel, layout: Layout) -> None:
@@ -27,8 +28,8 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
     def along_hidden(parameter: nn.Parameter) -> Shard:
         return Shard(parts_of(names[id(parameter)]).weights)
 
-    for block in model.layers:
-        if layout.config.expert > 1 and isinstance(block.mlp, MixtureOfExperts):
+    for block in own_blocks(model):
+        if layout.config.routes_tokens and isinstance(block.mlp, MixtureOfExperts):
             fully_shard(block.mlp.experts, mesh=layout.expert_mesh, shard_placement_fn=along_hidden)
         fully_shard(block, mesh=layout.weight_mesh, shard_placement_fn=along_hidden)
     # The head is read after the forward, so the outermost unit stays whole until the backward.
@@ -38,7 +39,8 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
         shard_placement_fn=along_hidden,
         reshard_after_forward=False,
     )
-    register_fsdp_forward_method(model, "hidden")
+    method = "hidden" if layout.config.pipeline == 1 else "run_stage"
+    register_fsdp_forward_method(model, method)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         # gloo has no scaled sum, and NCCL's mean would be the wrong thing.

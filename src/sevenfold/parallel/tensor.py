@@ -2,10 +2,13 @@
 
 Each rank computes with its part of the weights on the same tokens. What enters a divided product is
 copied (its gradient is summed), what leaves one is summed. The RMSNorm over all heads is exact: the
-sum of squares is summed over the ranks. Source: arXiv 1909.08053 (Megatron-LM).
+sum of squares is summed over the ranks. A model whose norm has groups (linear_attn_norm_groups)
+has whole groups on each rank, which exchange nothing. Source: arXiv 1909.08053 (Megatron-LM).
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +19,23 @@ from sevenfold.models import Batch, HybridModel, LayerState
 from sevenfold.models.block import Block
 from sevenfold.models.feed_forward import MixtureOfExperts, SwiGLU
 from sevenfold.models.mixers import LightningAttention, SoftmaxAttention
+from sevenfold.models.mixers.lightning import gated_group_norm
 from sevenfold.ops import head_logits
 from sevenfold.parallel.collectives import copy_to_ranks, sum_for_parts, sum_of_parts
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of, tensor_slice
+from sevenfold.parallel.pipeline import own_blocks
 from sevenfold.parallel.vocabulary import vocabulary_cross_entropy
 
 
 def divide_weights(model: HybridModel, layout: Layout) -> None:
-    """Keep this rank's part of every matrix; names stay."""
+    """Keep this rank's part of every matrix but those that divide_experts has divided; names stay."""
     index, size = layout.place.tensor, layout.config.tensor
     for name, parameter in model.named_parameters():
-        own = tensor_slice(parameter.data, parts_of(name), index, size)
+        parts = parts_of(name)
+        if parts.is_expert and layout.config.routes_tokens:
+            continue
+        own = tensor_slice(parameter.data, parts, index, size)
         parameter.data = own.clone(memory_format=torch.contiguous_format)
 
 
@@ -43,12 +51,14 @@ def divide_tensors(model: HybridModel, layout: Layout) -> None:
     """
     index, size = layout.place.tensor, layout.config.tensor
     group = layout.group("tensor")
-    for block in model.layers:
-        _divide_block(block, index, size, group)  # pyright: ignore[reportArgumentType]
-    start = index * len(model.embed_tokens.weight)
+    for block in own_blocks(model):
+        _divide_mixer(block, index, size, group)
+        _divide_mlp(block.mlp, layout.config.routes_tokens, group)
+    start = index * (model.config.vocab_size // size)
     # Callables take the place of methods; a module keeps its parameters under their names.
-    embed = partial(_embed, model.embed_tokens, start, group)
-    model.embed_tokens.forward = embed  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(model.embed_tokens, nn.Embedding):
+        embed = partial(_embed, model.embed_tokens, start, group)
+        model.embed_tokens.forward = embed  # pyright: ignore[reportAttributeAccessIssue]
     model.cross_entropy = partial(_cross_entropy, model, start, group)
     model.logits = partial(_logits, model, group)
     heads = ("num_attention_heads", "num_key_value_heads")
@@ -57,7 +67,7 @@ def divide_tensors(model: HybridModel, layout: Layout) -> None:
     )
 
 
-def _divide_block(block: Block, index: int, size: int, group: dist.ProcessGroup) -> None:
+def _divide_mixer(block: Block, index: int, size: int, group: dist.ProcessGroup) -> None:
     mixer = block.self_attn
     if isinstance(mixer, LightningAttention):
         block.self_attn = TensorLightning(mixer, index, size, group)
@@ -66,12 +76,16 @@ def _divide_block(block: Block, index: int, size: int, group: dist.ProcessGroup)
         mixer.num_kv_heads //= size
         mix = partial(_mix_in_parts, mixer.forward, group)
         mixer.forward = mix  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(block.mlp, MixtureOfExperts):
-        block.mlp.routed = partial(_routed_in_parts, block.mlp.routed, group)
-        if block.mlp.shared_mlp is not None:
-            _divide_swiglu(block.mlp.shared_mlp, group)
-    else:
-        _divide_swiglu(block.mlp, group)
+
+
+def _divide_mlp(mlp: MixtureOfExperts | SwiGLU, routes: bool, group: dist.ProcessGroup) -> None:
+    if isinstance(mlp, SwiGLU):
+        _divide_swiglu(mlp, group)
+        return
+    if not routes:
+        mlp.routed = partial(_routed_in_parts, mlp.routed, group)
+    if mlp.shared_mlp is not None:
+        _divide_swiglu(mlp.shared_mlp, group)
 
 
 class TensorLightning(nn.Module):
@@ -84,10 +98,21 @@ class TensorLightning(nn.Module):
         self.qkv_proj, self.output_gate = plain.qkv_proj, plain.output_gate
         self.norm, self.out_proj = plain.norm, plain.out_proj
         self.group = group
+        # The whole norm's one group lies on all ranks; else each has some of the groups.
+        self.norm_groups = plain.norm_groups // size
         plain.num_heads //= size
         plain.log_decay = plain.log_decay.chunk(size)[index].clone()
         self.num_heads, self.log_decay = plain.num_heads, plain.log_decay
         self.project, self.attend = plain.project, plain.attend
+        self._plain = [plain]  # in a list: its children are this module's
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # As in LightningAttention: the decay follows the weights to their device.
+        super()._apply(fn, recurse)
+        device = self.norm.weight.device
+        if device.type != "meta":
+            self.log_decay = self._plain[0].log_decay = self.log_decay.to(device)
+        return self
 
     def forward(
         self, x: Tensor, batch: Batch, state: LayerState | None
@@ -97,7 +122,10 @@ class TensorLightning(nn.Module):
         q, k, v = self.project(x)
         o, state = self.attend(q, k, v, batch, state)  # pyright: ignore[reportArgumentType]
         o, gate = o.reshape(*x.shape[:2], -1), self.output_gate(x)
-        o = gated_norm_of_parts(o, gate, self.norm.weight, self.norm.eps, self.group)
+        if self.norm_groups:
+            o = gated_group_norm(o, gate, self.norm, self.norm_groups)
+        else:
+            o = gated_norm_of_parts(o, gate, self.norm.weight, self.norm.eps, self.group)
         return sum_of_parts(self.out_proj(o), self.group), state
 
 

@@ -138,8 +138,8 @@ def _micro_batch(samples: Sequence[Sample], device: torch.device, layout: Layout
     rows, seq_len = input_ids.shape
     if layout.config.context > 1:
         batch = divide_row(lengths, layout.config.context, layout.place.context, device=device)
-        stretch = slice(batch.first_token, batch.first_token + sum(batch.lengths))
-        input_ids, labels = (x.reshape(1, -1)[:, stretch] for x in (input_ids, labels))
+        parts = ([x.reshape(1, -1)[:, own] for own in batch.slices] for x in (input_ids, labels))
+        input_ids, labels = (np.concatenate(part, 1) for part in parts)
     elif len(lengths) == rows:
         batch = Batch.rows(rows, seq_len, device=device)
     else:

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,34 +83,73 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are untouched.
     """
-    final = folder / f"step-{progress.step}"
-    if final.exists():
-        return final
-    staging = final.with_name(f".{final.name}.tmp")
+    place = Place(folder, progress.step, keep, layout)
+    if not place.final.exists():
+        with place.removed_on_failure():
+            place.begin(progress)
+            _write_tensors(tensors, place.staging, layout)
+            first_for_all(layout, place.publish)
+    return place.final
 
-    def begin() -> None:
-        staging.mkdir(parents=True)
-        _write_text(staging / _STATE_FILE, progress.model_dump_json(indent=2))
 
-    def publish() -> None:
-        _sync_folder(staging)
-        staging.rename(final)
-        _sync_folder(folder)
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint is written, and where it then stands.
 
-    try:
-        first_for_all(layout, begin)
-        _write_tensors(tensors, staging, layout)
-        first_for_all(layout, publish)
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(
-            f"{final} must be writable, got: {_cause(error)}; earlier checkpoints are whole: free "
-            f"space and start the run again"
-        ) from error
-    if layout.is_first:
-        for old in list_checkpoints(folder)[:-keep]:
+    Args:
+        folder: of all checkpoints of the run.
+        step: its number.
+        keep: number of newest checkpoints that stay.
+        layout: of the run.
+    """
+
+    folder: Path
+    step: int
+    keep: int
+    layout: Layout
+
+    @property
+    def final(self) -> Path:
+        """The checkpoint."""
+        return self.folder / f"step-{self.step}"
+
+    @property
+    def staging(self) -> Path:
+        """Where it is written."""
+        return self.folder / f".step-{self.step}.tmp"
+
+    def begin(self, progress: Progress) -> None:
+        """Make the folder, and write the counters; all ranks call."""
+
+        def write() -> None:
+            self.staging.mkdir(parents=True)
+            _write_text(self.staging / _STATE_FILE, progress.model_dump_json(indent=2))
+
+        first_for_all(self.layout, write)
+
+    def publish(self) -> None:
+        """Give the complete checkpoint its name, and remove the oldest; the first rank calls."""
+        _sync_folder(self.staging)
+        self.staging.rename(self.final)
+        _sync_folder(self.folder)
+        for old in list_checkpoints(self.folder)[: -self.keep]:
             _remove(old)
-    return final
+
+    @contextmanager
+    def removed_on_failure(self) -> Iterator[None]:
+        """Remove what is half-written where writing fails.
+
+        Raises:
+            CheckpointError: it did; says why, and what to do.
+        """
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            raise CheckpointError(
+                f"{self.final} must be writable, got: {_cause(error)}; earlier checkpoints are "
+                f"whole: free space and start the run again"
+            ) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -164,7 +204,7 @@ def load_checkpoint(path: Path, tensors: dict[str, Any], *, layout: Layout = ALO
 
 def _read(tensors: dict[str, Any], path: Path, layout: Layout) -> None:
     try:
-        with _single_process():
+        with single_process():
             load(tensors, storage_reader=FileSystemReader(path), no_dist=layout.is_alone)
     except (OSError, CheckpointException) as error:
         raise CheckpointError(
@@ -190,13 +230,13 @@ def read_weights(path: Path, model: HybridModel) -> None:
 
 
 def _write_tensors(tensors: dict[str, Any], folder: Path, layout: Layout) -> None:
-    with _single_process():
+    with single_process():
         # The writer flushes each file to the disk before it returns.
         save(tensors, storage_writer=FileSystemWriter(folder), no_dist=layout.is_alone)
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Silence the remark that there is no process group: that is what no_dist asks for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")

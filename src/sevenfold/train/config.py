@@ -29,6 +29,7 @@ class RunSection(StrictModel):
         deterministic: refuse operators that are not; bit-identity on a GPU needs it.
         checkpoint_every_steps: besides the checkpoint at the end of the run.
         keep_checkpoints: newest checkpoints that are kept.
+        async_checkpoints: write them beside the next steps, from a copy in the host's memory.
         log_every_steps: between plain lines; metrics.jsonl has every step.
         tensorboard: also write TensorBoard's files (needs the extra).
         peak_flops: of the device, FLOP/s, for utilisation; None takes it from a table of GPUs.
@@ -42,6 +43,7 @@ class RunSection(StrictModel):
     deterministic: bool = False
     checkpoint_every_steps: _Positive = 500
     keep_checkpoints: _Positive = 2
+    async_checkpoints: bool = False
     log_every_steps: _Positive = 10
     tensorboard: bool = False
     peak_flops: Annotated[float, Field(gt=0)] | None = None
@@ -171,6 +173,9 @@ class RunConfig(StrictModel):
                 f"exchanges it does not compile, got true"
             )
         self.parallel.check_model(self.model)
+        for size in sizes:
+            rows = size // seq_len
+            self.parallel.check_micro_batches(rows, min(self.batch.micro_batch_rows or rows, rows))
         for rows, rule in self._micro_batches(sizes).items():
             self.parallel.check_rows(rows, seq_len, rule=rule)
         return self

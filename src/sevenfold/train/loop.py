@@ -11,11 +11,12 @@ from torch.nn.utils import clip_grads_with_norm_
 from sevenfold.config import TrainingError
 from sevenfold.models import HybridModel
 from sevenfold.optim import lr_multiplier
-from sevenfold.parallel import Layout, clip_gradients
+from sevenfold.parallel import Layout, Pipeline, clip_gradients
 from sevenfold.parallel import gradient_norm as norm_over_ranks
 from sevenfold.train.batch import ALONE, SampleSource, StepBatch, read_step
 from sevenfold.train.config import RunConfig
 from sevenfold.train.progress import Progress
+from sevenfold.train.stages import forward_backward_by_stages
 from sevenfold.train.step import (
     StepValues,
     fault_of,
@@ -34,6 +35,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     loader: SampleSource
     layout: Layout = ALONE
+    pipeline: Pipeline | None = None
 
     def read(self, first_sample: int) -> StepBatch:
         """Read the step that begins with a sample."""
@@ -50,6 +52,15 @@ class Trainer:
         """Return the learning rate of the update after `step` others."""
         share = lr_multiplier(self.config.schedule, step, self.config.run.steps)
         return self.config.optimizer.lr * share
+
+    def forward_backward(self, batch: StepBatch) -> Tensor:
+        """Accumulate gradients; the losses as forward_backward returns them, over all ranks."""
+        autocast = self.config.precision.autocast
+        if self.pipeline is None:
+            losses = forward_backward(self.model, batch, autocast=autocast)
+        else:
+            losses = forward_backward_by_stages(self.model, self.pipeline, batch, autocast=autocast)
+        return self.layout.sum_over_shares(losses)
 
     def gradient_norm(self) -> Tensor:
         """Return the global norm of the gradients, the same on all ranks."""
@@ -109,8 +120,7 @@ def train_steps(
     batch = trainer.read(progress.next_sample)
     while progress.step < trainer.config.run.steps and not trainer.layout.agree(stop()):
         began = time.perf_counter()
-        losses = forward_backward(trainer.model, batch, autocast=trainer.config.precision.autocast)
-        losses, norm = trainer.layout.sum_over_tokens(losses), trainer.gradient_norm()
+        losses, norm = trainer.forward_backward(batch), trainer.gradient_norm()
         # Read ahead while a GPU works; what comes next does not depend on this step's outcome.
         upcoming = trainer.read(progress.next_sample + batch.num_rows)
         values = to_host(trainer.model, losses, norm)

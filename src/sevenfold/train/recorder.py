@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from sevenfold.train.batch import StepBatch
-from sevenfold.train.checkpoint import run_tensors, save_checkpoint
+from sevenfold.train.checkpoint import run_tensors
 from sevenfold.train.loop import StepOutcome, Trainer
 from sevenfold.train.metrics import MetricsFile, StepRecord, finite
 from sevenfold.train.progress import Progress
-from sevenfold.train.run_folder import CHECKPOINTS
+from sevenfold.train.saving import Saver
 from sevenfold.train.speed import FlopsCounter, peak_memory_bytes
 from sevenfold.train.validation import ValidationResult, bits_per_byte
 
@@ -28,6 +28,7 @@ class Recorder:
         validate: evaluates the model; None without validation.
         flops: counts model FLOPs.
         peak_flops: of the device, FLOP/s; None if unknown.
+        saver: writes checkpoints.
     """
 
     trainer: Trainer
@@ -36,6 +37,7 @@ class Recorder:
     validate: Callable[[], ValidationResult] | None
     flops: FlopsCounter
     peak_flops: float | None
+    saver: Saver
 
     def __call__(self, outcome: StepOutcome) -> None:
         """Validate and record; save where a checkpoint is due."""
@@ -44,6 +46,7 @@ class Recorder:
             self.metrics.write(record)
         for listener in self.listeners:
             listener(record)
+        self.saver.look()
         every = self.trainer.config.run.checkpoint_every_steps
         if outcome.fault is None and outcome.progress.step % every == 0:
             self.save(outcome.progress)
@@ -52,14 +55,9 @@ class Recorder:
         """Write a checkpoint, after the record that leads up to it."""
         if self.metrics is not None:
             self.metrics.sync()
-        trainer, run = self.trainer, self.trainer.config.run
-        save_checkpoint(
-            run.out / CHECKPOINTS,
-            run_tensors(trainer.model, trainer.optimizer, trainer.layout),
-            progress,
-            keep=run.keep_checkpoints,
-            layout=trainer.layout,
-        )
+        trainer = self.trainer
+        tensors = run_tensors(trainer.model, trainer.optimizer, trainer.layout)
+        self.saver.save(tensors, progress)
 
     def _validation(self, outcome: StepOutcome) -> ValidationResult | None:
         settings, run = self.trainer.config.validation, self.trainer.config.run

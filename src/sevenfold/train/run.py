@@ -10,10 +10,10 @@ import torch
 
 from sevenfold.config import ConfigError
 from sevenfold.data import PackedLoader, TokenDataset
-from sevenfold.models import HybridModel, ModelConfig, init_weights
+from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_adamw
-from sevenfold.parallel import Layout, divide_model, groups_by_mesh, shard_weights
+from sevenfold.parallel import Layout, Pipeline, build_model, groups_by_mesh
 from sevenfold.train.batch import ALONE
 from sevenfold.train.checkpoint import (
     list_checkpoints,
@@ -30,6 +30,7 @@ from sevenfold.train.progress import Progress
 from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
 from sevenfold.train.run_folder import CHECKPOINTS, FINAL, open_run_folder
+from sevenfold.train.saving import open_saver
 from sevenfold.train.setting import run_setting
 from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.speed import FlopsCounter, known_peak_flops
@@ -129,20 +130,25 @@ def _find_newest(config: RunConfig) -> tuple[Path | None, int | None]:
 def _build(
     config: RunConfig, data: TokenDataset, device: torch.device, layout: Layout = ALONE
 ) -> Trainer:
-    model = HybridModel(_with_end_of_text(config.model, data))
-    # Whole on every rank before it is divided, so that all layouts begin with the same weights.
-    init_weights(model, seed=config.run.seed)
-    model.to(device)
-    divide_model(model, layout)
-    if config.checkpointing.every_layers is not None:
-        recompute_blocks(model, config.checkpointing.every_layers)
+    model = build_model(
+        _with_end_of_text(config.model, data),
+        layout,
+        seed=config.run.seed,
+        device=device,
+        between=partial(_recompute, config),
+    )
     if config.compile.enabled:
         compile_parts(model, autocast=config.precision.autocast)
-    shard_weights(model, layout)
     optimizer = build_adamw(model.named_parameters(), config.optimizer)
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
     loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
-    return Trainer(config, model, optimizer, loader, layout)
+    pipeline = Pipeline(model, layout) if config.parallel.pipeline > 1 else None
+    return Trainer(config, model, optimizer, loader, layout, pipeline)
+
+
+def _recompute(config: RunConfig, model: HybridModel) -> None:
+    if config.checkpointing.every_layers is not None:
+        recompute_blocks(model, config.checkpointing.every_layers)
 
 
 def _with_end_of_text(config: ModelConfig, data: TokenDataset) -> ModelConfig:
@@ -169,11 +175,16 @@ def _continue(
     config, device = trainer.config, trainer.model.device
     listeners = () if on_step is None else (on_step,)
     peak_flops = config.run.peak_flops or known_peak_flops(device, config.precision.autocast)
+    run = config.run
     with ExitStack() as stack:
-        metrics = None
+        metrics, folder = None, run.out / CHECKPOINTS
+        saver = open_saver(
+            folder, run.keep_checkpoints, trainer.layout, asynchronous=run.async_checkpoints
+        )
+        stack.enter_context(saver)
         if trainer.layout.is_first:
-            metrics = stack.enter_context(MetricsFile(config.run.out / METRICS_FILE))
-            listeners += stack.enter_context(tensorboard_listener(config.run, progress.step))
+            metrics = stack.enter_context(MetricsFile(run.out / METRICS_FILE))
+            listeners += stack.enter_context(tensorboard_listener(run, progress.step))
         recorder = Recorder(
             trainer=trainer,
             metrics=metrics,
@@ -181,6 +192,7 @@ def _continue(
             validate=_validation(trainer),
             flops=FlopsCounter(config.model),
             peak_flops=peak_flops,
+            saver=saver,
         )
         progress = train_steps(trainer, progress, after_step=recorder, stop=stop)
         recorder.save(progress)
@@ -207,6 +219,7 @@ def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
         micro_batch_rows=config.batch.micro_batch_rows,
         autocast=config.precision.autocast,
         layout=trainer.layout,
+        pipeline=trainer.pipeline,
     )
 
 

@@ -30,6 +30,7 @@ _CHANGEABLE = {
     "run.num_threads",
     "run.checkpoint_every_steps",
     "run.keep_checkpoints",
+    "run.async_checkpoints",
     "run.log_every_steps",
     "run.tensorboard",
     "run.peak_flops",

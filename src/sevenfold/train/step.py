@@ -1,14 +1,15 @@
 """One training step: loss and gradients over micro-batches, clipping, update."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sevenfold.models import HiddenResult, HybridModel
+from sevenfold.models import HybridModel
+from sevenfold.models.feed_forward import RouterStats
 from sevenfold.train.batch import MicroBatch, StepBatch
 
 
@@ -67,9 +68,9 @@ def forward_backward(model: HybridModel, step: StepBatch, *, autocast: str | Non
         with autocast_context(model.device, autocast):
             result = model.hidden(micro.input_ids, micro.batch)
             summed = model.cross_entropy(result.hidden, micro.labels)
-            router = _router_rows(result, summed)
+            router = router_rows(result.router, summed)
         loss = summed / step.num_labels
-        (loss + share * _auxiliary(model, router)).backward()
+        (loss + share * router_losses(model, router)).backward()
         parts.append(torch.cat([loss.detach()[None], share * router.detach().flatten()]))
     return torch.stack(parts).sum(0)
 
@@ -92,20 +93,22 @@ def to_host(model: HybridModel, losses: Tensor, grad_norm: Tensor) -> StepValues
     return StepValues(loss, norm, means[0], means[1], means[2], tuple(dropped), loads)
 
 
-def _router_rows(result: HiddenResult, like: Tensor) -> Tensor:
-    """[L, 3 + E]: balance_loss, z_loss, dropped and loads of each layer with experts."""
-    if not result.router:
-        return like.new_zeros(0, 3)
-    scalars = [torch.stack([s.balance_loss, s.z_loss, s.dropped]) for s in result.router]
-    rows = [torch.cat([x, s.load]) for x, s in zip(scalars, result.router, strict=True)]
+def router_rows(router: Sequence[RouterStats], like: Tensor) -> Tensor:
+    """Return [layers, 3 + E]: balance_loss, z_loss, dropped and loads of layers with experts."""
+    if not router:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return like.new_zeros(0, 3, dtype=dtype)
+    scalars = [torch.stack([s.balance_loss, s.z_loss, s.dropped]) for s in router]
+    rows = [torch.cat([x, s.load]) for x, s in zip(scalars, router, strict=True)]
     return torch.stack(rows)
 
 
-def _auxiliary(model: HybridModel, router: Tensor) -> Tensor | float:
+def router_losses(model: HybridModel, rows: Tensor) -> Tensor | float:
+    """Return the weighted mean of the routers' losses over all layers, of which rows are some."""
     moe = model.config.moe
     if moe is None:
         return 0.0
-    balance, z_loss = router[:, 0].mean(), router[:, 1].mean()
+    balance, z_loss = rows[:, :2].sum(0) / len(model.layers)
     weighted = ((moe.router_aux_loss_coef, balance), (moe.router_z_loss_coef, z_loss))
     # A coefficient of 0 must spare the backward, and 0 * inf would be NaN.
     return sum((coefficient * loss for coefficient, loss in weighted if coefficient), start=0.0)

@@ -3,9 +3,12 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from sevenfold.models import HybridModel
-from sevenfold.parallel import Layout, release_weights
+from sevenfold.parallel import Layout, Pipeline, release_weights
 from sevenfold.train.batch import ALONE, SampleSource, read_step
+from sevenfold.train.stages import losses_by_stages
 from sevenfold.train.step import micro_batch_loss
 
 
@@ -33,6 +36,7 @@ def validate(
     micro_batch_rows: int | None,
     autocast: str | None,
     layout: Layout = ALONE,
+    pipeline: Pipeline | None = None,
 ) -> ValidationResult:
     """Evaluate a model on the first samples of a loader.
 
@@ -43,6 +47,7 @@ def validate(
         micro_batch_rows: rows at once; None takes all.
         autocast: "bf16" or None.
         layout: where this rank stands; all ranks take part.
+        pipeline: of a rank that holds stages of the model.
 
     Returns:
         Loss over all labels, and bits per byte.
@@ -57,8 +62,13 @@ def validate(
     )
     was_training = model.training
     model.eval()
-    losses = [micro_batch_loss(model, micro, autocast=autocast) for micro in step.micro_batches]
+    if pipeline is None:
+        loss = sum(
+            micro_batch_loss(model, micro, autocast=autocast) for micro in step.micro_batches
+        )
+    else:
+        loss = losses_by_stages(model, pipeline, step, autocast=autocast)
     model.train(was_training)
     release_weights(model)
-    summed = sum(layout.sum_over_tokens(loss).item() for loss in losses)
+    summed = layout.sum_over_shares(torch.as_tensor(loss)).item()
     return ValidationResult(summed / step.num_labels, bits_per_byte(summed, step.num_bytes))

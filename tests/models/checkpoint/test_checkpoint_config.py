@@ -350,6 +350,11 @@ INEXPRESSIBLE = [
     ({"moe": None}, "minimax", r"moe must have a key in format 'minimax', got None"),
     ({"norm_placement": "pre_norm"}, "hf", r"norm_placement must be 'post_norm' in format 'hf'"),
     ({"linear_attn_norm_eps": 1e-5}, "hf", r"linear_attn_norm_eps must have a key in format 'hf'"),
+    (
+        {"linear_attn_norm_groups": 2},
+        "minimax",
+        r"linear_attn_norm_groups must have a key in format 'minimax', got 2",
+    ),
     ({"rotary_dim": 0}, "minimax", r"rotary_dim must have a key in format 'minimax', got 0"),
     (
         {"moe": MoEConfig(num_local_experts=3, shared_intermediate_size=8)},

@@ -12,13 +12,15 @@ from sevenfold.ops import layer_log_decay
 from sevenfold.ops.testing import check_error
 
 CPU = torch.device("cpu")
-KINDS = ["linear_attention", "full_attention", "sliding_attention"]
+# After a colon, the groups of the norm.
+KINDS = ["linear_attention", "linear_attention:2", "full_attention", "sliding_attention"]
 DTYPES = [torch.float32, torch.bfloat16]
 H, G, D, WIDTH, WINDOW = 2, 1, 6, 8, 3
 LENGTHS = [70, 1, 0, 5, 66]
 
 
 def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
+    kind, _, groups = kind.partition(":")
     config = ModelConfig(
         vocab_size=19,
         hidden_size=WIDTH,
@@ -29,6 +31,7 @@ def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
         intermediate_size=10,
         rotary_dim=4,
         sliding_window=WINDOW if kind == "sliding_attention" else None,
+        linear_attn_norm_groups=int(groups or 1),
     )
     mixer = build_mixer(config, 0)
     generator = torch.Generator().manual_seed(4)
@@ -57,13 +60,16 @@ def literal(kind: str, mixer: torch.nn.Module, x: Tensor) -> Tensor:
     """The mixer's formula for one row, with dense attention matrices."""
     T = x.shape[1]
     age = torch.arange(T)[:, None] - torch.arange(T)
+    kind, _, groups = kind.partition(":")
     if kind == "linear_attention":
         qkv = F.silu(x[0] @ mixer.qkv_proj.weight.T).view(T, H, 3, D)
         q, k, v = qkv.unbind(2)
         rate = layer_log_decay(H, 0, 2).to(x.dtype)[:, None, None]
         weights = torch.where(age >= 0, torch.exp(rate * age.clamp(min=0)), 0)
         o = torch.einsum("hij,ihd,jhd,jhe->ihe", weights, q, k, v).reshape(T, H * D)
-        normed = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.norm.weight
+        squares = o.view(T, int(groups or 1), -1).square().mean(-1, keepdim=True)
+        normed = o.view(T, int(groups or 1), -1) / (squares + 1e-6).sqrt()
+        normed = normed.reshape(T, -1) * mixer.norm.weight
         return ((normed * torch.sigmoid(x[0] @ mixer.output_gate.weight.T)) @ out(mixer).T)[None]
     heads = (x[0] @ w.T for w in (mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight))
     q, k, v = (y.view(1, T, -1, D) for y in heads)
@@ -142,8 +148,9 @@ def test_a_window_forgets_what_has_left_it() -> None:
 
 
 def test_the_type_of_a_layer_chooses_its_mixer() -> None:
-    linear, full, sliding = (build(kind, torch.float32) for kind in KINDS)
+    linear, grouped, full, sliding = (build(kind, torch.float32) for kind in KINDS)
     assert isinstance(linear, LightningAttention)
+    assert (linear.norm_groups, grouped.norm_groups) == (1, 2)
     assert isinstance(full, SoftmaxAttention)
     assert (full.window, sliding.window) == (None, WINDOW)
 

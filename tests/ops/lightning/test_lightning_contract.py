@@ -65,7 +65,8 @@ WRONG_VALUES = [
     ),
     (
         {"impl": "fast"},
-        "impl must be one of reference, eager, onednn, grouped_mm, triton, numba, got 'fast'",
+        "impl must be one of reference, eager, onednn, grouped_mm, triton, numba, flash, got "
+        "'fast'",
     ),
 ]
 WRONG_TYPES = [

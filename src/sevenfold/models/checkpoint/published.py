@@ -154,6 +154,7 @@ def require_expressible(config: ModelConfig, to: CheckpointFormat) -> None:
         "layer_types": "sliding_attention" in config.layer_types,
         "moe": config.moe is None,
         "linear_attn_norm_eps": config.linear_attn_norm_eps != 1e-6,
+        "linear_attn_norm_groups": config.linear_attn_norm_groups != 1,
         "rotary_dim": config.rotary_dim == 0 and "full_attention" in config.layer_types,
     }
     for field, is_fault in faults.items():

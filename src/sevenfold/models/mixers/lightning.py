@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
@@ -30,7 +31,8 @@ class LightningAttention(nn.Module):
         q, k, v = silu(W_qkv u)                     laid out head by head: [H, (q, k, v), D]
         y = W_out (RMSNorm(LA(q, k, v)) * sigmoid(W_gate u))
 
-    No rotation, no scale, no softmax: position comes from the decay alone.
+    No rotation, no scale, no softmax: position comes from the decay alone. With several norm groups
+    RMSNorm is taken over each group of neighbouring heads alone.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -40,6 +42,7 @@ class LightningAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, 3 * inner)
         self.output_gate = Linear(config.hidden_size, inner)
         self.norm = RMSNorm(inner, config.linear_attn_norm_eps)
+        self.norm_groups = config.linear_attn_norm_groups
         self.out_proj = Linear(inner, config.hidden_size)
         self.log_decay = layer_log_decay(self.num_heads, layer, config.num_hidden_layers)
 
@@ -60,7 +63,7 @@ class LightningAttention(nn.Module):
         q, k, v = self.project(x)
         o, state = self.attend(q, k, v, batch, state)
         o, gate = o.reshape(B, T, -1), self.output_gate(x)
-        return self.out_proj(gated_rms_norm(o, gate, self.norm.weight, self.norm.eps)), state
+        return self.out_proj(gated_group_norm(o, gate, self.norm, self.norm_groups)), state
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, T, H, D] of x [B, T, hidden_size]."""
@@ -110,6 +113,20 @@ class LightningAttention(nn.Module):
         )
         state.pool[state.slots] = kv  # pyright: ignore[reportArgumentType]
         return o
+
+
+def gated_group_norm(x: Tensor, gate: Tensor, norm: RMSNorm, groups: int) -> Tensor:
+    """gated_rms_norm of each group of neighbouring channels by itself.
+
+    Args:
+        x, gate: [..., D].
+        norm: its weight has D channels.
+        groups: equal parts of D.
+    """
+    if groups == 1:
+        return gated_rms_norm(x, gate, norm.weight, norm.eps)
+    parts = zip(x.chunk(groups, -1), gate.chunk(groups, -1), norm.weight.chunk(groups), strict=True)
+    return torch.cat([gated_rms_norm(*part, norm.eps) for part in parts], -1)
 
 
 def advance_states(
