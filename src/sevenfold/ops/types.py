@@ -15,6 +15,7 @@ class Impl(StrEnum):
     GROUPED_MM = "grouped_mm"
     TRITON = "triton"
     NUMBA = "numba"
+    FLASH = "flash"
 
 
 class OpResult(NamedTuple):

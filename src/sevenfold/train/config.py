@@ -94,9 +94,25 @@ class BatchSection(StrictModel):
 
 
 class PrecisionSection(StrictModel):
-    """Products in bf16 by autocast, or all in fp32 (None); weights and moments are always fp32."""
+    """In what the model computes; weights, gradients and moments are always fp32.
+
+    Args:
+        autocast: "bf16" takes products in bf16; None leaves all in fp32.
+        stream: "bf16" keeps the residual stream in bf16 too, with autocast only: norms and sums
+            move half the bytes, and a recomputed block keeps half. None keeps it in fp32.
+    """
 
     autocast: Literal["bf16"] | None = None
+    stream: Literal["bf16"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stream is not None and self.autocast is None:
+            raise ValueError(
+                f"stream must be left out without autocast, which gives the products that it is "
+                f"made of, got {self.stream!r}"
+            )
+        return self
 
 
 class CompileSection(StrictModel):

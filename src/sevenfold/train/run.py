@@ -34,7 +34,7 @@ from sevenfold.train.setting import run_setting
 from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.speed import FlopsCounter, known_peak_flops
 from sevenfold.train.tensorboard import tensorboard_listener
-from sevenfold.train.transform import compile_parts, recompute_blocks
+from sevenfold.train.transform import transform_model
 from sevenfold.train.validation import ValidationResult, validate
 
 
@@ -134,10 +134,7 @@ def _build(
     init_weights(model, seed=config.run.seed)
     model.to(device)
     divide_model(model, layout)
-    if config.checkpointing.every_layers is not None:
-        recompute_blocks(model, config.checkpointing.every_layers)
-    if config.compile.enabled:
-        compile_parts(model, autocast=config.precision.autocast)
+    transform_model(model, config)
     shard_weights(model, layout)
     optimizer = build_adamw(model.named_parameters(), config.optimizer)
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
