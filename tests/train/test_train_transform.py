@@ -79,7 +79,7 @@ def test_compiled_parts_keep_loss_and_gradients(
 def test_a_bf16_stream_is_bf16_from_embedding_to_head(norm_placement: str) -> None:
     changes = {"moe": MOE, "norm_placement": norm_placement, **FOUR}
     exact_losses, exact = results(tiny_model(dtype=torch.float64, **changes))
-    plain, narrow = tiny_model(**changes), tiny_model(**changes)
+    narrow = tiny_model(**changes)
     narrow_stream(narrow)
     dtypes = set()
     for module in (*narrow.layers, narrow.norm):

@@ -286,5 +286,6 @@ def test_packed_sequences_in_one_call_on_a_gpu(H: int, G: int, window: int | Non
         return [o, *torch.autograd.grad(o, (q, k, v), exact[3].to("cuda", dtype))]
 
     truth, eager = run(torch.float64, "reference"), run(torch.bfloat16, "eager")
-    for name, *found in zip("o dq dk dv".split(), run(torch.bfloat16, "flash"), eager, truth):
+    packed, names = run(torch.bfloat16, "flash"), ("o", "dq", "dk", "dv")
+    for name, *found in zip(names, packed, eager, truth, strict=True):
         check_error(name, *(x.detach() for x in found))
