@@ -45,6 +45,7 @@ def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
         *("step", "next_sample", "tokens", "loss", "bits_per_byte", "balance_loss", "z_loss"),
         *("dropped", "grad_norm", "lr", "skipped", "step_time_s", "tokens_per_s", "flops_per_s"),
         *("mfu", "peak_memory_bytes", "validation_loss", "validation_bits_per_byte"),
+        *("validation_loss_by_position", "validation_loss_by_length"),
         *("dropped_by_layer", "load_by_layer"),
     ]
 

@@ -12,6 +12,7 @@ from sevenfold.config import TrainingError
 from sevenfold.models import Batch
 from sevenfold.ops import IGNORED_LABEL
 from sevenfold.parallel import Layout, ParallelConfig, divide_row
+from sevenfold.parallel.context.batch import ContextBatch
 
 # Of a run of one process.
 ALONE = Layout(ParallelConfig())
@@ -64,6 +65,16 @@ class MicroBatch:
     batch: Batch
     lengths: tuple[int, ...]
     num_labels: int
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return each token's position in its document, and the document's tokens: [B * T]."""
+        lengths = np.array(self.lengths)
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        found = np.arange(len(starts)) - starts, np.repeat(lengths, lengths)
+        if not isinstance(self.batch, ContextBatch):
+            return found
+        own = slice(self.batch.first_token, self.batch.first_token + self.input_ids.numel())
+        return found[0][own], found[1][own]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from sevenfold.models import ModelConfig
 from sevenfold.models.presets import resolve_model
 from sevenfold.optim import AdamWConfig, ScheduleConfig
 from sevenfold.parallel import ParallelConfig
+from sevenfold.train.data_config import DataSection
 
 _Positive = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[int, Field(ge=0)]
@@ -22,6 +23,8 @@ class RunSection(StrictModel):
 
     Args:
         out: the run directory.
+        start_from: directory of a run whose weights, moments and place in the data this one begins
+            with; None begins anew.
         steps: updates of the whole run.
         seed: of the initial weights and the order of the data.
         device: "cpu", "cuda" or "cuda:N".
@@ -35,6 +38,7 @@ class RunSection(StrictModel):
     """
 
     out: Path
+    start_from: Path | None = None
     steps: _Positive
     seed: _NonNegative = 0
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
@@ -45,18 +49,6 @@ class RunSection(StrictModel):
     log_every_steps: _Positive = 10
     tensorboard: bool = False
     peak_flops: Annotated[float, Field(gt=0)] | None = None
-
-
-class DataSection(StrictModel):
-    """The prepared dataset and the row length.
-
-    Args:
-        path: folder that `sevenfold data prepare` made.
-        seq_len: tokens of a row.
-    """
-
-    path: Path
-    seq_len: _Positive = 1024
 
 
 class RampStage(StrictModel):
@@ -203,6 +195,15 @@ class RunConfig(StrictModel):
             if total % size:
                 found[total % size] = f"the last micro-batch of {whose}"
         return found
+
+    def total_rows(self) -> int:
+        """Return the rows of all steps."""
+        if not self.batch.ramp:
+            return self.run.steps * self.rows_at(0)
+        rows = 0
+        for _ in range(self.run.steps):
+            rows += self.rows_at(rows)
+        return rows
 
     def rows_at(self, next_sample: int) -> int:
         """Return the rows of the step that begins with a sample."""

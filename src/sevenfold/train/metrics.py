@@ -31,6 +31,8 @@ class StepRecord:
         mfu: flops_per_s over the device's peak.
         peak_memory_bytes: of the device's allocator; on a CPU of the process.
         validation_loss, validation_bits_per_byte: where the step ended with a validation.
+        validation_loss_by_position, validation_loss_by_length: mean losses by the first token of a
+            bucket, of tokens' positions in their documents and of documents' lengths.
         dropped_by_layer, load_by_layer: of each layer with experts; load is what the busiest expert
             was chosen for, over an even share.
     """
@@ -53,8 +55,22 @@ class StepRecord:
     peak_memory_bytes: int
     validation_loss: float | None = None
     validation_bits_per_byte: float | None = None
+    validation_loss_by_position: dict[str, float | None] | None = None
+    validation_loss_by_length: dict[str, float | None] | None = None
     dropped_by_layer: tuple[float | None, ...] | None = None
     load_by_layer: tuple[float | None, ...] | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers that a chart over steps can show, by name."""
+        shown = asdict(self)
+        for group in ("validation_loss_by_position", "validation_loss_by_length"):
+            shown |= {f"{group}/{tokens}": x for tokens, x in (shown[group] or {}).items()}
+        counters = ("step", "next_sample")
+        return {
+            name: value
+            for name, value in shown.items()
+            if isinstance(value, int | float) and name not in counters
+        }
 
     def as_json(self) -> str:
         """Return one line of JSON."""

@@ -100,6 +100,13 @@ class Recorder:
             peak_memory_bytes=peak_memory_bytes(self.trainer.model.device),
             validation_loss=finite(found.loss) if found else None,
             validation_bits_per_byte=finite(found.bits_per_byte) if found else None,
+            validation_loss_by_position=_by_name(found.by_position) if found else None,
+            validation_loss_by_length=_by_name(found.by_length) if found else None,
             dropped_by_layer=tuple(map(finite, values.dropped_by_layer)) or None,
             load_by_layer=tuple(map(finite, values.load_by_layer)) or None,
         )
+
+
+def _by_name(losses: dict[int, float]) -> dict[str, float | None]:
+    """With keys that JSON can hold."""
+    return {str(tokens): finite(loss) for tokens, loss in losses.items()}

@@ -1,15 +1,15 @@
 """A whole run: open its folder, resume, train, save, export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from sevenfold.config import ConfigError
-from sevenfold.data import PackedLoader, TokenDataset
 from sevenfold.models import HybridModel, ModelConfig, init_weights
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_adamw
@@ -29,10 +29,12 @@ from sevenfold.train.metrics import METRICS_FILE, MetricsFile, truncate_metrics
 from sevenfold.train.progress import Progress
 from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
+from sevenfold.train.run_data import RunData, open_data, training_loader, validation_loader
 from sevenfold.train.run_folder import CHECKPOINTS, FINAL, open_run_folder
 from sevenfold.train.setting import run_setting
 from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.speed import FlopsCounter, known_peak_flops
+from sevenfold.train.stages import Start, find_start, first_rows, write_start
 from sevenfold.train.tensorboard import tensorboard_listener
 from sevenfold.train.transform import transform_model
 from sevenfold.train.validation import ValidationResult, validate
@@ -81,34 +83,26 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
         CheckpointError: a checkpoint could not be read or written; earlier ones are whole.
         UnsupportedError: the device or TensorBoard is not there.
     """
-    data = _open_data(config)
+    data = open_data(config)
+    start = find_start(config)
     with (
         join_ranks(config.parallel, config.run) as (layout, run),
         run_setting(run) as device,
         stop_on_signals() as request,
     ):
-        first_for_all(layout, lambda: _prepare_folder(config, data))
+        first_for_all(layout, lambda: _prepare_folder(config, data, start))
         newest, begun = _find_newest(config)
-        trainer = _build(config, data, device, layout)
-        progress = _resume(trainer, newest)
+        trainer = _build(config, data, device, layout, first_rows(config, start))
+        progress = _resume(trainer, newest, start)
         progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
         final = _export(trainer, data) if progress.step == config.run.steps else None
     stopped_by = None if request.received is None else request.received.name
     return TrainResult(config.run.out, final, progress, begun, stopped_by, layout.is_first)
 
 
-def _open_data(config: RunConfig) -> TokenDataset:
-    data = TokenDataset.open(config.data.path, "train")
-    if data.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size must be at least the {data.vocab_size} of {config.data.path}, "
-            f"got {config.model.vocab_size}"
-        )
-    return data
-
-
-def _prepare_folder(config: RunConfig, data: TokenDataset) -> None:
-    open_run_folder(config, data.manifest.fingerprint)
+def _prepare_folder(config: RunConfig, data: RunData, start: Start | None) -> None:
+    open_run_folder(config, data.fingerprint)
+    write_start(config, start)
     remove_unfinished(config.run.out / CHECKPOINTS)
 
 
@@ -127,7 +121,11 @@ def _find_newest(config: RunConfig) -> tuple[Path | None, int | None]:
 
 
 def _build(
-    config: RunConfig, data: TokenDataset, device: torch.device, layout: Layout = ALONE
+    config: RunConfig,
+    data: RunData,
+    device: torch.device,
+    layout: Layout = ALONE,
+    first_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> Trainer:
     model = HybridModel(_with_end_of_text(config.model, data))
     # Whole on every rank before it is divided, so that all layouts begin with the same weights.
@@ -138,23 +136,26 @@ def _build(
     shard_weights(model, layout)
     optimizer = build_adamw(model.named_parameters(), config.optimizer)
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
-    loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
+    loader = training_loader(data, first_rows)
     return Trainer(config, model, optimizer, loader, layout)
 
 
-def _with_end_of_text(config: ModelConfig, data: TokenDataset) -> ModelConfig:
+def _with_end_of_text(config: ModelConfig, data: RunData) -> ModelConfig:
     """The model learns to end a text by the data's token, unless the run file names another."""
     if config.eos_token_id is not None:
         return config
     return config.model_copy(update={"eos_token_id": data.end_of_text_id})
 
 
-def _resume(trainer: Trainer, checkpoint: Path | None) -> Progress:
+def _resume(trainer: Trainer, checkpoint: Path | None, start: Start | None) -> Progress:
     progress = Progress()
     layout = trainer.layout
-    if checkpoint is not None:
+    source = checkpoint or (start.checkpoint if start is not None else None)
+    if source is not None:
         tensors = run_tensors(trainer.model, trainer.optimizer, layout)
-        progress = load_checkpoint(checkpoint, tensors, layout=layout)
+        progress = load_checkpoint(source, tensors, layout=layout)
+    if checkpoint is None:
+        progress = Progress()  # another run's weights and moments, this one's first step
     metrics = trainer.config.run.out / METRICS_FILE
     first_for_all(layout, lambda: truncate_metrics(metrics, progress.next_sample))
     return progress
@@ -188,12 +189,11 @@ def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
     config = trainer.config
     if config.validation is None:
         return None
-    data = TokenDataset.open(config.data.path, "validation")
-    loader = PackedLoader(data, seq_len=config.data.seq_len, seed=0, shuffle=False)
+    loader, num_rows = validation_loader(config)
     num_samples = config.validation.num_samples
-    if num_samples > loader.num_samples_per_epoch():
+    if num_samples > num_rows:
         raise ConfigError(
-            f"validation.num_samples must not exceed the {loader.num_samples_per_epoch()} rows of "
+            f"validation.num_samples must not exceed the {num_rows} rows of "
             f"the validation split, got {num_samples}"
         )
     return partial(
@@ -207,7 +207,7 @@ def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
     )
 
 
-def _export(trainer: Trainer, data: TokenDataset) -> Path:
+def _export(trainer: Trainer, data: RunData) -> Path:
     config = trainer.config
     final = config.run.out / FINAL
 
@@ -217,7 +217,7 @@ def _export(trainer: Trainer, data: TokenDataset) -> Path:
             # The checkpoint has the whole weights, of which each rank holds a part.
             model = HybridModel(_with_end_of_text(config.model, data))
             read_weights(list_checkpoints(config.run.out / CHECKPOINTS)[-1], model)
-        save_model(model, final, tokenizer=config.data.path, overwrite=True)
+        save_model(model, final, tokenizer=data.tokenizer, overwrite=True)
 
     first_for_all(trainer.layout, save)
     return final

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sevenfold.models import HiddenResult, HybridModel
-from sevenfold.train.batch import MicroBatch, StepBatch
+from sevenfold.train.batch import StepBatch
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,3 @@ def fault_of(values: StepValues) -> str | None:
         if not math.isfinite(value):
             return f"{name} is {value}"
     return None
-
-
-def micro_batch_loss(model: HybridModel, micro: MicroBatch, *, autocast: str | None) -> Tensor:
-    """Return the summed cross-entropy of one micro-batch, without a gradient."""
-    with torch.no_grad(), autocast_context(model.device, autocast):
-        hidden = model.hidden(micro.input_ids, micro.batch).hidden
-        return model.cross_entropy(hidden, micro.labels)

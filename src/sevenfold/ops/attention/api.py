@@ -85,8 +85,9 @@ def attention(
     if chosen is Impl.FLASH:
         if refusal := flash.refusal(q, v):
             raise UnsupportedError(refusal)
-        rows = (x.flatten(0, 1) for x in (q, k, v))
-        return flash.packed(*rows, lengths, scale=scale, window=window).view(*q.shape)
+        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+        o = flash.packed(queries, keys, values, lengths, scale=scale, window=window)
+        return o.view(q.shape)
     run = _one_sequence(chosen)
     if run is eager.one_sequence and tuple(lengths) == (T,) * B and T:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
