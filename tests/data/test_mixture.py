@@ -80,8 +80,8 @@ def test_a_source_goes_on_after_the_rows_that_came_before() -> None:
 class Documents:
     lengths: tuple[int, ...]
 
-    def document(self, index: int) -> np.ndarray:
-        return np.full(self.lengths[index], index)
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return np.full(self.lengths[index], index)[start:stop]
 
     def document_lengths(self) -> np.ndarray:
         return np.array(self.lengths, dtype=np.int64)

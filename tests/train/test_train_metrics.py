@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
         *("dropped", "grad_norm", "lr", "skipped", "step_time_s", "tokens_per_s", "flops_per_s"),
         *("mfu", "peak_memory_bytes", "validation_loss", "validation_bits_per_byte"),
         *("validation_loss_by_position", "validation_loss_by_length"),
-        *("dropped_by_layer", "load_by_layer"),
+        *("dropped_by_layer", "load_by_layer", "goes_back"),
     ]
 
 
@@ -92,3 +94,18 @@ def test_a_disk_that_refuses_a_line_is_an_error(tmp_path: Path) -> None:
             ),
         ):
             metrics.write(RECORD)
+
+
+def test_a_disk_that_fails_when_it_must_keep_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+        metrics.write(RECORD)
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(
+            TrainingError, match=r"got: No space left on device; free space and sta"
+        ):
+            metrics.sync()
+        monkeypatch.undo()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

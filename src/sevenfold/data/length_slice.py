@@ -38,9 +38,9 @@ class LengthSlice:
         self._documents = np.flatnonzero(inside)
         self._lengths = lengths[inside]
 
-    def document(self, index: int) -> np.ndarray:
-        """Return the tokens of one document, [length]."""
-        return self._dataset.document(int(self._documents[index]))
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the tokens [start, stop) of one document; None is its end."""
+        return self._dataset.document(int(self._documents[index]), start, stop)
 
     def document_lengths(self) -> np.ndarray:
         """Return the tokens of every document, [documents] int64."""

@@ -1,5 +1,6 @@
 """What a run file can say."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +59,32 @@ class RampStage(StrictModel):
     tokens_per_step: _Positive
 
 
+class CriticalBatch(StrictModel):
+    """Double a step's tokens as the loss falls: the critical batch grows by a power of it.
+
+        B(loss) = coefficient * loss^-exponent        tokens
+
+    The defaults are what the published doublings of MiniMax-01 imply: 16 M tokens at a loss of
+    2.22, 32 M at 1.98, 64 M at 1.77, 128 M at 1.58. The loss is that of its data and vocabulary.
+
+    Args:
+        max_tokens_per_step: no doubling goes beyond.
+        coefficient, exponent: of the law, > 0.
+        smoothing_steps: of the loss: each update moves the mean by a share of one over these.
+
+    Source: arXiv 2501.08313 section 4.2 and figure 13.
+    """
+
+    max_tokens_per_step: _Positive
+    coefficient: Annotated[float, Field(gt=0)] = 2.1e9
+    exponent: Annotated[float, Field(gt=0)] = 6.12
+    smoothing_steps: _Positive = 100
+
+    def tokens_at(self, loss: float) -> float:
+        """Return the critical batch, tokens."""
+        return self.coefficient * loss**-self.exponent
+
+
 class BatchSection(StrictModel):
     """How many tokens make a step.
 
@@ -66,18 +93,29 @@ class BatchSection(StrictModel):
         micro_batch_rows: rows that go through the model at once, gradients accumulating; the
             last micro-batch of a step may have fewer. None takes a whole step at once.
         ramp: later sizes of a step, by tokens read so far, rising.
+        critical: doubles tokens_per_step by the loss, in place of a ramp.
     """
 
     tokens_per_step: _Positive
     micro_batch_rows: _Positive | None = None
     ramp: tuple[RampStage, ...] = ()
+    critical: CriticalBatch | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         starts = [stage.from_tokens for stage in self.ramp]
         if any(b <= a for a, b in pairwise(starts)):
             raise ValueError(f"ramp must have rising from_tokens, got {starts}")
+        if self.critical is not None and self.ramp:
+            raise ValueError("ramp must be left out with critical, which decides, got both")
         return self
+
+    def sizes(self) -> list[int]:
+        """Return every number of tokens that a step can have."""
+        found = [self.tokens_per_step, *(stage.tokens_per_step for stage in self.ramp)]
+        while self.critical is not None and 2 * found[-1] <= self.critical.max_tokens_per_step:
+            found.append(2 * found[-1])
+        return found
 
     def tokens_at(self, tokens_read: int) -> int:
         """Return the tokens of the step that begins after tokens_read tokens."""
@@ -123,9 +161,44 @@ class CheckpointingSection(StrictModel):
 
 
 class GuardSection(StrictModel):
-    """How many steps in a row may be skipped for a loss or gradient that is not finite."""
+    """When a step is skipped, when the run goes back, and when its silence is reported.
+
+    Args:
+        max_skipped_steps: steps in a row that may be skipped before the run ends with an error.
+        spike_deviations: skip a step, too, whose loss or gradient norm lies above the mean of the
+            last spike_window updates by more than so many standard deviations; None keeps all.
+        spike_window: updates that make the mean; before there are as many, none is a spike.
+        rewind_after_skips: after so many skipped steps in a row, go back to the newest checkpoint's
+            weights and moments, and on with the samples that come next; None goes back never.
+        max_rewinds: in the whole run.
+        stall_s: seconds without a sign of life after which a line in stalls.jsonl says which ranks
+            the run waits for; None watches nothing.
+        exit_stalled_s: seconds after which the process ends, so that torchrun starts all anew;
+            None waits on.
+    """
 
     max_skipped_steps: _NonNegative = 10
+    spike_deviations: Annotated[float, Field(gt=0)] | None = None
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    rewind_after_skips: _Positive | None = None
+    max_rewinds: _NonNegative = 3
+    stall_s: Annotated[float, Field(gt=0)] | None = None
+    exit_stalled_s: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rewind = self.rewind_after_skips
+        if rewind is not None and rewind > self.max_skipped_steps:
+            raise ValueError(
+                f"rewind_after_skips must not exceed max_skipped_steps = {self.max_skipped_steps}, "
+                f"which ends the run, got {rewind}"
+            )
+        if self.exit_stalled_s is not None and (self.stall_s or math.inf) > self.exit_stalled_s:
+            raise ValueError(
+                f"exit_stalled_s must be stall_s = {self.stall_s} or more, got "
+                f"{self.exit_stalled_s}"
+            )
+        return self
 
 
 class ValidationSection(StrictModel):
@@ -155,7 +228,7 @@ class RunConfig(StrictModel):
     def _check(self) -> Self:
         self.schedule.check_fits(self.run.steps)
         seq_len = self.data.seq_len
-        sizes = [self.batch.tokens_per_step, *(s.tokens_per_step for s in self.batch.ramp)]
+        sizes = self.batch.sizes()
         for size in sizes:
             if size % seq_len:
                 raise ValueError(
@@ -197,7 +270,9 @@ class RunConfig(StrictModel):
         return found
 
     def total_rows(self) -> int:
-        """Return the rows of all steps."""
+        """Return the rows of all steps; where the loss decides, the most that they can be."""
+        if self.batch.critical is not None:
+            return self.run.steps * self.batch.sizes()[-1] // self.data.seq_len
         if not self.batch.ramp:
             return self.run.steps * self.rows_at(0)
         rows = 0

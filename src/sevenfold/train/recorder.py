@@ -50,6 +50,7 @@ class Recorder:
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, after the record that leads up to it."""
+        self.trainer.pulse.beat("saves")
         if self.metrics is not None:
             self.metrics.sync()
         trainer, run = self.trainer, self.trainer.config.run
@@ -67,6 +68,8 @@ class Recorder:
             return None
         step = outcome.progress.step
         due = step % settings.every_steps == 0 or step == run.steps
+        if due:
+            self.trainer.pulse.beat("validates")
         return self.validate() if due else None
 
     def _flops(self, batch: StepBatch) -> float:
@@ -93,6 +96,7 @@ class Recorder:
             grad_norm=finite(values.grad_norm),
             lr=outcome.lr,
             skipped=outcome.fault,
+            goes_back=outcome.goes_back,
             step_time_s=outcome.time_s,
             tokens_per_s=batch.num_rows * seq_len / outcome.time_s,
             flops_per_s=flops_per_s,

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from sevenfold.config import ConfigError
+from sevenfold.config import CheckpointError, ConfigError
 from sevenfold.models import HybridModel, ModelConfig, init_weights
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_adamw
@@ -24,9 +24,10 @@ from sevenfold.train.checkpoint import (
     run_tensors,
 )
 from sevenfold.train.config import RunConfig
-from sevenfold.train.loop import Trainer, train_steps
+from sevenfold.train.loop import Trainer, UnreadError, train_steps
 from sevenfold.train.metrics import METRICS_FILE, MetricsFile, truncate_metrics
 from sevenfold.train.progress import Progress
+from sevenfold.train.pulse import watched
 from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
 from sevenfold.train.run_data import RunData, open_data, training_loader, validation_loader
@@ -79,7 +80,7 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
     Raises:
         ConfigError: the folder holds another run, or the model does not fit the data.
         DataError: the dataset cannot be read.
-        TrainingError: too many steps in a row had no finite loss or gradient.
+        TrainingError: too many steps in a row had to be skipped, or a file could not be written.
         CheckpointError: a checkpoint could not be read or written; earlier ones are whole.
         UnsupportedError: the device or TensorBoard is not there.
     """
@@ -94,7 +95,9 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
         newest, begun = _find_newest(config)
         trainer = _build(config, data, device, layout, first_rows(config, start))
         progress = _resume(trainer, newest, start)
-        progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
+        with watched(config.run.out, layout.rank, config.guard) as pulse:
+            trainer = replace(trainer, pulse=pulse)
+            progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
         final = _export(trainer, data) if progress.step == config.run.steps else None
     stopped_by = None if request.received is None else request.received.name
     return TrainResult(config.run.out, final, progress, begun, stopped_by, layout.is_first)
@@ -180,9 +183,24 @@ def _continue(
             flops=FlopsCounter(config.model),
             peak_flops=peak_flops,
         )
-        progress = train_steps(trainer, progress, after_step=recorder, stop=stop)
+        try:
+            progress = train_steps(
+                trainer, progress, after_step=recorder, stop=stop, rewind=partial(_rewind, trainer)
+            )
+        except UnreadError as error:
+            recorder.save(error.progress)
+            raise error.cause from error
         recorder.save(progress)
     return progress
+
+
+def _rewind(trainer: Trainer) -> Progress | None:
+    """Put the newest checkpoint's weights and moments back; its counters, None without one."""
+    newest = next(reversed(list_checkpoints(trainer.config.run.out / CHECKPOINTS)), None)
+    if newest is None:
+        return None
+    tensors = run_tensors(trainer.model, trainer.optimizer, trainer.layout)
+    return load_checkpoint(newest, tensors, layout=trainer.layout)
 
 
 def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
@@ -219,5 +237,11 @@ def _export(trainer: Trainer, data: RunData) -> Path:
             read_weights(list_checkpoints(config.run.out / CHECKPOINTS)[-1], model)
         save_model(model, final, tokenizer=data.tokenizer, overwrite=True)
 
-    first_for_all(trainer.layout, save)
+    try:
+        first_for_all(trainer.layout, save)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} must be writable, got: {error}; all is saved in "
+            f"{config.run.out / CHECKPOINTS}: free space and start the run again"
+        ) from error
     return final
