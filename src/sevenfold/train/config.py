@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from sevenfold.config import ConfigError, StrictModel, parse_config, read_toml
 from sevenfold.models import ModelConfig
 from sevenfold.models.presets import resolve_model
-from sevenfold.optim import AdamWConfig, ScheduleConfig
+from sevenfold.optim import OptimizerConfig, ScheduleConfig
 from sevenfold.parallel import ParallelConfig
 from sevenfold.train.data_config import DataSection
 
@@ -214,7 +214,7 @@ class RunConfig(StrictModel):
     run: RunSection
     data: DataSection
     model: ModelConfig
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchSection
     parallel: ParallelConfig = ParallelConfig()
@@ -250,6 +250,11 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"compile.enabled must be false with {self.parallel.num_ranks} ranks, whose "
                 f"exchanges it does not compile, got true"
+            )
+        if self.optimizer.kind == "muon" and self.parallel.tensor > 1:
+            raise ValueError(
+                f"optimizer.kind must be 'adamw' with parallel.tensor = {self.parallel.tensor}, "
+                f"whose ranks hold parts of a matrix that none gathers, got 'muon'"
             )
         self.parallel.check_model(self.model)
         for rows, rule in self._micro_batches(sizes).items():

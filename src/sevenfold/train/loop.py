@@ -65,7 +65,7 @@ class Trainer:
             clip = clip_grads_with_norm_ if self.layout.is_alone else clip_gradients
             clip(self.model.parameters(), limit, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.optimizer.step()
 
 

@@ -12,7 +12,7 @@ import torch
 from sevenfold.config import CheckpointError, ConfigError
 from sevenfold.models import HybridModel, ModelConfig, init_weights
 from sevenfold.models.checkpoint import save_model
-from sevenfold.optim import build_adamw
+from sevenfold.optim import build_optimizer
 from sevenfold.parallel import Layout, divide_model, groups_by_mesh, shard_weights
 from sevenfold.train.batch import ALONE
 from sevenfold.train.checkpoint import (
@@ -39,6 +39,7 @@ from sevenfold.train.stages import Start, find_start, first_rows, write_start
 from sevenfold.train.tensorboard import tensorboard_listener
 from sevenfold.train.transform import transform_model
 from sevenfold.train.validation import ValidationResult, validate
+from sevenfold.train.whole_matrices import GATHERED
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,9 @@ def _build(
     divide_model(model, layout)
     transform_model(model, config)
     shard_weights(model, layout)
-    optimizer = build_adamw(model.named_parameters(), config.optimizer)
-    optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
+    optimizer = build_optimizer(
+        model.named_parameters(), config.optimizer, by_mesh=groups_by_mesh, parts=GATHERED
+    )
     loader = training_loader(data, first_rows)
     return Trainer(config, model, optimizer, loader, layout)
 

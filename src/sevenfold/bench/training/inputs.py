@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sevenfold.bench.training.cases import Case
-from sevenfold.optim import AdamWConfig
+from sevenfold.optim import OptimizerConfig
 from sevenfold.train import RunConfig
 from sevenfold.train.config import (
     BatchSection,
@@ -50,7 +50,7 @@ def run_config(case: Case, device: torch.device) -> RunConfig:
         run=RunSection(out=Path("unused"), steps=_NO_END, device=str(device)),
         data=DataSection(path=Path("unused"), seq_len=case.tokens),
         model=case.config,
-        optimizer=AdamWConfig(lr=1e-5),
+        optimizer=OptimizerConfig(lr=1e-5),
         batch=BatchSection(tokens_per_step=case.rows * case.tokens),
         precision=PrecisionSection(autocast=bf16, stream=bf16),
         checkpointing=CheckpointingSection(every_layers=1 if case.recompute else None),

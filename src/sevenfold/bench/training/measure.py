@@ -17,7 +17,7 @@ from sevenfold.bench.training.cases import OURS, Case
 from sevenfold.bench.training.inputs import RandomRows, run_config
 from sevenfold.models import HybridModel, init_weights
 from sevenfold.models.accounting import count_parameters, training_flops
-from sevenfold.optim import build_adamw
+from sevenfold.optim import build_optimizer
 from sevenfold.train.loop import StepOutcome, Trainer, train_steps
 from sevenfold.train.progress import Progress
 from sevenfold.train.transform import transform_model
@@ -91,7 +91,7 @@ def build_ours(case: Case, device: torch.device) -> tuple[Trainer, dict[str, flo
     exact = exact_values(model)
     transform_model(model, config)
     errors = check_ours(model, exact, config.precision.autocast)
-    optimizer = build_adamw(model.named_parameters(), config.optimizer)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     rows = RandomRows(case.config.vocab_size, case.tokens)
     return Trainer(config, model, optimizer, rows), errors
 
