@@ -27,6 +27,12 @@ def train_command(
         bool,
         typer.Option("--dry-run", help="Print mesh, memory and time of a rank; train nothing."),
     ] = False,
+    plot: Annotated[
+        bool,
+        typer.Option(
+            "--plot", help="Draw RUN's metrics.jsonl, a run file's or a folder's; train nothing."
+        ),
+    ] = False,
     stages: Annotated[
         Path | None,
         typer.Option(
@@ -47,8 +53,14 @@ def train_command(
 
     With a [parallel] table, start it by torchrun: one process a rank.
     """
-    config = load_run_config(run, set_ or [])
     console = Console()
+    if plot and run.is_dir():
+        _plot(run, console)
+        return
+    config = load_run_config(run, set_ or [])
+    if plot:
+        _plot(config.run.out, console)
+        return
     if stages is not None:
         lengths = {"longest_tokens": longest, "stage_tokens": stage_tokens}
         written = long_context_stages(config, **lengths, questions=questions)
@@ -63,6 +75,13 @@ def train_command(
     if not result.is_first:
         return
     console.print(_ending(result, config, run), highlight=False, soft_wrap=True)
+
+
+def _plot(run: Path, console: Console) -> None:
+    # Here, and not above: no other command should wait for matplotlib.
+    from sevenfold.train.plot import plot_run
+
+    console.print(f"drawn in {plot_run(run)}", highlight=False, soft_wrap=True)
 
 
 def _ending(result: TrainResult, config: RunConfig, run: Path) -> str:

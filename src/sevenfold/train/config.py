@@ -35,6 +35,7 @@ class RunSection(StrictModel):
         keep_checkpoints: newest checkpoints that are kept.
         log_every_steps: between plain lines; metrics.jsonl has every step.
         tensorboard: also write TensorBoard's files (needs the extra).
+        trackio: project of a Trackio dashboard to log to, too (needs the extra).
         peak_flops: of the device, FLOP/s, for utilisation; None takes it from a table of GPUs.
     """
 
@@ -49,6 +50,7 @@ class RunSection(StrictModel):
     keep_checkpoints: _Positive = 2
     log_every_steps: _Positive = 10
     tensorboard: bool = False
+    trackio: str | None = None
     peak_flops: Annotated[float, Field(gt=0)] | None = None
 
 

@@ -37,6 +37,7 @@ from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.speed import FlopsCounter, known_peak_flops
 from sevenfold.train.stages import Start, find_start, first_rows, write_start
 from sevenfold.train.tensorboard import tensorboard_listener
+from sevenfold.train.trackio_sink import trackio_listener
 from sevenfold.train.transform import transform_model
 from sevenfold.train.validation import ValidationResult, validate
 from sevenfold.train.whole_matrices import GATHERED
@@ -83,7 +84,7 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
         DataError: the dataset cannot be read.
         TrainingError: too many steps in a row had to be skipped, or a file could not be written.
         CheckpointError: a checkpoint could not be read or written; earlier ones are whole.
-        UnsupportedError: the device or TensorBoard is not there.
+        UnsupportedError: the device, TensorBoard or Trackio is not there.
     """
     data = open_data(config)
     start = find_start(config)
@@ -177,6 +178,7 @@ def _continue(
         if trainer.layout.is_first:
             metrics = stack.enter_context(MetricsFile(config.run.out / METRICS_FILE))
             listeners += stack.enter_context(tensorboard_listener(config.run, progress.step))
+            listeners += stack.enter_context(trackio_listener(config))
         recorder = Recorder(
             trainer=trainer,
             metrics=metrics,

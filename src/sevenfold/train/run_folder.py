@@ -32,6 +32,7 @@ _CHANGEABLE = {
     "run.keep_checkpoints",
     "run.log_every_steps",
     "run.tensorboard",
+    "run.trackio",
     "run.peak_flops",
     "batch.micro_batch_rows",
     "parallel",
