@@ -117,6 +117,6 @@ def _all(tiny: bool) -> list[Case]:
             rows = _CONTEXT_TOKENS // tokens
             built.append(case("context", OURS, model, rows, tokens, recompute=True))
             tokens *= 2
-    # The longest row that fits is found from this one: see longest_tokens.
+    # On a GPU the row becomes the longest that is predicted to fit.
     built.append(case("longest", OURS, "1b-hybrid", 1, _CONTEXT_TOKENS, recompute=True))
     return built

@@ -4,6 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from sevenfold.bench.training.cases import OURS, Case
 from sevenfold.bench.training.inputs import RandomRows, run_config
 from sevenfold.models import HybridModel, init_weights
 from sevenfold.models.accounting import count_parameters, training_flops
+from sevenfold.models.training_memory import longest_tokens, training_memory
 from sevenfold.optim import build_optimizer
 from sevenfold.train.loop import StepOutcome, Trainer, train_steps
 from sevenfold.train.progress import Progress
 from sevenfold.train.transform import transform_model
 
 WARM_UP_STEPS = 2
+_FILLED = 0.95  # of a GPU's free memory: the rest is the allocator's
 BUDGET_S = 25.0  # of steps, warm-up included: the median of what was done until then
 MAX_STEPS = 10
 
@@ -49,6 +52,8 @@ def measure(case: Case, device: torch.device) -> Row:
         UnsupportedError: transformers is not installed.
     """
     rate = _matmul_rate(device)
+    if case.group == "longest":
+        case = replace(case, tokens=case.tokens if device.type == "cpu" else _longest(case))
     errors, steps = (_ours if case.side == OURS else _peer)(case, device)
     _free(device)
     if device.type == "cuda":
@@ -57,8 +62,25 @@ def measure(case: Case, device: torch.device) -> Row:
     times = steps()
     after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     peak = memory_bytes("VmHWM") - before if after is None else after
-    return {**_figures(case, statistics.median(times), rate), **errors, "timed_steps": len(times),
-            "peak_bytes": peak}  # fmt: skip
+    return {
+        "case": case.name,
+        "tokens": case.tokens,
+        **_figures(case, statistics.median(times), rate),
+        **errors,
+        "timed_steps": len(times),
+        "peak_bytes": peak,
+        "predicted_bytes": _predicted(case) if after is not None and case.side == OURS else None,
+    }
+
+
+def _longest(case: Case) -> int:
+    """The longest row that is predicted to fit in the part of this GPU that a run may fill."""
+    return longest_tokens(case.config, int(_FILLED * torch.cuda.mem_get_info()[0]))
+
+
+def _predicted(case: Case) -> int:
+    every = 1 if case.recompute else None
+    return training_memory(case.config, case.rows * case.tokens, recompute_every=every).total
 
 
 def _figures(case: Case, step_s: float, rate: float) -> Row:

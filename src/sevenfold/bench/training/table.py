@@ -13,10 +13,12 @@ def progress_line(row: Row) -> str:
     name = f"{row['side']:>12} | {row['group']:<8} {row['case']:<26}"
     if row["status"] != "ok":
         return f"{name} | {row['status']}: {row['note']}"
+    predicted = row["predicted_bytes"]
+    told = f" (predicted {predicted / 2**30:.2f})" if predicted else ""
     return (
         f"{name} | {row['tokens_per_s']:,.0f} tokens/s, {row['step_s']:.3f} s a step, "
         f"{row['share_of_matmul']:.1%} of the measured products, "
-        f"{row['peak_bytes'] / 2**30:.2f} GiB, loss error {row['loss_error']:.1e}"
+        f"{row['peak_bytes'] / 2**30:.2f} GiB{told}, loss error {row['loss_error']:.1e}"
     )
 
 
