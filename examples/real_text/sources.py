@@ -75,7 +75,9 @@ def _decoded(file: Path) -> str:
 
 def _files(root: Path, *patterns: str) -> Iterator[Path]:
     found = {path for pattern in patterns for path in root.glob(pattern)}
-    yield from sorted(path for path in found if path.is_file() and not path.is_symlink())
+    # Beside fortunes lie their indices, in binary.
+    texts = (path for path in found if path.is_file() and path.suffix != ".dat")
+    yield from sorted(path for path in texts if not path.is_symlink())
 
 
 def pages(*patterns: str) -> Callable[[Path], Documents]:
@@ -197,9 +199,18 @@ SOURCES = (
         sword("engWEB2015eb", "Gen-Rev"),
         ("sword-text-web", *_SWORD),
     ),
-    Source("bible-kjv", "public domain", sword("engKJV2006eb", "Gen-Rev"), ("sword-text-kjv", *_SWORD)),
-    Source("commentary-psalms", "public domain", sword("TDavid", "Psalms"), ("sword-comm-tdavid", *_SWORD)),
-    Source("commentary-bible", "public domain", sword("MHCC", "Gen-Rev"), ("sword-comm-mhcc", *_SWORD)),
+    Source(
+        "bible-kjv", "public domain", sword("engKJV2006eb", "Gen-Rev"), ("sword-text-kjv", *_SWORD)
+    ),
+    Source(
+        "commentary-psalms",
+        "public domain",
+        sword("TDavid", "Psalms"),
+        ("sword-comm-tdavid", *_SWORD),
+    ),
+    Source(
+        "commentary-bible", "public domain", sword("MHCC", "Gen-Rev"), ("sword-comm-mhcc", *_SWORD)
+    ),
     Source("essays", "GPL-2", pages(f"{_DOC}/anarchism/**/*.html"), ("anarchism",)),
     Source("dictionary-gcide", "GPL", dictionary, ("dict-gcide",)),
     Source("dictionary-wordnet", "WordNet", dictionary, ("dict-wn",)),
@@ -212,19 +223,41 @@ SOURCES = (
         plain(f"{_DOC}/**/*.rst.gz", f"{_DOC}/**/*.rst", f"{_DOC}/**/*.txt.gz", f"{_DOC}/**/*.txt"),
         ("linux-doc-6.1",),
     ),
-    Source("python-docs", "PSF", plain(f"{_DOC}/python3.11/html/_sources/**/*.txt"), ("python3.11-doc",)),
+    Source(
+        "python-docs",
+        "PSF",
+        plain(f"{_DOC}/python3.11/html/_sources/**/*.txt"),
+        ("python3.11-doc",),
+    ),
     Source("perl-docs", "Artistic", plain("usr/share/perl/**/*.pod"), ("perl-doc",)),
     Source("postgresql-docs", "PostgreSQL", pages(f"{_DOC}/**/*.html"), ("postgresql-doc-15",)),
     Source("git-docs", "GPL-2", plain(f"{_DOC}/**/*.txt", f"{_DOC}/**/*.txt.gz"), ("git-doc",)),
     Source("cmake-docs", "BSD", plain(f"{_DOC}/**/*.rst.txt", f"{_DOC}/**/*.rst"), ("cmake-doc",)),
-    Source("debian-handbook", "GPL-2", pages(f"{_DOC}/debian-handbook/html/en-US/*.html"), ("debian-handbook",)),
-    Source("debian-reference", "GPL-2", pages("usr/share/debian-reference/*.en.html"), ("debian-reference-en",)),
-    Source("office-help", "MPL-2", pages("usr/share/libreoffice/help/en-US/**/*.html"), ("libreoffice-help-en-us",)),
+    Source(
+        "debian-handbook",
+        "GPL-2",
+        pages(f"{_DOC}/debian-handbook/html/en-US/*.html"),
+        ("debian-handbook",),
+    ),
+    Source(
+        "debian-reference",
+        "GPL-2",
+        pages("usr/share/debian-reference/*.en.html"),
+        ("debian-reference-en",),
+    ),
+    Source(
+        "office-help",
+        "MPL-2",
+        pages("usr/share/libreoffice/help/en-US/**/*.html"),
+        ("libreoffice-help-en-us",),
+    ),
     Source("fortunes", "various", plain("usr/share/games/fortunes/*"), ("fortunes",)),
-)  # fmt: skip
+)
 
 
-def write_documents(source: Source, root: Path, out: Path, least_characters: int) -> tuple[int, int]:
+def write_documents(
+    source: Source, root: Path, out: Path, least_characters: int
+) -> tuple[int, int]:
     """Write a source's documents as JSON lines; returns how many, and their characters."""
     count = characters = 0
     with gzip.open(out, "wt", encoding="utf-8", compresslevel=3) as stream:
