@@ -1,5 +1,7 @@
 """Reading a prepared dataset, whole and damaged."""
 
+import errno
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -44,6 +46,38 @@ def test_pickling_maps_the_files_again(prepared: Path) -> None:
     again = pickle.loads(pickled)
     assert again.split == "validation"
     np.testing.assert_array_equal(again.document(0), data.document(0))
+
+
+def test_a_stretch_is_a_part_of_its_document(prepared: Path) -> None:
+    data = TokenDataset.open(prepared)
+    whole = data.document(3).tolist()
+    assert data.document(3, 2, 5).tolist() == whole[2:5]
+    assert data.document(3, 1).tolist() == whole[1:]
+    assert data.document(3, 2, 10**9).tolist() == whole[2:]
+    assert data.document(3, len(whole), None).tolist() == []
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error_that_names_it(copy: Path) -> None:
+    data = TokenDataset.open(copy)
+    shard = copy / "train-00000.bin"
+    os.truncate(shard, shard.stat().st_size // 2)
+    last = data.manifest.splits["train"].shards[0].num_documents - 1
+    with pytest.raises(
+        DataError, match=r"00\.bin must be readable, got its end after \d+ bytes; res"
+    ):
+        data.document(last)
+    assert len(data.document(0)) == data.document_lengths()[0]
+
+
+def test_a_disk_that_fails_is_an_error_that_names_the_shard(copy: Path, monkeypatch) -> None:
+    data = TokenDataset.open(copy)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"00\.bin must be readable, got: Input/output error; rest"):
+        data.document(0)
 
 
 def test_documents_are_read_only(prepared: Path) -> None:

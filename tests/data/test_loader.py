@@ -24,8 +24,8 @@ class CountedTokens:
         self._ends = np.cumsum(lengths)
         self._lengths = np.asarray(lengths)
 
-    def document(self, index: int) -> np.ndarray:
-        return np.arange(self._ends[index] - self._lengths[index], self._ends[index])
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return np.arange(self._ends[index] - self._lengths[index], self._ends[index])[start:stop]
 
     def document_lengths(self) -> np.ndarray:
         return self._lengths

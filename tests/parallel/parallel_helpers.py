@@ -25,7 +25,7 @@ from sevenfold.parallel import (
     groups_by_mesh,
 )
 from sevenfold.train.batch import read_step
-from sevenfold.train.stages import forward_backward_by_stages
+from sevenfold.train.pipeline_step import forward_backward_by_stages
 from sevenfold.train.step import forward_backward
 from sevenfold.train.transform import recompute_blocks
 

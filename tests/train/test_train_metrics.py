@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +47,8 @@ def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
         *("step", "next_sample", "tokens", "loss", "bits_per_byte", "balance_loss", "z_loss"),
         *("dropped", "grad_norm", "lr", "skipped", "step_time_s", "tokens_per_s", "flops_per_s"),
         *("mfu", "peak_memory_bytes", "validation_loss", "validation_bits_per_byte"),
-        *("dropped_by_layer", "load_by_layer"),
+        *("validation_loss_by_position", "validation_loss_by_length"),
+        *("dropped_by_layer", "load_by_layer", "goes_back"),
     ]
 
 
@@ -91,3 +94,18 @@ def test_a_disk_that_refuses_a_line_is_an_error(tmp_path: Path) -> None:
             ),
         ):
             metrics.write(RECORD)
+
+
+def test_a_disk_that_fails_when_it_must_keep_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+        metrics.write(RECORD)
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(
+            TrainingError, match=r"got: No space left on device; free space and sta"
+        ):
+            metrics.sync()
+        monkeypatch.undo()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

@@ -17,7 +17,7 @@ from sevenfold.train import RunConfig, StepRecord, TrainResult, load_run_config,
 from sevenfold.train.batch import read_step
 from sevenfold.train.checkpoint import list_checkpoints, load_checkpoint, run_tensors
 from sevenfold.train.run import _build
-from sevenfold.train.step import micro_batch_loss
+from sevenfold.train.run_data import open_data
 
 
 def metrics(result: TrainResult) -> list[dict]:
@@ -25,8 +25,7 @@ def metrics(result: TrainResult) -> list[dict]:
 
 
 def newest_tensors(config: RunConfig) -> dict[str, torch.Tensor]:
-    data = TokenDataset.open(config.data.path, "train")
-    trainer = _build(config, data, torch.device("cpu"))
+    trainer = _build(config, open_data(config), torch.device("cpu"))
     tensors = run_tensors(trainer.model, trainer.optimizer)
     load_checkpoint(list_checkpoints(config.run.out / "checkpoints")[-1], tensors)
     return flat(tensors)
@@ -275,8 +274,10 @@ def test_validation_is_the_models_loss_on_fixed_samples(run_values: dict) -> Non
     loader = PackedLoader(data, seq_len=32, seed=5, shuffle=False)
     step = read_step(loader, 0, 3, micro_batch_rows=None, device=torch.device("cpu"))
     model = load_model(result.final).eval()
-    loss = micro_batch_loss(model, step.micro_batches[0], autocast=None).item()
-    assert found[8] == loss / step.num_labels
+    [micro] = step.micro_batches
+    with torch.no_grad():
+        loss = model.cross_entropy(model.hidden(micro.input_ids, micro.batch).hidden, micro.labels)
+    assert found[8] == loss.item() / step.num_labels
     config = config_of(run_values, validation={"every_steps": 3, "num_samples": 10_000})
     with pytest.raises(ConfigError, match=r"num_samples must not exceed the \d+ rows .* got 10000"):
         train(config)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from train_helpers import config_of
+from train_helpers import MOE, config_of, model_table
 from typer.testing import CliRunner
 
 from sevenfold.cli.train import train_command
 from sevenfold.config import ConfigError, UnsupportedError
 from sevenfold.train import read_metrics, train
+from sevenfold.train.plot import _smoothed
 from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.toml import to_toml
 
@@ -35,6 +36,63 @@ def test_tensorboard_missing_is_an_error_with_its_remedy(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UnsupportedError, match=r"pip install sevenfold\[tensorboard\]"):
         train(config_of(run_values, run={"tensorboard": True}))
+
+
+class FakeTrackio:
+    """Stands in for the library, which brings a web framework."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def init(self, **settings: object) -> None:
+        self.calls.append(("init", settings))
+
+    def log(self, values: dict, step: int) -> None:
+        self.calls.append(("log", step, values))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+def test_trackio_gets_every_number_of_every_update(run_values: dict, monkeypatch) -> None:
+    fake = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    config = config_of(run_values, run={"trackio": "p", "steps": 2})
+    result = train(config)
+    first, *logged, last = fake.calls
+    assert first[1]["project"] == "p"
+    assert (first[1]["name"], first[1]["resume"]) == ("run", "allow")
+    assert first[1]["config"]["run"]["steps"] == 2
+    lines = read_metrics(result.folder / "metrics.jsonl")
+    assert [(step, values["loss"]) for _, step, values in logged] == [
+        (line["step"], line["loss"]) for line in lines
+    ]
+    assert last == ("finish",)
+
+
+def test_trackio_missing_is_an_error_with_its_remedy(run_values: dict, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UnsupportedError, match=r"got 'p'; pip install sevenfold\[trackio\]"):
+        train(config_of(run_values, run={"trackio": "p"}))
+
+
+def test_a_run_is_drawn_from_its_lines(app, run_file: Path, run_values: dict) -> None:
+    assert CliRunner().invoke(app, [str(run_file), "--plot"]).exit_code == 1  # not trained yet
+    moe = model_table(moe=MOE)
+    config = config_of(run_values, model=moe, validation={"every_steps": 4, "num_samples": 2})
+    train(config)
+    for target in (run_file, config.run.out):
+        done = CliRunner().invoke(app, [str(target), "--plot"], catch_exceptions=False)
+        assert done.stdout == f"drawn in {config.run.out / 'metrics.png'}\n"
+    data = (config.run.out / "metrics.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_mean_of_a_curve_is_that_of_its_last_values() -> None:
+    values = [float(n) for n in range(120)]
+    means = _smoothed(values)
+    assert means[:3] == [0.0, 0.5, 1.5]
+    assert means[-1] == 118.5
 
 
 def test_a_signal_becomes_a_request() -> None:

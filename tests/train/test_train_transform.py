@@ -6,7 +6,7 @@ from sevenfold.models.layers import RMSNorm
 from sevenfold.ops.testing import check_error
 from sevenfold.train.batch import read_step
 from sevenfold.train.step import forward_backward
-from sevenfold.train.transform import compile_parts, recompute_blocks
+from sevenfold.train.transform import compile_parts, narrow_stream, recompute_blocks
 
 FOUR = {"layer_types": ["linear_attention", "full_attention"] * 2}
 STEP = read_step(
@@ -73,3 +73,23 @@ def test_compiled_parts_keep_loss_and_gradients(
     check_error("loss", losses_again[:1], losses[:1].to(dtype), exact_losses[:1])
     for name, gradient in gradients.items():
         check_error(name, gradients_again[name], gradient.to(dtype), exact[name])
+
+
+@pytest.mark.parametrize("norm_placement", ["post_norm", "pre_norm"])
+def test_a_bf16_stream_is_bf16_from_embedding_to_head(norm_placement: str) -> None:
+    changes = {"moe": MOE, "norm_placement": norm_placement, **FOUR}
+    exact_losses, exact = results(tiny_model(dtype=torch.float64, **changes))
+    narrow = tiny_model(**changes)
+    narrow_stream(narrow)
+    dtypes = set()
+    for module in (*narrow.layers, narrow.norm):
+        module.register_forward_pre_hook(lambda _module, args: dtypes.add(args[0].dtype))
+    losses, gradients = results(narrow, "bf16")
+    assert dtypes == {torch.bfloat16}
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    # What bf16 changes in a model all of it: the honest error of this dtype.
+    halved = tiny_model(dtype=torch.bfloat16, **changes)
+    bf16_losses, bf16 = results(halved)
+    check_error("loss", losses[:1], bf16_losses[:1].to(torch.bfloat16), exact_losses[:1])
+    for name, gradient in gradients.items():
+        check_error(name, gradient, bf16[name], exact[name])

@@ -30,19 +30,20 @@ def write_record(
     record = {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": _device(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("sevenfold", "torch", "transformers")},
-        "commit": _commit(),
+        "commit": commit_of(),
         "cases": list(cases),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _device(device: torch.device | None) -> str:
-    if device is not None and device.type == "cuda":
+def device_name(device: torch.device | str | None) -> str:
+    """Return the name of a GPU, or of this machine's processor."""
+    if device is not None and torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -50,8 +51,8 @@ def _device(device: torch.device | None) -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """The commit of the working tree, with + if it has changes; None outside a repository."""
+def commit_of() -> str | None:
+    """Return the working tree's commit, with + if it has changes; None outside a repository."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True

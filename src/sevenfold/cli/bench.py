@@ -13,6 +13,7 @@ from sevenfold.bench.kernels.command import Request, run_kernel_benchmark
 from sevenfold.bench.precision import run_precision_benchmark
 from sevenfold.bench.precision_states import run_state_benchmark
 from sevenfold.bench.record import write_record
+from sevenfold.cli.bench_train import train_command
 
 if TYPE_CHECKING:
     from sevenfold.bench.serving.sides import Sides
@@ -208,3 +209,6 @@ def precision_command(
         rows.append(row)
     write_record(out, "sevenfold bench precision CKPT", rows)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+bench_app.command("train")(train_command)

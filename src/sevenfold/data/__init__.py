@@ -2,8 +2,10 @@
 
 from sevenfold.data.bundled import austen_paths
 from sevenfold.data.dataset import TokenDataset
+from sevenfold.data.length_slice import LengthSlice
 from sevenfold.data.loader import IGNORED_LABEL, PackedLoader, PackedSample, TokenSource
 from sevenfold.data.manifest import Manifest
+from sevenfold.data.mixture import MixtureLoader, MixtureSource
 from sevenfold.data.pieces import Span
 from sevenfold.data.preparation import prepare
 from sevenfold.data.prepare_config import PrepareConfig
@@ -12,7 +14,10 @@ from sevenfold.data.tokenizer import load_tokenizer, token_byte_lengths
 
 __all__ = [
     "IGNORED_LABEL",
+    "LengthSlice",
     "Manifest",
+    "MixtureLoader",
+    "MixtureSource",
     "PackedLoader",
     "PackedSample",
     "PrepareConfig",

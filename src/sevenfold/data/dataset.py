@@ -1,4 +1,4 @@
-"""Reading a prepared dataset through memory maps."""
+"""Reading a prepared dataset, no more of it than is asked for."""
 
 import hashlib
 from bisect import bisect_right
@@ -11,6 +11,7 @@ import numpy as np
 
 from sevenfold.config import DataError
 from sevenfold.data.manifest import Manifest, ShardRecord, Split, SplitRecord, read_manifest
+from sevenfold.data.token_file import TokenFile
 from sevenfold.data.tokenizer import TOKENIZER_FILE, load_tokenizer, token_byte_lengths
 
 _REMEDY = "restore the file, or prepare again with overwrite = true"
@@ -21,7 +22,7 @@ class TokenDataset:
     """One split of a prepared dataset; open it with `TokenDataset.open`.
 
     Each document is its tokens and the end-of-text token. Nothing is read before it is asked for,
-    and pickling hands on the path, so worker processes map the files themselves.
+    and pickling hands on the path, so worker processes open the files themselves.
 
     Args:
         path: the dataset's folder.
@@ -34,7 +35,9 @@ class TokenDataset:
         self.split: Split = split
         self.manifest = manifest
         self._record = manifest.splits[split]
-        self._tokens = [_map_tokens(path, shard, manifest.dtype) for shard in self._record.shards]
+        self._tokens = [
+            TokenFile(path / shard.tokens_file, manifest.dtype) for shard in self._record.shards
+        ]
         self._offsets = [_map_offsets(path, shard) for shard in self._record.shards]
         counts = [shard.num_documents for shard in self._record.shards]
         self._first_document = list(accumulate(counts, initial=0))
@@ -87,24 +90,28 @@ class TokenDataset:
         """Id of the last token of every document."""
         return self.manifest.end_of_text_id
 
-    def document(self, index: int) -> np.ndarray:
-        """Return the tokens of one document, a read-only view of the file.
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the tokens of one document, or a stretch of them, read-only.
 
         Args:
             index: in [0, num_documents).
+            start: first token, at most the document's length.
+            stop: one past the last; None, or any beyond the end, is the end.
 
         Returns:
-            [length] uint16 or uint32, ending with end_of_text_id.
+            [length] uint16 or uint32; a whole document ends with end_of_text_id.
 
         Raises:
             IndexError: there is no such document.
+            DataError: its shard cannot be read any more.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"index must lie in [0, {self.num_documents}), got {index}")
         shard = bisect_right(self._first_document, index) - 1
         local = index - self._first_document[shard]
-        start, end = self._offsets[shard][local : local + 2]
-        return self._tokens[shard][start:end]
+        first, end = self._offsets[shard][local : local + 2].tolist()
+        last = end if stop is None else min(end, first + stop)
+        return self._tokens[shard].read(min(first + start, last), last)
 
     def document_lengths(self) -> np.ndarray:
         """Return the tokens of every document, [num_documents] int64."""
@@ -149,11 +156,6 @@ def _require_size(file: Path, num_bytes: int | None) -> None:
     size = file.stat().st_size
     if num_bytes is not None and size != num_bytes:
         raise DataError(f"{file} must have {num_bytes} bytes, got {size}; {_REMEDY}")
-
-
-def _map_tokens(path: Path, shard: ShardRecord, dtype: str) -> np.ndarray:
-    kind = np.dtype(dtype).newbyteorder("<")
-    return np.memmap(path / shard.tokens_file, dtype=kind, mode="r")  # [num_tokens]
 
 
 def _map_offsets(path: Path, shard: ShardRecord) -> np.ndarray:

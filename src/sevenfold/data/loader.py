@@ -14,8 +14,8 @@ IGNORED_LABEL = -100
 class TokenSource(Protocol):
     """The part of a TokenDataset that the loader needs."""
 
-    def document(self, index: int) -> np.ndarray:
-        """Return the tokens of one document, [length]."""
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the tokens [start, stop) of one document; None is its end."""
         ...
 
     def document_lengths(self) -> np.ndarray:
@@ -144,7 +144,7 @@ class PackedLoader:
         at = 0
         for span in spans:
             end = span.start + span.length
-            tokens = self._dataset.document(span.document)[span.start : end + 1]  # [length + 1]
+            tokens = self._dataset.document(span.document, span.start, end + 1)  # [length + 1]
             inputs[at : at + span.length] = tokens[:-1]
             labels[at : at + span.length] = tokens[1:]
             at += span.length

@@ -35,7 +35,7 @@ class Batch:
         _check_past(seen, num_rows)
         first = torch.tensor(seen, dtype=torch.int64)[:, None]
         positions = first + torch.arange(num_tokens)
-        return Batch((num_tokens,) * num_rows, seen, positions.to(device), None)
+        return Batch((num_tokens,) * num_rows, seen, _sent(positions, device), None)
 
     @staticmethod
     def packed(
@@ -48,7 +48,7 @@ class Batch:
         _check_past(seen, len(lengths))
         spans = [torch.arange(s, s + n) for s, n in zip(seen, lengths, strict=True)]
         borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return Batch(tuple(lengths), seen, torch.cat(spans)[None].to(device), borders)
+        return Batch(tuple(lengths), seen, _sent(torch.cat(spans)[None], device), borders)
 
     @staticmethod
     def drafts(
@@ -60,7 +60,7 @@ class Batch:
         """
         packed = Batch.packed([len(depth) for depth in depths], past=past, device=device)
         places = [p + d for p, depth in zip(past, depths, strict=True) for d in depth]
-        return replace(packed, positions=torch.tensor([places]).to(device))
+        return replace(packed, positions=_sent(torch.tensor([places]), device))
 
     @property
     def num_sequences(self) -> int:
@@ -76,6 +76,13 @@ class Batch:
     def is_step(self) -> bool:
         """Whether every sequence has exactly one new token: decoding."""
         return all(length == 1 for length in self.lengths)
+
+
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device; from pinned memory, or the copy would wait for all work before it."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _check_past(past: tuple[int, ...], num_sequences: int) -> None:

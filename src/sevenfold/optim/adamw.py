@@ -1,7 +1,7 @@
 """AdamW with the settings of MiniMax-01."""
 
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -61,8 +61,13 @@ def build_adamw(
         weight_decay=config.weight_decay,
         decay_embeddings=config.decay_embeddings,
     )
+    return adamw_of([dict(group) for group in groups], config)
+
+
+def adamw_of(groups: Sequence[dict[str, Any]], config: AdamWConfig) -> torch.optim.AdamW:
+    """Build AdamW on groups that exist, its moments allocated."""
     optimizer = torch.optim.AdamW(
-        [dict(group) for group in groups],
+        list(groups),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

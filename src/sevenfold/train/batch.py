@@ -1,6 +1,6 @@
 """From samples on the host to micro-batches on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sevenfold.config import TrainingError
+from sevenfold.config import DataError, TrainingError
 from sevenfold.models import Batch
 from sevenfold.ops import IGNORED_LABEL
 from sevenfold.parallel import Layout, ParallelConfig, divide_row
+from sevenfold.parallel.context.batch import ContextBatch
 
 # Of a run of one process.
 ALONE = Layout(ParallelConfig())
@@ -65,6 +66,16 @@ class MicroBatch:
     lengths: tuple[int, ...]
     num_labels: int
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return each token's position in its document, and the document's tokens: [B * T]."""
+        lengths = np.array(self.lengths)
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        found = np.arange(len(starts)) - starts, np.repeat(lengths, lengths)
+        if not isinstance(self.batch, ContextBatch):
+            return found
+        own = slice(self.batch.first_token, self.batch.first_token + self.input_ids.numel())
+        return found[0][own], found[1][own]
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -89,6 +100,7 @@ def read_step(
     micro_batch_rows: int | None,
     device: torch.device,
     layout: Layout = ALONE,
+    arrived: Callable[[], None] = lambda: None,
 ) -> StepBatch:
     """Read this rank's samples of one step and put them on the device.
 
@@ -101,16 +113,19 @@ def read_step(
         micro_batch_rows: samples of a micro-batch; None takes all at once.
         device: where the model lies.
         layout: where this rank stands.
+        arrived: called when this rank has read its samples and waits for the others.
 
     Returns:
         The micro-batches, in the samples' order.
 
     Raises:
         TrainingError: no sample of the step has a label.
+        DataError: this rank, or another, cannot read a sample; all ranks raise it.
     """
     size = micro_batch_rows or num_rows
     groups = [range(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
-    own = [[loader.sample(first_sample + row) for row in _part(rows, layout)] for rows in groups]
+    parts = [[first_sample + row for row in _part(rows, layout)] for rows in groups]
+    own = _read_all(loader, parts, layout, arrived)
     micro_batches = [_micro_batch(samples, device, layout) for samples in own]
     num_bytes = sum(sample.num_bytes for samples in own for sample in samples)
     # Ranks that share rows count their bytes once.
@@ -123,6 +138,27 @@ def read_step(
         )
     counted = [replace(m, num_labels=n) for m, n in zip(micro_batches, labels, strict=True)]
     return StepBatch(tuple(counted), num_rows, sum(labels), num_bytes)
+
+
+def _read_all(
+    loader: SampleSource, parts: list[list[int]], layout: Layout, arrived: Callable[[], None]
+) -> list[list[Sample]]:
+    """This rank's samples; where one rank fails, none goes on to wait for it."""
+    own: list[list[Sample]] = []
+    error: DataError | None = None
+    try:
+        own = [[loader.sample(index) for index in part] for part in parts]
+    except DataError as caught:
+        error = caught
+    arrived()
+    failed = layout.agree(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise DataError(
+            "every rank must read its samples, got an error on another rank: see its output"
+        )
+    return own
 
 
 def _part(rows: range, layout: Layout) -> range:

@@ -1,5 +1,6 @@
 """What a run file can say."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +11,9 @@ from pydantic import Field, model_validator
 from sevenfold.config import ConfigError, StrictModel, parse_config, read_toml
 from sevenfold.models import ModelConfig
 from sevenfold.models.presets import resolve_model
-from sevenfold.optim import AdamWConfig, ScheduleConfig
+from sevenfold.optim import OptimizerConfig, ScheduleConfig
 from sevenfold.parallel import ParallelConfig
+from sevenfold.train.data_config import DataSection
 
 _Positive = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[int, Field(ge=0)]
@@ -22,6 +24,8 @@ class RunSection(StrictModel):
 
     Args:
         out: the run directory.
+        start_from: directory of a run whose weights, moments and place in the data this one begins
+            with; None begins anew.
         steps: updates of the whole run.
         seed: of the initial weights and the order of the data.
         device: "cpu", "cuda" or "cuda:N".
@@ -32,10 +36,12 @@ class RunSection(StrictModel):
         async_checkpoints: write them beside the next steps, from a copy in the host's memory.
         log_every_steps: between plain lines; metrics.jsonl has every step.
         tensorboard: also write TensorBoard's files (needs the extra).
+        trackio: project of a Trackio dashboard to log to, too (needs the extra).
         peak_flops: of the device, FLOP/s, for utilisation; None takes it from a table of GPUs.
     """
 
     out: Path
+    start_from: Path | None = None
     steps: _Positive
     seed: _NonNegative = 0
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
@@ -46,19 +52,8 @@ class RunSection(StrictModel):
     async_checkpoints: bool = False
     log_every_steps: _Positive = 10
     tensorboard: bool = False
+    trackio: str | None = None
     peak_flops: Annotated[float, Field(gt=0)] | None = None
-
-
-class DataSection(StrictModel):
-    """The prepared dataset and the row length.
-
-    Args:
-        path: folder that `sevenfold data prepare` made.
-        seq_len: tokens of a row.
-    """
-
-    path: Path
-    seq_len: _Positive = 1024
 
 
 class RampStage(StrictModel):
@@ -66,6 +61,32 @@ class RampStage(StrictModel):
 
     from_tokens: _Positive
     tokens_per_step: _Positive
+
+
+class CriticalBatch(StrictModel):
+    """Double a step's tokens as the loss falls: the critical batch grows by a power of it.
+
+        B(loss) = coefficient * loss^-exponent        tokens
+
+    The defaults are what the published doublings of MiniMax-01 imply: 16 M tokens at a loss of
+    2.22, 32 M at 1.98, 64 M at 1.77, 128 M at 1.58. The loss is that of its data and vocabulary.
+
+    Args:
+        max_tokens_per_step: no doubling goes beyond.
+        coefficient, exponent: of the law, > 0.
+        smoothing_steps: of the loss: each update moves the mean by a share of one over these.
+
+    Source: arXiv 2501.08313 section 4.2 and figure 13.
+    """
+
+    max_tokens_per_step: _Positive
+    coefficient: Annotated[float, Field(gt=0)] = 2.1e9
+    exponent: Annotated[float, Field(gt=0)] = 6.12
+    smoothing_steps: _Positive = 100
+
+    def tokens_at(self, loss: float) -> float:
+        """Return the critical batch, tokens."""
+        return self.coefficient * loss**-self.exponent
 
 
 class BatchSection(StrictModel):
@@ -76,18 +97,29 @@ class BatchSection(StrictModel):
         micro_batch_rows: rows that go through the model at once, gradients accumulating; the
             last micro-batch of a step may have fewer. None takes a whole step at once.
         ramp: later sizes of a step, by tokens read so far, rising.
+        critical: doubles tokens_per_step by the loss, in place of a ramp.
     """
 
     tokens_per_step: _Positive
     micro_batch_rows: _Positive | None = None
     ramp: tuple[RampStage, ...] = ()
+    critical: CriticalBatch | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         starts = [stage.from_tokens for stage in self.ramp]
         if any(b <= a for a, b in pairwise(starts)):
             raise ValueError(f"ramp must have rising from_tokens, got {starts}")
+        if self.critical is not None and self.ramp:
+            raise ValueError("ramp must be left out with critical, which decides, got both")
         return self
+
+    def sizes(self) -> list[int]:
+        """Return every number of tokens that a step can have."""
+        found = [self.tokens_per_step, *(stage.tokens_per_step for stage in self.ramp)]
+        while self.critical is not None and 2 * found[-1] <= self.critical.max_tokens_per_step:
+            found.append(2 * found[-1])
+        return found
 
     def tokens_at(self, tokens_read: int) -> int:
         """Return the tokens of the step that begins after tokens_read tokens."""
@@ -96,9 +128,25 @@ class BatchSection(StrictModel):
 
 
 class PrecisionSection(StrictModel):
-    """Products in bf16 by autocast, or all in fp32 (None); weights and moments are always fp32."""
+    """In what the model computes; weights, gradients and moments are always fp32.
+
+    Args:
+        autocast: "bf16" takes products in bf16; None leaves all in fp32.
+        stream: "bf16" keeps the residual stream in bf16 too, with autocast only: norms and sums
+            move half the bytes, and a recomputed block keeps half. None keeps it in fp32.
+    """
 
     autocast: Literal["bf16"] | None = None
+    stream: Literal["bf16"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stream is not None and self.autocast is None:
+            raise ValueError(
+                f"stream must be left out without autocast, which gives the products that it is "
+                f"made of, got {self.stream!r}"
+            )
+        return self
 
 
 class CompileSection(StrictModel):
@@ -117,9 +165,44 @@ class CheckpointingSection(StrictModel):
 
 
 class GuardSection(StrictModel):
-    """How many steps in a row may be skipped for a loss or gradient that is not finite."""
+    """When a step is skipped, when the run goes back, and when its silence is reported.
+
+    Args:
+        max_skipped_steps: steps in a row that may be skipped before the run ends with an error.
+        spike_deviations: skip a step, too, whose loss or gradient norm lies above the mean of the
+            last spike_window updates by more than so many standard deviations; None keeps all.
+        spike_window: updates that make the mean; before there are as many, none is a spike.
+        rewind_after_skips: after so many skipped steps in a row, go back to the newest checkpoint's
+            weights and moments, and on with the samples that come next; None goes back never.
+        max_rewinds: in the whole run.
+        stall_s: seconds without a sign of life after which a line in stalls.jsonl says which ranks
+            the run waits for; None watches nothing.
+        exit_stalled_s: seconds after which the process ends, so that torchrun starts all anew;
+            None waits on.
+    """
 
     max_skipped_steps: _NonNegative = 10
+    spike_deviations: Annotated[float, Field(gt=0)] | None = None
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    rewind_after_skips: _Positive | None = None
+    max_rewinds: _NonNegative = 3
+    stall_s: Annotated[float, Field(gt=0)] | None = None
+    exit_stalled_s: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rewind = self.rewind_after_skips
+        if rewind is not None and rewind > self.max_skipped_steps:
+            raise ValueError(
+                f"rewind_after_skips must not exceed max_skipped_steps = {self.max_skipped_steps}, "
+                f"which ends the run, got {rewind}"
+            )
+        if self.exit_stalled_s is not None and (self.stall_s or math.inf) > self.exit_stalled_s:
+            raise ValueError(
+                f"exit_stalled_s must be stall_s = {self.stall_s} or more, got "
+                f"{self.exit_stalled_s}"
+            )
+        return self
 
 
 class ValidationSection(StrictModel):
@@ -135,7 +218,7 @@ class RunConfig(StrictModel):
     run: RunSection
     data: DataSection
     model: ModelConfig
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchSection
     parallel: ParallelConfig = ParallelConfig()
@@ -149,7 +232,7 @@ class RunConfig(StrictModel):
     def _check(self) -> Self:
         self.schedule.check_fits(self.run.steps)
         seq_len = self.data.seq_len
-        sizes = [self.batch.tokens_per_step, *(s.tokens_per_step for s in self.batch.ramp)]
+        sizes = self.batch.sizes()
         for size in sizes:
             if size % seq_len:
                 raise ValueError(
@@ -172,6 +255,11 @@ class RunConfig(StrictModel):
                 f"compile.enabled must be false with {self.parallel.num_ranks} ranks, whose "
                 f"exchanges it does not compile, got true"
             )
+        if self.optimizer.kind == "muon" and self.parallel.tensor > 1:
+            raise ValueError(
+                f"optimizer.kind must be 'adamw' with parallel.tensor = {self.parallel.tensor}, "
+                f"whose ranks hold parts of a matrix that none gathers, got 'muon'"
+            )
         self.parallel.check_model(self.model)
         for size in sizes:
             rows = size // seq_len
@@ -192,6 +280,17 @@ class RunConfig(StrictModel):
             if total % size:
                 found[total % size] = f"the last micro-batch of {whose}"
         return found
+
+    def total_rows(self) -> int:
+        """Return the rows of all steps; where the loss decides, the most that they can be."""
+        if self.batch.critical is not None:
+            return self.run.steps * self.batch.sizes()[-1] // self.data.seq_len
+        if not self.batch.ramp:
+            return self.run.steps * self.rows_at(0)
+        rows = 0
+        for _ in range(self.run.steps):
+            rows += self.rows_at(rows)
+        return rows
 
     def rows_at(self, next_sample: int) -> int:
         """Return the rows of the step that begins with a sample."""

@@ -49,7 +49,8 @@ def show_run(config: RunConfig, console: Console) -> Iterator[Callable[[StepReco
 def describe(record: StepRecord, num_steps: int) -> str:
     """Return one line of text about a step."""
     if record.skipped is not None:
-        return f"step {record.step}/{num_steps}  skipped: {record.skipped}"
+        back = ", back to the newest checkpoint" if record.goes_back else ""
+        return f"step {record.step}/{num_steps}  skipped: {record.skipped}{back}"
     parts = [f"step {record.step}/{num_steps}"]
     parts += [f"{name} {value}" for name, value in _shown(record).items()]
     return "  ".join(parts)

@@ -8,22 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from sevenfold.config import TrainingError
+from sevenfold.config import DataError, TrainingError
 from sevenfold.models import HybridModel
 from sevenfold.optim import lr_multiplier
 from sevenfold.parallel import Layout, Pipeline, clip_gradients
 from sevenfold.parallel import gradient_norm as norm_over_ranks
 from sevenfold.train.batch import ALONE, SampleSource, StepBatch, read_step
+from sevenfold.train.batch_size import next_rows, rows_now, with_rows
 from sevenfold.train.config import RunConfig
+from sevenfold.train.guard import check_skips, fault_in, remembered, wants_rewind
+from sevenfold.train.pipeline_step import forward_backward_by_stages
 from sevenfold.train.progress import Progress
-from sevenfold.train.stages import forward_backward_by_stages
-from sevenfold.train.step import (
-    StepValues,
-    fault_of,
-    forward_backward,
-    gradient_norm,
-    to_host,
-)
+from sevenfold.train.pulse import SILENT, WAITS, Pulse
+from sevenfold.train.step import StepValues, forward_backward, gradient_norm, to_host
 
 
 @dataclass(frozen=True)
@@ -36,16 +33,19 @@ class Trainer:
     loader: SampleSource
     layout: Layout = ALONE
     pipeline: Pipeline | None = None
+    pulse: Pulse = SILENT
 
-    def read(self, first_sample: int) -> StepBatch:
-        """Read the step that begins with a sample."""
+    def read(self, first_sample: int, rows: int | None = None) -> StepBatch:
+        """Read the step that begins with a sample; None takes the run file's number of rows."""
+        self.pulse.beat("reads")
         return read_step(
             self.loader,
             first_sample,
-            self.config.rows_at(first_sample),
+            rows or self.config.rows_at(first_sample),
             micro_batch_rows=self.config.batch.micro_batch_rows,
             device=self.model.device,
             layout=self.layout,
+            arrived=lambda: self.pulse.beat(WAITS),
         )
 
     def lr(self, step: int) -> float:
@@ -76,13 +76,16 @@ class Trainer:
             clip = clip_grads_with_norm_ if self.layout.is_alone else clip_gradients
             clip(self.model.parameters(), limit, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.optimizer.step()
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step did; progress is the one after it, fault says why it was skipped."""
+    """What one step did; progress is the one after it, fault says why it was skipped.
+
+    goes_back: whether the run goes on from its newest checkpoint's weights.
+    """
 
     progress: Progress
     values: StepValues
@@ -90,6 +93,7 @@ class StepOutcome:
     lr: float
     fault: str | None
     time_s: float
+    goes_back: bool = False
 
 
 def train_steps(
@@ -98,56 +102,93 @@ def train_steps(
     *,
     after_step: Callable[[StepOutcome], None],
     stop: Callable[[], bool],
+    rewind: Callable[[], Progress | None] = lambda: None,
 ) -> Progress:
     """Take steps until the run is complete or asked to stop.
 
-    A step whose loss or gradient is not finite leaves weights, moments and schedule as they were:
-    the run goes on as if its samples did not exist.
+    A step whose loss or gradient is not finite, or a spike where the guard looks for some, leaves
+    weights, moments and schedule as they were: the run goes on as if its samples did not exist.
+    After so many in a row as the guard says it goes back to a checkpoint, past those samples.
 
     Args:
         trainer: model, optimizer and data.
         progress: where the run stands.
         after_step: called after every step, skipped ones included.
         stop: asked before every step.
+        rewind: puts the newest checkpoint's weights and moments back and returns its counters;
+            None if there is no checkpoint.
 
     Returns:
         Where the run stands now.
 
     Raises:
-        TrainingError: more than guard.max_skipped_steps steps in a row were skipped.
+        TrainingError: more than guard.max_skipped_steps steps in a row were skipped, or the run
+            went back more than guard.max_rewinds times.
+        UnreadError: samples cannot be read; the step before them is done.
     """
     trainer.model.train()
-    batch = trainer.read(progress.next_sample)
-    while progress.step < trainer.config.run.steps and not trainer.layout.agree(stop()):
+    config, guard = trainer.config, trainer.config.guard
+    progress = with_rows(progress, config)
+    batch = trainer.read(progress.next_sample, rows_now(progress))
+    while progress.step < config.run.steps and not trainer.layout.agree(stop()):
         began = time.perf_counter()
+        trainer.pulse.beat("computes", progress.step)
         losses, norm = trainer.forward_backward(batch), trainer.gradient_norm()
         # Read ahead while a GPU works; what comes next does not depend on this step's outcome.
-        upcoming = trainer.read(progress.next_sample + batch.num_rows)
+        upcoming = _read_ahead(trainer, progress, batch)
+        trainer.pulse.beat(WAITS)
         values = to_host(trainer.model, losses, norm)
-        fault, lr = fault_of(values), trainer.lr(progress.step)
+        trainer.pulse.beat("updates")
+        fault, lr = fault_in(values, progress, guard), trainer.lr(progress.step)
         if fault is None:
             trainer.update(norm, values, lr)
         trainer.optimizer.zero_grad(set_to_none=True)
-        progress = _advanced(progress, batch, fault)
+        progress = _advanced(progress, batch, values, fault, config)
         time_s = time.perf_counter() - began
-        after_step(StepOutcome(progress, values, batch, lr, fault, time_s))
-        _check_guard(trainer.config.guard.max_skipped_steps, progress, fault)
+        goes_back = fault is not None and wants_rewind(progress, guard)
+        after_step(StepOutcome(progress, values, batch, lr, fault, time_s, goes_back))
+        check_skips(progress, fault, guard)
+        if goes_back:
+            progress = _gone_back(progress, rewind())
+        if isinstance(upcoming, DataError):
+            raise UnreadError(progress, upcoming)
         batch = upcoming
     return progress
 
 
-def _advanced(progress: Progress, batch: StepBatch, fault: str | None) -> Progress:
+class UnreadError(Exception):
+    """Samples that cannot be read, and where the run stands before them."""
+
+    def __init__(self, progress: Progress, cause: DataError) -> None:
+        super().__init__(str(cause))
+        self.progress, self.cause = progress, cause
+
+
+def _read_ahead(trainer: Trainer, progress: Progress, batch: StepBatch) -> StepBatch | DataError:
+    """The next step's samples; an error waits until this step is done."""
+    rows = None if progress.rows is None else progress.rows[1]
+    try:
+        return trainer.read(progress.next_sample + batch.num_rows, rows)
+    except DataError as error:
+        return error
+
+
+def _advanced(
+    progress: Progress, batch: StepBatch, values: StepValues, fault: str | None, config: RunConfig
+) -> Progress:
     if fault is not None:
-        return progress.skipped(rows=batch.num_rows)
-    return progress.updated(
+        return next_rows(progress.skipped(rows=batch.num_rows), None, config)
+    after = progress.updated(
         rows=batch.num_rows, num_labels=batch.num_labels, num_bytes=batch.num_bytes
     )
+    return next_rows(remembered(after, values, config.guard), values.loss, config)
 
 
-def _check_guard(max_skipped_steps: int, progress: Progress, fault: str | None) -> None:
-    if progress.skipped_in_a_row > max_skipped_steps:
+def _gone_back(progress: Progress, checkpoint: Progress | None) -> Progress:
+    if checkpoint is None:
         raise TrainingError(
-            f"at most {max_skipped_steps} steps in a row must be skipped (guard.max_skipped_steps)"
-            f", got {progress.skipped_in_a_row} after step {progress.step}: {fault}; look at the "
-            f"samples before {progress.next_sample}, or start again with a lower optimizer.lr"
+            f"guard.rewind_after_skips must have a checkpoint to go back to, got none after "
+            f"{progress.skipped_in_a_row} skipped steps at step {progress.step}; lower "
+            f"run.checkpoint_every_steps"
         )
+    return progress.rewound(checkpoint)

@@ -26,11 +26,14 @@ class StepRecord:
         grad_norm: before clipping.
         lr: learning rate of the update.
         skipped: why the step changed nothing.
+        goes_back: whether the run went on from its newest checkpoint's weights after this step.
         step_time_s: of the whole step, data included, validation and checkpoint excluded.
         tokens_per_s, flops_per_s: of the step; model FLOPs, without recomputation.
         mfu: flops_per_s over the device's peak.
         peak_memory_bytes: of the device's allocator; on a CPU of the process.
         validation_loss, validation_bits_per_byte: where the step ended with a validation.
+        validation_loss_by_position, validation_loss_by_length: mean losses by the first token of a
+            bucket, of tokens' positions in their documents and of documents' lengths.
         dropped_by_layer, load_by_layer: of each layer with experts; load is what the busiest expert
             was chosen for, over an even share.
     """
@@ -53,8 +56,23 @@ class StepRecord:
     peak_memory_bytes: int
     validation_loss: float | None = None
     validation_bits_per_byte: float | None = None
+    validation_loss_by_position: dict[str, float | None] | None = None
+    validation_loss_by_length: dict[str, float | None] | None = None
     dropped_by_layer: tuple[float | None, ...] | None = None
     load_by_layer: tuple[float | None, ...] | None = None
+    goes_back: bool = False
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers that a chart over steps can show, by name."""
+        shown = asdict(self)
+        for group in ("validation_loss_by_position", "validation_loss_by_length"):
+            shown |= {f"{group}/{tokens}": x for tokens, x in (shown[group] or {}).items()}
+        not_shown = ("step", "next_sample", "goes_back")
+        return {
+            name: value
+            for name, value in shown.items()
+            if isinstance(value, int | float) and name not in not_shown
+        }
 
     def as_json(self) -> str:
         """Return one line of JSON."""
@@ -91,14 +109,20 @@ class MetricsFile:
         try:
             self._stream.write(record.as_json() + "\n")
         except OSError as error:
-            raise TrainingError(
-                f"{self._stream.name} must be writable, got: {error.strerror}; free space and "
-                f"start the run again: it goes on from its last checkpoint"
-            ) from error
+            raise self._error(error) from error
 
     def sync(self) -> None:
         """Flush to the disk, so that a checkpoint never lies ahead of the record."""
-        os.fsync(self._stream.fileno())
+        try:
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"{self._stream.name} must be writable, got: {error.strerror}; free space and "
+            f"start the run again: it goes on from its last checkpoint"
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -53,6 +53,7 @@ class Recorder:
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, after the record that leads up to it."""
+        self.trainer.pulse.beat("saves")
         if self.metrics is not None:
             self.metrics.sync()
         trainer = self.trainer
@@ -65,6 +66,8 @@ class Recorder:
             return None
         step = outcome.progress.step
         due = step % settings.every_steps == 0 or step == run.steps
+        if due:
+            self.trainer.pulse.beat("validates")
         return self.validate() if due else None
 
     def _flops(self, batch: StepBatch) -> float:
@@ -91,6 +94,7 @@ class Recorder:
             grad_norm=finite(values.grad_norm),
             lr=outcome.lr,
             skipped=outcome.fault,
+            goes_back=outcome.goes_back,
             step_time_s=outcome.time_s,
             tokens_per_s=batch.num_rows * seq_len / outcome.time_s,
             flops_per_s=flops_per_s,
@@ -98,6 +102,13 @@ class Recorder:
             peak_memory_bytes=peak_memory_bytes(self.trainer.model.device),
             validation_loss=finite(found.loss) if found else None,
             validation_bits_per_byte=finite(found.bits_per_byte) if found else None,
+            validation_loss_by_position=_by_name(found.by_position) if found else None,
+            validation_loss_by_length=_by_name(found.by_length) if found else None,
             dropped_by_layer=tuple(map(finite, values.dropped_by_layer)) or None,
             load_by_layer=tuple(map(finite, values.load_by_layer)) or None,
         )
+
+
+def _by_name(losses: dict[int, float]) -> dict[str, float | None]:
+    """With keys that JSON can hold."""
+    return {str(tokens): finite(loss) for tokens, loss in losses.items()}

@@ -1,18 +1,18 @@
 """A whole run: open its folder, resume, train, save, export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
-from sevenfold.config import ConfigError
-from sevenfold.data import PackedLoader, TokenDataset
+from sevenfold.config import CheckpointError, ConfigError
 from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.models.checkpoint import save_model
-from sevenfold.optim import build_adamw
+from sevenfold.optim import build_optimizer
 from sevenfold.parallel import Layout, Pipeline, build_model, groups_by_mesh
 from sevenfold.train.batch import ALONE
 from sevenfold.train.checkpoint import (
@@ -24,19 +24,24 @@ from sevenfold.train.checkpoint import (
     run_tensors,
 )
 from sevenfold.train.config import RunConfig
-from sevenfold.train.loop import Trainer, train_steps
+from sevenfold.train.loop import Trainer, UnreadError, train_steps
 from sevenfold.train.metrics import METRICS_FILE, MetricsFile, truncate_metrics
 from sevenfold.train.progress import Progress
+from sevenfold.train.pulse import watched
 from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
+from sevenfold.train.run_data import RunData, open_data, training_loader, validation_loader
 from sevenfold.train.run_folder import CHECKPOINTS, FINAL, open_run_folder
 from sevenfold.train.saving import open_saver
 from sevenfold.train.setting import run_setting
 from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.speed import FlopsCounter, known_peak_flops
+from sevenfold.train.stages import Start, find_start, first_rows, write_start
 from sevenfold.train.tensorboard import tensorboard_listener
-from sevenfold.train.transform import compile_parts, recompute_blocks
+from sevenfold.train.trackio_sink import trackio_listener
+from sevenfold.train.transform import compile_parts, transform_blocks
 from sevenfold.train.validation import ValidationResult, validate
+from sevenfold.train.whole_matrices import GATHERED
 
 
 @dataclass(frozen=True)
@@ -78,38 +83,32 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
     Raises:
         ConfigError: the folder holds another run, or the model does not fit the data.
         DataError: the dataset cannot be read.
-        TrainingError: too many steps in a row had no finite loss or gradient.
+        TrainingError: too many steps in a row had to be skipped, or a file could not be written.
         CheckpointError: a checkpoint could not be read or written; earlier ones are whole.
-        UnsupportedError: the device or TensorBoard is not there.
+        UnsupportedError: the device, TensorBoard or Trackio is not there.
     """
-    data = _open_data(config)
+    data = open_data(config)
+    start = find_start(config)
     with (
         join_ranks(config.parallel, config.run) as (layout, run),
         run_setting(run) as device,
         stop_on_signals() as request,
     ):
-        first_for_all(layout, lambda: _prepare_folder(config, data))
+        first_for_all(layout, lambda: _prepare_folder(config, data, start))
         newest, begun = _find_newest(config)
-        trainer = _build(config, data, device, layout)
-        progress = _resume(trainer, newest)
-        progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
+        trainer = _build(config, data, device, layout, first_rows(config, start))
+        progress = _resume(trainer, newest, start)
+        with watched(config.run.out, layout.rank, config.guard) as pulse:
+            trainer = replace(trainer, pulse=pulse)
+            progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
         final = _export(trainer, data) if progress.step == config.run.steps else None
     stopped_by = None if request.received is None else request.received.name
     return TrainResult(config.run.out, final, progress, begun, stopped_by, layout.is_first)
 
 
-def _open_data(config: RunConfig) -> TokenDataset:
-    data = TokenDataset.open(config.data.path, "train")
-    if data.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size must be at least the {data.vocab_size} of {config.data.path}, "
-            f"got {config.model.vocab_size}"
-        )
-    return data
-
-
-def _prepare_folder(config: RunConfig, data: TokenDataset) -> None:
-    open_run_folder(config, data.manifest.fingerprint)
+def _prepare_folder(config: RunConfig, data: RunData, start: Start | None) -> None:
+    open_run_folder(config, data.fingerprint)
+    write_start(config, start)
     remove_unfinished(config.run.out / CHECKPOINTS)
 
 
@@ -128,42 +127,45 @@ def _find_newest(config: RunConfig) -> tuple[Path | None, int | None]:
 
 
 def _build(
-    config: RunConfig, data: TokenDataset, device: torch.device, layout: Layout = ALONE
+    config: RunConfig,
+    data: RunData,
+    device: torch.device,
+    layout: Layout = ALONE,
+    first_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> Trainer:
     model = build_model(
         _with_end_of_text(config.model, data),
         layout,
         seed=config.run.seed,
         device=device,
-        between=partial(_recompute, config),
+        between=partial(transform_blocks, config=config),
     )
     if config.compile.enabled:
         compile_parts(model, autocast=config.precision.autocast)
-    optimizer = build_adamw(model.named_parameters(), config.optimizer)
-    optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
-    loader = PackedLoader(data, seq_len=config.data.seq_len, seed=config.run.seed)
+    optimizer = build_optimizer(
+        model.named_parameters(), config.optimizer, by_mesh=groups_by_mesh, parts=GATHERED
+    )
+    loader = training_loader(data, first_rows)
     pipeline = Pipeline(model, layout) if config.parallel.pipeline > 1 else None
     return Trainer(config, model, optimizer, loader, layout, pipeline)
 
 
-def _recompute(config: RunConfig, model: HybridModel) -> None:
-    if config.checkpointing.every_layers is not None:
-        recompute_blocks(model, config.checkpointing.every_layers)
-
-
-def _with_end_of_text(config: ModelConfig, data: TokenDataset) -> ModelConfig:
+def _with_end_of_text(config: ModelConfig, data: RunData) -> ModelConfig:
     """The model learns to end a text by the data's token, unless the run file names another."""
     if config.eos_token_id is not None:
         return config
     return config.model_copy(update={"eos_token_id": data.end_of_text_id})
 
 
-def _resume(trainer: Trainer, checkpoint: Path | None) -> Progress:
+def _resume(trainer: Trainer, checkpoint: Path | None, start: Start | None) -> Progress:
     progress = Progress()
     layout = trainer.layout
-    if checkpoint is not None:
+    source = checkpoint or (start.checkpoint if start is not None else None)
+    if source is not None:
         tensors = run_tensors(trainer.model, trainer.optimizer, layout)
-        progress = load_checkpoint(checkpoint, tensors, layout=layout)
+        progress = load_checkpoint(source, tensors, layout=layout)
+    if checkpoint is None:
+        progress = Progress()  # another run's weights and moments, this one's first step
     metrics = trainer.config.run.out / METRICS_FILE
     first_for_all(layout, lambda: truncate_metrics(metrics, progress.next_sample))
     return progress
@@ -185,6 +187,7 @@ def _continue(
         if trainer.layout.is_first:
             metrics = stack.enter_context(MetricsFile(run.out / METRICS_FILE))
             listeners += stack.enter_context(tensorboard_listener(run, progress.step))
+            listeners += stack.enter_context(trackio_listener(config))
         recorder = Recorder(
             trainer=trainer,
             metrics=metrics,
@@ -194,21 +197,35 @@ def _continue(
             peak_flops=peak_flops,
             saver=saver,
         )
-        progress = train_steps(trainer, progress, after_step=recorder, stop=stop)
+        try:
+            progress = train_steps(
+                trainer, progress, after_step=recorder, stop=stop, rewind=partial(_rewind, trainer)
+            )
+        except UnreadError as error:
+            recorder.save(error.progress)
+            raise error.cause from error
         recorder.save(progress)
     return progress
+
+
+def _rewind(trainer: Trainer) -> Progress | None:
+    """Put the newest checkpoint's weights and moments back; its counters, None without one."""
+    newest = next(reversed(list_checkpoints(trainer.config.run.out / CHECKPOINTS)), None)
+    if newest is None:
+        return None
+    tensors = run_tensors(trainer.model, trainer.optimizer, trainer.layout)
+    return load_checkpoint(newest, tensors, layout=trainer.layout)
 
 
 def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
     config = trainer.config
     if config.validation is None:
         return None
-    data = TokenDataset.open(config.data.path, "validation")
-    loader = PackedLoader(data, seq_len=config.data.seq_len, seed=0, shuffle=False)
+    loader, num_rows = validation_loader(config)
     num_samples = config.validation.num_samples
-    if num_samples > loader.num_samples_per_epoch():
+    if num_samples > num_rows:
         raise ConfigError(
-            f"validation.num_samples must not exceed the {loader.num_samples_per_epoch()} rows of "
+            f"validation.num_samples must not exceed the {num_rows} rows of "
             f"the validation split, got {num_samples}"
         )
     return partial(
@@ -223,7 +240,7 @@ def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
     )
 
 
-def _export(trainer: Trainer, data: TokenDataset) -> Path:
+def _export(trainer: Trainer, data: RunData) -> Path:
     config = trainer.config
     final = config.run.out / FINAL
 
@@ -233,7 +250,13 @@ def _export(trainer: Trainer, data: TokenDataset) -> Path:
             # The checkpoint has the whole weights, of which each rank holds a part.
             model = HybridModel(_with_end_of_text(config.model, data))
             read_weights(list_checkpoints(config.run.out / CHECKPOINTS)[-1], model)
-        save_model(model, final, tokenizer=config.data.path, overwrite=True)
+        save_model(model, final, tokenizer=data.tokenizer, overwrite=True)
 
-    first_for_all(trainer.layout, save)
+    try:
+        first_for_all(trainer.layout, save)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} must be writable, got: {error}; all is saved in "
+            f"{config.run.out / CHECKPOINTS}: free space and start the run again"
+        ) from error
     return final

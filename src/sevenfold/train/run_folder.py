@@ -33,6 +33,7 @@ _CHANGEABLE = {
     "run.async_checkpoints",
     "run.log_every_steps",
     "run.tensorboard",
+    "run.trackio",
     "run.peak_flops",
     "batch.micro_batch_rows",
     "parallel",
@@ -41,6 +42,7 @@ _CHANGEABLE = {
     "guard",
     "validation",
     "data.path",  # what lies there is compared by its fingerprint
+    "data.max_epochs",
 }
 
 
@@ -74,12 +76,16 @@ def _require_same_run(folder: Path, config: RunConfig, data_fingerprint: str) ->
     ]
     known = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["data_fingerprint"]
     if known != data_fingerprint:
-        faults.append(f"the data in {config.data.path} must be the same, got other data")
+        faults.append(f"the data in {_paths(config)} must be the same, got other data")
     if faults:
         raise ConfigError(
             f"{folder} holds another run: {'; '.join(faults)}; give run.out another folder to "
             f"start a new one"
         )
+
+
+def _paths(config: RunConfig) -> str:
+    return ", ".join(str(source.path) for source in config.data.all_sources())
 
 
 def _said(values: Mapping[str, Any], name: str) -> str:

@@ -1,97 +1,83 @@
-"""A training step of a rank that holds some stages of a pipeline."""
+"""A run that goes on from another: its weights and moments, and where its data stood."""
 
-import torch
-from torch import Tensor
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
 
-from sevenfold.models import HybridModel
-from sevenfold.parallel import Pipeline, Stage, with_loss
-from sevenfold.train.batch import StepBatch
-from sevenfold.train.step import autocast_context, router_losses, router_rows
+from sevenfold.config import ConfigError, StrictModel, parse_config
+from sevenfold.data import MixtureLoader
+from sevenfold.train.checkpoint import list_checkpoints, read_progress
+from sevenfold.train.config import RunConfig, load_run_config
+from sevenfold.train.run_data import open_data, training_loader
+from sevenfold.train.run_folder import CHECKPOINTS, CONFIG_FILE
+
+STAGE_FILE = "stage.json"
 
 
-def forward_backward_by_stages(
-    model: HybridModel, pipeline: Pipeline, step: StepBatch, *, autocast: str | None
-) -> Tensor:
-    """Accumulate the gradients of one step, as forward_backward does, of this rank's stages.
-
-    The last stage has the cross-entropy; each adds its routers' losses where they arise.
+class Start(StrictModel):
+    """What a run begins with.
 
     Args:
-        model: what the rank holds, in training mode.
-        pipeline: its stages.
-        step: micro-batches of equal size.
-        autocast: "bf16" or None.
-
-    Returns:
-        As forward_backward: this rank's share, 0 for the layers of others.
+        checkpoint: weights, moments and generators.
+        step: updates that made them.
+        tokens_read: of each source, by name, in all stages before.
     """
-    shares = _Shares(model)
 
-    def compute(stage: Stage, micro_batch: int, x: Tensor | None) -> Tensor:
-        micro = step.micro_batches[micro_batch]
-        shape = micro.input_ids.shape
-        share = micro.num_labels / step.num_labels
-        with autocast_context(model.device, autocast):
-            tokens = micro.input_ids if x is None else x.view(*shape, -1)
-            y, router = model.run_stage(stage, tokens, micro.batch)  # pyright: ignore[reportCallIssue]
-            rows = router_rows(router, y)
-            auxiliary = share * router_losses(model, rows)
-            if not stage.is_last:
-                shares.add(stage, None, share * rows.detach())
-                y = y.flatten(0, 1)
-                return with_loss(y, auxiliary) if isinstance(auxiliary, Tensor) else y
-            loss = model.cross_entropy(y, micro.labels) / step.num_labels
-            shares.add(stage, loss.detach(), share * rows.detach())
-        return (loss + auxiliary)[None]
-
-    pipeline.forward_backward(
-        len(step.micro_batches), step.micro_batches[0].input_ids.numel(), compute
-    )
-    return shares.total()
+    checkpoint: Path
+    step: int
+    tokens_read: dict[str, int]
 
 
-def losses_by_stages(
-    model: HybridModel, pipeline: Pipeline, step: StepBatch, *, autocast: str | None
-) -> Tensor:
-    """Return the summed cross-entropy of a step's micro-batches, without a gradient.
+def find_start(config: RunConfig) -> Start | None:
+    """Return where a run begins; None where it begins anew.
 
-    Returns:
-        A scalar: this rank's share, 0 on all stages but the last.
+    What the first start found stays in stage.json, whatever becomes of the run before.
+
+    Raises:
+        ConfigError: run.start_from is no run with a checkpoint.
     """
-    found: list[Tensor] = []
-
-    def compute(stage: Stage, micro_batch: int, x: Tensor | None) -> Tensor:
-        micro = step.micro_batches[micro_batch]
-        with torch.no_grad(), autocast_context(model.device, autocast):
-            tokens = micro.input_ids if x is None else x.view(*micro.input_ids.shape, -1)
-            y, _ = model.run_stage(stage, tokens, micro.batch)  # pyright: ignore[reportCallIssue]
-            if stage.is_last:
-                found.append(model.cross_entropy(y, micro.labels))
-        return y.flatten(0, 1)
-
-    pipeline.forward([micro.input_ids.numel() for micro in step.micro_batches], compute)
-    return torch.stack(found).sum() if found else torch.zeros((), device=model.device)
+    file, before = config.run.out / STAGE_FILE, config.run.start_from
+    if file.exists():
+        return parse_config(Start, json.loads(file.read_text(encoding="utf-8")), str(file))
+    if before is None:
+        return None
+    checkpoints = list_checkpoints(before / CHECKPOINTS)
+    if not checkpoints:
+        raise ConfigError(f"run.start_from must be a run with a checkpoint, got {before}")
+    progress = read_progress(checkpoints[-1])
+    tokens = tokens_read(load_run_config(before / CONFIG_FILE), progress.next_sample)
+    return Start(checkpoint=checkpoints[-1], step=progress.step, tokens_read=tokens)
 
 
-class _Shares:
-    """The cross-entropy and the routers' rows [L, 3 + E] of a step, as its stages add them."""
+def tokens_read(config: RunConfig, next_sample: int) -> dict[str, int]:
+    """Return the tokens of each source that a run and those before it have read by a sample."""
+    rows = dict.fromkeys((s.name for s in config.data.all_sources()), next_sample)
+    start = find_start(config)
+    loader = training_loader(open_data(config), first_rows(config, start))
+    if isinstance(loader, MixtureLoader):
+        rows = loader.rows_read(next_sample)
+    known = {} if start is None else start.tokens_read
+    return {**known, **{name: count * config.data.seq_len for name, count in rows.items()}}
 
-    def __init__(self, model: HybridModel) -> None:
-        moe, self._device = model.config.moe, model.device
-        self._shape = (0, 3) if moe is None else (len(model.layers), 3 + moe.num_local_experts)
-        self._losses: list[Tensor] = []
-        self._rows: list[tuple[range, Tensor]] = []
 
-    def add(self, stage: Stage, loss: Tensor | None, rows: Tensor) -> None:
-        """Add one stage of one micro-batch."""
-        self._losses += [] if loss is None else [loss]
-        self._rows.append((stage.layers, rows))
+def first_rows(config: RunConfig, start: Start | None) -> Mapping[str, int]:
+    """Return the rows of each source that come before a run's first, in rows of its own length.
 
-    def total(self) -> Tensor:
-        """The loss, then all rows."""
-        rows = torch.zeros(self._shape, dtype=self._rows[0][1].dtype, device=self._device)
-        for layers, found in self._rows:
-            if len(found):
-                rows[layers.start : layers.stop] += found
-        loss = torch.stack(self._losses).sum() if self._losses else rows.new_zeros(())
-        return torch.cat([loss.to(rows.dtype)[None], rows.flatten()])
+    A source's order is one of pieces of seq_len tokens. Where a stage changes that length, it goes
+    on after as many tokens: epochs count on, but of an unfinished one some pieces come again.
+    """
+    if start is None:
+        return {}
+    return {
+        name: math.ceil(tokens / config.data.seq_len) for name, tokens in start.tokens_read.items()
+    }
+
+
+def write_start(config: RunConfig, start: Start | None) -> None:
+    """Keep what a run began with in its folder."""
+    file = config.run.out / STAGE_FILE
+    if start is not None and not file.exists():
+        staging = file.with_name(f".{file.name}.tmp")
+        staging.write_text(start.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        staging.replace(file)

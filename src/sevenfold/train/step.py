@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import RouterStats
-from sevenfold.train.batch import MicroBatch, StepBatch
+from sevenfold.train.batch import StepBatch
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,3 @@ def fault_of(values: StepValues) -> str | None:
         if not math.isfinite(value):
             return f"{name} is {value}"
     return None
-
-
-def micro_batch_loss(model: HybridModel, micro: MicroBatch, *, autocast: str | None) -> Tensor:
-    """Return the summed cross-entropy of one micro-batch, without a gradient."""
-    with torch.no_grad(), autocast_context(model.device, autocast):
-        hidden = model.hidden(micro.input_ids, micro.batch).hidden
-        return model.cross_entropy(hidden, micro.labels)

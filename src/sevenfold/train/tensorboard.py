@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
 from sevenfold.config import UnsupportedError
 from sevenfold.train.config import RunSection
 from sevenfold.train.metrics import StepRecord
 
 TENSORBOARD = "tensorboard"
-_NOT_SCALARS = ("step", "next_sample", "skipped", "dropped_by_layer", "load_by_layer")
 
 
 @contextmanager
@@ -43,8 +41,7 @@ def tensorboard_listener(
         def write(record: StepRecord) -> None:
             if record.skipped is not None:
                 return
-            for name, value in asdict(record).items():
-                if value is not None and name not in _NOT_SCALARS:
-                    writer.add_scalar(name, value, record.step)
+            for name, value in record.scalars().items():
+                writer.add_scalar(name, value, record.step)
 
         yield (write,)

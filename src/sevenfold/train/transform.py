@@ -1,13 +1,35 @@
-"""What is applied to a plain model from outside: recomputation and compilation."""
+"""What is applied to a plain model from outside: recomputation, compilation, a bf16 stream."""
 
 from functools import partial
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import SwiGLU
 from sevenfold.models.layers import RMSNorm
+from sevenfold.train.config import RunConfig
+
+
+def transform_model(model: HybridModel, config: RunConfig) -> None:
+    """Apply what a run file asks for to its model, in place; parameters and their names stay."""
+    transform_blocks(model, config)
+    if config.compile.enabled:
+        compile_parts(model, autocast=config.precision.autocast)
+
+
+def transform_blocks(model: HybridModel, config: RunConfig) -> None:
+    """Apply what fully_shard must find done: the stream's dtype, recomputation."""
+    if config.precision.stream is not None:
+        narrow_stream(model)
+    if config.checkpointing.every_layers is not None:
+        recompute_blocks(model, config.checkpointing.every_layers)
+
+
+def narrow_stream(model: HybridModel) -> None:
+    """Let the residual stream run in bf16: the embedding is rounded, and sums keep its dtype."""
+    model.embed_tokens.register_forward_hook(lambda _module, _args, x: x.to(torch.bfloat16))
 
 
 def recompute_blocks(model: HybridModel, every_layers: int) -> None:

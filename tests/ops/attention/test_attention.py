@@ -204,11 +204,11 @@ def test_a_named_impl_is_the_one_that_runs(op: str, monkeypatch: pytest.MonkeyPa
     assert torch.equal(run(*tensors, lengths=(3,), scale=SCALE, **keys), expected)
     with pytest.raises(TypeError, match="not callable"):
         run(*tensors, lengths=(3,), scale=SCALE, impl="reference", **keys)
-    known = "reference, eager, numba" if op == "attention" else "reference, eager"
+    known = "reference, eager, numba, flash" if op == "attention" else "reference, eager"
     with pytest.raises(UnsupportedError, match=f"{op} must use impl {known}, got 'onednn'"):
         run(*tensors, lengths=(3,), scale=SCALE, impl="onednn", **keys)
-    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'flash'"):
-        run(*tensors, lengths=(3,), scale=SCALE, impl="flash", **keys)
+    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'fast'"):
+        run(*tensors, lengths=(3,), scale=SCALE, impl="fast", **keys)
 
 
 Q, K_, V_ = inputs(2, 3)
@@ -264,3 +264,28 @@ def test_wrong_cached_arguments(changes: dict, message: str) -> None:
     arguments = {"lengths": (3, 3), "key_lengths": (3, 3), "scale": SCALE} | changes
     with pytest.raises(ValueError, match=re.escape(message)):
         attention_cached(Q, K_, V_, **arguments)
+
+
+def test_flash_says_what_it_needs() -> None:
+    q, k, v = inputs(1, 8, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="q must be bf16 or fp16 on a GPU for impl flash"):
+        attention(q, k, v, lengths=(3, 5), scale=SCALE, impl="flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("H", "G"), GROUPS)
+def test_packed_sequences_in_one_call_on_a_gpu(H: int, G: int, window: int | None) -> None:
+    lengths, T, width = (1, 30, 0, 97, 2), 130, 16
+    shapes = [(1, T, heads, width) for heads in (H, G, G, H)]
+    exact = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+    def run(dtype: torch.dtype, impl: str) -> list[Tensor]:
+        q, k, v = (x.to("cuda", dtype).requires_grad_() for x in exact[:3])
+        o = attention(q, k, v, lengths=lengths, scale=SCALE, window=window, impl=impl)
+        return [o, *torch.autograd.grad(o, (q, k, v), exact[3].to("cuda", dtype))]
+
+    truth, eager = run(torch.float64, "reference"), run(torch.bfloat16, "eager")
+    packed, names = run(torch.bfloat16, "flash"), ("o", "dq", "dk", "dv")
+    for name, *found in zip(names, packed, eager, truth, strict=True):
+        check_error(name, *(x.detach() for x in found))

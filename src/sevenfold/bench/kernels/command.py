@@ -12,7 +12,7 @@ from sevenfold.bench.kernels.record import build_record, default_path, write_jso
 from sevenfold.bench.kernels.run import run_sides
 from sevenfold.bench.kernels.sides import sides_of
 from sevenfold.bench.kernels.table import origin, quantity, summary, value_of
-from sevenfold.bench.record import _commit
+from sevenfold.bench.record import commit_of
 from sevenfold.config import SevenfoldError, UnsupportedError
 
 Say = Callable[[str], None]
@@ -51,7 +51,7 @@ def run_kernel_benchmark(request: Request, say: Say) -> None:
         if not side.is_installed():
             say(f"{side.name}: not installed, left out")
     rows, ceilings = run_sides(cases, sides, lambda row: say(progress(row)))
-    record = build_record(rows, ceilings, cases, sides, request.commit or _commit())
+    record = build_record(rows, ceilings, cases, sides, request.commit or commit_of())
     path = request.out or default_path(record["device"])
     write_json(path, record)
     for line in (*origin(record), *summary(rows), f"written to {path}"):

@@ -13,6 +13,7 @@ from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import EncodedState, LinearState, PooledState
 from sevenfold.ops import (
     Snapshots,
+    autocast,
     gated_rms_norm,
     layer_log_decay,
     lightning_attention,
@@ -60,6 +61,8 @@ class LightningAttention(nn.Module):
     ) -> tuple[Tensor, LightningState | None]:
         """Mix x [B, T, hidden_size]; the state comes back advanced, or None if none came in."""
         B, T, _ = x.shape
+        # Once for both projections, which autocast would cast x for one by one.
+        (x,) = autocast(x)
         q, k, v = self.project(x)
         o, state = self.attend(q, k, v, batch, state)
         o, gate = o.reshape(B, T, -1), self.output_gate(x)

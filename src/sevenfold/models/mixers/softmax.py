@@ -13,6 +13,7 @@ from sevenfold.ops import (
     attention_paged,
     attention_paged_tree,
     attention_pages,
+    autocast,
     write_pages,
 )
 
@@ -39,6 +40,8 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, KVState | PagedKV | PagedTree | None]:
         """Mix x [B, T, hidden_size]; the state's storage is written in place."""
         B, T, _ = x.shape
+        # Once for the three projections, which autocast would cast x for one by one.
+        (x,) = autocast(x)
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
         turns = rotation(batch.positions, self.rotary_dim, self.rope_theta, dtype=x.dtype)

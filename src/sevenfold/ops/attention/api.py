@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops.attention import eager, reference
+from sevenfold.ops.attention import eager, flash, reference
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
 from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.types import Impl
 
 _IMPLS = (Impl.REFERENCE, Impl.EAGER)
-_WHOLE_IMPLS = (*_IMPLS, Impl.NUMBA)
+_WHOLE_IMPLS = (*_IMPLS, Impl.NUMBA, Impl.FLASH)
 _NUMBA_WIDTH = 32  # columns of a tile of values
 _LONG_TOKENS = 512  # from here on the compiled loops repay their start
 
@@ -20,10 +20,15 @@ _LONG_TOKENS = 512  # from here on the compiled loops repay their start
 def default_attention_impl(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Impl:
     """Return what attention takes.
 
-    numba for fp32 on a CPU without a gradient from 512 tokens on, else eager.
+    numba for fp32 on a CPU without a gradient from 512 tokens on; flash for sequences packed into a
+    row in bf16 or fp16 on a GPU; else eager.
     """
     long = max(lengths, default=0) >= _LONG_TOKENS
-    return Impl.NUMBA if long and _numba_refusal(q, k, v) is None else Impl.EAGER
+    if long and _numba_refusal(q, k, v) is None:
+        return Impl.NUMBA
+    whole_rows = tuple(lengths) == (q.shape[1],) * q.shape[0]
+    packs = not whole_rows and max(lengths, default=0) > 0
+    return Impl.FLASH if packs and flash.refusal(q, v) is None else Impl.EAGER
 
 
 def _numba_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -58,16 +63,17 @@ def attention(
         lengths: tokens of each sequence; they sum to B * T.
         scale: multiplies the scores.
         window: tokens that a query sees, itself included, at least 1; None is all before it.
-        impl: "reference", "eager" or "numba" (fp32 on a CPU, without a gradient); None takes
-            default_attention_impl. A named one never falls back.
+        impl: "reference", "eager", "numba" (fp32 on a CPU, without a gradient) or "flash" (all
+            sequences in one call, bf16 or fp16 on a GPU); None takes default_attention_impl. A
+            named one never falls back.
 
     Returns:
         [B, T, H, V] in v's dtype.
 
     Raises:
         ValueError, TypeError: a shape, dtype or value breaks the rules above.
-        UnsupportedError: the operator has no implementation of that name, or numba is asked for
-            where it cannot compute.
+        UnsupportedError: the operator has no implementation of that name, or numba or flash is
+            asked for where it cannot compute.
     """
     B, T = q.shape[:2]
     _check(q, k, v, lengths, window)
@@ -76,6 +82,12 @@ def attention(
     chosen = choose_impl("attention", impl, default, _WHOLE_IMPLS)
     if chosen is Impl.NUMBA and (refusal := _numba_refusal(q, k, v)):
         raise UnsupportedError(refusal)
+    if chosen is Impl.FLASH:
+        if refusal := flash.refusal(q, v):
+            raise UnsupportedError(refusal)
+        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+        o = flash.packed(queries, keys, values, lengths, scale=scale, window=window)
+        return o.view(q.shape)
     run = _one_sequence(chosen)
     if run is eager.one_sequence and tuple(lengths) == (T,) * B and T:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

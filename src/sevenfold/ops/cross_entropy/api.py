@@ -22,7 +22,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., D], bf16, fp16, fp32 or fp64.
-        weight: [vocab_size, D], dtype of hidden.
+        weight: [vocab_size, D], dtype of hidden (under autocast fp32 is cast).
         labels: [...] int64, 0 to vocab_size - 1, or IGNORED_LABEL.
         impl: "reference" (all logits at once), "eager" (by chunks) or "triton" (by chunks, loss and
             gradient of the logits in one pass in place; bf16, fp16 or fp32 on a GPU); None takes
@@ -37,6 +37,7 @@ def linear_cross_entropy(
             implementation of that name.
     """
     D = hidden.shape[-1]
+    hidden, weight = autocast(hidden, weight)
     check_shape("weight", weight, (len(weight), D), "[vocab_size, D]")
     check_shape("labels", labels, hidden.shape[:-1], "hidden's without D")
     check_dtype("weight", weight, (hidden.dtype,))
@@ -45,7 +46,6 @@ def linear_cross_entropy(
     chosen = choose_impl("linear_cross_entropy", impl, default, tuple(_RUNS))
     if chosen is Impl.TRITON:
         check_on_gpu("hidden", hidden)
-    hidden, weight = autocast(hidden, weight)
     with full_precision(hidden.device):
         return _RUNS[chosen](hidden.reshape(-1, D), weight, labels.reshape(-1))
 

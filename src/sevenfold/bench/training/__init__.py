@@ -1,0 +1,1 @@
+"""Training steps against transformers, the hardware's floor and a softmax twin."""
