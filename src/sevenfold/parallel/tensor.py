@@ -29,7 +29,7 @@ from sevenfold.parallel.vocabulary import vocabulary_cross_entropy
 
 
 def divide_weights(model: HybridModel, layout: Layout) -> None:
-    """Keep this rank's part of every matrix but those that divide_experts has divided; names stay."""
+    """Keep this rank's part of every matrix that divide_experts has not divided; names stay."""
     index, size = layout.place.tensor, layout.config.tensor
     for name, parameter in model.named_parameters():
         parts = parts_of(name)

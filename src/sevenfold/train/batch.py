@@ -73,8 +73,8 @@ class MicroBatch:
         found = np.arange(len(starts)) - starts, np.repeat(lengths, lengths)
         if not isinstance(self.batch, ContextBatch):
             return found
-        own = slice(self.batch.first_token, self.batch.first_token + self.input_ids.numel())
-        return found[0][own], found[1][own]
+        position, tokens = ([x[own] for own in self.batch.slices] for x in found)
+        return np.concatenate(position), np.concatenate(tokens)
 
 
 @dataclass(frozen=True)
