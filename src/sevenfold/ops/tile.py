@@ -7,6 +7,7 @@ what the core can do; the same loop in Python reaches 85, because numba keeps th
 # pyright: reportCallIssue=false
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -20,6 +21,7 @@ _FEATURES = get_host_cpu_features()
 _LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4
 ROWS = 8 if _LANES == 16 else 2
 _VECTORS = COLUMNS // _LANES
+SIDE = 8  # of a square that is turned at once
 _GROUP = 64  # elements at once in a maximum: enough vectors to hide the latency
 
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
@@ -68,6 +70,60 @@ def _add_tile(context: Any, builder: Any, signature: Any, values: Any) -> Any:
                 builder.store(builder.fadd(product, builder.load(total), flags=_FUSED), total)
     for place, total in zip(places, sums, strict=True):
         builder.store(builder.load(total), _vector_at(builder, place), align=4)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def copy_columns(typingctx, out, at, x, x_at):
+    """COLUMNS neighbours of x from x_at to out from `at`; fp32 arrays, nothing is checked."""
+    return types.void(out, at, x, x_at), partial(_copy, COLUMNS)
+
+
+@intrinsic
+def copy_rows(typingctx, out, at, x, x_at):
+    """ROWS neighbours of x from x_at to out from `at`; fp32 arrays, nothing is checked."""
+    return types.void(out, at, x, x_at), partial(_copy, ROWS)
+
+
+def _copy(count: int, context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    out, at, x, x_at = values
+    out = _begin(context, builder, signature.args[0], out, at)
+    x = _begin(context, builder, signature.args[2], x, x_at)
+    vector = ir.VectorType(_F32, count).as_pointer()
+    elements = builder.load(builder.bitcast(x, vector), align=4)
+    builder.store(elements, builder.bitcast(out, vector), align=4)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def turn(typingctx, out, at, out_row, x, x_at, x_row):
+    """out_ji = x_ij for SIDE x SIDE of fp32 arrays that begin at *at; nothing is checked.
+
+    Rows are *_row elements apart. Elements of row i and of row i + SIDE / 2 alternate in a new
+    row; log2(SIDE) such shuffles turn the matrix.
+    """
+    return types.void(out, at, out_row, x, x_at, x_row), _turn
+
+
+def _turn(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    out, at, out_row, x, x_at, x_row = values
+    out = _begin(context, builder, signature.args[0], out, at)
+    x = _begin(context, builder, signature.args[3], x, x_at)
+    vector = ir.VectorType(_F32, SIDE)
+    places = [
+        [builder.gep(p, [builder.mul(step, ir.Constant(step.type, i))]) for i in range(SIDE)]
+        for p, step in ((x, x_row), (out, out_row))
+    ]
+    rows = [builder.load(builder.bitcast(p, vector.as_pointer()), align=4) for p in places[0]]
+    halves = [
+        ir.Constant(ir.VectorType(_I32, SIDE), [h + i // 2 + i % 2 * SIDE for i in range(SIDE)])
+        for h in (0, SIDE // 2)
+    ]
+    for _ in range(SIDE.bit_length() - 1):
+        pairs = [(rows[i], rows[i + SIDE // 2]) for i in range(SIDE // 2)]
+        rows = [builder.shuffle_vector(*pair, half) for pair in pairs for half in halves]
+    for row, place in zip(rows, places[1], strict=True):
+        builder.store(row, builder.bitcast(place, vector.as_pointer()), align=4)
     return context.get_dummy_value()
 
 
