@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import Impl, attention
+from sevenfold.ops import Impl, attention, attention_cached
 from sevenfold.ops.attention import default_attention_impl, reference
 from sevenfold.ops.testing import check_error
 
@@ -87,3 +87,15 @@ def test_what_it_cannot_do_is_refused() -> None:
         attention(q, k, v[..., :31], **options)
     with pytest.raises(UnsupportedError, match="impl numba must run without a gradient"):
         attention(q.requires_grad_(), k, v, **options)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_new_tokens_over_a_cache(window: int | None) -> None:
+    q, k, v = (torch.cat([x, x.flip(1)]) for x in inputs(200, 4, 2, 16))
+    options = {"lengths": (90, 90), "key_lengths": (200, 130), "scale": SCALE, "window": window}
+    new = q[:, -90:]
+    found, honest = (
+        attention_cached(new, k, v, **options, impl=impl) for impl in ("numba", "eager")
+    )
+    wide = (x.double() for x in (new, k, v))
+    check_error("o", found, honest, attention_cached(*wide, **options, impl="reference"))

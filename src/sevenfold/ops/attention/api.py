@@ -11,14 +11,13 @@ from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_
 from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.types import Impl
 
-_IMPLS = (Impl.REFERENCE, Impl.EAGER)
-_WHOLE_IMPLS = (*_IMPLS, Impl.NUMBA)
+_IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.NUMBA)
 _NUMBA_WIDTH = 32  # columns of a tile of values
 _LONG_TOKENS = 512  # from here on the compiled loops repay their start
 
 
 def default_attention_impl(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Impl:
-    """Return what attention takes.
+    """Return what attention and attention_cached take.
 
     numba for fp32 on a CPU without a gradient from 512 tokens on, else eager.
     """
@@ -72,11 +71,7 @@ def attention(
     B, T = q.shape[:2]
     _check(q, k, v, lengths, window)
     check_shape("k", k, (B, T, *k.shape[2:]), "[B, T, G, D]")
-    default = default_attention_impl(q, k, v, lengths)
-    chosen = choose_impl("attention", impl, default, _WHOLE_IMPLS)
-    if chosen is Impl.NUMBA and (refusal := _numba_refusal(q, k, v)):
-        raise UnsupportedError(refusal)
-    run = _one_sequence(chosen)
+    run = _one_sequence(_choose("attention", impl, q, k, v, lengths))
     if run is eager.one_sequence and tuple(lengths) == (T,) * B and T:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return eager.causal(q, k, v, scale=scale, window=window).transpose(1, 2)
@@ -105,7 +100,8 @@ def attention_cached(
         lengths: new tokens of each sequence; they sum to B * T.
         key_lengths: keys of each sequence, the new tokens' included as its last ones.
         scale, window: as in attention.
-        impl: "reference" or "eager"; None takes eager. A named one never falls back.
+        impl: "reference", "eager" or "numba" (fp32 on a CPU, without a gradient); None takes
+            default_attention_impl. A named one never falls back.
 
     Returns:
         [B, T, H, V] in v's dtype.
@@ -120,7 +116,7 @@ def attention_cached(
     for length, keys in zip(lengths, key_lengths, strict=True):
         if not length <= keys <= S:
             raise ValueError(f"key_lengths must lie in {length} (new) to {S} (places), got {keys}")
-    run = _one_sequence(choose_impl("attention_cached", impl, Impl.EAGER, _IMPLS))
+    run = _one_sequence(_choose("attention_cached", impl, q, k, v, lengths))
     if run is eager.one_sequence and len(set(lengths)) == 1 and lengths[0]:
         batched = q.reshape(N, lengths[0], *q.shape[2:])
         if len(set(key_lengths)) == 1 or lengths[0] == 1:
@@ -132,6 +128,15 @@ def attention_cached(
         if len(new)
     ]
     return _joined(parts, q, v)
+
+
+def _choose(
+    name: str, impl: Impl | str | None, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]
+) -> Impl:
+    chosen = choose_impl(name, impl, default_attention_impl(q, k, v, lengths), _IMPLS)
+    if chosen is Impl.NUMBA and (refusal := _numba_refusal(q, k, v)):
+        raise UnsupportedError(refusal)
+    return chosen
 
 
 def _one_sequence(impl: Impl) -> Callable[..., Tensor]:
