@@ -7,6 +7,7 @@ what the core can do; the same loop in Python reaches 85, because numba keeps th
 # pyright: reportCallIssue=false
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,37 @@ def _add_tile(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     c, c_at, c_row, a, a_at, a_row, a_column, b, b_at, b_row, inner, keep = values
     arrays = zip((signature.args[i] for i in (0, 3, 7)), (c, a, b), (c_at, a_at, b_at), strict=True)
     c, a, b = (_begin(context, builder, *array) for array in arrays)
+    with _sums(builder, c, c_row, keep) as sums:
+        _multiply(builder, sums, a, a_row, a_column, b, b_row, inner)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def add_tiles(typingctx, c, c_at, c_row, a, a_at, a_row, a_part, b, b_at, inner, parts, keep):
+    """C (+)= sum of A_p B_p over `parts`, as add_tile, with the sums in registers throughout.
+
+    A's columns are neighbours, and a_part elements lie between parts; B's rows are COLUMNS long and
+    lie one after another through all parts.
+    """
+    arguments = (c, c_at, c_row, a, a_at, a_row, a_part, b, b_at, inner, parts, keep)
+    return types.void(*arguments), _add_tiles
+
+
+def _add_tiles(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    c, c_at, c_row, a, a_at, a_row, a_part, b, b_at, inner, parts, keep = values
+    arrays = zip((signature.args[i] for i in (0, 3, 7)), (c, a, b), (c_at, a_at, b_at), strict=True)
+    c, a, b = (_begin(context, builder, *array) for array in arrays)
+    one, columns = (ir.Constant(inner.type, n) for n in (1, COLUMNS))
+    with _sums(builder, c, c_row, keep) as sums, cgutils.for_range(builder, parts) as part:
+        left = builder.gep(a, [builder.mul(part.index, a_part)])
+        right = builder.gep(b, [builder.mul(part.index, builder.mul(inner, columns))])
+        _multiply(builder, sums, left, a_row, one, right, columns, inner)
+    return context.get_dummy_value()
+
+
+@contextmanager
+def _sums(builder: Any, c: Any, c_row: Any, keep: Any) -> Iterator[list[Any]]:
+    """The sums of a tile, from C or from 0, which go to C at the end."""
     places = [
         _shifted(builder, row, lane)
         for row in _rows(builder, c, c_row)
@@ -58,6 +90,14 @@ def _add_tile(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         with fresh:
             for total in sums:
                 builder.store(ir.Constant(_VECTOR, [0.0] * _LANES), total)
+    yield sums
+    for place, total in zip(places, sums, strict=True):
+        builder.store(builder.load(total), _vector_at(builder, place), align=4)
+
+
+def _multiply(
+    builder: Any, sums: list[Any], a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, inner: Any
+) -> None:
     a_rows = list(_rows(builder, a, a_row))
     with cgutils.for_range(builder, inner) as loop:
         b_place = builder.gep(b, [builder.mul(b_row, loop.index)])
@@ -68,9 +108,6 @@ def _add_tile(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             for column, total in zip(columns, sums[i * _VECTORS :], strict=False):
                 product = builder.fmul(element, column, flags=_FUSED)
                 builder.store(builder.fadd(product, builder.load(total), flags=_FUSED), total)
-    for place, total in zip(places, sums, strict=True):
-        builder.store(builder.load(total), _vector_at(builder, place), align=4)
-    return context.get_dummy_value()
 
 
 @intrinsic
