@@ -50,6 +50,15 @@ def use_torch_threads() -> None:
         _caller.threads = threads
 
 
+def even_parts(units: int) -> int:
+    """Into how many parts each unit of work is cut, so that threads have about the same of it."""
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    for parts in range(1, threads):
+        if -(-units * parts // threads) * threads <= _EVEN * units * parts:
+            return parts
+    return threads
+
+
 def lent(x: torch.Tensor) -> np.ndarray:
     """View a weight as an array and leave its storage free to be resized.
 
@@ -58,6 +67,7 @@ def lent(x: torch.Tensor) -> np.ndarray:
     return torch.from_dlpack(x.detach()).numpy()
 
 
+_EVEN = 1.1  # the longest share of work over the mean, at most
 _HUGE_ELEMENTS = 2**20  # of fp32: from 4 MB on numpy asks for huge pages
 
 

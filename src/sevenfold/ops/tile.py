@@ -27,6 +27,7 @@ _GROUP = 64  # elements at once in a maximum: enough vectors to hide the latency
 
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 _VECTOR = ir.VectorType(_F32, _LANES)
+_BYTES = ir.IntType(8).as_pointer()
 _FUSED = ("contract",)  # one rounding for a product and its sum
 
 
@@ -129,6 +130,20 @@ def _copy(count: int, context: Any, builder: Any, signature: Any, values: Any) -
     vector = ir.VectorType(_F32, count).as_pointer()
     elements = builder.load(builder.bitcast(x, vector), align=4)
     builder.store(elements, builder.bitcast(out, vector), align=4)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def fetch(typingctx, x, at):
+    """Ask for the line of the cache that holds an array's element `at`, which may not exist."""
+    return types.void(x, at), _fetch
+
+
+def _fetch(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    place = builder.bitcast(_begin(context, builder, signature.args[0], *values), _BYTES)
+    kind = ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(prefetch, [place, _I32(0), _I32(2), _I32(1)])  # to read, often, data
     return context.get_dummy_value()
 
 

@@ -15,12 +15,11 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import compiled, empty, lent, use_torch_threads
+from sevenfold.ops.compiled import compiled, empty, even_parts, lent, use_torch_threads
 from sevenfold.ops.tile import COLUMNS, ROWS, SIDE, add_tile, copy_columns, copy_rows, turn
 
 _BLOCK_ROWS, _BLOCK_INNER = 64, 256  # of A: 64 KB, beside a panel of B of 32 KB
 _F = np.float32
-_EVEN = 1.1  # the longest share of work over the mean, at most
 # Rows so far apart, or a multiple of it, compete for one place of the cache.
 _SAME_PLACE = 1024
 
@@ -69,18 +68,9 @@ def pack(b: Tensor) -> Tensor:
 def add_matmul_nt(c: Tensor, a: Tensor, panels: Tensor, *, keep: bool) -> Tensor:
     """C = A B^T, or C += A B^T with keep, of what is packed; c [M, N] with neighbours in a row."""
     use_torch_threads()
-    groups = min(len(panels), _groups(-(-len(a) // _BLOCK_ROWS)))
+    groups = min(len(panels), even_parts(-(-len(a) // _BLOCK_ROWS)))
     _multiply(c.numpy(), *_flat(a), panels.numpy(), groups, int(keep))
     return c
-
-
-def _groups(blocks: int) -> int:
-    """Into how many parts each block of rows is cut, so that threads have equal work."""
-    threads = torch.get_num_threads()
-    for groups in range(1, threads):
-        if -(-blocks * groups // threads) * threads <= _EVEN * blocks * groups:
-            return groups
-    return threads
 
 
 def _flat(x: Tensor) -> tuple[np.ndarray, int, int]:
