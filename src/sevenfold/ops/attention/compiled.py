@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from sevenfold.ops.compiled import FASTMATH, empty, exp32, use_torch_threads
 from sevenfold.ops.tile import COLUMNS, ROWS, add_tile, max_of
 
-_QUERIES, _KEYS = 64, 128  # a block of scores is 32 KB
+_QUERIES, _KEYS = 32, 256  # a block of scores is 32 KB
 _F = np.float32
 
 
