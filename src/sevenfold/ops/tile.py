@@ -191,24 +191,43 @@ def max_of(typingctx, x, at, count, least):
 def _max_of(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     x, at, count, least = values
     x = _begin(context, builder, signature.args[0], x, at)
-    tops = [
-        cgutils.alloca_once_value(builder, _broadcast(builder, least))
+    return _folded(builder, x, count, least, partial(_larger, builder))
+
+
+@intrinsic
+def sum_of(typingctx, x, at, count):
+    """The sum of `count` neighbours in an fp32 array from `at`, in an order of its own.
+
+    count is a multiple of 64. Nothing is checked.
+    """
+    return types.float32(x, at, count), _sum_of
+
+
+def _sum_of(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    x, at, count = values
+    x = _begin(context, builder, signature.args[0], x, at)
+    return _folded(builder, x, count, ir.Constant(_F32, 0.0), builder.fadd)
+
+
+def _folded(builder: Any, x: Any, count: Any, first: Any, fold: Any) -> Any:
+    """`first` and `count` elements from x folded into one, _GROUP lanes at a time."""
+    lanes = [
+        cgutils.alloca_once_value(builder, _broadcast(builder, first))
         for _ in range(_GROUP // _LANES)
     ]
     step = ir.Constant(count.type, _GROUP)
     with cgutils.for_range(builder, builder.udiv(count, step)) as loop:
         group = builder.gep(x, [builder.mul(loop.index, step)])
-        for i, top in enumerate(tops):
+        for i, lane in enumerate(lanes):
             new = _load(builder, _shifted(builder, group, i * _LANES))
-            builder.store(_larger(builder, new, builder.load(top)), top)
-    vector = builder.load(tops[0])
-    for top in tops[1:]:
-        vector = _larger(builder, builder.load(top), vector)
-    largest = builder.extract_element(vector, ir.Constant(_I32, 0))
-    for lane in range(1, _LANES):
-        element = builder.extract_element(vector, ir.Constant(_I32, lane))
-        largest = _larger(builder, element, largest)
-    return largest
+            builder.store(fold(new, builder.load(lane)), lane)
+    vector = builder.load(lanes[0])
+    for lane in lanes[1:]:
+        vector = fold(builder.load(lane), vector)
+    folded = builder.extract_element(vector, ir.Constant(_I32, 0))
+    for i in range(1, _LANES):
+        folded = fold(builder.extract_element(vector, ir.Constant(_I32, i)), folded)
+    return folded
 
 
 def _begin(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:

@@ -12,14 +12,14 @@ from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.types import Impl
 
 _IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.NUMBA)
-_NUMBA_WIDTH = 32  # columns of a tile of values
+_NUMBA_WIDTH = 32  # columns of a tile of values, and of the keys' gradient
 _LONG_TOKENS = 512  # from here on the compiled loops repay their start
 
 
 def default_attention_impl(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Impl:
     """Return what attention and attention_cached take.
 
-    numba for fp32 on a CPU without a gradient from 512 tokens on, else eager.
+    numba for fp32 on a CPU from 512 tokens on, else eager.
     """
     long = max(lengths, default=0) >= _LONG_TOKENS
     return Impl.NUMBA if long and _numba_refusal(q, k, v) is None else Impl.EAGER
@@ -29,10 +29,11 @@ def _numba_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why numba cannot compute this, if it cannot."""
     if not suits_numba(q, k, v):
         return f"q must be fp32 on a CPU, not empty, for impl numba, got {q.dtype} on {q.device}"
-    if v.shape[-1] % _NUMBA_WIDTH:
-        return f"V must be a multiple of {_NUMBA_WIDTH} for impl numba, got {v.shape[-1]}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "impl numba must run without a gradient, got tensors that need one"
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    for name, x in (("V", v), ("D", q))[: 1 + trains]:
+        if x.shape[-1] % _NUMBA_WIDTH:
+            got = x.shape[-1]
+            return f"{name} must be a multiple of {_NUMBA_WIDTH} for impl numba, got {got}"
     return None
 
 
@@ -57,7 +58,7 @@ def attention(
         lengths: tokens of each sequence; they sum to B * T.
         scale: multiplies the scores.
         window: tokens that a query sees, itself included, at least 1; None is all before it.
-        impl: "reference", "eager" or "numba" (fp32 on a CPU, without a gradient); None takes
+        impl: "reference", "eager" or "numba" (fp32 on a CPU); None takes
             default_attention_impl. A named one never falls back.
 
     Returns:
@@ -100,7 +101,7 @@ def attention_cached(
         lengths: new tokens of each sequence; they sum to B * T.
         key_lengths: keys of each sequence, the new tokens' included as its last ones.
         scale, window: as in attention.
-        impl: "reference", "eager" or "numba" (fp32 on a CPU, without a gradient); None takes
+        impl: "reference", "eager" or "numba" (fp32 on a CPU); None takes
             default_attention_impl. A named one never falls back.
 
     Returns:
