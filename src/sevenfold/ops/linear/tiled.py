@@ -69,7 +69,8 @@ def add_matmul_nt(c: Tensor, a: Tensor, panels: Tensor, *, keep: bool) -> Tensor
     """C = A B^T, or C += A B^T with keep, of what is packed; c [M, N] with neighbours in a row."""
     use_torch_threads()
     groups = min(len(panels), even_parts(-(-len(a) // _BLOCK_ROWS)))
-    _multiply(c.numpy(), *_flat(a), panels.numpy(), groups, int(keep))
+    out, out_row, _ = _flat(c)
+    _multiply(out, out_row, *c.shape, *_flat(a), panels.numpy(), groups, int(keep))
     return c
 
 
@@ -109,12 +110,12 @@ def _pack(b, row, column, panels, N):
 
 
 @njit(inline="always")
-def _add_edge(c, row, column, rows, columns, spare, keep):
+def _add_edge(c, at, c_row, rows, columns, spare, keep):
     """A tile of which C has only some rows and columns."""
     for i in range(rows):
         for n in range(columns):
-            before = c[row + i, column + n] if keep else _F(0)
-            c[row + i, column + n] = before + spare[i, n]
+            before = c[at + i * c_row + n] if keep else _F(0)
+            c[at + i * c_row + n] = before + spare[i, n]
 
 
 @njit(inline="always")
@@ -143,9 +144,9 @@ def _stripes(block, a, at, row, column, rows, inner):
 
 
 @compiled
-def _multiply(c, a, row, column, panels, groups, keep):
+def _multiply(c, c_row, M, N, a, row, column, panels, groups, keep):
     """C [M, N] (+)= A [M, K] times what is packed, its panels in `groups`."""
-    (M, N), K, c_row = c.shape, panels.shape[1], c.strides[0] // 4
+    K = panels.shape[1]
     in_place = column == 1 and M % ROWS == 0 and row % _SAME_PLACE != 0
     per_group = -(-len(panels) // groups)
     for unit in prange(-(-M // _BLOCK_ROWS) * groups):
@@ -166,9 +167,9 @@ def _multiply(c, a, row, column, panels, groups, keep):
                 width = min(COLUMNS, N - n)
                 for r in range(0, rows, ROWS):
                     left = (source, base + r // ROWS * stripe, a_row, step)
+                    at = (first + r) * c_row + n
                     if width == COLUMNS and r + ROWS <= rows:
-                        at = (first + r) * c_row + n
                         add_tile(c, at, c_row, *left, panels, b_at, COLUMNS, inner, kept)
                     else:
                         add_tile(spare, 0, COLUMNS, *left, panels, b_at, COLUMNS, inner, 0)
-                        _add_edge(c, first + r, n, min(ROWS, rows - r), width, spare, kept)
+                        _add_edge(c, at, c_row, min(ROWS, rows - r), width, spare, kept)
