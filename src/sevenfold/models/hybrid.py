@@ -13,7 +13,12 @@ from sevenfold.models.feed_forward import RouterStats
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import LayerState, empty_layer_state
 from sevenfold.models.stepping import pays_by_rows, run_by_rows
-from sevenfold.ops import head_logits, linear_cross_entropy
+from sevenfold.ops import (
+    head_logits,
+    head_logits_into,
+    linear_cross_entropy,
+    room_for_logits,
+)
 
 
 class HiddenResult(NamedTuple):
@@ -66,7 +71,11 @@ class HybridModel(nn.Module):
         Returns:
             [B, T, vocab_size], fp32 (fp64 for an fp64 model).
         """
-        return self.logits(self.hidden(input_ids).hidden)
+        weight, room = self.lm_head.weight, None
+        if len(weight) == self.config.vocab_size:  # not one rank's part of it
+            room = room_for_logits(input_ids.numel(), weight)
+        hidden = self.hidden(input_ids).hidden
+        return self.logits(hidden) if room is None else head_logits_into(room, hidden, weight)
 
     def hidden(
         self,

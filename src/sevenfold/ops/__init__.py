@@ -46,7 +46,7 @@ from sevenfold.ops.lightning import (
     lightning_attention_step,
     lightning_attention_verify,
 )
-from sevenfold.ops.linear import head_logits, linear
+from sevenfold.ops.linear import head_logits, head_logits_into, linear, room_for_logits
 from sevenfold.ops.low_precision import (
     Int8Rows,
     Noise,
@@ -97,6 +97,7 @@ __all__ = [
     "gather_rows",
     "grouped_linear",
     "head_logits",
+    "head_logits_into",
     "head_slopes",
     "int8_linear",
     "int8_mixture",
@@ -117,6 +118,7 @@ __all__ = [
     "quantise_rows",
     "residual_rms_norm",
     "rms_norm",
+    "room_for_logits",
     "route",
     "router_logits",
     "silu_qkv",

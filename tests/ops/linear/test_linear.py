@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import Impl, head_logits, linear
-from sevenfold.ops.linear import default_linear_impl, onednn, weight_product
+from sevenfold.ops import Impl, head_logits, head_logits_into, linear, room_for_logits
+from sevenfold.ops.linear import api, default_linear_impl, onednn, weight_product
 from sevenfold.ops.testing import check_error
 
 needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="PyTorch without oneDNN")
@@ -222,3 +222,22 @@ def test_weight_product_in_fp32_whichever_size_is_smaller(
     assert found.is_contiguous() or found.t().is_contiguous()
     check_error("dweight", found, dy.to(wide).t() @ x.to(wide), exact)
     assert torch.equal(weight_product(dy[:0], x[:0]), torch.zeros(N, K, dtype=wide))
+
+
+def test_room_for_large_logits_is_taken_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = random(3, 5, 40), random(64, 40, seed=1)
+    monkeypatch.setattr(api, "_LARGE_ELEMENTS", 15 * 64)
+    with torch.no_grad():
+        room = room_for_logits(15, weight)
+        assert room.shape == (15, 64)
+        logits = head_logits_into(room, hidden, weight)
+        assert logits.data_ptr() == room.data_ptr()
+        check_error(
+            "logits", logits, F.linear(hidden, weight), F.linear(hidden.double(), weight.double())
+        )
+        assert room_for_logits(14, weight) is None
+        for other in (weight.double(), weight.bfloat16(), weight.to("meta")):
+            assert room_for_logits(15, other) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert room_for_logits(15, weight) is None
+    assert room_for_logits(15, weight) is None  # a gradient may be wanted

@@ -6,11 +6,13 @@ from torch.nn import functional as F
 
 from sevenfold.ops.checks import check_dtype, choose_impl
 from sevenfold.ops.linear import onednn
+from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl
 
 _IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.NUMBA)
 _MATVEC_ROWS = 8  # more rows than these are faster as a matrix product
+_LARGE_ELEMENTS = 2**23
 # Multiplications from which tiles repay the start of their loops: 256 tokens of 256 by 256.
 _TILED_PRODUCTS = 2**24
 
@@ -92,6 +94,34 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     with full_precision(hidden.device):
         return _at_least_fp32(hidden, weight)
+
+
+def room_for_logits(num_rows: int, weight: Tensor) -> Tensor | None:
+    """Take the memory of logits before the work that comes before them.
+
+    Args:
+        num_rows: T, tokens.
+        weight: [vocab_size, D].
+
+    Returns:
+        [T, vocab_size] fp32 for head_logits_into, where that pays: for 32 MB and more, in fp32 on
+        a CPU without a gradient; else None.
+    """
+    large = num_rows * len(weight) >= _LARGE_ELEMENTS
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if not large or not plain or not suits_numba(weight):
+        return None
+    from sevenfold.ops.compiled import touched
+
+    return touched(num_rows, len(weight))
+
+
+def head_logits_into(room: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Write head_logits of hidden [..., D] into what room_for_logits returned."""
+    from sevenfold.ops.linear import tiled
+
+    tiled.add_matmul_nt(room, hidden.flatten(0, -2), tiled.pack(weight), keep=False)
+    return room.view(*hidden.shape[:-1], len(weight))
 
 
 def _at_least_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
