@@ -90,6 +90,11 @@ def test_onednn_is_the_default_where_it_is_there(monkeypatch: pytest.MonkeyPatch
     assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.ONEDNN
     assert default_linear_impl(random(1, 4).requires_grad_(), random(5, 4)) is Impl.ONEDNN
     x, weight = torch.empty(2**10, 2**7), torch.empty(2**7, 2**7)
+    assert default_linear_impl(x, weight) is Impl.ONEDNN
+    weight.requires_grad_()
+    assert default_linear_impl(x[1:], weight) is Impl.ONEDNN
+    assert default_linear_impl(x, weight) is Impl.NUMBA
+    x, weight = torch.empty(2**10, 1), torch.empty(2**13, 1)  # a result of 32 MB
     assert default_linear_impl(x[1:], weight) is Impl.ONEDNN
     assert default_linear_impl(x, weight) is Impl.NUMBA
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,6 +12,7 @@ from sevenfold.ops.types import Impl
 
 _IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.NUMBA)
 _MATVEC_ROWS = 8  # more rows than these are faster as a matrix product
+# From 32 MB on, glibc takes fresh memory for each result; numba's is asked for in huge pages.
 _LARGE_ELEMENTS = 2**23
 # Multiplications from which tiles repay the start of their loops: 256 tokens of 256 by 256.
 _TILED_PRODUCTS = 2**24
@@ -20,20 +21,25 @@ _TILED_PRODUCTS = 2**24
 def default_linear_impl(x: Tensor, weight: Tensor) -> Impl:
     """Return the implementation that linear takes, on a CPU in fp32; elsewhere it is eager.
 
-    numba for a few rows in inference mode, and for 2^24 multiplications and more; else oneDNN.
-    Eager too where autocast is on, which works on PyTorch's own operators.
+    numba for a few rows in inference mode, for results of 32 MB and more without a gradient, and
+    for 2^24 multiplications and more with one; else oneDNN. Eager too where autocast is on, which
+    works on PyTorch's own operators.
     """
     if x.dtype is not torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return Impl.EAGER
     if torch.is_autocast_enabled("cpu"):
         return Impl.EAGER
-    few = x.numel() <= _MATVEC_ROWS * x.shape[-1]
-    pays = (few and torch.is_inference_mode_enabled()) or (
-        x.numel() * len(weight) >= _TILED_PRODUCTS
-    )
-    if pays and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _pays_by_numba(x, weight):
         return Impl.NUMBA
     return Impl.ONEDNN if onednn.AVAILABLE else Impl.EAGER
+
+
+def _pays_by_numba(x: Tensor, weight: Tensor) -> bool:
+    if _needs_gradient(x, weight):
+        return x.numel() * len(weight) >= _TILED_PRODUCTS
+    rows = x.numel() // x.shape[-1]
+    few = rows <= _MATVEC_ROWS and torch.is_inference_mode_enabled()
+    return few or rows * len(weight) >= _LARGE_ELEMENTS
 
 
 def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tensor:
