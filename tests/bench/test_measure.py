@@ -131,9 +131,7 @@ def test_a_record_says_what_its_figures_belong_to(tmp_path: Path) -> None:
     ]
     assert written["command"] == "sevenfold bench cpu"
     assert before <= date.fromisoformat(written["date"]) <= datetime.now(UTC).date()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    assert written["device"] == [*names, platform.processor() or platform.machine()][0]
+    assert written["device"] == record.cpu_name(Path("/proc/cpuinfo").read_text())
     assert written["threads"] == torch.get_num_threads()
     assert written["python"] == platform.python_version()
     packages = ("sevenfold", "torch", "transformers")
@@ -170,3 +168,10 @@ def test_a_records_commit_names_changes(tmp_path: Path, monkeypatch: pytest.Monk
         commits.append(json.loads((tmp_path / "out.json").read_text())["commit"])
     assert re.fullmatch("[0-9a-f]{7,}", commits[0])
     assert commits[1] == commits[0] + "+"
+
+
+def test_a_processor_is_named_with_its_generation() -> None:
+    first = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    assert record.cpu_name(first + first.replace("17", "18")) == "AMD EPYC, family 25 model 17"
+    assert record.cpu_name("model name : Some CPU\n") == "Some CPU"
+    assert record.cpu_name("") == (platform.processor() or platform.machine())

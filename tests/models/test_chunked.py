@@ -6,6 +6,7 @@ from model_cases import CPU, MOE, by_other_products, furthest, tiny_model, token
 
 from sevenfold.models import Batch, chunked, empty_state, hybrid
 from sevenfold.models.chunked import pays_by_chunks, run_by_chunks
+from sevenfold.models.state import LayerState
 from sevenfold.ops.testing import check_error
 
 MIXES = [
@@ -21,9 +22,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Eight tokens to a chunk; the shapes of what ran by chunks."""
     shapes = []
 
-    def recorded(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def recorded(layer: torch.nn.Module, x: torch.Tensor, state: LayerState) -> None:
         shapes.append(x.shape)
-        return run_by_chunks(layer, x)
+        run_by_chunks(layer, x, state)
 
     monkeypatch.setattr(chunked, "CHUNK_TOKENS", 8)
     monkeypatch.setattr(hybrid, "run_by_chunks", recorded)
@@ -79,8 +80,3 @@ def test_training_and_cached_runs_stay_whole(runs: list) -> None:
     assert len(trained.router) == 2
     assert torch.equal(model.logits(trained.hidden), expected)
     assert len(cached.state) == 2
-
-
-def test_only_blocks_run_by_chunks() -> None:
-    with pytest.raises(TypeError, match="layer must be a Block, got Linear"):
-        run_by_chunks(torch.nn.Linear(2, 2), torch.zeros(1, 3, 2))

@@ -7,7 +7,7 @@ import torch
 from model_cases import CPU, MOE, by_other_products, furthest, tiny_config, tiny_model, tokens
 from torch import Tensor
 
-from sevenfold.models import Batch, HybridModel, empty_state
+from sevenfold.models import Batch, HybridModel, empty_state, hybrid
 from sevenfold.models.block import Block
 from sevenfold.ops import head_logits, layer_log_decay
 from sevenfold.ops.testing import check_error
@@ -185,3 +185,23 @@ def test_no_state_in_no_state_out() -> None:
     exact = tiny_model("lf").hidden(ids).hidden
     honest = furthest(exact, without.hidden, without.hidden)
     check_error("hidden", with_state.hidden, honest, exact)
+
+
+def test_large_logits_have_their_memory_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model("lf", torch.float32), tokens(2, 9)
+    exact, eager = tiny_model("lf")(ids), model(ids)
+    rooms = []
+
+    def recorded(num_rows: int, weight: Tensor) -> Tensor:
+        rooms.append((num_rows, len(weight)))
+        return torch.full((num_rows, len(weight)), torch.nan)
+
+    monkeypatch.setattr(hybrid, "room_for_logits", recorded)
+    with torch.no_grad():
+        found = model(ids)
+        assert rooms == [(18, model.config.vocab_size)]
+        honest = furthest(exact, eager, by_other_products(model, ids))
+        check_error("logits", found, honest, exact)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[1:])  # one rank's part
+        assert model(ids).shape[-1] == model.config.vocab_size - 1
+    assert len(rooms) == 2  # by_other_products ran the model too

@@ -45,10 +45,21 @@ def device_name(device: torch.device | str | None) -> str:
     """Return the name of a GPU, or of this machine's processor."""
     if device is not None and torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpu_name(Path("/proc/cpuinfo").read_text())
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Name the first processor of /proc/cpuinfo; family and model tell generations apart."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    fields: dict[str, str] = {}
+    for name, _, value in lines:
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    parts = [fields["model name"]]
+    if {"cpu family", "model"} <= fields.keys():
+        parts.append(f"family {fields['cpu family']} model {fields['model']}")
+    return ", ".join(parts)
 
 
 def commit_of() -> str | None:

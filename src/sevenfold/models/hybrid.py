@@ -7,13 +7,18 @@ from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.block import Block
-from sevenfold.models.chunked import pays_by_chunks, run_by_chunks
+from sevenfold.models.chunked import chunks, pays_by_chunks, run_by_chunks
 from sevenfold.models.config import ModelConfig
 from sevenfold.models.feed_forward import RouterStats
 from sevenfold.models.layers import Linear, RMSNorm
-from sevenfold.models.state import LayerState
+from sevenfold.models.state import LayerState, empty_layer_state
 from sevenfold.models.stepping import pays_by_rows, run_by_rows
-from sevenfold.ops import head_logits, linear_cross_entropy
+from sevenfold.ops import (
+    head_logits,
+    head_logits_into,
+    linear_cross_entropy,
+    room_for_logits,
+)
 
 
 class HiddenResult(NamedTuple):
@@ -66,7 +71,11 @@ class HybridModel(nn.Module):
         Returns:
             [B, T, vocab_size], fp32 (fp64 for an fp64 model).
         """
-        return self.logits(self.hidden(input_ids).hidden)
+        weight, room = self.lm_head.weight, None
+        if len(weight) == self.config.vocab_size:  # not one rank's part of it
+            room = room_for_logits(input_ids.numel(), weight)
+        hidden = self.hidden(input_ids).hidden
+        return self.logits(hidden) if room is None else head_logits_into(room, hidden, weight)
 
     def hidden(
         self,
@@ -100,7 +109,7 @@ class HybridModel(nn.Module):
         by_rows = state is not None and not self.training and pays_by_rows(x, batch)
         for i, layer in enumerate(self.layers):
             if by_chunks:
-                x = run_by_chunks(layer, x)
+                run_by_chunks(layer, x, self._empty_state(i, input_ids))
                 continue
             if by_rows and state is not None:
                 x, after = run_by_rows(layer, x, batch, state[i])
@@ -110,7 +119,17 @@ class HybridModel(nn.Module):
             states.append(after)
             router += [] if stats is None else [stats]
         advanced = None if state is None else tuple(s for s in states if s is not None)
-        return HiddenResult(self.norm(x), advanced, tuple(router))
+        if not by_chunks:
+            return HiddenResult(self.norm(x), advanced, tuple(router))
+        for _, part in chunks(x):
+            part.copy_(self.norm(part))
+        return HiddenResult(x, None, ())
+
+    def _empty_state(self, layer: int, input_ids: Tensor) -> LayerState:
+        """The state of one layer before the rows' first token."""
+        layer_type, (B, T) = self.config.layer_types[layer], input_ids.shape
+        where = {"device": input_ids.device, "dtype": self.dtype}
+        return empty_layer_state(self.config, layer_type, B, T, **where)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden [..., hidden_size] to logits [..., vocab_size], in fp32 at least."""

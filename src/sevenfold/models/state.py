@@ -138,7 +138,9 @@ def empty_state(
         One value for each layer.
     """
     return tuple(
-        _layer_state(config, layer_type, num_sequences, capacity_tokens, device, dtype)
+        empty_layer_state(
+            config, layer_type, num_sequences, capacity_tokens, device=device, dtype=dtype
+        )
         for layer_type in config.layer_types
     )
 
@@ -169,14 +171,16 @@ def _selected(layer: LayerState, sequences: Tensor) -> LayerState:
             raise TypeError(f"state must own its tensors to be selected from, got {got}")
 
 
-def _layer_state(
+def empty_layer_state(
     config: ModelConfig,
     layer_type: LayerType,
     num_sequences: int,
     capacity_tokens: int,
+    *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> OwnState:
+    """Allocate one layer's part of empty_state; the arguments are the same."""
     D = config.head_dim
     if layer_type == "linear_attention":
         shape = (num_sequences, config.num_attention_heads, D, D)

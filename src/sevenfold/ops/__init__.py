@@ -52,7 +52,7 @@ from sevenfold.ops.lightning import (
     lightning_attention_verify,
     lightning_attention_verify_int8,
 )
-from sevenfold.ops.linear import head_logits, linear
+from sevenfold.ops.linear import head_logits, head_logits_into, linear, room_for_logits
 from sevenfold.ops.low_precision import (
     EncodedHeads,
     Fp8Rows,
@@ -124,6 +124,7 @@ __all__ = [
     "gather_rows",
     "grouped_linear",
     "head_logits",
+    "head_logits_into",
     "head_slopes",
     "int8_linear",
     "int8_mixture",
@@ -149,6 +150,7 @@ __all__ = [
     "quantise_rows_fp8",
     "residual_rms_norm",
     "rms_norm",
+    "room_for_logits",
     "route",
     "router_logits",
     "silu_qkv",

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import Impl, attention
+from sevenfold.ops import Impl, attention, attention_cached
 from sevenfold.ops.attention import default_attention_impl, reference
-from sevenfold.ops.testing import check_error
+from sevenfold.ops.testing import check_error, poisoned_allocations
 
 SCALE = 0.4
 
@@ -75,7 +75,9 @@ def test_the_default() -> None:
     assert default_attention_impl(q, k, v, (511, 1)) is Impl.EAGER
     for other in ((q.double(), k.double(), v.double()), (q, k, v[..., :31])):
         assert default_attention_impl(*other, (512,)) is Impl.EAGER
-    assert default_attention_impl(q.clone().requires_grad_(), k, v, (512,)) is Impl.EAGER
+    q = q.clone().requires_grad_()
+    assert default_attention_impl(q, k, v, (512,)) is Impl.NUMBA
+    assert default_attention_impl(q[..., :31], k[..., :31], v, (512,)) is Impl.EAGER
 
 
 def test_what_it_cannot_do_is_refused() -> None:
@@ -85,5 +87,52 @@ def test_what_it_cannot_do_is_refused() -> None:
         attention(q.double(), k.double(), v.double(), **options)
     with pytest.raises(UnsupportedError, match=r"V must be a multiple of 32 .* got 31"):
         attention(q, k, v[..., :31], **options)
-    with pytest.raises(UnsupportedError, match="impl numba must run without a gradient"):
-        attention(q.requires_grad_(), k, v, **options)
+    with pytest.raises(UnsupportedError, match=r"D must be a multiple of 32 .* got 31"):
+        attention(q[..., :31].requires_grad_(), k[..., :31], v, **options)
+
+
+# Not a window of 1: its gradients are exactly 0, and the rule then leaves no room for rounding.
+@pytest.mark.parametrize("window", [None, 2, 50, 128])
+@pytest.mark.parametrize(
+    ("lengths", "H", "G", "D", "V"),
+    [((1,), 1, 1, 32, 32), ((65, 1, 129), 4, 2, 32, 64), ((300,), 3, 1, 64, 32)],
+)
+def test_gradients_keep_the_error_rule(
+    lengths: tuple[int, ...], H: int, G: int, D: int, V: int, window: int | None
+) -> None:
+    tensors = inputs(sum(lengths), H, G, D, V)
+
+    def gradients(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        o = attention(*leaves, lengths=lengths, scale=SCALE, window=window, impl=impl)
+        do = torch.randn(o.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+        return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+    with poisoned_allocations():
+        found = gradients("numba", torch.float32)
+    honest, exact = gradients("eager", torch.float32), gradients("reference", torch.float64)
+    for name, *three in zip(("o", "dq", "dk", "dv"), found, honest, exact, strict=True):
+        check_error(name, *three)
+
+
+def test_the_same_bits_with_any_number_of_threads() -> None:
+    tensors, found, threads = inputs(300, 2, 1, 32), [], torch.get_num_threads()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        o = attention(*leaves, lengths=(300,), scale=SCALE, impl="numba")
+        found.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_new_tokens_over_a_cache(window: int | None) -> None:
+    q, k, v = (torch.cat([x, x.flip(1)]) for x in inputs(200, 4, 2, 16))
+    options = {"lengths": (90, 90), "key_lengths": (200, 130), "scale": SCALE, "window": window}
+    new = q[:, -90:]
+    found, honest = (
+        attention_cached(new, k, v, **options, impl=impl) for impl in ("numba", "eager")
+    )
+    wide = (x.double() for x in (new, k, v))
+    check_error("o", found, honest, attention_cached(*wide, **options, impl="reference"))

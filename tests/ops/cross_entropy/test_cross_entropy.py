@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import IGNORED_LABEL, head_logits, linear_cross_entropy
-from sevenfold.ops.cross_entropy import eager
+from sevenfold.ops import IGNORED_LABEL, Impl, head_logits, linear_cross_entropy
+from sevenfold.ops.cross_entropy import compiled, default_cross_entropy_impl, eager
 from sevenfold.ops.testing import check_error, poisoned_allocations
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -19,6 +19,7 @@ VOCAB, D = 11, 6
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "_CHUNK_ELEMENTS", {"cpu": 4 * VOCAB + 3})
+    monkeypatch.setattr(compiled, "_CHUNK_ELEMENTS", 4 * VOCAB + 3)
 
 
 def inputs(T: int, dtype: torch.dtype = torch.float64, ignored: bool = True):
@@ -62,17 +63,18 @@ def test_statements_agree_across_chunk_borders(T: int, dtype: torch.dtype) -> No
     honest = with_grads(by("reference"), hidden, weight, labels)
     if dtype == torch.float64:
         honest = with_grads(naive_loss, hidden, weight, labels)
-    for impl in ("eager", "reference"):
+    for impl in ("eager", "reference", *(["numba"] if dtype == torch.float32 else [])):
         found = with_grads(by(impl), hidden, weight, labels)
         assert found[0].dtype == torch.promote_types(dtype, torch.float32)
         for name, *three in zip(("loss", "dhidden", "dweight"), found, honest, exact, strict=True):
             check_error(f"{impl} {name}", *three)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "numba"])
 def test_a_hand_worked_loss(impl: str) -> None:
-    weight = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
-    hidden = torch.tensor([[0.0], [-1.0]], dtype=torch.float64)
+    dtype = torch.float32 if impl == "numba" else torch.float64
+    weight = torch.tensor([[0.0], [1.0], [2.0]], dtype=dtype)
+    hidden = torch.tensor([[0.0], [-1.0]], dtype=dtype)
     loss = linear_cross_entropy(hidden, weight, torch.tensor([2, 1]), impl=impl)
     # ln 3, and ln(1 + e^-1 + e^-2) + 1
     assert f"{loss.item():.6f}" == "2.506218"
@@ -85,19 +87,20 @@ def test_gradcheck(impl: str) -> None:
     assert torch.autograd.gradcheck(lambda h, w: by(impl)(h, w, labels), leaves)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
-@pytest.mark.parametrize("T", [0, 9])
+@pytest.mark.parametrize(
+    ("impl", "T"), [("reference", 0), ("eager", 0), ("reference", 9), ("eager", 9), ("numba", 9)]
+)
 def test_all_ignored(T: int, impl: str) -> None:
-    hidden, weight, _ = inputs(T)
+    hidden, weight, _ = inputs(T, torch.float32)
     labels = torch.full((T,), IGNORED_LABEL)
     found = with_grads(by(impl), hidden, weight, labels)
     assert found[0] == 0
     assert not any(grad.any() for grad in found[1:])
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "numba"])
 def test_ignored_tokens_take_no_part(impl: str) -> None:
-    hidden, weight, labels = inputs(9)
+    hidden, weight, labels = inputs(9, torch.float32)
     other = hidden.clone()
     other[labels == IGNORED_LABEL] = 50.0
     first, second = (with_grads(by(impl), h, weight, labels) for h in (hidden, other))
@@ -105,9 +108,9 @@ def test_ignored_tokens_take_no_part(impl: str) -> None:
     assert not first[1][labels == IGNORED_LABEL].any()
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "numba"])
 def test_leading_dimensions_are_tokens(impl: str) -> None:
-    hidden, weight, labels = inputs(12)
+    hidden, weight, labels = inputs(12, torch.float32)
     flat = with_grads(by(impl), hidden, weight, labels)
     shaped = with_grads(by(impl), hidden.view(3, 4, D), weight, labels.view(3, 4))
     assert torch.equal(flat[0], shaped[0])
@@ -115,10 +118,13 @@ def test_leading_dimensions_are_tokens(impl: str) -> None:
     assert torch.equal(flat[2], shaped[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
-def test_only_the_wanted_gradients(wants: tuple[bool, bool]) -> None:
-    hidden, weight, labels = inputs(9)
-    loss, *both = with_grads(by("eager"), hidden, weight, labels)
+def test_only_the_wanted_gradients(wants: tuple[bool, bool], dtype: torch.dtype) -> None:
+    hidden, weight, labels = inputs(9, dtype)
+    loss, *both = with_grads(linear_cross_entropy, hidden, weight, labels)
+    if not any(wants):
+        loss = linear_cross_entropy(hidden, weight, labels)
     hidden.requires_grad_(wants[0])
     weight.requires_grad_(wants[1])
     found = linear_cross_entropy(hidden, weight, labels)
@@ -193,11 +199,12 @@ def test_a_chunk_takes_8_mb_on_a_cpu_and_1_gb_on_a_gpu(monkeypatch: pytest.Monke
         assert eager.chunk_tokens(2**16, torch.device(device)) * 2**16 * 4 == size
 
 
-def test_nothing_is_read_unwritten() -> None:
+@pytest.mark.parametrize("impl", ["eager", "numba"])
+def test_nothing_is_read_unwritten(impl: str) -> None:
     hidden, weight, labels = inputs(9, torch.float32)
-    expected = with_grads(by("eager"), hidden, weight, labels)
+    expected = with_grads(by(impl), hidden, weight, labels)
     with poisoned_allocations():
-        found = with_grads(by("eager"), hidden, weight, labels)
+        found = with_grads(by(impl), hidden, weight, labels)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -240,3 +247,28 @@ def test_labels_of_another_dtype() -> None:
     hidden, weight, labels = inputs(3)
     with pytest.raises(TypeError, match=r"labels must be torch.int64, got torch.int32"):
         linear_cross_entropy(hidden, weight, labels.int())
+
+
+def test_numba_is_the_default_where_a_gradient_is_needed_in_fp32() -> None:
+    hidden, weight, labels = inputs(9, torch.float32)
+    assert default_cross_entropy_impl(hidden, weight) is Impl.EAGER
+    assert default_cross_entropy_impl(hidden.bfloat16().requires_grad_(), weight) is Impl.EAGER
+    weight.requires_grad_()
+    assert default_cross_entropy_impl(hidden, weight) is Impl.NUMBA
+    assert torch.equal(
+        linear_cross_entropy(hidden, weight, labels), by("numba")(hidden, weight, labels)
+    )
+    with torch.no_grad():
+        assert default_cross_entropy_impl(hidden, weight) is Impl.EAGER
+    with pytest.raises(UnsupportedError, match="hidden must be fp32 on a CPU"):
+        by("numba")(hidden.double(), weight.double(), labels)
+
+
+def test_the_same_bits_with_any_number_of_threads() -> None:
+    hidden, weight, labels = inputs(30, torch.float32)
+    threads, found = torch.get_num_threads(), []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        found.append(with_grads(by("numba"), hidden, weight, labels))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import Impl, head_logits, linear
-from sevenfold.ops.linear import default_linear_impl, onednn, weight_product
+from sevenfold.ops import Impl, head_logits, head_logits_into, linear, room_for_logits
+from sevenfold.ops.linear import api, default_linear_impl, onednn, weight_product
 from sevenfold.ops.testing import check_error
 
 needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="PyTorch without oneDNN")
@@ -57,13 +57,14 @@ def test_transposed_and_expanded_operands() -> None:
 
 
 @needs_onednn
+@pytest.mark.parametrize("impl", ["onednn", "numba"])
 @pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
-def test_onednn_gives_the_gradients_that_are_wanted(wants: tuple[bool, bool]) -> None:
+def test_the_gradients_that_are_wanted(wants: tuple[bool, bool], impl: str) -> None:
     x, weight = random(3, 4), random(5, 4, seed=1)
-    _, *both = with_grads(x, weight, "onednn")
+    _, *both = with_grads(x, weight, impl)
     x.requires_grad_(wants[0])
     weight.requires_grad_(wants[1])
-    y = linear(x, weight, impl="onednn")
+    y = linear(x, weight, impl=impl)
     assert y.requires_grad == any(wants)
     if any(wants):
         y.backward(random(3, 5, seed=2))
@@ -88,6 +89,14 @@ def test_onednn_is_the_default_where_it_is_there(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(onednn, "AVAILABLE", True)
     assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.ONEDNN
     assert default_linear_impl(random(1, 4).requires_grad_(), random(5, 4)) is Impl.ONEDNN
+    x, weight = torch.empty(2**10, 2**7), torch.empty(2**7, 2**7)
+    assert default_linear_impl(x, weight) is Impl.ONEDNN
+    weight.requires_grad_()
+    assert default_linear_impl(x[1:], weight) is Impl.ONEDNN
+    assert default_linear_impl(x, weight) is Impl.NUMBA
+    x, weight = torch.empty(2**10, 1), torch.empty(2**13, 1)  # a result of 32 MB
+    assert default_linear_impl(x[1:], weight) is Impl.ONEDNN
+    assert default_linear_impl(x, weight) is Impl.NUMBA
     with torch.autocast("cpu", torch.bfloat16):
         assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.EAGER
     monkeypatch.setattr(onednn, "AVAILABLE", False)
@@ -117,10 +126,16 @@ def test_numba_keeps_the_error_rule(K: int, N: int, lead: tuple[int, ...]) -> No
     assert torch.equal(linear(x, strided, impl="numba"), linear(x, weight, impl="numba"))
 
 
-def test_numba_refuses_what_needs_a_gradient() -> None:
-    x, weight = random(2, 4), random(5, 4, seed=1).requires_grad_()
-    with pytest.raises(UnsupportedError, match="impl numba must run without a gradient"):
-        linear(x, weight, impl="numba")
+@pytest.mark.parametrize("lead", [(), (7,), (3, 43)])
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (5, 3), (64, 96)])
+def test_numba_keeps_the_error_rule_with_its_gradients(
+    K: int, N: int, lead: tuple[int, ...]
+) -> None:
+    x, weight = random(*lead, K), random(N, K, seed=1)
+    found, honest = (with_grads(x, weight, impl) for impl in ("numba", "eager"))
+    exact = with_grads(x.double(), weight.double(), "eager")
+    for name, *three in zip(("y", "dx", "dweight"), found, honest, exact, strict=True):
+        check_error(name, *three)
 
 
 @needs_onednn
@@ -212,3 +227,22 @@ def test_weight_product_in_fp32_whichever_size_is_smaller(
     assert found.is_contiguous() or found.t().is_contiguous()
     check_error("dweight", found, dy.to(wide).t() @ x.to(wide), exact)
     assert torch.equal(weight_product(dy[:0], x[:0]), torch.zeros(N, K, dtype=wide))
+
+
+def test_room_for_large_logits_is_taken_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = random(3, 5, 40), random(64, 40, seed=1)
+    monkeypatch.setattr(api, "_LARGE_ELEMENTS", 15 * 64)
+    with torch.no_grad():
+        room = room_for_logits(15, weight)
+        assert room.shape == (15, 64)
+        logits = head_logits_into(room, hidden, weight)
+        assert logits.data_ptr() == room.data_ptr()
+        check_error(
+            "logits", logits, F.linear(hidden, weight), F.linear(hidden.double(), weight.double())
+        )
+        assert room_for_logits(14, weight) is None
+        for other in (weight.double(), weight.bfloat16(), weight.to("meta")):
+            assert room_for_logits(15, other) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert room_for_logits(15, weight) is None
+    assert room_for_logits(15, weight) is None  # a gradient may be wanted

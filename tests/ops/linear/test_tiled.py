@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sevenfold.ops import Impl, linear
-from sevenfold.ops.linear import default_linear_impl, tiled
+from sevenfold.ops import linear
+from sevenfold.ops.linear import tiled
 from sevenfold.ops.testing import check_error
 from sevenfold.ops.tile import COLUMNS, ROWS
 
@@ -52,15 +52,22 @@ def test_a_number_that_is_not_finite_stays_in_its_row() -> None:
     assert torch.equal(after[others], before[others])
 
 
-def test_large_results_in_inference_are_made_by_tiles() -> None:
-    x, weight = torch.empty(2, 512, 1), torch.empty(2**13, 1)
-    with torch.inference_mode():
-        assert default_linear_impl(x, weight) is Impl.NUMBA
-        assert default_linear_impl(x, weight[:-1]) is not Impl.NUMBA
-    assert default_linear_impl(x, weight) is not Impl.NUMBA
-    x, weight = random(2, 9, 20), random(40, 20, seed=1)
-    y = linear(x, weight, impl="numba")
-    check_error("y", y, linear(x, weight, impl="eager"), x.double() @ weight.double().t())
+@pytest.mark.parametrize("turn_a", [False, True])
+def test_a_product_is_added_to_what_is_there(turn_a: bool) -> None:
+    a, b, c = random(70, 300), random(45, 300, seed=1), random(70, 60, seed=2)
+    exact = c.double()
+    exact[:, :45] += a.double() @ b.double().t()
+    eager, out = c.clone(), c.clone()
+    eager[:, :45] += a @ b.t()
+    left = a.t().contiguous().t() if turn_a else a
+    tiled.add_matmul_nt(out[:, :45], left, tiled.pack(b), keep=True)
+    check_error("sum", out, eager, exact)
+    assert torch.equal(out[:, 45:], c[:, 45:])
+
+
+def test_rows_that_share_a_place_in_the_cache() -> None:
+    a, b = random(72, 1024)[:, :301], random(33, 301, seed=1)
+    assert torch.equal(tiled.matmul_nt(a, b), tiled.matmul_nt(a.contiguous(), b))
 
 
 @pytest.mark.parametrize("rows", [2, 20])

@@ -11,34 +11,40 @@ from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_
 from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.types import Impl
 
-_IMPLS = (Impl.REFERENCE, Impl.EAGER)
-_WHOLE_IMPLS = (*_IMPLS, Impl.NUMBA, Impl.FLASH)
-_NUMBA_WIDTH = 32  # columns of a tile of values
+_IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.NUMBA)
+_WHOLE_IMPLS = (*_IMPLS, Impl.FLASH)
+_NUMBA_WIDTH = 32  # columns of a tile of values, and of the keys' gradient
 _LONG_TOKENS = 512  # from here on the compiled loops repay their start
 
 
 def default_attention_impl(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Impl:
-    """Return what attention takes.
+    """Return what attention and attention_cached take.
 
-    numba for fp32 on a CPU without a gradient from 512 tokens on; flash for sequences packed into a
-    row in bf16 or fp16 on a GPU; else eager.
+    numba for fp32 on a CPU from 512 tokens on; flash for sequences packed into a row in bf16 or
+    fp16 on a GPU (attention alone); else eager.
     """
-    long = max(lengths, default=0) >= _LONG_TOKENS
-    if long and _numba_refusal(q, k, v) is None:
-        return Impl.NUMBA
+    cached = _default_cached_impl(q, k, v, lengths)
+    if cached is Impl.NUMBA:
+        return cached
     whole_rows = tuple(lengths) == (q.shape[1],) * q.shape[0]
     packs = not whole_rows and max(lengths, default=0) > 0
     return Impl.FLASH if packs and flash.refusal(q, v) is None else Impl.EAGER
+
+
+def _default_cached_impl(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Impl:
+    long = max(lengths, default=0) >= _LONG_TOKENS
+    return Impl.NUMBA if long and _numba_refusal(q, k, v) is None else Impl.EAGER
 
 
 def _numba_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why numba cannot compute this, if it cannot."""
     if not suits_numba(q, k, v):
         return f"q must be fp32 on a CPU, not empty, for impl numba, got {q.dtype} on {q.device}"
-    if v.shape[-1] % _NUMBA_WIDTH:
-        return f"V must be a multiple of {_NUMBA_WIDTH} for impl numba, got {v.shape[-1]}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "impl numba must run without a gradient, got tensors that need one"
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    for name, x in (("V", v), ("D", q))[: 1 + trains]:
+        if x.shape[-1] % _NUMBA_WIDTH:
+            got = x.shape[-1]
+            return f"{name} must be a multiple of {_NUMBA_WIDTH} for impl numba, got {got}"
     return None
 
 
@@ -63,9 +69,8 @@ def attention(
         lengths: tokens of each sequence; they sum to B * T.
         scale: multiplies the scores.
         window: tokens that a query sees, itself included, at least 1; None is all before it.
-        impl: "reference", "eager", "numba" (fp32 on a CPU, without a gradient) or "flash" (all
-            sequences in one call, bf16 or fp16 on a GPU); None takes default_attention_impl. A
-            named one never falls back.
+        impl: "reference", "eager", "numba" (fp32 on a CPU) or "flash" (all sequences in one call,
+            bf16 or fp16 on a GPU); None takes default_attention_impl. A named one never falls back.
 
     Returns:
         [B, T, H, V] in v's dtype.
@@ -78,10 +83,7 @@ def attention(
     B, T = q.shape[:2]
     _check(q, k, v, lengths, window)
     check_shape("k", k, (B, T, *k.shape[2:]), "[B, T, G, D]")
-    default = default_attention_impl(q, k, v, lengths)
-    chosen = choose_impl("attention", impl, default, _WHOLE_IMPLS)
-    if chosen is Impl.NUMBA and (refusal := _numba_refusal(q, k, v)):
-        raise UnsupportedError(refusal)
+    chosen = _choose("attention", impl, q, k, v, lengths)
     if chosen is Impl.FLASH:
         if refusal := flash.refusal(q, v):
             raise UnsupportedError(refusal)
@@ -117,7 +119,8 @@ def attention_cached(
         lengths: new tokens of each sequence; they sum to B * T.
         key_lengths: keys of each sequence, the new tokens' included as its last ones.
         scale, window: as in attention.
-        impl: "reference" or "eager"; None takes eager. A named one never falls back.
+        impl: "reference", "eager" or "numba" (fp32 on a CPU); None takes
+            default_attention_impl. A named one never falls back.
 
     Returns:
         [B, T, H, V] in v's dtype.
@@ -132,7 +135,7 @@ def attention_cached(
     for length, keys in zip(lengths, key_lengths, strict=True):
         if not length <= keys <= S:
             raise ValueError(f"key_lengths must lie in {length} (new) to {S} (places), got {keys}")
-    run = _one_sequence(choose_impl("attention_cached", impl, Impl.EAGER, _IMPLS))
+    run = _one_sequence(_choose("attention_cached", impl, q, k, v, lengths))
     if run is eager.one_sequence and len(set(lengths)) == 1 and lengths[0]:
         batched = q.reshape(N, lengths[0], *q.shape[2:])
         if len(set(key_lengths)) == 1 or lengths[0] == 1:
@@ -144,6 +147,18 @@ def attention_cached(
         if len(new)
     ]
     return _joined(parts, q, v)
+
+
+def _choose(
+    name: str, impl: Impl | str | None, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]
+) -> Impl:
+    default, known = default_attention_impl, _WHOLE_IMPLS
+    if name == "attention_cached":
+        default, known = _default_cached_impl, _IMPLS
+    chosen = choose_impl(name, impl, default(q, k, v, lengths), known)
+    if chosen is Impl.NUMBA and (refusal := _numba_refusal(q, k, v)):
+        raise UnsupportedError(refusal)
+    return chosen
 
 
 def _one_sequence(impl: Impl) -> Callable[..., Tensor]:

@@ -6,11 +6,10 @@ The forward computes dh and dW at once (three products a chunk instead of the fo
 and the backward scales them.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from sevenfold.ops.cross_entropy.one_pass import Gradients, Wanted, loss_with_gradients
 from sevenfold.ops.linear import head_logits, linear, weight_product
 
 # fp32 logits of a chunk: 8 MB stay in a processor's cache, 1 GB fills a GPU.
@@ -19,9 +18,7 @@ _CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The sum over counted tokens; arguments as in the public operator, flattened."""
-    if not torch.is_grad_enabled():
-        hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, labels)
+    return loss_with_gradients(_by_chunks, hidden, weight, labels)
 
 
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
@@ -29,42 +26,27 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     return max(1, _CHUNK_ELEMENTS[device.type] // vocab_size)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        dhidden = torch.zeros_like(hidden) if wants_hidden else None
-        dweight = None
-        loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        step = chunk_tokens(len(weight), hidden.device)
-        for at in range(0, len(hidden), step):
-            part = slice(at, at + step)
-            if not (wants_hidden or wants_weight):
-                loss += _loss(hidden[part], weight, labels[part])
-                continue
-            dlogits, more = _gradient(hidden[part], weight, labels[part])
-            loss += more
-            if dhidden is not None:
-                dhidden[part] = linear(dlogits, weight.t())
-            if wants_weight:
-                product = weight_product(dlogits, hidden[part])
-                dweight = product if dweight is None else dweight.add_(product)
-        if wants_weight and dweight is None:
-            dweight = torch.zeros_like(weight, dtype=dtype)
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dhidden, dweight = ctx.saved_tensors
-        (dloss,) = grads
+def _by_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Wanted) -> Gradients:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    dhidden = torch.zeros_like(hidden) if wanted.hidden else None
+    dweight = None
+    loss = torch.zeros((), dtype=dtype, device=hidden.device)
+    step = chunk_tokens(len(weight), hidden.device)
+    for at in range(0, len(hidden), step):
+        part = slice(at, at + step)
+        if not any(wanted):
+            loss += _loss(hidden[part], weight, labels[part])
+            continue
+        dlogits, more = _gradient(hidden[part], weight, labels[part])
+        loss += more
         if dhidden is not None:
-            dhidden = dhidden * dloss
-        if dweight is not None:
-            dweight = (dweight * dloss).to(ctx.weight_dtype)
-        return dhidden, dweight, None
+            dhidden[part] = linear(dlogits, weight.t())
+        if wanted.weight:
+            product = weight_product(dlogits, hidden[part])
+            dweight = product if dweight is None else dweight.add_(product)
+    if wanted.weight and dweight is None:
+        dweight = torch.zeros_like(weight, dtype=dtype)
+    return Gradients(loss, dhidden, dweight)
 
 
 def _loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -77,15 +59,6 @@ def _loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def _gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of one chunk's logits, in the dtype of hidden, and its loss."""
     logits = head_logits(hidden, weight)
-    if logits.device.type == "cpu" and logits.dtype is torch.float32:
-        # numba takes half a second to import: only who trains on a CPU waits for it.
-        from sevenfold.ops.compiled import use_torch_threads
-        from sevenfold.ops.cross_entropy.compiled import softmax_gradient
-
-        use_torch_threads()
-        losses = logits.new_empty(len(logits))
-        softmax_gradient(logits.numpy(), labels.numpy(), losses.numpy())
-        return logits.to(hidden.dtype), losses.sum()
     counted, target = labels >= 0, labels.clamp(min=0)[:, None]
     total = torch.logsumexp(logits, dim=-1)
     loss = torch.where(counted, total - logits.gather(1, target).squeeze(1), 0).sum()

@@ -10,9 +10,11 @@ import numpy as np
 from numba import njit, prange
 
 from sevenfold.ops.compiled import compiled, exp32
-from sevenfold.ops.tile import COLUMNS, ROWS, add_tile
+from sevenfold.ops.tile import COLUMNS, ROWS, SIDE, add_tile, add_tiles, copy_columns, turn
 
 BLOCK_ROWS = COLUMNS
+_UNIT_ROWS = 64  # of a weight's gradient: what a thread makes at once
+_AT_ONCE = 8  # blocks in one sum: their panel of 32 KB stays in a core's first cache
 _F = np.float32
 
 
@@ -27,9 +29,28 @@ def _times(out, weight, at, row, column, columns):
 @njit(inline="always")
 def _columns(x, token, columns):
     """columns [D, BLOCK_ROWS] of x[token], zeros where there are fewer tokens."""
-    for lane in range(BLOCK_ROWS):
-        for d in range(len(columns)):
-            columns[d, lane] = x[token[lane], d] if lane < len(token) else _F(0)
+    D = len(columns)
+    rows = np.zeros((SIDE, D), np.float32)
+    for lane in range(0, BLOCK_ROWS, SIDE):
+        for i in range(SIDE):
+            if lane + i < len(token):
+                rows[i] = x[token[lane + i]]
+            else:
+                rows[i] = 0
+        for d in range(0, D, SIDE):
+            turn(columns, d * COLUMNS + lane, COLUMNS, rows, d, D)
+
+
+@njit(inline="always")
+def _rows(columns, count, rows, first):
+    """rows[first + lane] of the first `count` columns."""
+    D = len(columns)
+    turned = np.empty((SIDE, D), np.float32)
+    for lane in range(0, count, SIDE):
+        for d in range(0, D, SIDE):
+            turn(turned, d, D, columns, d * COLUMNS + lane, COLUMNS)
+        for i in range(min(SIDE, count - lane)):
+            rows[first + lane + i] = turned[i]
 
 
 @compiled
@@ -50,9 +71,7 @@ def feed(x, token, gate_up_proj, down_proj, blocks, kept, rows):
                 gate = gate_up[f, lane]
                 hidden[f, lane] = gate / (_F(1) + exp32(-gate)) * gate_up[F + f, lane]
         _times(columns, down_proj, e * D * F, F, 1, hidden)
-        for lane in range(count):
-            for d in range(D):
-                rows[first + lane, d] = columns[d, lane]
+        _rows(columns, count, rows, first)
 
 
 @compiled
@@ -90,30 +109,48 @@ def feed_backward(
                 hidden[b, f, lane] = weight[lane] * silu * up
                 dgate_up[b, f, lane] = dh * up * (sigmoid + silu * (_F(1) - sigmoid))
                 dgate_up[b, F + f, lane] = dh * silu
-        _times(columns, gate_up_proj, e * F2 * D, 1, D, dgate_up[b])
+        _times(columns, gate_up_proj, e * F2 * D, 1, D, dgate_up[b][:F2])
         dshare[first : first + count] = total[:count]
-        for lane in range(count):
-            for d in range(D):
-                drows[first + lane, d] = columns[d, lane]
+        _rows(columns, count, drows, first)
 
 
 @compiled
-def weight_gradient(left, x, token, blocks, unit_rows, out):
-    """out [N, D] = sum over one expert's blocks of left[b] [N, BLOCK_ROWS] times x[token].
+def gather(x, token, blocks, panels):
+    """panels [D / COLUMNS, B', BLOCK_ROWS, COLUMNS] of x[token], zeros where blocks have fewer."""
+    size = panels.shape[1]
+    for b in prange(len(blocks)):
+        _, first, count = blocks[b]
+        for lane in range(BLOCK_ROWS):
+            for panel in range(len(panels)):
+                at = ((panel * size + b) * BLOCK_ROWS + lane) * COLUMNS
+                if lane < count:
+                    copy_columns(panels, at, x, token[first + lane] * x.shape[1] + panel * COLUMNS)
+                else:
+                    panels[panel, b, lane] = 0
 
-    A thread makes unit_rows of N at once, and gathers x for itself.
-    """
-    N, D = out.shape
-    for unit in prange(-(-N // unit_rows)):
-        taken = np.empty((COLUMNS, D), np.float32)
-        for b in range(len(blocks)):
-            _, first, count = blocks[b]
-            for lane in range(COLUMNS):
-                for d in range(D):
-                    taken[lane, d] = x[token[first + lane], d] if lane < count else _F(0)
-            for d in range(0, D, COLUMNS):
-                for n in range(unit * unit_rows, min((unit + 1) * unit_rows, N), ROWS):
-                    at, left_at = n * D + d, (b * N + n) * COLUMNS
-                    add_tile(
-                        out, at, D, left, left_at, COLUMNS, 1, taken, d, D, COLUMNS, int(b > 0)
+
+@compiled
+def weight_gradient(left, panels, B, out):
+    """out [N, D] = sum over B blocks of left[b] [N, BLOCK_ROWS] times what is gathered."""
+    num_panels, size, _, _ = panels.shape
+    N, part = len(out), left.shape[1] * BLOCK_ROWS
+    for unit in prange(-(-N // _UNIT_ROWS)):
+        for b in range(0, B, _AT_ONCE):
+            parts = min(_AT_ONCE, B - b)
+            for panel in range(num_panels):
+                right = (panel * size + b) * BLOCK_ROWS * COLUMNS
+                for n in range(unit * _UNIT_ROWS, min((unit + 1) * _UNIT_ROWS, N), ROWS):
+                    add_tiles(
+                        out,
+                        n * out.shape[1] + panel * COLUMNS,
+                        out.shape[1],
+                        left,
+                        b * part + n * BLOCK_ROWS,
+                        BLOCK_ROWS,
+                        part,
+                        panels,
+                        right,
+                        BLOCK_ROWS,
+                        parts,
+                        int(b > 0),
                     )

@@ -10,7 +10,9 @@ from torch import Tensor
 from sevenfold.ops.compiled import empty, lent, use_torch_threads
 from sevenfold.ops.experts import compiled
 
-_UNIT_ROWS = 512
+# Rows of a block that hold nothing: without them, blocks of 2^n rows compete for one place of the
+# cache.
+_GAP = 1
 
 
 def mixture(
@@ -47,12 +49,6 @@ def _block_shape(gate_up_proj: Tensor) -> tuple[int, int]:
     return gate_up_proj.shape[1], compiled.BLOCK_ROWS
 
 
-def _unit_rows(num_rows: int) -> int:
-    """How many of a weight's rows a thread takes: its share, as far as they stay in its cache."""
-    share = -(-num_rows // torch.get_num_threads())
-    return min(_UNIT_ROWS, -(-share // compiled.BLOCK_ROWS) * compiled.BLOCK_ROWS)
-
-
 def _forward(
     x: Tensor,
     weights: Tensor,
@@ -70,6 +66,17 @@ def _forward(
     compiled.feed(*inputs, blocks, kept.numpy(), rows.numpy())
     compiled.combine(*(t.detach().numpy() for t in (rows, row, weights, y)))
     return y
+
+
+class _Room:
+    """What one expert's gradients need at once; the next expert finds it warm."""
+
+    def __init__(self, num_blocks: int, gate_up_proj: Tensor) -> None:
+        _, F2, D = gate_up_proj.shape
+        size = compiled.BLOCK_ROWS
+        self.hidden = empty(num_blocks, F2 // 2 + _GAP, size)
+        self.dgate_up = empty(num_blocks, F2 + _GAP, size)
+        self.panels = empty(D // size, num_blocks, size, size)
 
 
 class _Mixture(torch.autograd.Function):
@@ -101,23 +108,23 @@ class _Mixture(torch.autograd.Function):
         dgate_up_proj = torch.zeros_like(gate_up_proj)
         ddown_proj_t = down_proj.new_zeros(down_proj.mT.shape)
         use_torch_threads()
-        tensors = (dy, token, share, gate_up_proj, down_proj)
-        inputs, done = [lent(t) for t in tensors], 0
-        for e, blocks in enumerate(_blocks(rows_per_expert)):
+        inputs = [lent(t) for t in (dy, token, share, gate_up_proj, down_proj)]
+        of_experts, done = _blocks(rows_per_expert), 0
+        room = _Room(max(map(len, of_experts)), gate_up_proj)
+        for e, blocks in enumerate(of_experts):
             if not len(blocks):
                 continue
             first_product = kept[done : done + len(blocks)]
             done += len(blocks)
-            hidden = empty(len(blocks), *ddown_proj_t.shape[1:2], compiled.BLOCK_ROWS)
-            dgate_up = empty(*first_product.shape)
-            outputs = (first_product, hidden, dgate_up, drows, dshare)
+            outputs = (first_product, room.hidden, room.dgate_up, drows, dshare)
             compiled.feed_backward(*inputs, blocks, *(t.numpy() for t in outputs))
             for left, right, out in (
-                (dgate_up, x, dgate_up_proj[e]),
-                (hidden, dy, ddown_proj_t[e]),
+                (room.dgate_up, x, dgate_up_proj[e]),
+                (room.hidden, dy, ddown_proj_t[e]),
             ):
-                arrays = (t.numpy() for t in (left, right, token))
-                compiled.weight_gradient(*arrays, blocks, _unit_rows(len(out)), out.numpy())
+                panels = room.panels.numpy()
+                compiled.gather(right.numpy(), inputs[1], blocks, panels)
+                compiled.weight_gradient(left.numpy(), panels, len(blocks), out.numpy())
         dx, dweights = empty(*x.shape), torch.zeros_like(weights)
         ones = torch.ones_like(weights)
         compiled.combine(*(t.numpy() for t in (drows, row, ones, dx)))

@@ -12,6 +12,7 @@ one unit of work, whose sums have one order.
 # What numba compiles carries no annotations: its types are those of the arrays at the call.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from sevenfold.ops.compiled import compiled, empty, use_torch_threads
+from sevenfold.ops.compiled import compiled, empty, even_parts, use_torch_threads
 from sevenfold.ops.lightning.eager import keep_empty
-from sevenfold.ops.tile import COLUMNS, ROWS, add_tile
+from sevenfold.ops.tile import COLUMNS, ROWS, SIDE, add_tile, copy_columns, fetch, turn
 
 _CHUNK = COLUMNS
+_LINE = 16  # elements of a line of the cache
 _F = np.float32
 
 
@@ -84,10 +86,10 @@ class _Scan:
     def __init__(
         self, log_decay: Tensor, lengths: tuple[int, ...], *, reverse: bool = False
     ) -> None:
-        tokens = torch.arange(_CHUNK + 1, dtype=torch.float64)
-        powers = torch.exp(log_decay.double()[:, None] * tokens).float()
-        powers[:, 0] = 1  # an infinite decay over no distance too
-        self.powers, self.reverse = powers, reverse
+        H = len(log_decay)
+        self.powers, self.within = torch.empty(H, _CHUNK + 1), torch.empty(H, _CHUNK, _CHUNK)
+        _decays(log_decay.double().numpy(), self.powers.numpy(), self.within.numpy())
+        self.reverse = reverse
         self.borders = np.cumsum([0, *lengths], dtype=np.int64)
 
     def decayed(self, state: Tensor) -> Tensor:
@@ -109,9 +111,11 @@ class _Scan:
             o.numpy(),
             final.numpy(),
             self.powers.numpy(),
+            self.within.numpy(),
             self.borders,
             _F(scale),
             self.reverse,
+            min(H, even_parts(len(final))),
         )
         return o, final
 
@@ -127,23 +131,65 @@ def _flat(x: Tensor) -> tuple[np.ndarray, int, int]:
     return tokens.as_strided((span if tokens.numel() else 0,), (1,)).numpy(), row, head
 
 
+@njit(cache=True)
+def _decays(log_decay, powers, within):
+    """powers [H, C + 1] of the decay, and M [H, C, C]."""
+    for h in range(len(powers)):
+        powers[h, 0] = 1  # an infinite decay over no distance too
+        for i in range(1, powers.shape[1]):
+            powers[h, i] = exp(log_decay[h] * i)
+        for i in range(_CHUNK):
+            for j in range(_CHUNK):
+                within[h, i, j] = powers[h, i - j] if j <= i else _F(0)
+
+
 @njit(inline="always")
-def _load(x, at, step, count, scale, rows):
-    """rows [C, D] = scale x_i of `count` tokens `step` elements apart, zeros after them."""
+def _ahead(x, at, step, count, D):
+    """Ask for `count` tokens early: their rows are too far apart for the processor to foresee."""
+    for i in range(count):
+        for d in range(0, D, _LINE):
+            fetch(x, at + i * step + d)
+
+
+@njit(inline="always")
+def _load(x, at, step, count, rows):
+    """rows [C, D] = x_i of `count` tokens `step` elements apart, zeros after them."""
     D = rows.shape[1]
     for i in range(count):
-        token, row = x[at + i * step : at + i * step + D], rows[i]
+        for d in range(0, D, COLUMNS):
+            copy_columns(rows, i * D + d, x, at + i * step + d)
+    for i in range(count, _CHUNK):
         for d in range(D):
-            row[d] = scale * token[d]
-    rows[count:] = 0
+            rows[i, d] = 0
 
 
 @njit(inline="always")
-def _decay_within(power, within):
-    """M [C, C]."""
-    for i in range(_CHUNK):
-        for j in range(_CHUNK):
-            within[i, j] = power[i - j] if j <= i else _F(0)
+def _load_queries(x, at, step, count, scale, power, rows, faded):
+    """rows [C, D] = scale x_i as _load, and faded_i = decay^i rows_i."""
+    D = rows.shape[1]
+    for i in range(count):
+        row = at + i * step
+        for d in range(D):
+            rows[i, d] = scale * x[row + d]
+            faded[i, d] = power[i] * rows[i, d]
+    for i in range(count, _CHUNK):
+        for d in range(D):
+            rows[i, d], faded[i, d] = 0, 0
+
+
+@njit(inline="always")
+def _turned(x, at, step, count, columns, spare):
+    """columns [D, C] of `count` tokens, zeros after them; spare [C, D] is for what is no block."""
+    D = len(columns)
+    if count < _CHUNK:
+        _load(x, at, step, count, spare)
+        for d in range(0, D, SIDE):
+            for i in range(0, _CHUNK, SIDE):
+                turn(columns, d * _CHUNK + i, _CHUNK, spare, i * D + d, D)
+    else:
+        for i in range(0, _CHUNK, SIDE):
+            for d in range(0, D, SIDE):
+                turn(columns, d * _CHUNK + i, _CHUNK, x, at + i * step + d, step)
 
 
 @njit(inline="always")
@@ -157,46 +203,63 @@ def _times(out, a, a_row, b, inner, keep):
 
 @compiled
 def _scan(
-    q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, o, final, powers, borders, scale, reverse
+    q,
+    q_row,
+    q_head,
+    k,
+    k_row,
+    k_head,
+    v,
+    v_row,
+    v_head,
+    o,
+    final,
+    powers,
+    within,
+    borders,
+    scale,
+    reverse,
+    groups,
 ):
     """o [B, T, H, V]; final [N, H, K, V] holds what the first tokens meet, then the last states."""
-    (N, H, K, V), o = final.shape, o.reshape(-1, o.shape[2], o.shape[3])
-    for unit in prange(N * H):
-        n, h = unit // H, unit % H
-        begin, end, power = borders[n], borders[n + 1], powers[h]
-        state = final[n, h]
+    N, H, K, V = final.shape
+    per_group = -(-H // groups)
+    for unit in prange(N * groups):
+        n, group = unit // groups, unit % groups
+        begin, end = borders[n], borders[n + 1]
         queries, faded = np.empty((_CHUNK, K), np.float32), np.empty((_CHUNK, K), np.float32)
         keys, keys_t = np.empty((_CHUNK, K), np.float32), np.empty((K, _CHUNK), np.float32)
         values, oc = np.empty((_CHUNK, V), np.float32), np.empty((_CHUNK, V), np.float32)
-        scores, within = np.empty((2, _CHUNK, _CHUNK), np.float32)
-        to_end = np.empty(_CHUNK, np.float32)
-        _decay_within(power, within)
+        scores, to_end = np.empty((_CHUNK, _CHUNK), np.float32), np.empty(_CHUNK, np.float32)
+        # The heads of a chunk in turn: a token's row is read from its beginning to its end.
         for start in range(0, end - begin, _CHUNK):
             count = min(_CHUNK, end - begin - start)
             first, step = (end - 1 - start, -1) if reverse else (begin + start, 1)
-            _load(q, first * q_row + h * q_head, step * q_row, count, scale, queries)
-            _load(k, first * k_row + h * k_head, step * k_row, count, _F(1), keys)
-            _load(v, first * v_row + h * v_head, step * v_row, count, _F(1), values)
-            for i in range(_CHUNK):
+            for h in range(group * per_group, min((group + 1) * per_group, H)):
+                state, power = final[n, h], powers[h]
+                q_at, k_at = first * q_row + h * q_head, first * k_row + h * k_head
+                v_at, next_chunk = first * v_row + h * v_head, _CHUNK * step
+                _ahead(q, q_at + next_chunk * q_row, step * q_row, count, K)
+                _ahead(k, k_at + next_chunk * k_row, step * k_row, count, K)
+                _ahead(v, v_at + next_chunk * v_row, step * v_row, count, V)
+                _load_queries(q, q_at, step * q_row, count, scale, power, queries, faded)
+                _turned(k, k_at, step * k_row, count, keys_t, keys)
+                _load(v, v_at, step * v_row, count, values)
+                _times(scores, queries, K, keys_t, K, 0)
+                for i in range(_CHUNK):
+                    for j in range(_CHUNK):
+                        scores[i, j] = scores[i, j] * within[h, i, j] if j <= i else _F(0)
+                _times(oc, faded, K, state, K, 0)
+                _times(oc, scores, _CHUNK, values, _CHUNK, 1)
+                for i in range(count):
+                    for d in range(0, V, COLUMNS):
+                        copy_columns(o, ((first + step * i) * H + h) * V + d, oc, i * V + d)
+                reach = count - 1 if start + _CHUNK >= end - begin else _CHUNK
+                for i in range(_CHUNK):
+                    to_end[i] = power[reach - i] if i < count else _F(0)
                 for d in range(K):
-                    faded[i, d] = power[i] * queries[i, d]
-            for d in range(K):
-                for i in range(_CHUNK):
-                    keys_t[d, i] = keys[i, d]
-            _times(scores, queries, K, keys_t, K, 0)
-            for i in range(_CHUNK):
-                for j in range(_CHUNK):
-                    scores[i, j] = scores[i, j] * within[i, j] if j <= i else _F(0)
-            _times(oc, faded, K, state, K, 0)
-            _times(oc, scores, _CHUNK, values, _CHUNK, 1)
-            for i in range(count):
-                o[first + step * i, h] = oc[i]
-            reach = count - 1 if start + _CHUNK >= end - begin else _CHUNK
-            for i in range(_CHUNK):
-                to_end[i] = power[reach - i] if i < count else _F(0)
-            for d in range(K):
-                for i in range(_CHUNK):
-                    keys_t[d, i] *= to_end[i]
-                for e in range(V):
-                    state[d, e] *= power[reach]
-            _times(state, keys_t, _CHUNK, values, _CHUNK, 1)
+                    for i in range(_CHUNK):
+                        keys_t[d, i] *= to_end[i]
+                    for e in range(V):
+                        state[d, e] *= power[reach]
+                _times(state, keys_t, _CHUNK, values, _CHUNK, 1)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sevenfold.config.errors import UnsupportedError
 from sevenfold.ops.checks import check_dtype, choose_impl
 from sevenfold.ops.linear import onednn
+from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl
 
@@ -14,24 +14,32 @@ _IMPLS = (Impl.EAGER, Impl.ONEDNN, Impl.NUMBA)
 _MATVEC_ROWS = 8  # more rows than these are faster as a matrix product
 # From 32 MB on, glibc takes fresh memory for each result; numba's is asked for in huge pages.
 _LARGE_ELEMENTS = 2**23
+# Multiplications from which tiles repay the start of their loops: 256 tokens of 256 by 256.
+_TILED_PRODUCTS = 2**24
 
 
 def default_linear_impl(x: Tensor, weight: Tensor) -> Impl:
     """Return the implementation that linear takes, on a CPU in fp32; elsewhere it is eager.
 
-    numba in inference mode for a few rows and for results of 32 MB and more; else oneDNN. Eager
-    too where autocast is on, which works on PyTorch's own operators.
+    numba for a few rows in inference mode, for results of 32 MB and more without a gradient, and
+    for 2^24 multiplications and more with one; else oneDNN. Eager too where autocast is on, which
+    works on PyTorch's own operators.
     """
     if x.dtype is not torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return Impl.EAGER
     if torch.is_autocast_enabled("cpu"):
         return Impl.EAGER
-    rows = x.numel() // x.shape[-1]
-    if torch.is_inference_mode_enabled() and (
-        rows <= _MATVEC_ROWS or rows * len(weight) >= _LARGE_ELEMENTS
-    ):
+    if not torch.compiler.is_compiling() and _pays_by_numba(x, weight):
         return Impl.NUMBA
     return Impl.ONEDNN if onednn.AVAILABLE else Impl.EAGER
+
+
+def _pays_by_numba(x: Tensor, weight: Tensor) -> bool:
+    if _needs_gradient(x, weight):
+        return x.numel() * len(weight) >= _TILED_PRODUCTS
+    rows = x.numel() // x.shape[-1]
+    few = rows <= _MATVEC_ROWS and torch.is_inference_mode_enabled()
+    return few or rows * len(weight) >= _LARGE_ELEMENTS
 
 
 def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tensor:
@@ -42,17 +50,15 @@ def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tens
     Args:
         x: [..., K], any floating dtype.
         weight: [N, K], dtype of x (under autocast both are cast).
-        impl: "eager" (torch.nn.functional.linear), "onednn" (fp32 on a CPU) or "numba" (fp32 on
-            a CPU, without a gradient); None takes default_linear_impl. A named one never falls
-            back.
+        impl: "eager" (torch.nn.functional.linear), "onednn" or "numba" (fp32 on a CPU); None takes
+            default_linear_impl. A named one never falls back.
 
     Returns:
         [..., N] in x's dtype.
 
     Raises:
         TypeError: onednn or numba is asked for with another dtype than fp32.
-        UnsupportedError: numba is asked for where a gradient is needed, or there is no
-            implementation of that name.
+        UnsupportedError: there is no implementation of that name.
     """
     if impl is None:
         chosen = default_linear_impl(x, weight)
@@ -64,13 +70,13 @@ def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tens
     check_dtype("weight", weight, (torch.float32,))
     if chosen is Impl.ONEDNN:
         return onednn.linear(x, weight)
-    if _needs_gradient(x, weight):
-        raise UnsupportedError("impl numba must run without a gradient, got tensors that need one")
     # numba takes half a second to import: only who needs it waits for it.
     from sevenfold.ops.linear import matvec, tiled
 
     few = x.numel() <= _MATVEC_ROWS * x.shape[-1]
-    return matvec.linear(x, weight) if few else tiled.linear(x, weight)
+    if few and not _needs_gradient(x, weight):
+        return matvec.linear(x, weight)
+    return tiled.linear(x, weight)
 
 
 def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
@@ -96,6 +102,34 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return _at_least_fp32(hidden, weight)
 
 
+def room_for_logits(num_rows: int, weight: Tensor) -> Tensor | None:
+    """Take the memory of logits before the work that comes before them.
+
+    Args:
+        num_rows: T, tokens.
+        weight: [vocab_size, D].
+
+    Returns:
+        [T, vocab_size] fp32 for head_logits_into, where that pays: for 32 MB and more, in fp32 on
+        a CPU without a gradient; else None.
+    """
+    large = num_rows * len(weight) >= _LARGE_ELEMENTS
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if not large or not plain or not suits_numba(weight):
+        return None
+    from sevenfold.ops.compiled import touched
+
+    return touched(num_rows, len(weight))
+
+
+def head_logits_into(room: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Write head_logits of hidden [..., D] into what room_for_logits returned."""
+    from sevenfold.ops.linear import tiled
+
+    tiled.add_matmul_nt(room, hidden.flatten(0, -2), tiled.pack(weight), keep=False)
+    return room.view(*hidden.shape[:-1], len(weight))
+
+
 def _at_least_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.dtype in (torch.float32, torch.float64):
         return linear(hidden, weight)
@@ -117,6 +151,6 @@ def weight_product(dy: Tensor, x: Tensor) -> Tensor:
     Returns:
         [N, K] fp32 (fp64 with fp64 inputs), its rows or its columns contiguous.
     """
-    if default_linear_impl(dy, x) is Impl.ONEDNN:
+    if default_linear_impl(dy.t(), x.t()) is Impl.ONEDNN:
         return onednn.weight_grad(dy, x)
     return head_logits(dy.t(), x.t())
