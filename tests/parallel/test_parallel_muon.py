@@ -1,14 +1,18 @@
 """Muon over ranks: matrices that fully_shard divides are gathered, and the run is that of one."""
 
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from parallel_helpers import MODEL, MOE, run_ranks
-from test_parallel_runs import after_steps, data  # noqa: F401
+from test_parallel_runs import data  # noqa: F401
 
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.models.checkpoint import load_model
+from sevenfold.ops.testing import check_error
+from sevenfold.parallel import build_model
 from sevenfold.train import RunConfig, load_run_config, read_metrics, train
 from sevenfold.train.toml import to_toml
 
@@ -44,14 +48,17 @@ def test_a_divided_run_is_the_run_of_one_process(
     file.write_text(to_toml(divided.model_dump(mode="json")), encoding="utf-8")
     run_ranks("runs", num_ranks, tmp_path / "ranks", str(file))
     train(config_of(tmp_path, "whole", data, {}))
+    with patch("sevenfold.train.run.build_model", partial(build_model, dtype=torch.float64)):
+        train(config_of(tmp_path, "exact", data, {}))
+    runs = ("divided", "whole", "exact")
     losses = [
         torch.tensor([line["loss"] for line in read_metrics(tmp_path / out / "metrics.jsonl")])
-        for out in ("divided", "whole")
+        for out in runs
     ]
-    assert float((losses[0] - losses[1]).abs().max()) <= after_steps(2, losses[1])
-    models = [load_model(tmp_path / out / "final") for out in ("divided", "whole")]
-    for (name, a), (_, b) in zip(*(m.state_dict().items() for m in models), strict=True):
-        assert float((a - b).abs().max()) <= after_steps(2, b), name
+    check_error("loss", losses[0], losses[1], losses[2].double())
+    weights = [load_model(tmp_path / out / "final").state_dict() for out in runs]
+    for name, exact in weights[2].items():
+        check_error(name, weights[0][name], weights[1][name], exact.double())
     assert load_run_config(file).optimizer.kind == "muon"
 
 
