@@ -253,5 +253,5 @@ async def disconnecting(
         if len(sent) == after:
             gone.set()
 
-    await asyncio.wait_for(app(post_scope(path), receive, send), 30)
+    await asyncio.wait_for(app(post_scope(path), receive, send), 300)
     return sent

@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+ApiKeys = Annotated[Path | None, typer.Option(help="Keys that may ask, one a line.")]
+AdminKeys = Annotated[
+    Path | None, typer.Option(help="Keys that alone may read /metrics, one a line.")
+]
+
+
 def serve_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
     host: Annotated[str, typer.Option(help="Beyond loopback it needs keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    api_keys_file: Annotated[
-        Path | None, typer.Option(help="Keys that may ask, one a line.")
-    ] = None,
-    admin_keys_file: Annotated[
-        Path | None, typer.Option(help="Keys that alone may read /metrics, one a line.")
-    ] = None,
+    api_keys_file: ApiKeys = None,
+    admin_keys_file: AdminKeys = None,
     model_name: Annotated[
         str | None,
         typer.Option(help="What clients call the model; the folder's name if not given."),

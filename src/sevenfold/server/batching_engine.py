@@ -107,7 +107,8 @@ class BatchingEngine:
         )
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}
-        self._steps, self._failure = 0, None
+        self._steps = 0
+        self._failure: Exception | None = None
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -143,8 +144,8 @@ class BatchingEngine:
         return self._stats
 
     def healthy(self) -> bool:
-        """Whether the thread lives."""
-        return self._thread.is_alive()
+        """Whether the thread lives, and no step has failed."""
+        return self._failure is None and self._thread.is_alive()
 
     async def warm_up(self) -> None:
         """Run two requests, one of them long, so that no client waits for what the first compiles.
