@@ -87,6 +87,7 @@ def _case(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "answered": totals["successful"],
         "failed": totals["errored"],
+        "left": totals["incomplete"],  # GuideLLM hangs up on what runs when it has enough
         "requests_per_s": round(metrics["requests_per_second"]["successful"]["mean"], 2),
         "output_tokens_per_s": round(metrics["output_tokens_per_second"]["successful"]["mean"], 1),
         "first_token_p50_ms": at("time_to_first_token_ms", "p50"),
