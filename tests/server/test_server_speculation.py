@@ -5,7 +5,7 @@ import re
 import pytest
 from server_helpers import client_of, make_engine
 
-from sevenfold.engine import LLM
+from sevenfold.engine import LLM, TextModel
 from sevenfold.engine.sizing import size_engine
 from sevenfold.engine.speculation import PromptLookupConfig
 from sevenfold.server import BatchingEngine
@@ -16,7 +16,8 @@ pytestmark = pytest.mark.anyio
 async def test_answers_and_counts(llm: LLM) -> None:
     speculation = PromptLookupConfig(min_match_tokens=1, adaptive=False)
     plan, limits = size_engine(llm.model, budget_bytes=1 << 20, speculation=speculation)
-    engine = BatchingEngine(llm, "tiny", plan, limits, speculation=speculation)
+    source = TextModel(llm.model, llm.tokenizer)
+    engine = BatchingEngine(source, "tiny", plan, limits, speculation=speculation)
     ask = {"prompt": "herons and herons and", "max_tokens": 40, "temperature": 0}
     texts, counts = [], []
     for served in (make_engine(llm), engine):

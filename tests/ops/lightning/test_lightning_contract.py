@@ -7,7 +7,7 @@ import torch
 from lightning_statements import make_inputs
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import lightning_attention, lightning_attention_step
+from sevenfold.ops import Impl, lightning_attention, lightning_attention_step
 
 B, T, H, K, V = 2, 3, 4, 5, 6
 
@@ -65,8 +65,7 @@ WRONG_VALUES = [
     ),
     (
         {"impl": "fast"},
-        "impl must be one of reference, eager, onednn, grouped_mm, triton, numba, flash, got "
-        "'fast'",
+        f"impl must be one of {', '.join(Impl)}, got 'fast'",
     ),
 ]
 WRONG_TYPES = [
