@@ -1,0 +1,299 @@
+"""Training steps of bench-2b on two GPUs against one, at the same work a GPU.
+
+torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json      (under 5 minutes)
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from sevenfold.models import ModelConfig, MoEConfig, preset
+from sevenfold.optim import AdamWConfig, build_adamw
+from sevenfold.parallel import (
+    Layout,
+    ParallelConfig,
+    Pipeline,
+    clip_gradients,
+    gradient_norm,
+    groups_by_mesh,
+)
+from sevenfold.parallel.building import build_model, divided_on_meta
+from sevenfold.parallel.gradients import local
+from sevenfold.train.batch import read_step
+from sevenfold.train.stages import forward_backward_by_stages
+from sevenfold.train.step import forward_backward
+
+BUDGET_S = 255
+BEGAN = time.monotonic()
+
+
+@dataclass
+class Row:
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: tuple
+    num_bytes: int = 1
+
+
+@dataclass
+class Rows:
+    lengths: tuple
+    vocab_size: int
+
+    def sample(self, index):
+        ids, labels = np.random.default_rng(index).integers(
+            0, self.vocab_size, (2, sum(self.lengths))
+        )
+        return Row(ids, labels, self.lengths)
+
+
+# name, layout, documents of a row, rows of a micro-batch, micro-batches, baseline
+WORK = [
+    ("one 8x2048", {}, (2048,), 8, 1, None),
+    ("data: shard", {"shard": 2}, (2048,), 16, 1, "one 8x2048"),
+    ("data: replicate", {"replicate": 2}, (2048,), 16, 1, "one 8x2048"),
+    ("expert", {"shard": 2, "expert": 2}, (2048,), 16, 1, "one 8x2048"),
+    (
+        "expert, 2 token groups",
+        {"shard": 2, "expert": 2, "expert_token_groups": 2},
+        (2048,),
+        16,
+        1,
+        "one 8x2048",
+    ),
+    ("one 1x16384", {}, (16384,), 1, 1, None),
+    (
+        "context, gather, 2 documents of 16384",
+        {"context": 2, "context_attention": "gather"},
+        (16384, 16384),
+        1,
+        1,
+        "one 1x16384",
+    ),
+    (
+        "context, ring, 2 documents of 16384",
+        {"context": 2, "context_attention": "ring"},
+        (16384, 16384),
+        1,
+        1,
+        "one 1x16384",
+    ),
+    ("one 1x32768", {}, (32768,), 1, 1, None),
+    (
+        "context, gather, 1x32768",
+        {"context": 2, "context_attention": "gather"},
+        (32768,),
+        1,
+        1,
+        "one 1x32768",
+    ),
+    (
+        "context, ring, 1x32768",
+        {"context": 2, "context_attention": "ring"},
+        (32768,),
+        1,
+        1,
+        "one 1x32768",
+    ),
+    ("tensor", {"tensor": 2}, (2048,), 16, 1, "one 8x2048"),
+    ("pipeline, 4 micro-batches", {"pipeline": 2}, (2048,), 4, 4, "one 8x2048"),
+]
+
+
+def fill(model):
+    generator = torch.Generator(model.device).manual_seed(dist.get_rank())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            x = local(parameter)
+            x.fill_(1.0) if parameter.dim() == 1 else x.normal_(std=0.02, generator=generator)
+
+
+def step_once(model, optimizer, layout, pipeline, step, autocast):
+    if pipeline is None:
+        losses = forward_backward(model, step, autocast=autocast)
+    else:
+        losses = forward_backward_by_stages(model, pipeline, step, autocast=autocast)
+    losses = layout.sum_over_shares(losses)
+    norm = gradient_norm(model.named_parameters(), layout)
+    clip_gradients(model.parameters(), 1.0, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses[0], norm
+
+
+def built(config, degrees, device, alone, whole):
+    parallel = ParallelConfig(**degrees)
+    parallel.check_model(config)
+    layout = Layout(parallel) if alone else Layout.join(parallel, "cuda")
+    if whole:
+        model = build_model(config, layout, seed=3, device=device, between=lambda m: None)
+    else:
+        model = divided_on_meta(config, layout, between=lambda m: None)
+        model.to_empty(device=device)
+        fill(model)
+    optimizer = build_adamw(model.train().named_parameters(), AdamWConfig(lr=1e-5))
+    optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
+    return model, optimizer, layout, Pipeline(model, layout) if parallel.pipeline > 1 else None
+
+
+def timed(config, name, degrees, lengths, rows, micro_batches, device):
+    alone = not degrees
+    if alone and dist.get_rank():
+        return None
+    model, optimizer, layout, pipeline = built(config, degrees, device, alone, whole=False)
+    torch.cuda.reset_peak_memory_stats()
+    step = read_step(
+        Rows(lengths, config.vocab_size),
+        0,
+        rows * micro_batches,
+        micro_batch_rows=rows,
+        device=device,
+        layout=layout,
+    )
+    times = []
+    for n in range(11):
+        torch.cuda.synchronize()
+        if not alone:
+            dist.barrier()
+        began = time.perf_counter()
+        loss, norm = step_once(model, optimizer, layout, pipeline, step, "bf16")
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+        if n == 3 and times[-1] > 3:
+            break
+    seconds = statistics.median(times[min(3, len(times) - 1) :])
+    tokens = rows * micro_batches * sum(lengths)
+    return {
+        "name": name,
+        "layout": degrees,
+        "tokens": tokens,
+        "step_s": seconds,
+        "tokens_per_s": tokens / seconds,
+        "loss": float(loss),
+        "norm": float(norm),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+CHECKS = [
+    {},
+    {"shard": 2},
+    {"replicate": 2},
+    {"shard": 2, "expert": 2},
+    {"shard": 2, "expert": 2, "expert_token_groups": 2},
+    {"context": 2, "context_attention": "gather"},
+    {"context": 2, "context_attention": "ring"},
+    {"context": 2, "expert": 2},
+    {"tensor": 2},
+    {"tensor": 2, "expert": 2, "expert_tensor": 1},
+    {"pipeline": 2},
+    {"pipeline": 2, "pipeline_stages": 2},
+]
+
+
+def checks(device):
+    """Loss and gradient norm of a small model, every layout against one GPU, in fp32 and bf16."""
+    config = ModelConfig(
+        vocab_size=512,
+        hidden_size=256,
+        layer_types=("linear_attention", "full_attention") * 2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=256,
+        rotary_dim=32,
+        moe=MoEConfig(num_local_experts=4, router_aux_loss_coef=0.01),
+    )
+    found = []
+    for autocast in (None, "bf16"):
+        one = None
+        for degrees in CHECKS:
+            alone = not degrees
+            model, optimizer, layout, pipeline = built(config, degrees, device, alone, whole=True)
+            step = read_step(
+                Rows((700, 1, 323), 512), 0, 8, micro_batch_rows=4, device=device, layout=layout
+            )
+            loss, norm = (
+                float(x) for x in step_once(model, optimizer, layout, pipeline, step, autocast)
+            )
+            one = one or (loss, norm)
+            found.append(
+                {
+                    "autocast": autocast,
+                    "layout": degrees,
+                    "loss": loss,
+                    "norm": norm,
+                    "loss_error": abs(loss / one[0] - 1),
+                    "norm_error": abs(norm / one[1] - 1),
+                }
+            )
+            if dist.get_rank() == 0:
+                print(
+                    f"check {autocast or 'fp32'} {degrees}: loss {loss:.6f} "
+                    f"(rel. {found[-1]['loss_error']:.1e}), norm {norm:.5f} "
+                    f"(rel. {found[-1]['norm_error']:.1e})",
+                    flush=True,
+                )
+    return found
+
+
+def late():
+    flag = torch.tensor([int(time.monotonic() - BEGAN > BUDGET_S)])
+    dist.all_reduce(flag)
+    return bool(flag.item())
+
+
+def main():
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rows": [],
+        "errors": [],
+    }
+    out = Path(sys.argv[1])
+    try:
+        result["checks"] = checks(device)
+    except Exception as error:  # a script: say what failed and go on with the timings
+        result["errors"].append(f"checks: {error!r}")
+        print("checks failed:", repr(error), flush=True)
+        raise
+    config = preset("bench-2b")
+    rates = {}
+    for work in WORK:
+        if late():
+            result["errors"].append(f"no time left for {work[0]}")
+            continue
+        row = timed(config, *work[:5], device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            rates[work[0]] = row["tokens_per_s"]
+            row["ratio"] = row["tokens_per_s"] / rates[work[5]] if work[5] in rates else None
+            result["rows"].append(row)
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+            print(
+                f"{row['name']:<42} {row['tokens_per_s']:>10,.0f} tok/s {row['step_s']:.3f} s "
+                f"{ratio:>6} peak {row['peak_gib']:.1f} GiB loss {row['loss']:.3f}",
+                flush=True,
+            )
+            out.write_text(json.dumps(result, indent=1))
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(result, indent=1))
+        print(f"{time.monotonic() - BEGAN:.0f} s; {result['errors'] or 'no errors'}", flush=True)
+    dist.destroy_process_group()
+
+
+main()
