@@ -198,8 +198,10 @@ def test_a_killed_server_starts_again_on_its_port(tiny_run: TinyRun) -> None:
 
 def test_a_full_disk_under_its_output(tiny_run: TinyRun) -> None:
     """Its output is all that the server writes, but for the cache of compiled loops."""
+    buffered = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        process = serving(tiny_run.checkpoint, 0, stdout=full, stderr=subprocess.PIPE)
+        pipes = {"stdout": full, "stderr": subprocess.PIPE}
+        process = serving(tiny_run.checkpoint, 0, env=buffered, **pipes)
         _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "No space left on device" in said

@@ -1,5 +1,6 @@
 """The `sevenfold` program and its exit codes: 0 done, 1 failed, 2 bad usage or configuration."""
 
+import os
 import sys
 
 import typer
@@ -37,9 +38,19 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(_report(error, 2))
     except (SevenfoldError, OSError) as error:
-        sys.exit(_report(error, 1))
+        code = _report(error, 1)
+        _drop_output()
+        sys.exit(code)
 
 
 def _report(error: Exception, code: int) -> int:
     typer.echo(f"sevenfold: {error}", err=True)
     return code
+
+
+def _drop_output() -> None:
+    """Forget what cannot be written: the interpreter would try again, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
