@@ -151,7 +151,6 @@ def mixture_inputs(T: int, k: int, E: int, D: int, width: int) -> list[Tensor]:
 
 
 def by_kernel(plan: Dispatch):
-    rest = (plan.choice, plan.row, plan.rows_per_expert)
     return lambda *leaves: triton_mixture.mixture(*leaves, *rest)[0]
 
 
@@ -251,4 +250,7 @@ def test_opcheck() -> None:
     check_op(triton_rows.combine, (random(15, 4).requires_grad_(), leaves[1].float(), plan.row))
     check_op(triton_router.router_logits, (leaves[0], random(5, 16).requires_grad_()))
     check_op(triton_route.route, (random(9, 5).requires_grad_(), 2))
+    # Dropless: what lies behind the last expert's rows is not written.
+    plan = planned(9, 2, 5, None)
+    rest = (plan.choice, plan.row, plan.rows_per_expert)
     check_op(triton_mixture.mixture, (*leaves, *rest))

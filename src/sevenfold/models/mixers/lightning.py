@@ -46,15 +46,19 @@ class LightningAttention(nn.Module):
         self.norm_groups = config.linear_attn_norm_groups
         self.out_proj = Linear(inner, config.hidden_size)
         self.log_decay = layer_log_decay(self.num_heads, layer, config.num_hidden_layers)
+        self._follow_weights()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._follow_weights()
+        return self
+
+    def _follow_weights(self) -> None:
         # The decay is no parameter and no buffer: it follows the weights to their device, is never
         # stored, and is never cast.
-        super()._apply(fn, recurse)
         device = self.norm.weight.device
         if device.type != "meta":
             self.log_decay = self.log_decay.to(device)
-        return self
 
     def forward(
         self, x: Tensor, batch: Batch, state: LightningState | None

@@ -39,6 +39,8 @@ def quantise_rows_fp8(x: Tensor) -> Fp8Rows:
     """
     check_dtype("x", x, (torch.float32, torch.bfloat16, torch.float16))
     x = x.float()
-    scale = x.abs().amax(-1) / LARGEST_FP8
+    peak = x.abs().amax(-1)
+    # By a tensor: on a GPU PyTorch takes division by a number as a product with its reciprocal.
+    scale = peak / torch.full_like(peak, LARGEST_FP8)
     step = torch.where(scale == 0, 1, scale).unsqueeze(-1)
     return Fp8Rows((x / step).to(FP8), scale)

@@ -39,7 +39,9 @@ def quantise_rows(x: Tensor) -> Int8Rows:
     """
     check_dtype("x", x, (torch.float32, torch.bfloat16, torch.float16))
     x = x.float()
-    exact = x.abs().amax(-1) / _LARGEST
+    peak = x.abs().amax(-1)
+    # By a tensor: on a GPU PyTorch takes division by a number as a product with its reciprocal.
+    exact = peak / torch.full_like(peak, _LARGEST)
     bits = (exact.view(torch.int32) + _DROPPED_BITS) & ~_DROPPED_BITS
     scale = torch.where(exact.isfinite(), bits.view(torch.float32), exact)
     step = torch.where(scale == 0, 1, scale).unsqueeze(-1)
