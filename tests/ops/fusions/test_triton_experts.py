@@ -151,6 +151,7 @@ def mixture_inputs(T: int, k: int, E: int, D: int, width: int) -> list[Tensor]:
 
 
 def by_kernel(plan: Dispatch):
+    rest = (plan.choice, plan.row, plan.rows_per_expert)
     return lambda *leaves: triton_mixture.mixture(*leaves, *rest)[0]
 
 
