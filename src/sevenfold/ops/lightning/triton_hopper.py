@@ -10,6 +10,9 @@ its first operand from registers, and there the state stays, V x K in fp32.
 One warp loads chunks by bulk tensor copies as far ahead as shared memory reaches, also those of the
 next segment; V / 16 warps compute. A program takes segments in turn, of equal length the next
 free one, else those that segments.deal_out gave it.
+
+The three kernels of a split overlap (programmatic dependent launch): each starts while the one
+before it ends, and waits where it needs a state that is not its own.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -24,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sevenfold.ops.lightning.triton_scan import decayed, forgotten, power, rate
 
@@ -235,6 +239,7 @@ def _first_state(
             S = gl.load(state_in + _cells(matrix, state_k, state_v, K, V, S_layout))
     if HAS_BETWEEN:
         if slot >= 0:
+            gdc_wait()
             matrix = slot * H + head
             S = gl.load(state_between + _cells(matrix, state_k, state_v, K, V, S_layout))
     return S
@@ -340,6 +345,9 @@ def _compute_all(
             if done < length:
                 _keep(state_between, slot * H + head, S, state_k, state_v)
     tma.store_wait(0)
+    if OUTPUT:
+        # Also where no segment waited: who comes after this kernel counts on those before it.
+        gdc_wait()
 
 
 @gluon.jit
@@ -366,6 +374,8 @@ def hopper_scan_kernel(
         mbarrier.init(empty.index(stage), count=1)
     buffers = (q_buf, k_buf, v_buf)
     bars = (ready, empty)
+    if not OUTPUT:
+        gdc_launch_dependents()
     gl.warp_specialize(
         [
             (_compute_all, (

@@ -101,6 +101,8 @@ def states_between(scan: Scan) -> Tensor | None:
         CELLS=K * V,
         BLOCK=_CHAIN_BLOCK,
         HAS_IN=scan.state_in is not None,
+        OVERLAPS=scan.on_hopper,
+        **_overlapping(scan.on_hopper),
     )
     return between
 
@@ -223,7 +225,13 @@ def _launch_hopper(
         IS_EVEN=deal is None,
         STAGES=3,
         num_warps=V // 16,
+        **_overlapping(flags["OUTPUT"] and flags["HAS_BETWEEN"]),
     )
+
+
+def _overlapping(wanted: bool) -> dict[str, bool]:
+    """Options of a launch that may begin before the kernel in front of it has ended."""
+    return {"launch_pdl": True} if wanted else {}
 
 
 def _num_programs(works: int, H: int, most: int) -> int:

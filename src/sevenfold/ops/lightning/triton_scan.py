@@ -20,6 +20,7 @@ segment's end is below the rounding of their dtype. chain_kernel adds these up a
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -216,11 +217,13 @@ def _added(state_between, slot, first, last, pieces, kept, head, H, cell, CELLS:
 @triton.jit
 def chain_kernel(
     state_in, state_between, log_decay, horizon, chains,
-    CELLS: tl.constexpr, BLOCK: tl.constexpr, HAS_IN: tl.constexpr,
+    CELLS: tl.constexpr, BLOCK: tl.constexpr, HAS_IN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Turn what each segment's last piece adds into the state after the segment.
 
     S_(i + 1) = decay^r S_i + A_i        r tokens of a piece, A_i = 0 where it is forgotten
+
+    OVERLAPS: it may have started before the kernel that writes the pieces has ended.
     """
     row = chains + tl.program_id(0) * 5
     sequence, first = tl.load(row), tl.load(row + 1)
@@ -232,6 +235,9 @@ def chain_kernel(
     kept = tl.cdiv(reach(log2_decay, horizon), size)
     cell = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     S = tl.zeros([BLOCK], dtype=tl.float32)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     if HAS_IN:
         S = tl.load(state_in + (sequence.to(tl.int64) * H + head) * CELLS + cell, cell < CELLS)
     for step in range(tl.cdiv(last - first, 4)):
