@@ -92,7 +92,7 @@ def test_groups_are_picked_by_name() -> None:
     assert [case.name for case in picked if "forward" in case.groups] == ["forward B1 T1048576 H4"]
     with pytest.raises(ConfigError, match=r"cases must be of forward, .*, got speed"):
         cases_of(["speed"])
-    assert len(group_names()) == len(set(group_names())) == 8
+    assert len(group_names()) == len(set(group_names())) == 9
 
 
 @pytest.mark.parametrize(("B", "turns"), [(1, 64), (16, 4), (64, 2), (256, 2)])

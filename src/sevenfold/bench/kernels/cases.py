@@ -6,10 +6,10 @@ from enum import StrEnum
 
 from sevenfold.config import ConfigError
 
-WIDTH = 128  # K and V of every case
+WIDTH = 128  # K and V of every case that names no other
 NUM_LAYERS = 80
 MIDDLE_LAYER = 40
-STATE_BYTES = WIDTH * WIDTH * 4  # of one sequence and head, fp32
+STATE_BYTES = WIDTH * WIDTH * 4  # of one sequence and head in decoding, fp32
 
 _MILLION = 2**20
 
@@ -33,7 +33,7 @@ class Case:
     """One row of the benchmark's table, before anyone has run it.
 
     groups are the tables that it is in. B is the batch, T the tokens of a row (in decoding 1, in
-    verification the draft), H the heads.
+    verification the draft), H the heads, width K and V of whole sequences.
     lengths, where given, are the documents packed into the one row. A target is a time in seconds,
     of MEMORY bytes.
     """
@@ -45,13 +45,14 @@ class Case:
     T: int
     H: int
     layer: int = MIDDLE_LAYER
+    width: int = WIDTH
     lengths: tuple[int, ...] | None = None
     target: float | None = None
 
 
 def all_cases() -> list[Case]:
     """Return every case, in the order of the table."""
-    return [*_forward(), *_backward(), *_decoding(), *_layers(), *_packed(), *_sweep()]
+    return [*_forward(), *_backward(), *_decoding(), *_layers(), *_packed(), *_widths(), *_sweep()]
 
 
 def group_names() -> list[str]:
@@ -140,6 +141,15 @@ def _packed() -> list[Case]:
     return [
         Case(f"packed {kind} T32768 H64", ("packed",), Task.FORWARD, *shape, lengths=lengths)
         for kind, lengths in packings.items()
+    ]
+
+
+def _widths() -> list[Case]:
+    """Other widths, at about the bytes of forward B1 T32768 H64."""
+    return [
+        Case(f"{_named(task, 1, 32_768, H)} D{width}", ("widths",), task, 1, 32_768, H, width=width)
+        for task in (Task.FORWARD, Task.BACKWARD)
+        for H, width in ((128, 64), (64, 96), (32, 256))
     ]
 
 

@@ -5,7 +5,7 @@ the 184 at which an H200's matrix units become the limit; a backward pass stays 
 chunks of 128. So memory sets the floor of every case here.
 """
 
-from sevenfold.bench.kernels.cases import STATE_BYTES, WIDTH, Case, Task
+from sevenfold.bench.kernels.cases import STATE_BYTES, Case, Task
 
 _BF16_BYTES = 2
 # Forward: q, k, v read, o written. Backward besides: q, k, v, do read, dq, dk, dv written.
@@ -15,7 +15,7 @@ _PASSES = {Task.FORWARD: 4, Task.BACKWARD: 11}
 def floor_bytes(case: Case) -> int:
     """Return the bytes that any implementation must move.
 
-        forward             4 tensors of B * T * H * 128 bf16
+        forward             4 tensors of B * T * H * D bf16
         forward + backward  11 of them
         decode, verify      the fp32 states of B * H sequences and heads, read and written once
 
@@ -23,7 +23,7 @@ def floor_bytes(case: Case) -> int:
     memory has no floor: none is needed.
     """
     if case.task in _PASSES:
-        return _PASSES[case.task] * case.B * case.T * case.H * WIDTH * _BF16_BYTES
+        return _PASSES[case.task] * case.B * case.T * case.H * case.width * _BF16_BYTES
     if case.task is Task.MEMORY:
         return 0
     return 2 * case.B * case.H * STATE_BYTES

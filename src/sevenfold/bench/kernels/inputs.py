@@ -18,7 +18,7 @@ _MAX_TURNS = 64
 
 @dataclass(frozen=True)
 class Inputs:
-    """Whole sequences: q, k, v and do [B, T, H, 128] bf16, log_decay [H] fp32.
+    """Whole sequences: q, k, v and do [B, T, H, D] bf16, log_decay [H] fp32.
 
     do is None where nothing is differentiated, cu_seqlens [N + 1] int32 (on the CPU) where nothing
     is packed.
@@ -62,7 +62,7 @@ class DecodeInputs:
 def case_inputs(case: Case, device: torch.device) -> Inputs:
     """Draw the inputs of a case over whole sequences."""
     generator = torch.Generator(device).manual_seed(_seed(case))
-    shape = (case.B, case.T, case.H, WIDTH)
+    shape = (case.B, case.T, case.H, case.width)
     q, k, v = (_normal(shape, generator) for _ in range(3))
     needs_do = case.task in (Task.BACKWARD, Task.MEMORY)
     do = _normal(shape, generator) if needs_do else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sevenfold.bench.kernels.cases import WIDTH, Case, Task
+from sevenfold.bench.kernels.cases import Case, Task
 from sevenfold.bench.kernels.exact import (
     MAX_RELATIVE_ERROR,
     Expected,
@@ -80,7 +80,7 @@ def measure(
 
 def _is_slow(side: Side, case: Case) -> bool:
     """Whether the triangle of q k^T and of its product with v is large."""
-    return side.softmax and 2 * case.B * case.H * case.T**2 * WIDTH > _SLOW_FLOPS
+    return side.softmax and 2 * case.B * case.H * case.T**2 * case.width > _SLOW_FLOPS
 
 
 def _expected(side: Side, case: Case, inputs: Any) -> Expected:

@@ -1,7 +1,8 @@
 """Lightning attention as one persistent, warp-specialised Gluon kernel for Hopper GPUs.
 
 The mathematics is triton_scan's, transposed, so that the state is never moved: a matrix unit reads
-its first operand from registers, and there the state stays, V x K in fp32.
+its first operand from registers, and there the state stays, V x K in fp32. Narrower heads are
+filled up to BV x BK, which the copies do at no cost of bandwidth.
 
     P = (Q K^T) * M
     O^T = (S^T Q^T) diag(a) + V^T P^T
@@ -55,7 +56,7 @@ def _work_at(turn, deal, IS_EVEN: gl.constexpr):
 
 
 @gluon.jit
-def _load(descriptors, buffers, bars, at, row, columns, WITH_Q: gl.constexpr, STAGES: gl.constexpr):
+def _load(descriptors, buffers, bars, at, row, head, WITH_Q: gl.constexpr, STAGES: gl.constexpr):
     """Copy one chunk into the next stage, when the warps that compute have left it."""
     q_desc, k_desc, v_desc = descriptors
     q_buf, k_buf, v_buf = buffers
@@ -65,11 +66,17 @@ def _load(descriptors, buffers, bars, at, row, columns, WITH_Q: gl.constexpr, ST
     mbarrier.wait(empty.index(stage), phase ^ 1)
     size: gl.constexpr = k_desc.block_type.nbytes + v_desc.block_type.nbytes
     mbarrier.expect(full, size + q_desc.block_type.nbytes if WITH_Q else size)
-    tma.async_copy_global_to_shared(k_desc, [row, columns[1]], full, k_buf.index(stage))
+    _copy_in(k_desc, row, head, full, k_buf.index(stage))
     if WITH_Q:
-        tma.async_copy_global_to_shared(q_desc, [row, columns[0]], full, q_buf.index(stage))
-    tma.async_copy_global_to_shared(v_desc, [row, columns[2]], full, v_buf.index(stage))
+        _copy_in(q_desc, row, head, full, q_buf.index(stage))
+    _copy_in(v_desc, row, head, full, v_buf.index(stage))
     return at + 1
+
+
+@gluon.jit
+def _copy_in(desc, row, head, full, buffer):
+    """One head's columns of a chunk; what a narrower head lacks becomes 0."""
+    tma.async_copy_global_to_shared(desc, [row, head, 0], full, buffer.reshape(desc.block_shape))
 
 
 @gluon.jit
@@ -84,7 +91,7 @@ def _until(stops, kept, end_stop, end, HAS_STOPS: gl.constexpr):
 
 @gluon.jit
 def _load_all(
-    descriptors, buffers, bars, table, deal, stops, log_decay, horizon, works, H, heads,
+    descriptors, buffers, bars, table, deal, stops, log_decay, horizon, works, H,
     C: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr,
     IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -95,14 +102,13 @@ def _load_all(
         row, head = table + work // H * 8, work % H
         start, end = gl.load(row), gl.load(row + 1)
         kept, end_stop = gl.load(row + 5), gl.load(row + 6)
-        columns = (head * heads[0], head * heads[1], head * heads[2])
         done = 0
         if not OUTPUT:
             done = forgotten(rate(log_decay, head), end - start, gl.load(row + 7), horizon, C)
         while done < end - start:
             until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
             first = end - done - C if REVERSE else start + done
-            at = _load(descriptors, buffers, bars, at, first, columns, OUTPUT, STAGES)
+            at = _load(descriptors, buffers, bars, at, first, head, OUTPUT, STAGES)
             done = gl.minimum(done + C, until)
             if HAS_STOPS:
                 while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
@@ -134,18 +140,21 @@ def _entered(log2_decay, scale, layout: gl.constexpr, C: gl.constexpr, REVERSE: 
 
 
 @gluon.jit
-def _cells(matrix, state_k, state_v, K: gl.constexpr, V: gl.constexpr, layout: gl.constexpr):
-    v = gl.arange(0, V, layout=gl.SliceLayout(1, layout))[:, None]
-    k = gl.arange(0, K, layout=gl.SliceLayout(0, layout))[None, :]
-    return matrix.to(gl.int64) * (K * V) + v * state_v + k * state_k
+def _cells(
+    matrix, state_k, state_v, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Where the cells of S^T lie, and which of them there are."""
+    v = gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
+    k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
+    return matrix.to(gl.int64) * (K * V) + v * state_v + k * state_k, (v < V) & (k < K)
 
 
 @gluon.jit
-def _keep(states, matrix, S, state_k, state_v):
-    V: gl.constexpr = S.shape[0]
-    K: gl.constexpr = S.shape[1]
+def _keep(states, matrix, S, state_k, state_v, K: gl.constexpr, V: gl.constexpr):
     layout: gl.constexpr = S.type.layout
-    gl.store(states + _cells(matrix, state_k, state_v, K, V, layout), S)
+    at, inside = _cells(matrix, state_k, state_v, K, V, S.shape[1], S.shape[0], layout)
+    gl.store(states + at, S, mask=inside)
 
 
 @gluon.jit
@@ -156,7 +165,7 @@ def _values(v_buf, ages, layout: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _store(o_desc, o_ptr, o_buf, o, row, column, o_token, size, C: gl.constexpr,
+def _store(o_desc, o_ptr, o_buf, o, row, head, o_token, o_head, size, C: gl.constexpr,
            V: gl.constexpr, REVERSE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     """Write O^T of a chunk: whole chunks by a bulk copy, others row by row."""
     ob = o.to(dtype)
@@ -164,15 +173,14 @@ def _store(o_desc, o_ptr, o_buf, o, row, column, o_token, size, C: gl.constexpr,
         o_buf.permute((1, 0)).store(ob)
         fence_async_shared()
         gl.thread_barrier()
-        tma.async_copy_shared_to_global(o_desc, [row, column], o_buf)
+        tma.async_copy_shared_to_global(o_desc, [row, head, 0], o_buf.reshape(o_desc.block_shape))
     else:
         layout: gl.constexpr = o.type.layout
         token = gl.arange(0, C, layout=gl.SliceLayout(0, layout))
-        value = gl.arange(0, V, layout=gl.SliceLayout(1, layout))
+        value = gl.arange(0, o.shape[0], layout=gl.SliceLayout(1, layout))
         inside = (token >= C - size) if REVERSE else (token < size)
-        at = (row + token).to(gl.int64)[None, :] * o_token + (column + value)[:, None]
-        # (value >= 0) gives the mask its other dimension.
-        gl.store(o_ptr + at, ob, mask=inside[None, :] & (value >= 0)[:, None])
+        at = (row + token).to(gl.int64)[None, :] * o_token + (head * o_head + value)[:, None]
+        gl.store(o_ptr + at, ob, mask=inside[None, :] & (value < V)[:, None])
         # Buffers take turns by chunks: the next one may be that of the last bulk copy.
         tma.store_wait(0)
 
@@ -229,31 +237,36 @@ def _scan_chunk(S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGE
 
 @gluon.jit
 def _first_state(
-    state_in, state_between, sequence, slot, head, H, state_k, state_v, K: gl.constexpr,
-    V: gl.constexpr, S_layout: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr,
+    S, state_in, state_between, sequence, slot, head, H, state_k, state_v, K: gl.constexpr,
+    V: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr,
 ):  # fmt: skip
-    S = gl.zeros([V, K], gl.float32, S_layout)
+    """The state that a segment meets; S, of zeros, where there is none."""
+    layout: gl.constexpr = S.type.layout
+    BK: gl.constexpr = S.shape[1]
+    BV: gl.constexpr = S.shape[0]
     if HAS_IN:
         if slot < 0:
             matrix = sequence * H + head
-            S = gl.load(state_in + _cells(matrix, state_k, state_v, K, V, S_layout))
+            at, inside = _cells(matrix, state_k, state_v, K, V, BK, BV, layout)
+            S = gl.load(state_in + at, mask=inside, other=0.0)
     if HAS_BETWEEN:
         if slot >= 0:
             gdc_wait()
             matrix = slot * H + head
-            S = gl.load(state_between + _cells(matrix, state_k, state_v, K, V, S_layout))
+            at, inside = _cells(matrix, state_k, state_v, K, V, BK, BV, layout)
+            S = gl.load(state_between + at, mask=inside, other=0.0)
     return S
 
 
 @gluon.jit
 def _compute_segment(
     S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot, log2_decay, gain,
-    done, within, entered, at, head, H, o_token, o_head, state_k, state_v, A_layout: gl.constexpr,
-    REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr,
+    done, within, entered, at, head, H, o_token, o_head, state_k, state_v, K: gl.constexpr,
+    V: gl.constexpr, A_layout: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The state after a segment's tokens from `done` on, and the number of chunks so far."""
     C: gl.constexpr = within.shape[0]
-    V: gl.constexpr = S.shape[0]
     start, end = gl.load(row), gl.load(row + 1)
     kept, end_stop = gl.load(row + 5), gl.load(row + 6)
     ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
@@ -275,7 +288,7 @@ def _compute_segment(
             first = end - done - C if REVERSE else start + done
             tma.store_wait(1)
             _store(
-                o_desc, o_ptr, o_bufs.index(at % 2), o, first, head * o_head, o_token, size, C, V,
+                o_desc, o_ptr, o_bufs.index(at % 2), o, first, head, o_token, o_head, size, C, V,
                 REVERSE, o_bufs.dtype,
             )  # fmt: skip
             S = warpgroup_mma_wait(0, deps=(S,))
@@ -288,7 +301,7 @@ def _compute_segment(
         if HAS_STOPS:
             while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
                 slot = gl.load(stops + 2 * kept + 1).to(gl.int64)
-                _keep(pool + slot * pool_slot, head, S, state_k, state_v)
+                _keep(pool + slot * pool_slot, head, S, state_k, state_v, K, V)
                 kept += 1
     return S, at
 
@@ -297,12 +310,12 @@ def _compute_segment(
 def _compute_all(
     o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, deal, stops, log_decay, scale, horizon,
     state_in, state_between, state_out, pool, pool_slot, works, H, o_token, o_head, state_k,
-    state_v, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
-    HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
+    state_v, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
     HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    groups: gl.constexpr = V // 64
-    S_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, K, 16])
+    groups: gl.constexpr = BV // 64
+    S_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, BK, 16])
     O_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, C, 16])
     P_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, C // groups, 16])
     E_layout: gl.constexpr = gl.SliceLayout(0, O_layout)
@@ -325,25 +338,25 @@ def _compute_all(
             entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
             last_head = head
         done = 0
-        S = gl.zeros([V, K], gl.float32, S_layout)
+        S = gl.zeros([BV, BK], gl.float32, S_layout)
         if OUTPUT:
             S = _first_state(
-                state_in, state_between, sequence, slot, head, H, state_k, state_v, K, V,
-                S_layout, HAS_IN, HAS_BETWEEN,
+                S, state_in, state_between, sequence, slot, head, H, state_k, state_v, K, V,
+                HAS_IN, HAS_BETWEEN,
             )  # fmt: skip
         else:
             done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
         S, at = _compute_segment(
             S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot,
             log2_decay, gain, done, within, entered, at, head, H, o_token, o_head, state_k,
-            state_v, A_layout, REVERSE, HAS_STOPS, OUTPUT, STAGES,
+            state_v, K, V, A_layout, REVERSE, HAS_STOPS, OUTPUT, STAGES,
         )  # fmt: skip
         if HAS_OUT:
             if gl.load(row + 4) == 1:
-                _keep(state_out, sequence * H + head, S, state_k, state_v)
+                _keep(state_out, sequence * H + head, S, state_k, state_v, K, V)
         if not OUTPUT:
             if done < length:
-                _keep(state_between, slot * H + head, S, state_k, state_v)
+                _keep(state_between, slot * H + head, S, state_k, state_v, K, V)
     tma.store_wait(0)
     if OUTPUT:
         # Also where no segment waited: who comes after this kernel counts on those before it.
@@ -353,18 +366,19 @@ def _compute_all(
 @gluon.jit
 def hopper_scan_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, horizon, state_in, state_between,
-    state_out, pool, pool_slot, table, deal, stops, works, H, q_head, k_head, v_head, o_token,
-    o_head, state_k, state_v,
-    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr,
-    HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
+    state_out, pool, pool_slot, table, deal, stops, works, H, o_token, o_head, state_k, state_v,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
     HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Arguments as triton_scan.scan_kernel; descriptors are of [tokens, columns] by C x width."""
+    """Arguments as triton_scan.scan_kernel; descriptors are of [tokens, H, width] by [C, 1, BK]."""
     dtype: gl.constexpr = k_desc.dtype
-    q_buf = gl.allocate_shared_memory(dtype, [STAGES if OUTPUT else 1, C, K], q_desc.layout)
-    k_buf = gl.allocate_shared_memory(dtype, [STAGES, C, K], k_desc.layout)
-    v_buf = gl.allocate_shared_memory(dtype, [STAGES, C, V], v_desc.layout)
-    o_bufs = gl.allocate_shared_memory(dtype, [2 if OUTPUT else 1, C, V], o_desc.layout)
+    K_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    V_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    q_buf = gl.allocate_shared_memory(dtype, [STAGES if OUTPUT else 1, C, BK], K_layout)
+    k_buf = gl.allocate_shared_memory(dtype, [STAGES, C, BK], K_layout)
+    v_buf = gl.allocate_shared_memory(dtype, [STAGES, C, BV], V_layout)
+    o_bufs = gl.allocate_shared_memory(dtype, [2 if OUTPUT else 1, C, BV], V_layout)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
     p_buf = gl.allocate_shared_memory(dtype, [C, C], p_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -381,12 +395,12 @@ def hopper_scan_kernel(
             (_compute_all, (
                 o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, deal, stops, log_decay, scale,
                 horizon, state_in, state_between, state_out, pool, pool_slot, works, H, o_token,
-                o_head, state_k, state_v, K, V, C, REVERSE, HAS_IN, HAS_BETWEEN, HAS_OUT, HAS_STOPS,
-                OUTPUT, IS_EVEN, STAGES,
+                o_head, state_k, state_v, K, V, BK, BV, C, REVERSE, HAS_IN, HAS_BETWEEN, HAS_OUT,
+                HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
             )),
             (_load_all, (
                 (q_desc, k_desc, v_desc), buffers, bars, table, deal, stops, log_decay, horizon,
-                works, H, (q_head, k_head, v_head), C, REVERSE, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
+                works, H, C, REVERSE, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
             )),
         ],
         [1],

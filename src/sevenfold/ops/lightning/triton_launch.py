@@ -20,7 +20,7 @@ from sevenfold.ops.tuning import best_config
 # A token whose weight is below 2^-horizon is left out of the state between two segments: well below
 # the rounding of its own dtype.
 _HORIZONS = {torch.float32: 26.0, torch.bfloat16: 18.0, torch.float16: 18.0}
-_HOPPER_WIDTHS = (64, 128)
+_HOPPER_WIDTH = 128  # at most, and a multiple of 8: bulk copies step by 16 bytes
 _HOPPER_CHUNK = 64
 # States between segments take at most so many bytes a token and head, however short segments are.
 _STATE_BYTES_PER_TOKEN = 16
@@ -58,7 +58,7 @@ class Scan(NamedTuple):
     def on_hopper(self) -> bool:
         """Whether the kernel for Hopper GPUs serves this scan."""
         q, widths = self.q, (self.q.shape[3], self.v.shape[3])
-        fits = q.itemsize == 2 and all(width in _HOPPER_WIDTHS for width in widths)
+        fits = q.itemsize == 2 and all(w <= _HOPPER_WIDTH and w % 8 == 0 for w in widths)
         return fits and q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
@@ -215,16 +215,17 @@ def _launch_hopper(
         plan.stops,
         works,
         H,
-        *(x.stride(1) for x in rows[:3]),
         *rows[3].stride()[:2],
         *states[5:],
         K=K,
         V=V,
+        BK=_filled(K),
+        BV=_filled(V),
         C=_HOPPER_CHUNK,
         **flags,
         IS_EVEN=deal is None,
         STAGES=3,
-        num_warps=V // 16,
+        num_warps=_filled(V) // 16,
         **_overlapping(flags["OUTPUT"] and flags["HAS_BETWEEN"]),
     )
 
@@ -275,17 +276,21 @@ def _copyable_rows(x: Tensor) -> Tensor:
 
 
 def _descriptor(rows: Tensor) -> TensorDescriptor:
-    tokens, H, D = rows.shape
-    columns = (H - 1) * rows.stride(1) + D
-    block, layout = [_HOPPER_CHUNK, D], _shared_layout(D, rows.dtype)
-    return TensorDescriptor(rows, [tokens, columns], [rows.stride(0), 1], block, layout)
+    width = _filled(rows.shape[2])
+    block, layout = [_HOPPER_CHUNK, 1, width], _shared_layout(width, rows.dtype)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block, layout)
+
+
+def _filled(width: int) -> int:
+    """Columns of a head as the kernel for Hopper GPUs holds it."""
+    return 64 if width <= 64 else 128
 
 
 @cache
 def _shared_layout(width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """Of a chunk in shared memory; Gluon takes 15 us to find it."""
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([_HOPPER_CHUNK, width], element)
+    return gl.NVMMASharedLayout.get_default_for([_HOPPER_CHUNK, 1, width], element)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
