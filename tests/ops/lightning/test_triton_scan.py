@@ -24,7 +24,7 @@ if INTERPRETED:
     CUT_RATES, CUT_DTYPES, CUT_TOKENS, PIECE_TOKENS = [(-0.3, -5e-5)], [torch.float32], 150, 32
 else:
     # 64 x 64 and its neighbours: a known compiler hazard of gradients on Hopper.
-    WIDTHS = [(64, 64), (96, 256), (128, 64), (64, 128), (128, 128)]
+    WIDTHS = [(64, 64), (96, 256), (96, 96), (72, 40), (128, 64), (64, 128), (128, 128)]
     TOKENS, RATES = [1, 63, 64, 65, 500], list(DECAYS)
     LENGTHS = [(0, 1, 64, 0, 65, 2, 0), (1, 700, 3000)]
     CUT_RATES, CUT_DTYPES = ["first", "middle", "last", "mixed"], DTYPES[:2]

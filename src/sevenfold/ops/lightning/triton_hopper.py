@@ -186,20 +186,38 @@ def _store(o_desc, o_ptr, o_buf, o, row, head, o_token, o_head, size, C: gl.cons
 
 
 @gluon.jit
-def _add_only(S, buffers, bars, at, ages, decay, STAGES: gl.constexpr):
-    """The state after a chunk whose output nobody asks for."""
-    _, k_buf, v_buf = buffers
-    ready, empty = bars
-    dtype: gl.constexpr = k_buf.dtype
+def _aged_values(v_buf, ready, at, ages, dtype: gl.constexpr, STAGES: gl.constexpr):
+    """V^T of a chunk by age, once it has come."""
     V_operand: gl.constexpr = ages.type.layout.parent
     stage = at % STAGES
     mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
     _, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
-    S = warpgroup_mma(vs, k_buf.index(stage), S * decay, is_async=True)
-    S = warpgroup_mma_wait(0, deps=(S,))
-    gl.thread_barrier()
-    mbarrier.arrive(empty.index(stage), count=1)
-    return S
+    return vs
+
+
+@gluon.jit
+def _add_piece(S, buffers, bars, at, chunks, log2_decay, gain, A_layout: gl.constexpr,
+               C: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The state after a piece, whose output nobody asks for; its chunks are whole."""
+    _, k_buf, v_buf = buffers
+    ready, empty = bars
+    dtype: gl.constexpr = k_buf.dtype
+    ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
+    decay = decayed(log2_decay * C)
+    if chunks > 0:
+        vs = _aged_values(v_buf, ready, at, ages, dtype, STAGES)
+        for chunk in range(chunks):
+            S = warpgroup_mma(vs, k_buf.index(at % STAGES), S * decay, is_async=True)
+            coming = vs
+            if chunk + 1 < chunks:
+                coming = _aged_values(v_buf, ready, at + 1, ages, dtype, STAGES)
+            # The product reads vs from registers until it is waited for.
+            S, vs = warpgroup_mma_wait(0, deps=(S, vs))
+            vs = coming
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(at % STAGES), count=1)
+            at += 1
+    return S, at
 
 
 @gluon.jit
@@ -251,7 +269,6 @@ def _first_state(
             S = gl.load(state_in + at, mask=inside, other=0.0)
     if HAS_BETWEEN:
         if slot >= 0:
-            gdc_wait()
             matrix = slot * H + head
             at, inside = _cells(matrix, state_k, state_v, K, V, BK, BV, layout)
             S = gl.load(state_between + at, mask=inside, other=0.0)
@@ -261,14 +278,15 @@ def _first_state(
 @gluon.jit
 def _compute_segment(
     S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot, log2_decay, gain,
-    done, within, entered, at, head, H, o_token, o_head, state_k, state_v, K: gl.constexpr,
+    within, entered, at, head, H, o_token, o_head, state_k, state_v, K: gl.constexpr,
     V: gl.constexpr, A_layout: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr,
-    OUTPUT: gl.constexpr, STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The state after a segment's tokens from `done` on, and the number of chunks so far."""
+    """The state after a segment, and the number of chunks so far."""
     C: gl.constexpr = within.shape[0]
     start, end = gl.load(row), gl.load(row + 1)
     kept, end_stop = gl.load(row + 5), gl.load(row + 6)
+    done = 0
     ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
     decay = decayed(log2_decay * C)
     while done < end - start:
@@ -281,21 +299,16 @@ def _compute_segment(
             if size < C:
                 ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
                 decay = decayed(log2_decay * size)
-        if OUTPUT:
-            o, S = _scan_chunk(
-                S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGES
-            )  # fmt: skip
-            first = end - done - C if REVERSE else start + done
-            tma.store_wait(1)
-            _store(
-                o_desc, o_ptr, o_bufs.index(at % 2), o, first, head, o_token, o_head, size, C, V,
-                REVERSE, o_bufs.dtype,
-            )  # fmt: skip
-            S = warpgroup_mma_wait(0, deps=(S,))
-            gl.thread_barrier()
-            mbarrier.arrive(bars[1].index(at % STAGES), count=1)
-        else:
-            S = _add_only(S, buffers, bars, at, ages, decay, STAGES)
+        o, S = _scan_chunk(S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGES)
+        first = end - done - C if REVERSE else start + done
+        tma.store_wait(1)
+        _store(
+            o_desc, o_ptr, o_bufs.index(at % 2), o, first, head, o_token, o_head, size, C, V,
+            REVERSE, o_bufs.dtype,
+        )  # fmt: skip
+        S = warpgroup_mma_wait(0, deps=(S,))
+        gl.thread_barrier()
+        mbarrier.arrive(bars[1].index(at % STAGES), count=1)
         done += size
         at += 1
         if HAS_STOPS:
@@ -327,6 +340,10 @@ def _compute_all(
     log2_decay = rate(log_decay, last_head)
     within = _within(log2_decay, scale, P_layout, C, REVERSE)
     entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
+    if OUTPUT:
+        # Also where a first segment needs no state: programs that begin together read neighbouring
+        # heads of the same tokens, which memory likes.
+        gdc_wait()
     for turn in range(first_turn, end_turn):
         work = _work_at(turn, deal, IS_EVEN)
         row, head = table + work // H * 8, work % H
@@ -337,30 +354,29 @@ def _compute_all(
             within = _within(log2_decay, scale, P_layout, C, REVERSE)
             entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
             last_head = head
-        done = 0
         S = gl.zeros([BV, BK], gl.float32, S_layout)
         if OUTPUT:
             S = _first_state(
                 S, state_in, state_between, sequence, slot, head, H, state_k, state_v, K, V,
                 HAS_IN, HAS_BETWEEN,
             )  # fmt: skip
+            S, at = _compute_segment(
+                S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot,
+                log2_decay, gain, within, entered, at, head, H, o_token, o_head, state_k,
+                state_v, K, V, A_layout, REVERSE, HAS_STOPS, STAGES,
+            )  # fmt: skip
+            if HAS_OUT:
+                if gl.load(row + 4) == 1:
+                    _keep(state_out, sequence * H + head, S, state_k, state_v, K, V)
         else:
             done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
-        S, at = _compute_segment(
-            S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot,
-            log2_decay, gain, done, within, entered, at, head, H, o_token, o_head, state_k,
-            state_v, K, V, A_layout, REVERSE, HAS_STOPS, OUTPUT, STAGES,
-        )  # fmt: skip
-        if HAS_OUT:
-            if gl.load(row + 4) == 1:
-                _keep(state_out, sequence * H + head, S, state_k, state_v, K, V)
-        if not OUTPUT:
+            S, at = _add_piece(
+                S, buffers, bars, at, (length - done) // C, log2_decay, gain, A_layout, C, REVERSE,
+                STAGES,
+            )  # fmt: skip
             if done < length:
                 _keep(state_between, slot * H + head, S, state_k, state_v, K, V)
     tma.store_wait(0)
-    if OUTPUT:
-        # Also where no segment waited: who comes after this kernel counts on those before it.
-        gdc_wait()
 
 
 @gluon.jit

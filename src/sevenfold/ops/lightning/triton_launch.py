@@ -224,7 +224,7 @@ def _launch_hopper(
         C=_HOPPER_CHUNK,
         **flags,
         IS_EVEN=deal is None,
-        STAGES=3,
+        STAGES=3 if flags["OUTPUT"] else 5,
         num_warps=_filled(V) // 16,
         **_overlapping(flags["OUTPUT"] and flags["HAS_BETWEEN"]),
     )
