@@ -91,8 +91,8 @@ def test_what_it_cannot_do_is_refused() -> None:
         attention(q[..., :31].requires_grad_(), k[..., :31], v, **options)
 
 
-# No window of 1 and no single token: their gradients are exactly 0, and the rule then leaves no room
-# for rounding.
+# No window of 1 and no single token: their gradients are exactly 0, and the rule then leaves no
+# room for rounding.
 @pytest.mark.parametrize("window", [None, 2, 50, 128])
 @pytest.mark.parametrize(
     ("lengths", "H", "G", "D", "V"),

@@ -17,6 +17,7 @@ TITLES = {
     "verify": "Verification of a draft, one layer",
     "layers": "The fastest layer (0 of 80) and the slowest (78, 79)",
     "packed": "Packed documents",
+    "widths": "Other widths",
     "sweep": "Length sweep, 4 heads",
 }
 
