@@ -5,11 +5,9 @@ from sevenfold.ops.few_rows.api import (
     DenseRows,
     ExpertRows,
     LightningRows,
-    LightningWeights,
-    Norm,
-    Residual,
     suits_few_rows,
 )
+from sevenfold.ops.few_rows.types import LightningWeights, Norm, Residual
 
 __all__ = [
     "MAX_ROWS",
