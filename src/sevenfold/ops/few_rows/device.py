@@ -212,11 +212,20 @@ def logits_on_device(hidden: Tensor, weight: Tensor) -> Tensor:
     return triton_linear.product(hidden, weight, torch.float32)
 
 
-def rotate_on_device(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn q [M, H, D] and k [M, G, D] in place; cos and sin [M, r / 2] fp32."""
+def rotate_on_device(q: Tensor, k: Tensor, positions: Tensor, frequency: Tensor) -> None:
+    """Turn the first r channels of queries and keys in place, half against half.
+
+        y_i = x_i cos - x_{i + r/2} sin,  y_{i + r/2} = x_{i + r/2} cos + x_i sin,  i < r/2
+
+    Args:
+        q: [M, H, D], contiguous.
+        k: [M, G, D], contiguous.
+        positions: [M] int64.
+        frequency: [r / 2] fp32, what a position is multiplied by: the angle, in fp32.
+    """
     from sevenfold.ops.few_rows import triton_rotate
 
-    triton_rotate.rotate_rows(q, k, cos, sin)
+    triton_rotate.rotate_rows(q, k, positions, frequency)
 
 
 def _takes_norms_inside(x: Tensor) -> bool:

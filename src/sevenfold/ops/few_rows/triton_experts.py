@@ -92,9 +92,7 @@ def _dense_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, BM)
-    _gate_up_rows(
-        x, norm, roots, w, None, hidden, m, m < M, 1, F, eps, K, BN, BM, BK, WK, STAGES
-    )
+    _gate_up_rows(x, norm, roots, w, None, hidden, m, m < M, 1, F, eps, K, BN, BM, BK, WK, STAGES)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -150,7 +148,7 @@ def _down_alone_kernel(
     for j in tl.static_range(CHOSEN):
         c = token * CHOSEN + j
         one = w + (tl.load(experts + c).to(tl.int64) * N + first) * K
-        got, _ = multiply(one, left, x, c * K + m, m < 1, None, None, K, BN, BM, BK, WK, STAGES)
+        got, _ = multiply(one, left, x, c * K + 0 * m, m < 1, None, None, K, BN, BM, BK, WK, STAGES)
         total += got
     at = token * N + n[:, None] + 0 * m[None, :]
     inside = (m < 1)[None, :] & (n < N)[:, None]
@@ -232,7 +230,9 @@ def feed(
     return total(rows, stream, residual)
 
 
-def dense_gate_up(x: Tensor, norm: Norm | None, weight: Tensor, tile: Tile) -> tuple[Tensor, Stream]:
+def dense_gate_up(
+    x: Tensor, norm: Norm | None, weight: Tensor, tile: Tile
+) -> tuple[Tensor, Stream]:
     """SwiGLU's hidden rows [M, F] of RMSNorm(x), or of x; weight [2 F, K]; and the norm's stream."""
     (M, K), F = x.shape, len(weight) // 2
     hidden, roots = x.new_empty(M, F), new_roots(x, norm)

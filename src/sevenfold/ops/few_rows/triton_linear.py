@@ -148,9 +148,7 @@ def _join_kernel(
     if norm is not None:
         got *= root(squares, K, eps)[None, :]
     at, in_m, in_n = m[None, :] * N + n[:, None], (m < M)[None, :], (n < N)[:, None]
-    joined = load_stream(
-        stream, stream_roots, stream_norm, at, m[None, :], n[:, None], in_m, in_n
-    )
+    joined = load_stream(stream, stream_roots, stream_norm, at, m[None, :], n[:, None], in_m, in_n)
     got = alpha * joined + beta * got
     tl.store(y + at, got.to(y.dtype.element_ty), mask=in_m & in_n)
 

@@ -42,7 +42,9 @@ def multiply(
                 squares += wide * wide
                 wide *= _load(norm + k, None, k, K, even).to(tl.float32)[:, None]
                 if gate is not None:
-                    gates = _load(gate + at[None, :] + k[:, None], in_m[None, :], k[:, None], K, even)
+                    gates = _load(
+                        gate + at[None, :] + k[:, None], in_m[None, :], k[:, None], K, even
+                    )
                     wide *= gates.to(tl.float32)
                 xs = wide.to(xs.dtype)
             got = tl.dot(left, xs, got, input_precision="ieee")
@@ -60,7 +62,9 @@ def multiply(
                 squares += wide * wide
                 wide *= _load(norm + k, None, k, K, even).to(tl.float32)[:, :, None]
                 if gate is not None:
-                    gates = _load(gate + at[None, None, :] + down, in_m[None, None, :], down, K, even)
+                    gates = _load(
+                        gate + at[None, None, :] + down, in_m[None, None, :], down, K, even
+                    )
                     wide *= gates.to(tl.float32)
                 xs = wide.to(xs.dtype)
             shares = tl.dot(left, xs, shares, input_precision="ieee")

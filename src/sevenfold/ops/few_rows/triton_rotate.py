@@ -26,23 +26,20 @@ def _turn(x, cos, sin, H, D: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
 
 @triton.jit
 def _rotate_kernel(
-    q, k, cos, sin, H, G,
+    q, k, positions, frequency, H, G,
     D: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, GP: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    row, i = tl.program_id(0), tl.arange(0, BH)[None, :]
-    c = tl.load(cos + row * HALF + i, mask=i < HALF, other=0.0)
-    s = tl.load(sin + row * HALF + i, mask=i < HALF, other=0.0)
-    _turn(q + row * H * D, c, s, H, D, HALF, HP, BH)
-    _turn(k + row * G * D, c, s, G, D, HALF, GP, BH)
+    row, i = tl.program_id(0), tl.arange(0, BH)
+    angle = tl.load(positions + row).to(tl.float32) * tl.load(frequency + i, i < HALF, 0.0)
+    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    _turn(q + row * H * D, cos, sin, H, D, HALF, HP, BH)
+    _turn(k + row * G * D, cos, sin, G, D, HALF, GP, BH)
 
 
-def rotate_rows(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn q [M, H, D] and k [M, G, D] in place by angles whose cos and sin are [M, r / 2] fp32.
-
-        y_i = x_i cos - x_{i + r/2} sin,  y_{i + r/2} = x_{i + r/2} cos + x_i sin,  i < r/2
-    """
-    (M, H, D), G, half = q.shape, k.shape[1], cos.shape[1]
+def rotate_rows(q: Tensor, k: Tensor, positions: Tensor, frequency: Tensor) -> None:
+    """Turn q [M, H, D] and k [M, G, D], contiguous, in place; arguments as rotate_on_device."""
+    (M, H, D), G, half = q.shape, k.shape[1], len(frequency)
     _rotate_kernel[(M,)](
-        q, k, cos, sin, H, G, D=D, HALF=half, HP=next_power_of_2(H), GP=next_power_of_2(G),
-        BH=next_power_of_2(half), num_warps=_WARPS,
+        q, k, positions, frequency, H, G, D=D, HALF=half, HP=next_power_of_2(H),
+        GP=next_power_of_2(G), BH=next_power_of_2(half), num_warps=_WARPS,
     )  # fmt: skip

@@ -40,8 +40,8 @@ def _choose_kernel(
     CHOSEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, e = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS)
-    k = tl.arange(0, COLUMNS)
-    wide = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    column = tl.arange(0, COLUMNS)
+    wide = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
     r = root(tl.sum(wide * wide, axis=0), K, eps)
     logits = tl.zeros([EXPERTS], tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
