@@ -5,6 +5,7 @@ multiprocessor streams, and their rows are padded to what a tensor core takes.
 
     rows          16 | 32 | 64, the least that holds them; of experts, twice their mean
     narrow        up to 4,096 output channels: 16 of them to a program fill an H100 or H200
+    wide, vast    up to 16,384, and a head's vocabulary
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from sevenfold.ops.tuning import best_config
 
 FEW_ROWS = 64  # more rows than these are faster by the libraries' products
 _LEAST_TILE = 16
-_NARROW_COLUMNS = 4096
+_NARROW_COLUMNS, _WIDE_COLUMNS = 4096, 16384
 _SMALL_BYTES = 2
 
 
@@ -38,7 +39,9 @@ def tile_rows(rows: int) -> int:
 
 def linear_tile(rows: int, weight: torch.Tensor, columns: int) -> Tile:
     """Return the tile of a product of M rows with weights of N output channels in all."""
-    width = "narrow" if columns <= _NARROW_COLUMNS else "wide"
+    width = "wide" if columns <= _WIDE_COLUMNS else "vast"
+    if columns <= _NARROW_COLUMNS:
+        width = "narrow"
     return _tile("few_rows_linear", f"{tile_rows(rows)} rows {width}", tile_rows(rows), weight)
 
 
