@@ -8,4 +8,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def test_half_layers_under_the_interpreter() -> None:
-    check_interpreted(TESTS / "ops" / "few_rows" / "test_device_rows.py")
+    check_interpreted(
+        TESTS / "ops" / "few_rows" / "test_device_rows.py",
+        TESTS / "models" / "test_stepping_device.py",
+    )

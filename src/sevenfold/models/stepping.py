@@ -1,4 +1,4 @@
-"""A few rows through a block, half a layer a call: one token a sequence on a CPU, up to 64 on a GPU."""
+"""A few rows through a block, half a layer a call: a decoding step on a CPU, any rows on a GPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

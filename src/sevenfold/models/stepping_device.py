@@ -1,4 +1,4 @@
-"""A few rows through a block on a GPU: half a layer in a few kernels, its mixer's own in between."""
+"""A few rows through a block on a GPU: half a layer in a few kernels around its mixer's own."""
 
 from collections.abc import Callable
 

@@ -2,7 +2,7 @@
 
 A step of one token reads each weight once, and the rest is launches: half a layer is three kernels
 here, where its operators one by one are fifteen. Up to 16 rows norms are taken inside the products
-after them; beyond, each program would take all rows' norms again, and a kernel of their own is less.
+after them; beyond, each program would take all rows' norms again, and they have their own kernel.
 Nothing waits for the host and nothing is allocated by what tensors hold, so that CUDA graphs hold
 all of it. Inference only.
 """

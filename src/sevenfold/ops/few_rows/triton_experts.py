@@ -3,11 +3,11 @@
     hidden_c = p_c * silu(W_gate,e u_t) * W_up,e u_t      c = (t, j), e = expert j of token t
     y_t = alpha * stream_t + beta * sum over j of W_down,e hidden_c
 
-A program owns some output channels of one expert and finds its expert's rows among the M * k choices
-by itself. A tile holds twice an expert's even share of rows; an expert with more takes another round,
-over a weight that the cache has just seen. Choices weigh the hidden rows, so that a token's sum is
-plain: in one program where one or two tokens read their own experts (their weights are read once a
-token), else by a last kernel, always in the order of the choices.
+A program owns some output channels of one expert and finds its expert's rows among the M * k
+choices by itself. A tile holds twice an expert's even share of rows; an expert with more takes
+another round, over a weight that the cache has just seen. Choices weigh the hidden rows, so that a
+token's sum is plain: in one program where one or two tokens read their own experts (their weights
+are read once a token), else by a last kernel, always in the order of the choices.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -233,7 +233,7 @@ def feed(
 def dense_gate_up(
     x: Tensor, norm: Norm | None, weight: Tensor, tile: Tile
 ) -> tuple[Tensor, Stream]:
-    """SwiGLU's hidden rows [M, F] of RMSNorm(x), or of x; weight [2 F, K]; and the norm's stream."""
+    """SwiGLU's hidden rows [M, F] of RMSNorm(x), or of x, and the stream; weight [2 F, K]."""
     (M, K), F = x.shape, len(weight) // 2
     hidden, roots = x.new_empty(M, F), new_roots(x, norm)
     _dense_kernel[(cdiv(F, tile.BN // 2),)](

@@ -8,6 +8,7 @@ All weights of `project` stream in one launch. Its SiLU parts q, k and v as it w
 
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ from sevenfold.ops.few_rows.types import Norm, Residual, Stream
 from sevenfold.ops.row_launch import cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _project_kernel(
     x, norm, roots, w0, w1, w2, y0, y1, y2, M, N0, N1, N2, eps,
     D: tl.constexpr, LIGHTNING: tl.constexpr, SIGMOID: tl.constexpr,
@@ -135,7 +136,7 @@ def load_stream(stream, roots, norm, at, m, n, inside_m, inside_n):
     return wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _join_kernel(
     x, norm, gate, w, stream, stream_roots, stream_norm, y, M, N, eps, alpha, beta,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,

@@ -2,7 +2,7 @@
 
     u = RMSNorm(x), rounded    z = W_r u in fp32    the k largest, weights softmax over them
 
-A program has one row, whose products with an fp32 weight are fp32's, as the router's are everywhere.
+A program has one row, whose products with an fp32 weight are fp32's, as a router's are everywhere.
 """
 
 # pyright reads a kernel as the Python function that it is not.

@@ -78,6 +78,7 @@ def _backward_kernel(
 
 
 def normed(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """The norm, gated where there is a gate, past torch.library: for inference."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
