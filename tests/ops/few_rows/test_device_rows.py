@@ -173,7 +173,7 @@ if not INTERPRETED:
     MIXTURES += [(33, 1, 1), (8, 2, 8), (64, 2, 8), (64, 8, 32), (16, 2, 32)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[-1:] if INTERPRETED else DTYPES)
 @pytest.mark.parametrize(("M", "chosen", "E"), MIXTURES)
 @pytest.mark.parametrize(("hidden", "width"), EXPERT_WIDTHS)
 def test_experts_keep_to_the_error_rule(
@@ -255,8 +255,8 @@ def test_experts_with_all_rows_or_none() -> None:
         check("y", found, wanted)
 
 
-@pytest.mark.parametrize("M", [2, 17])
-def test_a_row_that_is_not_finite_stays_alone(M: int) -> None:
+@pytest.mark.parametrize(("M", "bad"), [(2, float("inf")), (5, float("nan"))])
+def test_a_row_that_is_not_finite_stays_alone(M: int, bad: float) -> None:
     case = Lightning(M, (16, 2, 8), torch.float32)
     layer = expert_layer(16, 8, 4, 2, torch.float32)
 
@@ -273,14 +273,13 @@ def test_a_row_that_is_not_finite_stays_alone(M: int) -> None:
         ]
 
     clean = run()
-    for bad in (float("nan"), float("inf")):
-        case.x[1, 3] = bad
-        for found, honest in zip(run(), clean, strict=True):
-            kept = [m for m in range(M) if m != 1]
-            # NumPy's products, in the interpreter, depend on a row's place.
-            same = torch.isfinite if INTERPRETED else honest[kept].eq
-            assert bool(same(found[kept]).all())
-            assert not bool(found[1].isfinite().all())
+    case.x[1, 3] = bad
+    for found, honest in zip(run(), clean, strict=True):
+        kept = [m for m in range(M) if m != 1]
+        # NumPy's products, in the interpreter, depend on a row's place.
+        same = torch.isfinite if INTERPRETED else honest[kept].eq
+        assert bool(same(found[kept]).all())
+        assert not bool(found[1].isfinite().all())
 
 
 @pytest.mark.skipif(INTERPRETED, reason="NumPy's products depend on it")
