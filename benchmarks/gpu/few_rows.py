@@ -175,6 +175,8 @@ class GateUp(Experts):
     def __init__(self, M, num=None):
         super().__init__(M, (E, 2 * WIDTH, HIDDEN), num)
         self.default = tiles.gate_up_tile(M * CHOSEN, self.held[0])
+        if M <= triton_experts._ALONE:
+            self.default = tiles.alone_tiles(self.held[0], self.held[0])[0]
 
     def run(self, n, tile):
         return triton_experts.gate_up(self.choice, self.held[n], tile)
@@ -188,7 +190,7 @@ class Down(Experts):
         self.hidden = randn(M * CHOSEN, WIDTH)
         self.default = tiles.down_tile(M * CHOSEN, self.held[0])
         if M <= triton_experts._ALONE:
-            self.default = tiles.down_alone_tile(self.held[0])
+            self.default = tiles.alone_tiles(self.held[0], self.held[0])[1]
 
     def run(self, n, tile):
         if self.M <= triton_experts._ALONE:
@@ -482,7 +484,7 @@ def sweep_jobs():
         M = {16: 8, 32: 64, 64: 64}[rows]
         for name in ("gate_up", "down"):
             jobs.append((name, TABLES[name][0], f"16 bits {rows} rows", rows, M))
-    jobs.append(("gate_up", "few_rows_gate_up", "16 bits 16 rows (M=1)", 16, 1))
+    jobs.append(("gate_up", "few_rows_gate_up", "16 bits alone", 16, 1))
     jobs.append(("down", "few_rows_down", "16 bits alone", 16, 1))
     return jobs
 

@@ -51,15 +51,16 @@ def gate_up_tile(rows: int, weight: torch.Tensor) -> Tile:
     return _tile("few_rows_gate_up", f"{even} rows", even, weight)
 
 
-def down_alone_tile(weight: torch.Tensor) -> Tile:
-    """Return the tile of the experts' second product where each token reads its own experts."""
-    return _tile("few_rows_down", "alone", _LEAST_TILE, weight)
-
-
 def down_tile(rows: int, weight: torch.Tensor) -> Tile:
     """Return the tile of the experts' second product, of M rows in all over weight's E experts."""
     even = _even_rows(rows, len(weight))
     return _tile("few_rows_down", f"{even} rows", even, weight)
+
+
+def alone_tiles(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Tile, Tile]:
+    """Return the tiles of both products where one or two tokens have experts of their own."""
+    first = _tile("few_rows_gate_up", "alone", _LEAST_TILE, gate_up)
+    return first, _tile("few_rows_down", "alone", _LEAST_TILE, down)
 
 
 def _even_rows(rows: int, experts: int) -> int:

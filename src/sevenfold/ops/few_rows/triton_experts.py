@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.few_rows.tiles import Tile, down_alone_tile, down_tile, gate_up_tile
+from sevenfold.ops.few_rows.tiles import Tile, alone_tiles, down_tile, gate_up_tile
 from sevenfold.ops.few_rows.triton_linear import constants, new_roots
 from sevenfold.ops.few_rows.triton_product import multiply, root
 from sevenfold.ops.few_rows.triton_router import Choice
@@ -222,10 +222,11 @@ def feed(
 ) -> Tensor:
     """Experts and residual after the router's choice: [M, D]."""
     M, R = len(stream), choice.experts.numel()
-    hidden = gate_up(choice, gate_up_proj, gate_up_tile(R, gate_up_proj))
     if M <= _ALONE:
-        tile = down_alone_tile(down_proj)
-        return down_alone(hidden, choice, down_proj, stream, residual, tile)
+        first, second = alone_tiles(gate_up_proj, down_proj)
+        hidden = gate_up(choice, gate_up_proj, first)
+        return down_alone(hidden, choice, down_proj, stream, residual, second)
+    hidden = gate_up(choice, gate_up_proj, gate_up_tile(R, gate_up_proj))
     rows = down(hidden, choice, down_proj, down_tile(R, down_proj))
     return total(rows, stream, residual)
 
