@@ -84,7 +84,8 @@ def _project(
 def constants(tile: Tile) -> dict[str, int]:
     """A kernel's constants of its tile."""
     named = tile._asdict()
-    return named | {"STAGES": named.pop("num_stages")}
+    stages = named.pop("num_stages")
+    return {**named, "STAGES": stages}
 
 
 def project(
