@@ -36,7 +36,7 @@ class Fed(NamedTuple):
 def suits_device_rows(x: Tensor) -> bool:
     """Whether x [..., D] has 1 to 64 rows, bf16, fp16 or fp32 on a GPU, and needs no gradient.
 
-    Not under autocast, which works on PyTorch's own operators.
+    Not under autocast, which works on PyTorch's own operators, nor in what torch.compile follows.
     """
     return (
         runs_on_gpu(x)
@@ -44,6 +44,7 @@ def suits_device_rows(x: Tensor) -> bool:
         and x.shape[-1] <= _MAX_WIDTH
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")
+        and not torch.compiler.is_compiling()
     )
 
 
