@@ -58,9 +58,15 @@ def rotation(
     if rotary_dim == 0:
         return None
     dtype = torch.promote_types(dtype, torch.float32)
-    channel = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=dtype)
-    angle = positions[..., None].to(dtype) * theta ** (-channel / rotary_dim)  # [B, T, r / 2]
+    turn = frequency(rotary_dim, theta, device=positions.device, dtype=dtype)
+    angle = positions[..., None].to(dtype) * turn  # [B, T, r / 2]
     return Rotation(angle.cos()[:, :, None], angle.sin()[:, :, None])
+
+
+def frequency(rotary_dim: int, theta: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The angles [r / 2] of one position's step: theta^(-2 i / rotary_dim); rotary_dim r > 0."""
+    channel = torch.arange(0, rotary_dim, 2, device=device, dtype=dtype)
+    return theta ** (-channel / rotary_dim)
 
 
 def rotate(x: Tensor, turns: Rotation | None) -> Tensor:

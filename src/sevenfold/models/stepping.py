@@ -1,4 +1,4 @@
-"""One token a sequence through a block on a CPU: half a layer a call."""
+"""A few rows through a block, half a layer a call: a decoding step on a CPU, any rows on a GPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,25 @@ from torch import Tensor, nn
 from sevenfold.models.batch import Batch
 from sevenfold.models.block import Block
 from sevenfold.models.feed_forward import MixtureOfExperts
-from sevenfold.models.layers import RMSNorm
 from sevenfold.models.mixers import LightningAttention
 from sevenfold.models.state import LayerState, LinearState, PooledState
+from sevenfold.models.stepping_device import (
+    device_feed,
+    device_mix,
+    lightning_weights,
+    norm_of,
+)
 from sevenfold.ops import (
     DenseRows,
     ExpertRows,
     LightningRows,
-    LightningWeights,
-    Norm,
     Residual,
+    suits_device_rows,
     suits_few_rows,
 )
+
+Mix = Callable[[Tensor, Batch, LayerState], tuple[Tensor, LayerState] | None]
+Feed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,8 @@ class _Halves:
     places: the tensors' addresses.
     """
 
-    mix: LightningRows | None
-    feed: Callable[[Tensor], Tensor] | None
+    mix: Mix | None
+    feed: Feed | None
     sources: tuple[tuple[dict, str], ...]
     places: list[int]
 
@@ -47,52 +54,44 @@ _HALVES: WeakKeyDictionary[Block, _Halves] = WeakKeyDictionary()
 
 
 def pays_by_rows(x: Tensor, batch: Batch) -> bool:
-    """Whether x [B, T, D] is a decoding step of a few sequences on a CPU."""
-    return batch.is_step and suits_few_rows(x)
+    """Whether x [B, T, D] is a decoding step on a CPU, or any step on a GPU, of few tokens."""
+    return suits_device_rows(x) or (batch.is_step and suits_few_rows(x))
 
 
 def run_by_rows(
     layer: nn.Module, x: Tensor, batch: Batch, state: LayerState
 ) -> tuple[Tensor, LayerState]:
-    """Run a block on one token of each sequence; the result is Block.forward's."""
+    """Run a block on a few tokens; the result is Block.forward's."""
     if not isinstance(layer, Block):
         raise TypeError(f"layer must be a Block, got {type(layer).__name__}")
     halves = _HALVES.get(layer)
     if halves is None or not halves.are_current():
-        halves = _HALVES[layer] = _halves(layer)
-    if halves.mix is not None and isinstance(state, LinearState):
-        y, kv = halves.mix(x.flatten(0, 1), state.kv)
-        x, state = y.view_as(x), LinearState(kv)
-    elif halves.mix is not None and isinstance(state, PooledState):
-        x = _mix_in_pool(halves.mix, x.flatten(0, 1), state).view_as(x)
-    else:
+        halves = _HALVES[layer] = _halves(layer, x)
+    if halves.mix is None and halves.feed is None:
+        x, after, _ = layer(x, batch, state)
+        return x, state if after is None else after
+    mixed = None if halves.mix is None else halves.mix(x, batch, state)
+    if mixed is None:
         x, after = layer.mix(x, batch, state)
         state = state if after is None else after
+    else:
+        x, state = mixed
     if halves.feed is None:
         return layer.feed(x)[0], state
     return halves.feed(x.flatten(0, 1)).view_as(x), state
 
 
-def _mix_in_pool(mix: LightningRows, x: Tensor, state: PooledState) -> Tensor:
-    if len(state.slots) == 1:
-        at = int(state.slots)
-        return mix.advance(x, state.pool[at : at + 1])
-    y, kv = mix(x, state.pool[state.slots])
-    state.pool[state.slots] = kv
-    return y
-
-
-def _halves(layer: Block) -> _Halves:
+def _halves(layer: Block, x: Tensor) -> _Halves:
     sources: list[tuple[dict[str, Any], str]] = [
         (module._parameters, name) for module, name, _ in _parameters(layer)
     ]
+    if isinstance(layer.self_attn, LightningAttention):
+        sources.append((vars(layer.self_attn), "log_decay"))
     mix = feed = None
     if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
-        feed = _feed(layer) if _is_plain(layer.mlp) else None
-        mixer = layer.self_attn
-        if isinstance(mixer, LightningAttention) and _is_plain(mixer) and mixer.norm_groups == 1:
-            mix = _mix(layer, mixer)
-            sources.append((vars(mixer), "log_decay"))
+        to_mix, to_feed = (_mix, _feed) if x.device.type == "cpu" else (device_mix, device_feed)
+        mix = to_mix(layer) if _is_plain(layer.self_attn) else None
+        feed = to_feed(layer) if _is_plain(layer.mlp) else None
     places = [held[name].data_ptr() for held, name in sources]
     return _Halves(mix, feed, tuple(sources), places)
 
@@ -114,20 +113,35 @@ def _parameters(layer: Block) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
-def _mix(layer: Block, mixer: LightningAttention) -> LightningRows:
-    weights = LightningWeights(
-        mixer.qkv_proj.weight,
-        mixer.output_gate.weight,
-        _norm(mixer.norm),
-        mixer.out_proj.weight,
-        mixer.log_decay,
-    )
+def _mix(layer: Block) -> Mix | None:
+    mixer = layer.self_attn
+    if not isinstance(mixer, LightningAttention) or mixer.norm_groups != 1:
+        return None
     residual = Residual(*layer.mixer_factors, layer.post_norm)
-    return LightningRows(_norm(layer.input_layernorm), weights, residual)
+    rows = LightningRows(norm_of(layer.input_layernorm), lightning_weights(mixer), residual)
+
+    def mix(x: Tensor, batch: Batch, state: LayerState) -> tuple[Tensor, LayerState] | None:
+        if isinstance(state, LinearState):
+            y, kv = rows(x.flatten(0, 1), state.kv)
+            return y.view_as(x), LinearState(kv)
+        if isinstance(state, PooledState):
+            return _mix_in_pool(rows, x.flatten(0, 1), state).view_as(x), state
+        return None
+
+    return mix
 
 
-def _feed(layer: Block) -> Callable[[Tensor], Tensor] | None:
-    norm = _norm(layer.post_attention_layernorm)
+def _mix_in_pool(rows: LightningRows, x: Tensor, state: PooledState) -> Tensor:
+    if len(state.slots) == 1:
+        at = int(state.slots)
+        return rows.advance(x, state.pool[at : at + 1])
+    y, kv = rows(x, state.pool[state.slots])
+    state.pool[state.slots] = kv
+    return y
+
+
+def _feed(layer: Block) -> Feed | None:
+    norm = norm_of(layer.post_attention_layernorm)
     residual, mlp = Residual(*layer.mlp_factors, layer.post_norm), layer.mlp
     if not isinstance(mlp, MixtureOfExperts):
         return DenseRows(norm, mlp.gate_up_proj.weight, mlp.down_proj.weight, residual)
@@ -136,7 +150,3 @@ def _feed(layer: Block) -> Callable[[Tensor], Tensor] | None:
     gate_up, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
     router, chosen = mlp.gate.weight, mlp.gate.num_chosen
     return ExpertRows(norm, router, gate_up, down, residual, num_chosen=chosen)
-
-
-def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight, norm.eps)

@@ -6,42 +6,14 @@ recurrence and residual of one half-layer are one call of compiled loops. Infere
 """
 
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from numpy import ndarray
 from torch import Tensor
 
+from sevenfold.ops.few_rows.types import LightningWeights, Norm, Residual
+
 MAX_ROWS = 8  # more rows than these are faster as matrix products
-
-
-class Norm(NamedTuple):
-    """An RMSNorm: weight [D] and eps."""
-
-    weight: Tensor
-    eps: float
-
-
-class Residual(NamedTuple):
-    """y = alpha * stream + beta * f; the stream is the norm's output (post-norm) or its input."""
-
-    alpha: float
-    beta: float
-    post_norm: bool
-
-
-class LightningWeights(NamedTuple):
-    """Of a lightning-attention layer.
-
-    qkv [3 H D, hidden_size], head by head; gate [H D, hidden_size]; norm over H D;
-    out [hidden_size, H D]; log_decay [H].
-    """
-
-    qkv: Tensor
-    gate: Tensor
-    norm: Norm
-    out: Tensor
-    log_decay: Tensor
 
 
 def suits_few_rows(x: Tensor) -> bool:

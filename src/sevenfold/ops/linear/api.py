@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sevenfold.ops.checks import check_dtype, choose_impl
+from sevenfold.ops.few_rows import logits_on_device, suits_device_rows, suits_device_weights
 from sevenfold.ops.linear import onednn
 from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.precision import full_precision
@@ -134,6 +135,9 @@ def _at_least_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.dtype in (torch.float32, torch.float64):
         return linear(hidden, weight)
     if hidden.device.type == "cuda":
+        if suits_device_rows(hidden) and suits_device_weights((weight,)):
+            rows = logits_on_device(hidden.flatten(0, -2).contiguous(), weight)
+            return rows.view(*hidden.shape[:-1], len(weight))
         z = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
         return z.view(*hidden.shape[:-1], -1)
     return linear(hidden.float(), weight.float())

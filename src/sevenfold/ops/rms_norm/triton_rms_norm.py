@@ -77,7 +77,8 @@ def _backward_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, column < D)
 
 
-def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def normed(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """The norm, gated where there is a gate, past torch.library: for inference."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -114,7 +115,7 @@ def _backward(
 @torch.library.custom_op("sevenfold::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm; arguments and result as in the public operator."""
-    return _forward(x, None, weight, eps)
+    return normed(x, None, weight, eps)
 
 
 @torch.library.custom_op("sevenfold::rms_norm_backward", mutates_args=())
@@ -127,7 +128,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
 @torch.library.custom_op("sevenfold::gated_rms_norm", mutates_args=())
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The gated norm; arguments and result as in the public operator."""
-    return _forward(x, gate, weight, eps)
+    return normed(x, gate, weight, eps)
 
 
 @torch.library.custom_op("sevenfold::gated_rms_norm_backward", mutates_args=())

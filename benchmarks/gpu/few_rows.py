@@ -1,0 +1,563 @@
+"""Check and time half-layers of a few rows: python benchmarks/gpu/few_rows.py OUT.json [sweep]
+
+Checks every kernel by the error rule at bench-2b's widths, times each in CUDA graphs over weights
+that the L2 cannot hold, and compares with its floor, bytes / 4.27e12; then whole decoding steps of
+bench-2b, by rows and layer by layer. "sweep" tries launch configurations instead and prints the
+best of each key in the form of ops/tuning/*.json.
+"""
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+from sevenfold import ops
+from sevenfold.models import Batch, HybridModel, PagedKV, PageTable, PooledState, hybrid, preset
+from sevenfold.ops.few_rows import device, logits_on_device, tiles, triton_experts, triton_linear
+from sevenfold.ops.few_rows.triton_router import Choice, choose
+from sevenfold.ops.testing import check_error
+
+warnings.filterwarnings("ignore", ".*has no tuning.*")
+RATE = 4.27e12
+BEGAN = time.perf_counter()
+DEADLINE_S = 200
+GPU, LOW = torch.device("cuda"), torch.bfloat16
+HIDDEN, H, D, WIDTH, E, CHOSEN, VOCAB = 2048, 16, 128, 1792, 8, 2, 32000
+POST = ops.Residual(1.5, 0.75, post_norm=True)
+ROWS = (1, 8, 64)
+rows_out, failures = [], []
+
+
+def left():
+    return DEADLINE_S - (time.perf_counter() - BEGAN)
+
+
+def randn(*shape, seed=0, dtype=None):
+    generator = torch.Generator(GPU).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=GPU, dtype=dtype or LOW)
+
+
+def weight(*shape, seed=0):
+    return randn(*shape, seed=seed) * shape[-1] ** -0.5
+
+
+def norm(width, seed=0):
+    return ops.Norm(1 + 0.25 * randn(width, seed=seed), 1e-5)
+
+
+def graph_s(calls, replays=10):
+    """Seconds of one call, from a graph of all of them in a row."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(2):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        graph.replay()
+        b.record()
+        b.synchronize()
+        times.append(a.elapsed_time(b) / 1000 / len(calls))
+    return statistics.median(times)
+
+
+def note(case, seconds, floor, **more):
+    row = {"case": case, "us": seconds * 1e6, "floor_us": floor * 1e6, "ratio": seconds / floor}
+    rows_out.append(row | more)
+    print(
+        f"{case:40s} {row['us']:9.2f} us  floor {row['floor_us']:8.2f}  x{row['ratio']:.2f}",
+        flush=True,
+    )
+
+
+def attempt(name, run, *args):
+    if left() < 0:
+        failures.append(f"SKIPPED (time) {name}")
+        return
+    try:
+        run(*args)
+    except Exception as error:
+        text = str(error).splitlines()[0][:200] if str(error) else repr(error)
+        failures.append(f"FAILED {name}: {text}")
+        traceback.print_exc(limit=6)
+
+
+def copies(bytes_each):
+    return max(2, min(40, int(2.4e8 // bytes_each)))
+
+
+# ------------------------------------------------------------------ kernels, each in a given tile
+
+
+def lightning_weights(seed):
+    return ops.LightningWeights(
+        weight(3 * H * D, HIDDEN, seed=seed),
+        weight(H * D, HIDDEN, seed=seed + 1),
+        norm(H * D, seed),
+        weight(HIDDEN, H * D, seed=seed + 2),
+        torch.zeros(H, device=GPU),
+    )
+
+
+class Project:
+    """qkv and gate of lightning attention."""
+
+    def __init__(self, M, num=None):
+        size = 4 * H * D * HIDDEN
+        self.floor = (2 * size + 2 * M * (HIDDEN + 4 * H * D)) / RATE
+        self.x, self.norm = randn(M, HIDDEN), norm(HIDDEN)
+        self.held = [lightning_weights(n)[:2] for n in range(num or copies(2 * size))]
+        self.default = tiles.linear_tile(M, self.held[0][0], 4 * H * D)
+
+    def run(self, n, tile):
+        by = self.norm if device._takes_norms_inside(self.x) else None
+        return triton_linear.project_lightning(self.x, by, self.held[n], H, tile)
+
+
+class Join:
+    """The output projection of lightning attention, past its norm and gate up to 16 rows."""
+
+    def __init__(self, M, num=None):
+        size = HIDDEN * H * D
+        self.floor = (2 * size + 2 * M * (2 * HIDDEN + 2 * H * D)) / RATE
+        self.o, self.gate, self.norm = randn(M, H * D), randn(M, H * D, seed=1), norm(H * D)
+        self.stream = ops.few_rows.types.Stream(randn(M, HIDDEN, seed=2))
+        self.held = [weight(HIDDEN, H * D, seed=n) for n in range(num or copies(2 * size))]
+        self.default = tiles.linear_tile(M, self.held[0], HIDDEN)
+
+    def run(self, n, tile):
+        gated = (self.norm, self.gate) if device._takes_norms_inside(self.o) else None
+        return triton_linear.join(self.o, gated, self.held[n], self.stream, POST, tile)
+
+
+class Head:
+    def __init__(self, M, num=None):
+        size = VOCAB * HIDDEN
+        self.floor = (2 * size + 2 * M * HIDDEN + 4 * M * VOCAB) / RATE
+        self.x = randn(M, HIDDEN)
+        self.held = [weight(VOCAB, HIDDEN, seed=n) for n in range(num or copies(2 * size))]
+        self.default = tiles.linear_tile(M, self.held[0], VOCAB)
+
+    def run(self, n, tile):
+        y = torch.empty(len(self.x), VOCAB, device=GPU)
+        triton_linear._project(self.x, None, [self.held[n]], [y], None, (0, False), tile)
+        return y
+
+
+class Experts:
+    """Choices of M tokens by a random router; a ring of weights beyond the L2."""
+
+    def __init__(self, M, shape, num):
+        self.u = randn(M, HIDDEN)
+        shares, experts = ops.route(randn(M, E, seed=3, dtype=torch.float32), CHOSEN)
+        self.choice, self.M = Choice(self.u, experts.int(), shares), M
+        self.used = len(experts.unique())
+        size = 2 * shape[1] * shape[2]
+        self.held = [weight(*shape, seed=n) for n in range(num or copies(size * self.used))]
+        self.floor = self.used * size / RATE
+
+
+class GateUp(Experts):
+    def __init__(self, M, num=None):
+        super().__init__(M, (E, 2 * WIDTH, HIDDEN), num)
+        self.default = tiles.gate_up_tile(M * CHOSEN, self.held[0])
+        if M <= triton_experts._ALONE:
+            self.default = tiles.alone_tiles(self.held[0], self.held[0])[0]
+
+    def run(self, n, tile):
+        return triton_experts.gate_up(self.choice, self.held[n], tile)
+
+
+class Down(Experts):
+    """With its sum and residual."""
+
+    def __init__(self, M, num=None):
+        super().__init__(M, (E, HIDDEN, WIDTH), num)
+        self.hidden = randn(M * CHOSEN, WIDTH)
+        self.default = tiles.down_tile(M * CHOSEN, self.held[0])
+        if M <= triton_experts._ALONE:
+            self.default = tiles.alone_tiles(self.held[0], self.held[0])[1]
+
+    def run(self, n, tile):
+        if self.M <= triton_experts._ALONE:
+            args = (self.hidden, self.choice, self.held[n], self.u, POST, tile)
+            return triton_experts.down_alone(*args)
+        rows = triton_experts.down(self.hidden, self.choice, self.held[n], tile)
+        return triton_experts.total(rows, self.u, POST)
+
+
+KERNELS = {"project": Project, "join": Join, "head": Head, "gate_up": GateUp, "down": Down}
+
+
+def calls_of(case, tile):
+    return [lambda n=n: case.run(n, tile) for n in range(len(case.held))]
+
+
+def time_kernel(name, M):
+    case = KERNELS[name](M)
+    seconds = graph_s(calls_of(case, case.default))
+    note(f"{name} M={M}", seconds, case.floor, tile=str(case.default))
+
+
+def time_small(M):
+    """What has no large weight: norms by themselves, the router, and the sum of the choices."""
+    x, by = randn(M, HIDDEN), norm(HIDDEN)
+    routers = [randn(E, HIDDEN, seed=n, dtype=torch.float32) for n in range(400)]
+    floor = (4 * E * HIDDEN + 4 * M * HIDDEN) / RATE
+    note(f"choose M={M}", graph_s([lambda r=r: choose(x, by, r, CHOSEN) for r in routers]), floor)
+    rows = randn(M * CHOSEN, HIDDEN, dtype=torch.float32)
+    floor = 4 * M * HIDDEN / RATE
+    note(f"norm M={M}", graph_s([lambda: device._normed(x, None, by)] * 40), floor)
+    note(f"gated norm M={M}", graph_s([lambda: device._normed(x, x, by)] * 40), floor)
+    note(f"total M={M}", graph_s([lambda: triton_experts.total(rows, x, POST)] * 40), floor)
+
+
+def time_norms(M):
+    """Norms inside the products, or in kernels of their own?"""
+    x, o, by = randn(M, HIDDEN), randn(M, H * D), norm(HIDDEN)
+    held = [lightning_weights(n) for n in range(copies(10 * HIDDEN * H * D))]
+    floor = 10 * HIDDEN * H * D / RATE
+
+    def half(w):
+        fed = ops.feed_lightning(x, by, w, POST)
+        return ops.join_lightning(o, fed, w, POST)
+
+    for limit, name in ((64, "inside"), (0, "apart")):
+        with mock.patch.object(device, "_FUSED_ROWS", limit):
+            note(
+                f"lightning M={M} norms {name}", graph_s([lambda w=w: half(w) for w in held]), floor
+            )
+
+
+def time_peer(M):
+    """The same products by PyTorch."""
+    x = randn(M, HIDDEN)
+    for name, N in (("qkv and gate", 4 * H * D), ("out", HIDDEN), ("head", VOCAB)):
+        held = [weight(N, HIDDEN, seed=n) for n in range(copies(2 * N * HIDDEN))]
+        floor = 2 * N * HIDDEN / RATE
+        note(f"cuBLAS {name} M={M}", graph_s([lambda w=w: F.linear(x, w) for w in held]), floor)
+
+
+# ------------------------------------------------------------------ checks
+
+
+def normed(x, by):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    root = (wide.square().mean(-1, keepdim=True) + by.eps).rsqrt()
+    return (wide * root * by.weight.to(wide.dtype)).to(x.dtype)
+
+
+def lightning_by_torch(x, o, by, w, dtype):
+    u = normed(x.to(dtype), by)
+    qkv = F.silu(u @ w.qkv.to(dtype).T).view(len(x), H, 3, D)
+    gate = torch.sigmoid(u @ w.gate.to(dtype).T)
+    wide = torch.promote_types(dtype, torch.float32)
+    z = (normed(o.to(wide), w.norm) * gate).to(dtype) @ w.out.to(dtype).T
+    return [*qkv.unbind(2), torch.add(POST.beta * z, u, alpha=POST.alpha)]
+
+
+def check_lightning(M):
+    x, o, by, w = randn(M, HIDDEN) * 4, randn(M, H * D, seed=1), norm(HIDDEN), lightning_weights(5)
+    fed = ops.feed_lightning(x, by, w, POST)
+    found = [*fed.tokens, ops.join_lightning(o, fed, w, POST)]
+    eager, exact = (lightning_by_torch(x, o, by, w, d) for d in (LOW, torch.float64))
+    for name, *three in zip("qkvy", found, eager, exact, strict=True):
+        check_error(f"lightning M={M} {name}", *three)
+
+
+def check_experts(M):
+    x, by = randn(M, HIDDEN) * 4, norm(HIDDEN)
+    layer = ops.DeviceExperts(
+        weight(E, HIDDEN, seed=1).float(),
+        weight(E, 2 * WIDTH, HIDDEN, seed=2),
+        weight(E, HIDDEN, WIDTH, seed=3),
+        CHOSEN,
+    )
+    choice = choose(x, by, layer.router, CHOSEN)
+    u = normed(x, by)
+    shares, experts = ops.route(ops.router_logits(choice.u, layer.router, impl="eager"), CHOSEN)
+    exact = ops.route(choice.u.double() @ layer.router.double().T, CHOSEN, impl="eager")
+    assert torch.equal(choice.experts.long(), experts), "experts"
+    check_error(f"shares M={M}", choice.weights, shares, exact[0])
+    plan = ops.plan_dispatch(experts, E, None)
+
+    def by_torch(dtype):
+        u = normed(x.to(dtype), by)
+        args = (layer.gate_up.to(dtype), layer.down.to(dtype), plan)
+        fed = ops.mixture(u, shares.to(dtype), *args, impl="eager")
+        return torch.add(POST.beta * fed, u, alpha=POST.alpha)
+
+    found = ops.experts_on_device(x, by, layer, POST)
+    check_error(f"experts M={M}", found, by_torch(LOW), by_torch(torch.float64))
+    check_error(f"u M={M}", choice.u, u, normed(x.double(), by))
+
+
+def check_dense(M):
+    x, by = randn(M, HIDDEN) * 4, norm(HIDDEN)
+    gate_up, down = weight(2 * WIDTH, HIDDEN, seed=2), weight(HIDDEN, WIDTH, seed=3)
+
+    def by_torch(dtype):
+        u = normed(x.to(dtype), by)
+        gate, up = (u @ gate_up.to(dtype).T).chunk(2, -1)
+        f = (F.silu(gate) * up) @ down.to(dtype).T
+        return torch.add(POST.beta * f, u, alpha=POST.alpha)
+
+    found = ops.dense_on_device(x, by, gate_up, down, POST)
+    check_error(f"dense M={M}", found, by_torch(LOW), by_torch(torch.float64))
+
+
+def check_head(M):
+    x, w = randn(M, HIDDEN), weight(VOCAB, HIDDEN, seed=1)
+    eager = torch.mm(x, w.T, out_dtype=torch.float32)
+    check_error(f"head M={M}", logits_on_device(x, w), eager, x.double() @ w.double().T)
+
+
+# ------------------------------------------------------------------ whole steps of bench-2b
+
+
+class Step:
+    """A decoding step of M sequences after 512 tokens, on states and pages that are random."""
+
+    def __init__(self, M):
+        with torch.device(GPU):
+            self.model = HybridModel(preset("bench-2b")).bfloat16().eval().requires_grad_(False)
+        generator = torch.Generator(GPU).manual_seed(0)
+        for name, p in self.model.named_parameters():
+            if p.dim() > 1:
+                p.normal_(0, p.shape[-1] ** -0.5, generator=generator)
+            if name.endswith("mlp.gate.weight"):
+                self.model.get_parameter(name).data = p.data.float()
+        self.M, self.ids = M, torch.arange(M, device=GPU)[:, None] + 5
+        pages = torch.arange(M * 33, device=GPU).view(M, 33)
+        at = torch.full((M,), 512, device=GPU)
+        self.positions, zero = at[:, None].clone(), torch.zeros_like(at)
+        self.table = PageTable(pages, pages[:, 32].clone(), zero, at + 1)
+        self.pools = []
+        for layer in self.model.config.layer_types:
+            if layer == "linear_attention":
+                self.pools.append(randn(M, H, D, D, dtype=torch.float32))
+            else:
+                self.pools.append([randn(M * 33, 16, 4, D, seed=n) for n in range(2)])
+        self.slots, self.kept = torch.arange(M, device=GPU), randn(1, H, D, D, dtype=torch.float32)
+
+    def __call__(self):
+        batch = Batch((1,) * self.M, (0,) * self.M, self.positions, None)
+        snapshots = ops.Snapshots(self.kept, ())
+        state = tuple(
+            PagedKV(*pool, self.table)
+            if isinstance(pool, list)
+            else PooledState(pool, self.slots, snapshots)
+            for pool in self.pools
+        )
+        hidden = self.model.hidden(self.ids, batch, state).hidden[:, 0]
+        return self.model.logits(hidden)
+
+
+def time_step(M):
+    with torch.inference_mode():
+        step = Step(M)
+        parts = [p for layer in step.model.layers for p in layer.parameters()]
+        size = sum(p.numel() * p.element_size() for p in parts) + 2 * VOCAB * HIDDEN
+        experts = sum(2 * p.numel() for n, p in step.model.named_parameters() if ".experts." in n)
+        size -= experts * (1 - min(1.0, len_used(M) / E))
+        size += 2 * sum(p.numel() * 4 for p in step.pools if isinstance(p, torch.Tensor))
+        before = [p.clone() for p in step.pools if isinstance(p, torch.Tensor)]
+
+        def fresh():
+            for p, q in zip(
+                (p for p in step.pools if not isinstance(p, list)), before, strict=True
+            ):
+                p.copy_(q)
+            return step().clone()
+
+        found = fresh()
+        seconds = graph_s([step], 30)
+        note(f"step by rows M={M}", seconds, size / RATE)
+        with mock.patch.object(hybrid, "pays_by_rows", return_value=False):
+            honest = fresh()
+            note(f"step layer by layer M={M}", graph_s([step], 30), size / RATE)
+        spread = float((found - honest).abs().max() / honest.abs().max())
+        print(f"  largest difference of logits over the largest logit: {spread:.2e}", flush=True)
+
+
+def len_used(M):
+    """Experts of a layer that M tokens' random choices touch, on average."""
+    return E * (1 - (1 - CHOSEN / E) ** M)
+
+
+# ------------------------------------------------------------------ sweep
+
+NAMES = ("BN", "BK", "WK", "num_warps", "num_stages")
+TILES = {
+    16: [
+        (16, 64, 4, 4, 4),
+        (16, 64, 4, 4, 5),
+        (16, 128, 4, 4, 3),
+        (16, 128, 4, 4, 4),
+        (16, 64, 8, 8, 4),
+        (16, 32, 8, 8, 5),
+        (16, 128, 2, 2, 5),
+        (16, 128, 2, 4, 5),
+        (16, 256, 1, 4, 5),
+        (32, 64, 4, 4, 3),
+        (32, 64, 4, 4, 4),
+        (32, 32, 4, 4, 5),
+        (32, 64, 2, 4, 5),
+        (32, 128, 2, 4, 4),
+        (32, 32, 8, 8, 4),
+        (32, 64, 8, 8, 3),
+        (64, 64, 2, 4, 4),
+        (64, 64, 4, 8, 3),
+        (64, 128, 1, 4, 4),
+        (64, 128, 1, 4, 5),
+        (64, 64, 1, 4, 6),
+        (128, 64, 1, 4, 5),
+    ],
+    32: [
+        (16, 64, 4, 4, 4),
+        (16, 128, 2, 4, 4),
+        (16, 64, 2, 4, 5),
+        (16, 64, 8, 8, 3),
+        (32, 64, 2, 4, 4),
+        (32, 64, 4, 4, 3),
+        (32, 32, 8, 8, 4),
+        (32, 64, 4, 8, 4),
+        (64, 64, 1, 4, 5),
+        (64, 128, 1, 4, 3),
+        (64, 128, 1, 4, 4),
+        (64, 128, 1, 4, 5),
+        (64, 64, 2, 8, 4),
+        (128, 64, 1, 4, 4),
+        (128, 64, 1, 8, 4),
+    ],
+    64: [
+        (16, 64, 4, 4, 3),
+        (16, 64, 2, 4, 4),
+        (16, 64, 4, 8, 4),
+        (16, 128, 2, 4, 3),
+        (32, 64, 2, 4, 4),
+        (32, 64, 4, 8, 3),
+        (32, 64, 4, 4, 3),
+        (64, 64, 1, 4, 4),
+        (64, 64, 1, 4, 6),
+        (64, 128, 1, 4, 3),
+        (64, 128, 1, 4, 4),
+        (64, 64, 2, 8, 3),
+        (128, 64, 1, 4, 4),
+        (128, 64, 1, 8, 4),
+        (128, 64, 1, 8, 5),
+    ],
+}
+TABLES = {
+    "project": ("few_rows_linear", "wide"),
+    "join": ("few_rows_linear", "narrow"),
+    "head": ("few_rows_linear", "vast"),
+    "gate_up": ("few_rows_gate_up", ""),
+    "down": ("few_rows_down", ""),
+}
+
+
+def sweep_jobs():
+    """(kernel of this script, table, key, rows, M)."""
+    jobs = []
+    for rows in TILES:
+        for name in ("project", "join", "head"):
+            table, width = TABLES[name]
+            jobs.append(
+                (name, table, f"16 bits {rows} rows {width}", rows, 1 if rows == 16 else rows)
+            )
+        # Tiles of experts hold twice their even share of M * 2 choices.
+        M = {16: 8, 32: 64, 64: 64}[rows]
+        for name in ("gate_up", "down"):
+            jobs.append((name, TABLES[name][0], f"16 bits {rows} rows", rows, M))
+    jobs.append(("gate_up", "few_rows_gate_up", "16 bits alone", 16, 1))
+    jobs.append(("down", "few_rows_down", "16 bits alone", 16, 1))
+    return jobs
+
+
+def candidates(rows):
+    return [tiles.Tile(BM=rows, **dict(zip(NAMES, c, strict=True))) for c in TILES[rows]]
+
+
+def compile_job(work):
+    job, tile = work
+    try:
+        case = KERNELS[job[0]](job[4], num=1)
+        case.run(0, tile)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{job[2]} {tuple(tile)}: {str(error)[:60]}"
+    return None
+
+
+def sweep(out):
+    jobs = sweep_jobs()
+    work = [(job, tile) for job in jobs for tile in candidates(job[3])]
+    print(f"{len(work)} configurations of {len(jobs)} keys", flush=True)
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        broken = [text for text in pool.imap_unordered(compile_job, work, chunksize=2) if text]
+    print(f"compiled after {time.perf_counter() - BEGAN:.0f} s; broken: {broken}", flush=True)
+    best, found = {}, []
+    for job in jobs:
+        if left() < 0:
+            print("SKIPPED (time)", job, flush=True)
+            continue
+        case, timed = KERNELS[job[0]](job[4]), []
+        for tile in candidates(job[3]):
+            try:
+                timed.append((graph_s(calls_of(case, tile)), tile))
+            except Exception as error:
+                print("  no", job[2], tuple(tile), str(error)[:80], flush=True)
+        timed.sort(key=lambda pair: pair[0])
+        configs = [(s, {n: getattr(t, n) for n in NAMES}) for s, t in timed]
+        found += [{"kernel": job[1], "key": job[2], "us": s * 1e6, "config": c} for s, c in configs]
+        if configs:
+            best.setdefault(job[1], {})[job[2]] = configs[0][1]
+            tops = "  ".join(f"{s * 1e6:.2f}:{tuple(c.values())}" for s, c in configs[:4])
+            print(f"{job[0]} {job[2]} floor {case.floor * 1e6:.2f}  {tops}", flush=True)
+        case = None
+        torch.cuda.empty_cache()
+    Path(out).write_text(json.dumps({"best": best, "all": found}, indent=1))
+    name = torch.cuda.get_device_name()
+    print(json.dumps({kernel: {name: keys} for kernel, keys in best.items()}, indent=1))
+
+
+def main(out):
+    for M in (1, 3, 8, 17, 64):
+        for check in (check_lightning, check_experts, check_dense, check_head):
+            attempt(f"{check.__name__} M={M}", check, M)
+    print(
+        f"checked after {time.perf_counter() - BEGAN:.0f} s: {failures or 'all well'}", flush=True
+    )
+    for M in ROWS:
+        attempt(f"step M={M}", time_step, M)
+        torch.cuda.empty_cache()
+    for M in ROWS:
+        for name in KERNELS:
+            attempt(f"{name} M={M}", time_kernel, name, M)
+        for run in (time_small, time_norms, time_peer):
+            attempt(f"{run.__name__} M={M}", run, M)
+        torch.cuda.empty_cache()
+    device_name = torch.cuda.get_device_name()
+    Path(out).write_text(
+        json.dumps({"device": device_name, "rows": rows_out, "failures": failures}, indent=1)
+    )
+    print("\n".join(failures) or "no failures", f"{time.perf_counter() - BEGAN:.0f} s")
+
+
+if __name__ == "__main__":
+    sweep(sys.argv[1]) if "sweep" in sys.argv[2:] else main(sys.argv[1])

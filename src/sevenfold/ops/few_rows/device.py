@@ -1,0 +1,253 @@
+"""Half a layer of a few rows on a GPU: what a decoding step runs around its mixers' recurrence.
+
+A step of one token reads each weight once, and the rest is launches: half a layer is three kernels
+here, where its operators one by one are fifteen. Up to 16 rows norms are taken inside the products
+after them; beyond, each program would take all rows' norms again, and they have their own kernel.
+Nothing waits for the host and nothing is allocated by what tensors hold, so that CUDA graphs hold
+all of it. Inference only.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sevenfold.ops.few_rows.tiles import FEW_ROWS, gate_up_tile, linear_tile
+from sevenfold.ops.few_rows.types import LightningWeights, Norm, Residual, Stream
+from sevenfold.ops.triton_rules import runs_on_gpu
+
+_FUSED_ROWS = 16
+_ALIGNMENT = 16  # bytes of the widest load
+_MAX_EXPERTS, _MAX_CHOICES, _MAX_WIDTH = 64, 512, 16384
+
+
+class Fed(NamedTuple):
+    """What lightning attention takes: q, k, v [M, H, D]; and what its output joins.
+
+    gate: [M, H D], past its sigmoid where the norms are taken inside the products.
+    """
+
+    tokens: tuple[Tensor, Tensor, Tensor]
+    gate: Tensor
+    stream: Stream
+
+
+def suits_device_rows(x: Tensor) -> bool:
+    """Whether x [..., D] has 1 to 64 rows, bf16, fp16 or fp32 on a GPU, and needs no gradient.
+
+    Not under autocast, which works on PyTorch's own operators, nor in what torch.compile follows.
+    """
+    return (
+        runs_on_gpu(x)
+        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and x.shape[-1] <= _MAX_WIDTH
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def suits_device_weights(weights: Sequence[Tensor]) -> bool:
+    """Whether weights [..., N, K] are of one dtype, contiguous and aligned for the widest loads."""
+    bytes_each, dtype = weights[0].element_size(), weights[0].dtype
+    return all(
+        w.dtype is dtype
+        and w.is_contiguous()
+        and w.data_ptr() % _ALIGNMENT == 0
+        and w.shape[-1] * bytes_each % _ALIGNMENT == 0
+        for w in weights
+    )
+
+
+def suits_device_router(router: Tensor, num_chosen: int) -> bool:
+    """Whether a router's weight [E, D] has at most 64 experts, and a row few choices."""
+    return len(router) <= _MAX_EXPERTS and num_chosen * FEW_ROWS <= _MAX_CHOICES
+
+
+def feed_lightning(x: Tensor, norm: Norm, weights: LightningWeights, residual: Residual) -> Fed:
+    """Norm, projections and SiLU before lightning attention.
+
+        u = RMSNorm(x)      q, k, v = silu(W_qkv u)      gate = W_gate u
+
+    Args:
+        x: [M, D], contiguous, 1 to 64 rows, dtype of the weights.
+        norm: of the input.
+        weights: of the layer.
+        residual: how the result will join the stream.
+    """
+    from sevenfold.ops.few_rows import triton_linear
+
+    H, pair = len(weights.log_decay), (weights.qkv, weights.gate)
+    tile = linear_tile(len(x), weights.qkv, sum(map(len, pair)))
+    if _takes_norms_inside(x):
+        qkv, gate, roots = triton_linear.project_lightning(x, norm, pair, H, tile)
+        stream = Stream(x, roots, norm.weight) if residual.post_norm else Stream(x)
+    else:
+        u = _normed(x, None, norm)
+        qkv, gate, _ = triton_linear.project_lightning(u, None, pair, H, tile)
+        stream = Stream(u if residual.post_norm else x)
+    q, k, v = qkv.unbind(0)
+    return Fed((q, k, v), gate, stream)
+
+
+def join_lightning(o: Tensor, fed: Fed, weights: LightningWeights, residual: Residual) -> Tensor:
+    """Norm, gate, output projection and residual after lightning attention.
+
+        y = alpha * stream + beta * W_out (RMSNorm(o) * sigmoid(gate))
+
+    Args:
+        o: [M, H D], contiguous.
+        fed: what feed_lightning returned.
+        weights: of the layer.
+        residual: how the result joins the stream.
+
+    Returns:
+        [M, D].
+    """
+    if _takes_norms_inside(o):
+        return _join(o, (weights.norm, fed.gate), weights.out, fed.stream, residual)
+    o = _normed(o, fed.gate, weights.norm)
+    return _join(o, None, weights.out, fed.stream, residual)
+
+
+def feed_softmax(
+    x: Tensor, norm: Norm, weights: Sequence[Tensor], residual: Residual
+) -> tuple[list[Tensor], Stream]:
+    """Norm and projections before softmax attention: W_i RMSNorm(x).
+
+    Args:
+        x: [M, D], contiguous, 1 to 64 rows, dtype of the weights.
+        norm: of the input.
+        weights: one to three, [N_i, D].
+        residual: how the result will join the stream.
+
+    Returns:
+        [M, N_i] each, and the stream for join_softmax.
+    """
+    from sevenfold.ops.few_rows import triton_linear
+
+    tile = linear_tile(len(x), weights[0], sum(map(len, weights)))
+    if not _takes_norms_inside(x):
+        u = _normed(x, None, norm)
+        ys, _ = triton_linear.project(u, None, weights, tile)
+        return ys, Stream(u if residual.post_norm else x)
+    ys, roots = triton_linear.project(x, norm, weights, tile)
+    return ys, Stream(x, roots, norm.weight) if residual.post_norm else Stream(x)
+
+
+def join_softmax(o: Tensor, weight: Tensor, stream: Stream, residual: Residual) -> Tensor:
+    """Output projection and residual after softmax attention: alpha * stream + beta * W o [M, D].
+
+    Args:
+        o: [M, K], contiguous.
+        weight: [D, K].
+        stream: as feed_softmax returned it.
+        residual: how the result joins the stream.
+    """
+    return _join(o, None, weight, stream, residual)
+
+
+class DeviceExperts(NamedTuple):
+    """Of a mixture: router [E, D] fp32, gate_up [E, 2 F, D], down [E, D, F], and k."""
+
+    router: Tensor
+    gate_up: Tensor
+    down: Tensor
+    num_chosen: int
+
+
+def experts_on_device(x: Tensor, norm: Norm, experts: DeviceExperts, residual: Residual) -> Tensor:
+    """A few tokens through norm, their experts and residual; formula as ExpertRows.
+
+    Args:
+        x: [M, D], contiguous, 1 to 64 rows, dtype of gate_up and down.
+        norm: of the input.
+        experts: the layer.
+        residual: how the result joins the stream.
+
+    Returns:
+        [M, D].
+    """
+    from sevenfold.ops.few_rows import triton_experts, triton_router
+
+    choice = triton_router.choose(x, norm, experts.router, experts.num_chosen)
+    stream = choice.u if residual.post_norm else x
+    return triton_experts.feed(choice, experts.gate_up, experts.down, stream, residual)
+
+
+def dense_on_device(
+    x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor, residual: Residual
+) -> Tensor:
+    """A few tokens through norm, SwiGLU and residual; formula as DenseRows.
+
+    Args:
+        x: [M, D], contiguous, 1 to 64 rows, dtype of the weights.
+        norm: of the input.
+        gate_up: [2 F, D].
+        down: [D, F].
+        residual: how the result joins the stream.
+
+    Returns:
+        [M, D].
+    """
+    from sevenfold.ops.few_rows import triton_experts
+
+    tile = gate_up_tile(len(x), gate_up.unsqueeze(0))
+    if _takes_norms_inside(x):
+        hidden, stream = triton_experts.dense_gate_up(x, norm, gate_up, tile)
+    else:
+        hidden, stream = triton_experts.dense_gate_up(_normed(x, None, norm), None, gate_up, tile)
+    return _join(hidden, None, down, stream if residual.post_norm else Stream(x), residual)
+
+
+def logits_on_device(hidden: Tensor, weight: Tensor) -> Tensor:
+    """W h, accumulated and returned in fp32: [M, N].
+
+    Args:
+        hidden: [M, K], contiguous, 1 to 64 rows.
+        weight: [N, K], dtype of hidden.
+    """
+    from sevenfold.ops.few_rows import triton_linear
+
+    return triton_linear.product(hidden, weight, torch.float32)
+
+
+def rotate_on_device(q: Tensor, k: Tensor, positions: Tensor, frequency: Tensor) -> None:
+    """Turn the first r channels of queries and keys in place, half against half.
+
+        y_i = x_i cos - x_{i + r/2} sin,  y_{i + r/2} = x_{i + r/2} cos + x_i sin,  i < r/2
+
+    Args:
+        q: [M, H, D], contiguous.
+        k: [M, G, D], contiguous.
+        positions: [M] int64.
+        frequency: [r / 2] fp32, what a position is multiplied by: the angle, in fp32.
+    """
+    from sevenfold.ops.few_rows import triton_rotate
+
+    triton_rotate.rotate_rows(q, k, positions, frequency)
+
+
+def _takes_norms_inside(x: Tensor) -> bool:
+    # x o w would overflow fp16 where RMSNorm(x) does not.
+    return len(x) <= _FUSED_ROWS and x.dtype is not torch.float16
+
+
+def _normed(x: Tensor, gate: Tensor | None, norm: Norm) -> Tensor:
+    from sevenfold.ops.rms_norm import triton_rms_norm
+
+    return triton_rms_norm.normed(x, gate, norm.weight, norm.eps)
+
+
+def _join(
+    x: Tensor,
+    gated: tuple[Norm, Tensor] | None,
+    weight: Tensor,
+    stream: Stream,
+    residual: Residual,
+) -> Tensor:
+    from sevenfold.ops.few_rows import triton_linear
+
+    tile = linear_tile(len(x), weight, len(weight))
+    return triton_linear.join(x, gated, weight, stream, residual, tile)

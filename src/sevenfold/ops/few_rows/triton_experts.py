@@ -1,0 +1,248 @@
+"""SwiGLU of a few rows, dense or by experts: no sort, no counts on the host.
+
+    hidden_c = p_c * silu(W_gate,e u_t) * W_up,e u_t      c = (t, j), e = expert j of token t
+    y_t = alpha * stream_t + beta * sum over j of W_down,e hidden_c
+
+A program owns some output channels of one expert and finds its expert's rows among the M * k
+choices by itself. A tile holds twice an expert's even share of rows; an expert with more takes
+another round, over a weight that the cache has just seen. Choices weigh the hidden rows, so that a
+token's sum is plain: in one program where one or two tokens read their own experts (their weights
+are read once a token), else by a last kernel, always in the order of the choices.
+"""
+
+# pyright reads a kernel as the Python function that it is not.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sevenfold.ops.few_rows.tiles import Tile, alone_tiles, down_tile, gate_up_tile
+from sevenfold.ops.few_rows.triton_linear import constants, new_roots
+from sevenfold.ops.few_rows.triton_product import multiply, root
+from sevenfold.ops.few_rows.triton_router import Choice
+from sevenfold.ops.few_rows.types import Norm, Residual, Stream
+from sevenfold.ops.row_launch import cdiv, next_power_of_2
+
+_ALONE = 2  # tokens up to which each reads its own experts
+_COLUMNS, _WARPS = 1024, 4
+
+
+@triton.jit
+def _expert_of(experts, R, E, P: tl.constexpr, BY_CHOICE: tl.constexpr):
+    """A program's expert, or -1; which of the R choices are its; and the place of each of them.
+
+    BY_CHOICE: there are fewer choices than experts, and the first that names an expert serves it.
+    """
+    c = tl.arange(0, P)
+    chosen = tl.load(experts + c, mask=c < R, other=-1)
+    expert = tl.program_id(1)
+    if BY_CHOICE:
+        own = tl.program_id(1)
+        expert = tl.load(experts + own)
+        before = tl.sum(((chosen == expert) & (c < own)).to(tl.int32), axis=0)
+        expert = tl.where(before > 0, -1, expert)
+    mine = (chosen == expert) & (c < R)
+    return expert, mine, tl.cumsum(mine.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def _choices(mine, place, first, BM: tl.constexpr, P: tl.constexpr):
+    """The choices at the places `first` to first + BM - 1 of an expert, and which are there."""
+    m = first + tl.arange(0, BM)
+    found = mine[None, :] & (place[None, :] == m[:, None])
+    c = tl.sum(tl.where(found, tl.arange(0, P)[None, :], 0), axis=1)
+    return c, m < tl.sum(mine.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _gate_up_rows(
+    x, norm, roots, w, shares, hidden, c, used, chosen, F, eps,
+    K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """BN / 2 channels of gate and the same of up, of BM choices: both weights stream at once."""
+    half: tl.constexpr = BN // 2
+    first, i = tl.program_id(0) * half, tl.arange(0, BN)
+    n = tl.minimum(i % half, F - 1 - first) + tl.where(i < half, 0, F)
+    token = c // chosen
+    w += first.to(tl.int64) * K
+    got, squares = multiply(w, n, x, token * K, used, norm, None, K, BN, BM, BK, WK, STAGES)
+    if norm is not None:
+        r = root(squares, K, eps)
+        got *= r[None, :]
+        if roots is not None:
+            if first == 0:
+                tl.store(roots + token, r, mask=used)
+    gate, up = tl.split(tl.permute(tl.reshape(got, [2, half, BM]), (1, 2, 0)))
+    out = gate * tl.sigmoid(gate) * up
+    if shares is not None:
+        out *= tl.load(shares + c, mask=used, other=0.0)[None, :]
+    f = first + tl.arange(0, half)
+    at = hidden + c[None, :] * F + f[:, None]
+    tl.store(at, out.to(hidden.dtype.element_ty), mask=used[None, :] & (f < F)[:, None])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _dense_kernel(
+    x, norm, roots, w, hidden, M, F, eps,
+    K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    m = tl.arange(0, BM)
+    _gate_up_rows(x, norm, roots, w, None, hidden, m, m < M, 1, F, eps, K, BN, BM, BK, WK, STAGES)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _gate_up_kernel(
+    x, w, experts, shares, hidden, R, E, F,
+    CHOSEN: tl.constexpr, P: tl.constexpr, BY_CHOICE: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    expert, mine, place = _expert_of(experts, R, E, P, BY_CHOICE)
+    if expert < 0:
+        return
+    w += expert.to(tl.int64) * 2 * F * K
+    for first in range(0, tl.sum(mine.to(tl.int32), axis=0), BM):
+        c, used = _choices(mine, place, first, BM, P)
+        _gate_up_rows(
+            x, None, None, w, shares, hidden, c, used, CHOSEN, F, 0.0,
+            K, BN, BM, BK, WK, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["R"])
+def _down_kernel(
+    x, w, experts, rows, R, E, N,
+    P: tl.constexpr, BY_CHOICE: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    expert, mine, place = _expert_of(experts, R, E, P, BY_CHOICE)
+    if expert < 0:
+        return
+    first_n = tl.program_id(0) * BN
+    n = first_n + tl.arange(0, BN)
+    left = tl.minimum(tl.arange(0, BN), N - 1 - first_n)
+    w += (expert.to(tl.int64) * N + first_n) * K
+    for first in range(0, tl.sum(mine.to(tl.int32), axis=0), BM):
+        c, used = _choices(mine, place, first, BM, P)
+        got, _ = multiply(w, left, x, c * K, used, None, None, K, BN, BM, BK, WK, STAGES)
+        tl.store(rows + c[None, :] * N + n[:, None], got, mask=used[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def _down_alone_kernel(
+    x, w, experts, stream, y, N, alpha, beta,
+    CHOSEN: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One token's experts, one after another, and its residual."""
+    first, token, m = tl.program_id(0) * BN, tl.program_id(1), tl.arange(0, BM)
+    left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
+    total = tl.zeros([BN, BM], tl.float32)
+    for j in tl.static_range(CHOSEN):
+        c = token * CHOSEN + j
+        one = w + (tl.load(experts + c).to(tl.int64) * N + first) * K
+        got, _ = multiply(one, left, x, c * K + 0 * m, m < 1, None, None, K, BN, BM, BK, WK, STAGES)
+        total += got
+    at = token * N + n[:, None] + 0 * m[None, :]
+    inside = (m < 1)[None, :] & (n < N)[:, None]
+    joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
+    total = alpha * joined + beta * total
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _total_kernel(
+    rows, stream, y, N, alpha, beta, CHOSEN: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """A token's rows, summed in the order of its choices, and its residual."""
+    token = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for j in tl.static_range(CHOSEN):
+        total += tl.load(rows + (token * CHOSEN + j) * N + n, mask=n < N, other=0.0)
+    joined = tl.load(stream + token * N + n, mask=n < N, other=0.0).to(tl.float32)
+    total = alpha * joined + beta * total
+    tl.store(y + token * N + n, total.to(y.dtype.element_ty), mask=n < N)
+
+
+def gate_up(choice: Choice, weight: Tensor, tile: Tile) -> Tensor:
+    """The hidden rows [M k, F] of all choices, weighed; weight [E, 2 F, K]."""
+    (E, F2, K), (M, chosen) = weight.shape, choice.experts.shape
+    hidden = choice.u.new_empty(M * chosen, F2 // 2)
+    _gate_up_kernel[(cdiv(F2 // 2, tile.BN // 2), min(E, M * chosen))](
+        choice.u, weight, choice.experts, choice.weights, hidden, M * chosen, E, F2 // 2,
+        CHOSEN=chosen, P=_padded(M * chosen), BY_CHOICE=M * chosen < E, K=K, **constants(tile),
+    )  # fmt: skip
+    return hidden
+
+
+def down(hidden: Tensor, choice: Choice, weight: Tensor, tile: Tile) -> Tensor:
+    """W_down of hidden rows [M k, F]: [M k, N] fp32; weight [E, N, F]."""
+    (E, N, K), R = weight.shape, len(hidden)
+    rows = torch.empty(R, N, dtype=torch.float32, device=hidden.device)
+    _down_kernel[(cdiv(N, tile.BN), min(E, R))](
+        hidden, weight, choice.experts, rows, R, E, N,
+        P=_padded(R), BY_CHOICE=R < E, K=K, **constants(tile),
+    )  # fmt: skip
+    return rows
+
+
+def down_alone(
+    hidden: Tensor, choice: Choice, weight: Tensor, stream: Tensor, residual: Residual, tile: Tile
+) -> Tensor:
+    """The experts' second product, sum and residual [M, N], each token by itself."""
+    (_, N, K), (M, chosen) = weight.shape, choice.experts.shape
+    y = torch.empty_like(stream)
+    _down_alone_kernel[(cdiv(N, tile.BN), M)](
+        hidden, weight, choice.experts, stream, y, N, float(residual.alpha),
+        float(residual.beta), CHOSEN=chosen, K=K, **constants(tile),
+    )  # fmt: skip
+    return y
+
+
+def total(rows: Tensor, stream: Tensor, residual: Residual) -> Tensor:
+    """Sum each token's rows [M k, N], and join the stream [M, N]."""
+    (M, N), y = stream.shape, torch.empty_like(stream)
+    _total_kernel[(cdiv(N, _COLUMNS), M)](
+        rows, stream, y, N, float(residual.alpha), float(residual.beta),
+        CHOSEN=len(rows) // M, COLUMNS=_COLUMNS, num_warps=_WARPS,
+    )  # fmt: skip
+    return y
+
+
+def feed(
+    choice: Choice, gate_up_proj: Tensor, down_proj: Tensor, stream: Tensor, residual: Residual
+) -> Tensor:
+    """Experts and residual after the router's choice: [M, D]."""
+    M, R = len(stream), choice.experts.numel()
+    if M <= _ALONE:
+        first, second = alone_tiles(gate_up_proj, down_proj)
+        hidden = gate_up(choice, gate_up_proj, first)
+        return down_alone(hidden, choice, down_proj, stream, residual, second)
+    hidden = gate_up(choice, gate_up_proj, gate_up_tile(R, gate_up_proj))
+    rows = down(hidden, choice, down_proj, down_tile(R, down_proj))
+    return total(rows, stream, residual)
+
+
+def dense_gate_up(
+    x: Tensor, norm: Norm | None, weight: Tensor, tile: Tile
+) -> tuple[Tensor, Stream]:
+    """SwiGLU's hidden rows [M, F] of RMSNorm(x), or of x, and the stream; weight [2 F, K]."""
+    (M, K), F = x.shape, len(weight) // 2
+    hidden, roots = x.new_empty(M, F), new_roots(x, norm)
+    _dense_kernel[(cdiv(F, tile.BN // 2),)](
+        x, None if norm is None else norm.weight, roots, weight, hidden, M, F,
+        0.0 if norm is None else norm.eps, K=K, **constants(tile),
+    )  # fmt: skip
+    return hidden, Stream(x, roots, None if norm is None else norm.weight)
+
+
+def _padded(choices: int) -> int:
+    return max(16, next_power_of_2(choices))

@@ -1,0 +1,82 @@
+"""A norm and the router's choice after it, of a few rows, in one kernel.
+
+    u = RMSNorm(x), rounded    z = W_r u in fp32    the k largest, weights softmax over them
+
+A program has one row, whose products with an fp32 weight are fp32's, as a router's are everywhere.
+"""
+
+# pyright reads a kernel as the Python function that it is not.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sevenfold.ops.few_rows.triton_product import root
+from sevenfold.ops.few_rows.types import Norm
+from sevenfold.ops.row_launch import next_power_of_2
+
+MAX_EXPERTS = 64  # logits of a row, and their weights by some columns, stay in registers
+MAX_WIDTH = 16384
+_WARPS, _STAGES = 8, 2
+_TILE_ELEMENTS = 16384  # weights in the hands of one program
+
+
+class Choice(NamedTuple):
+    """u [M, D] in x's dtype; experts [M, k] int32 and their weights [M, k] fp32, largest first."""
+
+    u: Tensor
+    experts: Tensor
+    weights: Tensor
+
+
+@triton.jit
+def _choose_kernel(
+    x, norm, router, u, experts, weights, E, eps,
+    K: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, BK: tl.constexpr,
+    CHOSEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row, e = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS)
+    column = tl.arange(0, COLUMNS)
+    wide = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    r = root(tl.sum(wide * wide, axis=0), K, eps)
+    logits = tl.zeros([EXPERTS], tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        part = tl.load(x + row * K + k, mask=k < K, other=0.0)
+        scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+        at = router + e[:, None] * K + k[None, :]
+        w = tl.load(at, mask=(e < E)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+        normed = (part.to(tl.float32) * r * scale).to(part.dtype)
+        tl.store(u + row * K + k, normed, mask=k < K)
+        logits += tl.sum(w * normed.to(tl.float32)[None, :], axis=1)
+    logits = tl.where(e < E, logits, float("-inf"))
+    largest, left, total = tl.max(logits, axis=0), logits, 0.0
+    for j in tl.static_range(CHOSEN):
+        # Never beyond the last expert, not even where all logits are NaN.
+        chosen = tl.minimum(tl.argmax(left, axis=0), E - 1)
+        tl.store(experts + row * CHOSEN + j, chosen.to(tl.int32))
+        total += tl.exp(tl.max(left, axis=0) - largest)
+        left = tl.where(e == chosen, float("-inf"), left)
+    left = logits
+    for j in tl.static_range(CHOSEN):
+        chosen = tl.minimum(tl.argmax(left, axis=0), E - 1)
+        tl.store(weights + row * CHOSEN + j, tl.exp(tl.max(left, axis=0) - largest) / total)
+        left = tl.where(e == chosen, float("-inf"), left)
+
+
+def choose(x: Tensor, norm: Norm, router: Tensor, num_chosen: int) -> Choice:
+    """Normalise rows x [M, K], and choose by the router's weight [E, K]."""
+    (M, K), E = x.shape, len(router)
+    experts = torch.empty(M, num_chosen, dtype=torch.int32, device=x.device)
+    weights = torch.empty(M, num_chosen, dtype=torch.float32, device=x.device)
+    u, columns, padded = torch.empty_like(x), next_power_of_2(K), max(2, next_power_of_2(E))
+    _choose_kernel[(M,)](
+        x, norm.weight, router, u, experts, weights, E, norm.eps,
+        K=K, COLUMNS=columns, EXPERTS=padded, BK=min(columns, _TILE_ELEMENTS // padded),
+        CHOSEN=num_chosen, STAGES=_STAGES, num_warps=_WARPS,
+    )  # fmt: skip
+    return Choice(u, experts, weights)
