@@ -4,11 +4,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from sevenfold.config import ConfigError
+from sevenfold.engine.ahead import Ahead, Chosen
 from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
@@ -20,6 +20,7 @@ from sevenfold.engine.sampling import (
     Output,
     Sampler,
     SamplingParams,
+    are_finite,
     bad_word_tokens,
     read_logprobs,
 )
@@ -37,7 +38,7 @@ from sevenfold.engine.speculation import (
 )
 from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
-from sevenfold.engine.transfer import fetch, upload
+from sevenfold.engine.transfer import Arriving, upload
 from sevenfold.engine.worker import Worker
 from sevenfold.models import HybridModel
 
@@ -119,7 +120,8 @@ class Engine:
         )
         self.scheduler = Scheduler(self.cache, config)
         self._underway: dict[str, _Underway] = {}
-        self._sampler: tuple[tuple[str, ...], Sampler] | None = None
+        self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
+        self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         self._speculator = self._build_speculator(speculation, draft)
 
     def submit(
@@ -158,6 +160,7 @@ class Engine:
 
     def abandon(self, message: str) -> None:
         """End every request under way with an error: a step of theirs did not come to its end."""
+        self._ahead.forget()
         for underway in self._underway.values():
             if underway.request.status is not Status.ENDED:
                 self.scheduler.fail(underway.request, message)
@@ -174,6 +177,9 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Compute one step: decode rows first, then prefill chunks, each in one run of the model.
 
+        On a GPU the next step begins before this one's tokens are on the host, where that can be:
+        see engine.ahead. What a step returns is the same.
+
         Returns:
             What it gave, the ends of cancelled and late requests included.
         """
@@ -184,7 +190,15 @@ class Engine:
             self._speculator.forget(step.preempted, ended=False)
             self._speculator.forget(step.ended, ended=True)
         events = [self._end(request) for request in step.ended]
-        events += self._decode(step.decodes, drafting_s) + self._prefill(step.prefills)
+        if self._speculator is not None:
+            events += self._decode_drafts(self._speculator, step.decodes, drafting_s)
+            events += self._take(self._prefill(step.prefills))
+        else:
+            # Both are launched before the host waits for either.
+            decoded, prefilled = self._decode(step.decodes), self._prefill(step.prefills)
+            if not step.prefills:
+                self._run_ahead(decoded)
+            events += self._take(decoded) + self._take(prefilled)
         return [event for event in events if event is not None]
 
     def speculation_counters(self) -> SpeculationCounters | None:
@@ -211,32 +225,32 @@ class Engine:
             self._speculator.propose([(one.request, one.output) for one in decoding])
         return time.perf_counter() - began_s
 
-    def _decode(self, rows: Sequence[DecodeRow], drafting_s: float) -> list["TokenEvent | None"]:
+    def _decode_drafts(
+        self, speculator: Speculator, rows: Sequence[DecodeRow], drafting_s: float
+    ) -> list["TokenEvent | None"]:
         requests = [row.request for row in rows]
-        if self._speculator is None:
-            return self._step(requests)
         began_s = time.perf_counter()
-        walks = self._check(rows)
+        walks = self._check(speculator, rows)
         checked = {walk.request.id for walk in walks if walk.is_finite}
         # A guess whose vectors are not finite may spoil its draft: such a row goes without one.
         plain = [request for request in requests if request.id not in checked]
         events = [event for walk in walks if walk.is_finite for event in self._take_walk(walk)]
-        events += self._step(plain)
+        events += self._take(self._step(plain))
         seconds = time.perf_counter() - began_s + (drafting_s if walks else 0.0)
-        self._speculator.note_step(requests, plain, seconds)
+        speculator.note_step(requests, plain, seconds)
         return events
 
-    def _check(self, rows: Sequence[DecodeRow]) -> list[Walk]:
+    def _check(self, speculator: Speculator, rows: Sequence[DecodeRow]) -> list[Walk]:
         """Check the drafts of decode rows that have one."""
         drafted = []
         for request, num_guesses, _ in rows:
             if num_guesses:
                 row = self._row(request, request.num_computed_tokens + 1 + num_guesses)
                 drafted.append(Drafted(self._underway[request.id], row, num_guesses))
-        if self._speculator is None or not drafted:
+        if not drafted:
             return []
         self._sampler = None
-        return self._speculator.check(drafted, len(rows))
+        return speculator.check(drafted, len(rows))
 
     def _take_walk(self, walk: Walk) -> list["TokenEvent | None"]:
         if walk.is_refused:
@@ -244,17 +258,32 @@ class Engine:
             return []
         return self._record(self._underway[walk.request.id], walk.taken, stopped=walk.stopped)
 
-    def _step(self, requests: list[Request]) -> list["TokenEvent | None"]:
+    def _decode(self, rows: Sequence[DecodeRow]) -> Chosen | None:
+        """Choose one token of each request, if there are any; most often that is under way."""
+        return self._ahead.take(rows) or self._step([row.request for row in rows])
+
+    def _run_ahead(self, chosen: Chosen | None) -> None:
+        """Begin the next decoding step, if nothing of it depends on this one's tokens but ids."""
+        if chosen is None or not all(
+            self._underway[request.id].chooses_blind for request in chosen.requests if request
+        ):
+            return
+        found = self._ahead.launch(chosen)
+        if found is not None:
+            self._ahead.chosen = self._choose(*found, chosen.sampler)
+            self._sampler = None  # this one is ahead of the outputs from now on
+
+    def _step(self, requests: list[Request]) -> Chosen | None:
         """Compute one token of each request, if there are any."""
         if not requests:
-            return []
+            return None
         rows = [self._row(r, r.num_computed_tokens + 1) for r in requests]
         logits = self._worker.run(rows)
         return self._choose(requests, logits, self._kept_sampler(requests))
 
-    def _prefill(self, chunks: Sequence[PrefillChunk]) -> list["TokenEvent | None"]:
+    def _prefill(self, chunks: Sequence[PrefillChunk]) -> Chosen | None:
         if not chunks:
-            return []
+            return None
         self._restore(chunks)
         for chunk in chunks:
             underway = self._underway[chunk.request.id]
@@ -267,7 +296,7 @@ class Engine:
             if not chunk.yields_token:
                 self.scheduler.record(chunk.request, ())
         if not yielding:
-            return []
+            return None
         requests = [chunks[n].request for n in yielding]
         rows = logits[upload(yielding, logits.device)]
         return self._choose(requests, rows, self._new_sampler(requests))
@@ -290,17 +319,28 @@ class Engine:
         )
 
     def _choose(
-        self, requests: list[Request], logits: Tensor, sampler: Sampler
-    ) -> list["TokenEvent | None"]:
-        underway = [self._underway[request.id] for request in requests]
-        finite = torch.isfinite(logits).all(-1)
-        tokens = sampler.choose(mask_logits(logits, [one.constraint for one in underway]))
-        ids, are_finite = fetch([tokens, finite])
-        params = [one.output.params for one in underway]
-        logprobs = read_logprobs(logits, tokens, params)
+        self, requests: Sequence[Request | None], logits: Tensor, sampler: Sampler
+    ) -> Chosen:
+        """Choose a token of each row; those of None are nobody's."""
+        underway = [None if r is None else self._underway[r.id] for r in requests]
+        constraints = [None if one is None else one.constraint for one in underway]
+        tokens = sampler.choose(mask_logits(logits, constraints))
+        arriving = Arriving([tokens, are_finite(logits)])
+        asked = [None if one is None else one.output.params.logprobs for one in underway]
+        logprobs = read_logprobs(logits, tokens, asked)
+        return Chosen(tuple(requests), sampler, tokens, arriving, logprobs)
+
+    def _take(self, chosen: Chosen | None) -> list["TokenEvent | None"]:
+        """Wait for the tokens of a run, and record them."""
+        if chosen is None:
+            return []
+        ids, finite = chosen.arriving.numbers()
         events: list[TokenEvent | None] = []
-        for n, (one, token) in enumerate(zip(underway, ids, strict=True)):
-            if not are_finite[n]:
+        for n, (request, token) in enumerate(zip(chosen.requests, ids, strict=True)):
+            if request is None:
+                continue
+            one = self._underway[request.id]
+            if not finite[n]:
                 self.scheduler.fail(
                     one.request, "the model's logits are not finite for this request"
                 )
@@ -308,7 +348,8 @@ class Engine:
                 self.scheduler.fail(one.request, NO_TOKEN)
             else:
                 text, stopped = one.push(token)
-                events += self._record(one, [Taken(token, text, logprobs[n])], stopped=stopped)
+                taken = [Taken(token, text, chosen.logprobs[n])]
+                events += self._record(one, taken, stopped=stopped)
         return events
 
     def _record(
@@ -341,9 +382,9 @@ class Engine:
 
     def _kept_sampler(self, requests: list[Request]) -> Sampler:
         """The sampler of the step before, if it served the same requests."""
-        names = tuple(request.id for request in requests)
-        if self._sampler is None or self._sampler[0] != names:
-            self._sampler = (names, self._new_sampler(requests))
+        served = tuple(requests)
+        if self._sampler is None or self._sampler[0] != served:
+            self._sampler = (served, self._new_sampler(requests))
         return self._sampler[1]
 
     def _new_sampler(self, requests: list[Request]) -> Sampler:
@@ -363,6 +404,17 @@ class _Underway:
     constraint: Constraint | None
     prompt: Lookup | None = None
     scored: list[Logprobs] | None = None
+
+    @property
+    def chooses_blind(self) -> bool:
+        """Whether its next token can be chosen while the host does not know the last one.
+
+        A grammar, words to avoid, an end that comes too early and log probabilities are looked
+        after on the host.
+        """
+        output, params = self.output, self.output.params
+        is_free = self.constraint is None and params.logprobs is None and not output.bad_words
+        return is_free and len(output.tokens) >= params.min_tokens
 
     def scoring(self, row: Row) -> Row:
         """The row of a prompt's chunk, with the log probabilities that are asked of it."""

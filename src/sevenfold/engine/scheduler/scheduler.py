@@ -103,6 +103,26 @@ class Scheduler:
         self._ended, self._tenancy.preempted = [], []
         return step
 
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Take the pages of a request's tokens up to a number, before a step needs them.
+
+        Nobody is preempted for them. What the request does not come to goes back when it ends.
+
+        Args:
+            request: open.
+            num_tokens: in all; at most what it may come to.
+
+        Returns:
+            False when memory is out, and then none is taken.
+
+        Raises:
+            ValueError: the request holds no memory.
+        """
+        entry = self._roster.get(request.id)
+        if entry is None or entry.request is not request or request.status is Status.WAITING:
+            raise ValueError(f"request must be open, got {request.id!r}, which is not")
+        return self._tenancy.reserve(entry, num_tokens)
+
     def record(self, request: Request, new_tokens: Sequence[int], *, stopped: bool = False) -> None:
         """Note what a row of the step gave, and end the request if that was its last.
 
