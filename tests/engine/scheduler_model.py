@@ -59,9 +59,21 @@ class Model:
             self.cancelled.add(request.id)
 
     def step(self, random: Random) -> None:
-        for row in rows(self.checked_step()):
+        step = self.checked_step()
+        for row in step.decodes:
+            if random.random() < 0.3:
+                self.reserve(row.request)
+        for row in rows(step):
             self.outcome(row, random)
         self.nobody_is_lost()
+
+    def reserve(self, request: Request) -> None:
+        """Ask for the places of the next step, before this one is recorded."""
+        if request.num_remaining_tokens > 1:
+            before, need = self.world.cache.pages[request], request.num_computed_tokens + 2
+            held = self.world.scheduler.reserve(request, need)
+            after = self.world.cache.pages[request]
+            assert after == max(before, -(-need // PAGE)) if held else after == before
 
     def outcome(self, row, random: Random) -> None:
         request, scheduler = row.request, self.world.scheduler

@@ -128,6 +128,22 @@ def test_drafts_may_be_asked_for_and_left_out_between_steps() -> None:
     assert drafts(w.step()) == [(request, 3)]
 
 
+def test_places_of_the_next_step_are_taken_if_memory_has_them() -> None:
+    w = world(num_pages=5, num_states=4)
+    first, last = w.submit(7, max_tokens=6), w.submit(7, max_tokens=6)
+    w.step()
+    assert w.scheduler.reserve(first, 8)
+    assert w.cache.pages == {first: 2, last: 2}
+    assert w.scheduler.reserve(first, 9)
+    assert w.cache.pages == {first: 3, last: 2}
+    assert not w.scheduler.reserve(last, 9)
+    assert w.cache.pages == {first: 3, last: 2}
+    assert len(w.step().preempted) == 0
+    waiting = w.submit(10)
+    with pytest.raises(ValueError, match=f"request must be open, got '{waiting.id}', which is"):
+        w.scheduler.reserve(waiting, 8)
+
+
 def test_the_last_in_rank_gives_its_memory_and_waits() -> None:
     w = world(num_pages=4, num_states=4)
     first, last = w.submit(7, max_tokens=6), w.submit(7, max_tokens=6)
