@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -139,6 +140,7 @@ class Storage:
         if decays is None:
             decays = _decays(config, device)
         self.layers = tuple(_layers(config, plan, self._arena, dtype, decays))
+        self._exact = _exact_items(plan, self._arena) if self.is_exact else None
         self._host = None if plan.host is None else _host_arena(plan.host_bytes, device)
 
     @property
@@ -174,11 +176,17 @@ class Storage:
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
+        if self._exact is not None:
+            _copy_items(self._exact.snapshots, snapshots, self._exact.states, states)
+            return
         for layer, (source, target) in self._linear(snapshots, states):
             layer.restore(source, target)
 
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
         """Copy states into snapshots, rounded to their precision."""
+        if self._exact is not None:
+            _copy_items(self._exact.states, states, self._exact.snapshots, snapshots)
+            return
         for layer, (source, target) in self._linear(states, snapshots):
             layer.snapshot(source, target)
 
@@ -200,6 +208,30 @@ class Storage:
 def _decays(config: ModelConfig, device: torch.device) -> list[Tensor]:
     H, L = config.num_attention_heads, config.num_hidden_layers
     return [layer_log_decay(H, layer, L).to(device) for layer in linear_layers(config)]
+
+
+class _ExactItems(NamedTuple):
+    """All layers of each state and of each snapshot, both [items, bytes], alike within."""
+
+    states: Tensor
+    snapshots: Tensor
+
+
+def _exact_items(plan: MemoryPlan, arena: Tensor) -> _ExactItems | None:
+    """Views by which a state is copied at once, not layer by layer; None beside rings of drafts."""
+    if plan.ring_tokens or not plan.has_states or plan.state.sections != plan.snapshot.sections:
+        return None
+    shape = (plan.state.num_bytes,)
+    where = [(tenant, 0, torch.uint8, shape) for tenant in (Tenant.STATE, Tenant.SNAPSHOT)]
+    return _ExactItems(*(_pool(arena, plan.layout, *each) for each in where))
+
+
+def _copy_items(
+    source: Tensor, sources: Sequence[int], target: Tensor, targets: Sequence[int]
+) -> None:
+    """Copy items one by one: megabytes each, so that few copies beat their gathering."""
+    for a, b in zip(sources, targets, strict=True):
+        target[b].copy_(source[a])
 
 
 def _host_arena(num_bytes: int, device: torch.device) -> Tensor:
