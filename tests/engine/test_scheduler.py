@@ -54,6 +54,27 @@ def test_each_open_prompt_advances_and_the_first_gets_the_rest() -> None:
     assert spans(step.prefills) == [(long.id, 48, 100), (other.id, 8, 16), (short.id, 8, 10)]
 
 
+def test_where_nothing_decodes_the_first_prompt_gets_a_longer_chunk() -> None:
+    w = world(num_pages=200, lone_chunk_tokens=150)
+    long, other = w.submit(400), w.submit(100, max_tokens=2)
+    step = w.step()
+    assert spans(step.prefills) == [(long.id, 0, 148), (other.id, 0, 8)]
+    w.scheduler.cancel(long.id)
+    step = w.step()  # no longer than a step anyway: it has the budget alone
+    assert spans(step.prefills) == [(other.id, 8, 100)]
+    late = w.submit(400)
+    step = w.step()
+    assert [row.request for row in step.decodes] == [other]
+    assert spans(step.prefills) == [(late.id, 0, 60)]
+    assert spans(w.step().prefills) == [(late.id, 60, 208)]
+
+
+def test_a_longer_chunk_is_no_less_than_a_step() -> None:
+    rule = "lone_chunk_tokens must be at least max_step_tokens = 64, got 63"
+    with pytest.raises(ValueError, match=rule):
+        world(lone_chunk_tokens=63)
+
+
 def test_prompts_done_in_one_step_keep_its_limit() -> None:
     w = world(max_step_tokens=40)
     for _ in range(12):
