@@ -17,7 +17,10 @@ from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel
 
 Build = Callable[..., Engine]
-NOBODY_WAITS = {"headroom_tokens": 0, "max_running": 6}
+LIMITS = {
+    "whole prompts": {"headroom_tokens": 0, "max_running": 6},
+    "chunks": {"max_running": 6, "max_prefills": 2, "max_step_tokens": 40},
+}
 
 
 @pytest.fixture(params=["graphs", "no graphs"])
@@ -95,15 +98,16 @@ def options(draw: random.Random) -> dict:
 
 
 @pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 def test_every_step_gives_the_same_events(
-    mix: str, build_device: Build, num_ahead: list[int]
+    mix: str, limits: dict, build_device: Build, num_ahead: list[int]
 ) -> None:
     model, reasons = tiny_model(mix, max_position_embeddings=200), set()
     for seed in range(3):
         had = len(num_ahead)
-        plain = drive(build_device(model, ahead=False, **NOBODY_WAITS), seed)
+        plain = drive(build_device(model, ahead=False, **limits), seed)
         assert len(num_ahead) == had
-        assert drive(build_device(model, **NOBODY_WAITS), seed) == plain
+        assert drive(build_device(model, **limits), seed) == plain
         reasons |= {event.finish_reason for step in plain for event in step}
     assert len(num_ahead) > 40
     assert max(num_ahead) > 2

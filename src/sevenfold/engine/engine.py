@@ -196,7 +196,8 @@ class Engine:
         else:
             # Both are launched before the host waits for either.
             decoded, prefilled = self._decode(step.decodes), self._prefill(step.prefills)
-            if not step.prefills:
+            # A prompt that is done joins those that decode, which no step under way knows.
+            if not any(chunk.yields_token for chunk in step.prefills):
                 self._run_ahead(decoded)
             events += self._take(decoded) + self._take(prefilled)
         return [event for event in events if event is not None]

@@ -153,7 +153,7 @@ class Storage:
         """Clear items that were handed out."""
         for tenant, items in ((Tenant.STATE, fresh.states), (Tenant.PAGE, fresh.pages)):
             if items:
-                rows = _pool(self._arena, self.layout, tenant, 0, torch.uint8, self._item(tenant))
+                rows = self._items(tenant)
                 rows[upload(items, rows.device)] = 0
 
     def save(self, copies: Sequence[Copy]) -> None:
@@ -201,8 +201,13 @@ class Storage:
             if not isinstance(layer, KVStorage):
                 yield layer, (items[0], items[1])
 
-    def _item(self, tenant: Tenant) -> tuple[int]:
-        return (self.layout.stride_bytes(tenant),)
+    def _items(self, tenant: Tenant) -> Tensor:
+        """All items of a tenant, [items, n], in the widest integers that divide them."""
+        size = self.layout.stride_bytes(tenant)
+        wide = self._arena.numel() % 8 == size % 8 == 0
+        dtype = torch.int64 if wide else torch.uint8
+        shape = (size // dtype.itemsize,)
+        return _pool(self._arena, self.layout, tenant, 0, dtype, shape)
 
 
 def _decays(config: ModelConfig, device: torch.device) -> list[Tensor]:
