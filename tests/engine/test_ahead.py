@@ -80,6 +80,7 @@ def drive(engine: Engine, seed: int) -> list[list[TokenEvent]]:
         raise AssertionError("the crowd must come to its end")
     engine.cache.clear()
     assert engine.cache.usage() == idle
+    assert engine._ahead.chosen is None
     return steps
 
 

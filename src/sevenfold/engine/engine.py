@@ -200,6 +200,8 @@ class Engine:
             if not any(chunk.yields_token for chunk in step.prefills):
                 self._run_ahead(decoded)
             events += self._take(decoded) + self._take(prefilled)
+            if not self.scheduler.num_decoding:
+                self._ahead.forget()
         return [event for event in events if event is not None]
 
     def speculation_counters(self) -> SpeculationCounters | None:
