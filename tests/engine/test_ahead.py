@@ -50,11 +50,11 @@ def num_ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     launch = Ahead.launch
 
-    def watched(self: Ahead, chosen):
-        launched = launch(self, chosen)
-        if launched is not None:
-            found.append(sum(request is not None for request in launched[0]))
-        return launched
+    def watched(self: Ahead, *args):
+        begun = launch(self, *args)
+        if begun is not None:
+            found.append(sum(request is not None for request in begun.requests))
+        return begun
 
     monkeypatch.setattr(Ahead, "launch", watched)
     return found
@@ -209,8 +209,8 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(
     monkeypatch.setattr(Arriving, "numbers", lambda one: order.append("read") or numbers(one))
     submit(engine, "one", prompts(5, [12])[0], 6)
     run(engine)
-    # The prompt's token; five steps, the first of which is not ahead, and the last has no next.
-    assert order == ["read", *["launch", "read"] * 4, "read"]
+    # The prompt's token and five more; behind the last there is none.
+    assert order == [*["launch", "read"] * 5, "read"]
 
 
 @pytest.mark.parametrize(
@@ -232,10 +232,15 @@ def test_what_the_host_looks_after_keeps_steps_in_turn(
 
 
 def test_a_row_of_nobody_stays_until_a_smaller_step_will_do(
-    build_device: Build, num_ahead: list[int]
+    build_device: Build, num_ahead: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("lsf", max_position_embeddings=200)
-    engine = build_device(model)
+    engine, sizes = build_device(model), []
+    runner = engine._worker.ahead
+    run_ahead = runner.run_ahead
+    monkeypatch.setattr(
+        runner, "run_ahead", lambda rows, ids: sizes.append(len(rows)) or run_ahead(rows, ids)
+    )
     texts = prompts(8, [5, 6, 7, 8])
     for n, text in enumerate(texts):
         submit(engine, str(n), text, 6 + 3 * n)
@@ -243,9 +248,26 @@ def test_a_row_of_nobody_stays_until_a_smaller_step_will_do(
     assert [tokens(events[str(n)]) for n in range(4)] == [
         uncached(model, text, 6 + 3 * n) for n, text in enumerate(texts)
     ]
-    if engine._worker.ahead.capture is not None:
-        # Steps of 4 rows for 4 and 3 requests, of 2, of 1; each smaller one begins in its turn.
-        assert num_ahead == [4, 4, 4, 4, 3, 3, 3, 2, 2, 1, 1]
+    # Every token but the prompts' own comes from a step begun ahead.
+    assert num_ahead == [4] * 5 + [3] * 3 + [2] * 3 + [1] * 3
+    three = 3 if runner.capture is None else 4
+    assert sizes == [4] * 5 + [three] * 3 + [2] * 3 + [1] * 3
+
+
+def test_who_joins_stands_in_the_order_of_rank(build_device: Build, num_ahead: list[int]) -> None:
+    model = tiny_model("lsf", max_position_embeddings=200)
+    engine = build_device(model)
+    submit(engine, "first", prompts(1, [9])[0], 30, temperature=1.1, seed=1, presence_penalty=0.7)
+    for _ in range(4):
+        engine.step()
+    submit(engine, "urgent", prompts(2, [20])[0], 9, priority=5)
+    engine.step()
+    assert [request.id for request in engine._ahead.chosen.requests] == ["urgent", "first"]
+    found = tokens(run(engine)["first"])
+    alone = build_device(model, ahead=False)
+    submit(alone, "first", prompts(1, [9])[0], 30, temperature=1.1, seed=1, presence_penalty=0.7)
+    assert tokens(run(alone)["first"])[5:] == found
+    assert num_ahead == [1] * 4 + [2] * 8 + [1] * 17
 
 
 def test_reading_numbers_does_not_see_what_comes_later() -> None:

@@ -73,9 +73,7 @@ def test_the_engine_gives_the_same_tokens_in_fp32(mix: str, tokenizer: Tokenizer
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_steps_begun_ahead_give_the_events_of_steps_in_turn(
-    mix: str, tokenizer: Tokenizer
-) -> None:
+def test_steps_begun_ahead_give_the_events_of_steps_in_turn(mix: str, tokenizer: Tokenizer) -> None:
     model = gpu_model(mix, torch.float32)
     texts, found = prompts(0, [1, 70, 3, 17, 16]), []
     for ahead in (True, False):

@@ -165,6 +165,16 @@ def test_places_of_the_next_step_are_taken_if_memory_has_them() -> None:
         w.scheduler.reserve(waiting, 8)
 
 
+def test_requests_in_the_order_of_rank() -> None:
+    w = world()
+    usual, urgent, late = w.submit(5), w.submit(5, priority=2), w.submit(5)
+    w.step()
+    assert w.scheduler.in_order([late, usual, urgent]) == [urgent, usual, late]
+    stranger = Request("stranger", (1,), 1)
+    with pytest.raises(ValueError, match="request must be under way, got 'stranger'"):
+        w.scheduler.in_order([stranger])
+
+
 def test_the_last_in_rank_gives_its_memory_and_waits() -> None:
     w = world(num_pages=4, num_states=4)
     first, last = w.submit(7, max_tokens=6), w.submit(7, max_tokens=6)

@@ -10,20 +10,24 @@ one key past the tokens that are recorded, which no prefix holds, and a state th
 Snapshots are written once the scheduler has planned the step, before the state advances again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sevenfold.engine.cache import CacheManager
+from sevenfold.engine.device import DeviceRunner
 from sevenfold.engine.request import Request
 from sevenfold.engine.rows import NextRow
 from sevenfold.engine.sampling import Logprobs, Sampler
 from sevenfold.engine.scheduler import DecodeRow, Scheduler
-from sevenfold.engine.transfer import Arriving
+from sevenfold.engine.transfer import Arriving, upload
 from sevenfold.engine.worker import Worker
 
 Requests = tuple[Request | None, ...]
+NewSampler = Callable[[Sequence[Request]], Sampler]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class Chosen:
     tokens: Tensor
     arriving: Arriving
     logprobs: list[Logprobs | None]
+
+
+class Begun(NamedTuple):
+    """A decoding step that runs: its rows, what chooses their tokens, logits [N, vocab_size]."""
+
+    requests: Requests
+    sampler: Sampler
+    logits: Tensor
 
 
 class Ahead:
@@ -70,37 +82,50 @@ class Ahead:
         self._snapshot(rows)
         return replace(chosen, requests=requests)
 
-    def launch(self, chosen: Chosen) -> tuple[Requests, Tensor] | None:
-        """Run the step after one whose tokens are chosen, if there is one and memory has its place.
+    def launch(self, parts: Sequence[Chosen], new_sampler: NewSampler) -> Begun | None:
+        """Run the decoding step after runs whose tokens are chosen, if memory has its places.
 
-        A request that has come to max_tokens leaves its row to nobody, as long as a step without
-        that row would be as large.
+        Args:
+            parts: the runs of the last step, one or more, that chose tokens.
+            new_sampler: of requests, by the tokens of theirs that are recorded.
 
         Returns:
-            Requests [N], None for rows that are nobody's, and logits [N, vocab_size]; None if
-            nothing runs.
+            The rows that run, and their logits [N, vocab_size]; None if nothing runs.
         """
         runner = self._worker.ahead
-        requests = tuple(r if r and r.num_remaining_tokens > 1 else None for r in chosen.requests)
-        going = [request for request in requests if request is not None]
+        going = [r for chosen in parts for r in chosen.requests if r and _goes_on(r)]
         if runner is None or not going:
             return None
-        if runner.num_step_rows(len(going)) != runner.num_step_rows(len(requests)):
-            return None
-        # The last token counts as computed, as it will be, and this is the one behind it.
-        if not all(self._scheduler.reserve(r, r.num_computed_tokens + 2) for r in going):
+        # The last token counts as known, as it will be, and this is the one behind it.
+        if not all(self._scheduler.reserve(r, r.num_tokens + 1) for r in going):
             return None
         self._worker.prepare(self._cache.take_fresh())
+        if len(parts) == 1 and self._stays(runner, parts[0], len(going)):
+            requests = tuple(r if r and _goes_on(r) else None for r in parts[0].requests)
+            tokens, sampler = parts[0].tokens, parts[0].sampler
+        else:
+            requests = tuple(self._scheduler.in_order(going))
+            tokens = _tokens_of(requests, parts)
+            sampler = new_sampler(requests)
+            sampler.follow(tokens)
         rows = [None if request is None else self._row(request) for request in requests]
-        return requests, runner.run_ahead(rows, chosen.tokens)
+        return Begun(requests, sampler, runner.run_ahead(rows, tokens))
 
     def forget(self) -> None:
         """Drop the step under way; what it computes is nobody's."""
         self.chosen = None
 
+    @staticmethod
+    def _stays(runner: DeviceRunner, chosen: Chosen, num_going: int) -> bool:
+        """Whether a step keeps its rows and its sampler: no smaller one will do.
+
+        Rows of requests that have ended are nobody's then.
+        """
+        return runner.num_step_rows(num_going) == runner.num_step_rows(len(chosen.requests))
+
     def _row(self, request: Request) -> NextRow:
-        past = request.num_computed_tokens + 1
-        return NextRow(past, self._cache.state(request), self._cache.pages(request))
+        state, pages = self._cache.state(request), self._cache.pages(request)
+        return NextRow(request.num_tokens, state, pages)
 
     def _snapshot(self, rows: Sequence[DecodeRow]) -> None:
         kept = []
@@ -109,3 +134,16 @@ class Ahead:
                 placement = self._cache.placement(row.request)
                 kept += [(placement.state, placement.snapshots[at]) for at in row.snapshots]
         self._worker.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
+
+
+def _goes_on(request: Request) -> bool:
+    """Whether a request may have a token after the one that is on its way."""
+    return request.num_remaining_tokens > 1
+
+
+def _tokens_of(requests: Sequence[Request | None], parts: Sequence[Chosen]) -> Tensor:
+    """The requests' tokens [N], where they lie among those of several runs."""
+    everyone = [request for chosen in parts for request in chosen.requests]
+    place = {request: n for n, request in enumerate(everyone)}
+    tokens = torch.cat([chosen.tokens for chosen in parts])
+    return tokens[upload([place[request] for request in requests], tokens.device)]

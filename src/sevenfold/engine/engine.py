@@ -196,9 +196,7 @@ class Engine:
         else:
             # Both are launched before the host waits for either.
             decoded, prefilled = self._decode(step.decodes), self._prefill(step.prefills)
-            # A prompt that is done joins those that decode, which no step under way knows.
-            if not any(chunk.yields_token for chunk in step.prefills):
-                self._run_ahead(decoded)
+            self._run_ahead([one for one in (decoded, prefilled) if one is not None])
             events += self._take(decoded) + self._take(prefilled)
             if not self.scheduler.num_decoding:
                 self._ahead.forget()
@@ -265,15 +263,14 @@ class Engine:
         """Choose one token of each request, if there are any; most often that is under way."""
         return self._ahead.take(rows) or self._step([row.request for row in rows])
 
-    def _run_ahead(self, chosen: Chosen | None) -> None:
+    def _run_ahead(self, parts: Sequence[Chosen]) -> None:
         """Begin the next decoding step, if nothing of it depends on this one's tokens but ids."""
-        if chosen is None or not all(
-            self._underway[request.id].chooses_blind for request in chosen.requests if request
-        ):
+        requests = [request for chosen in parts for request in chosen.requests if request]
+        if not all(self._underway[request.id].chooses_blind for request in requests):
             return
-        found = self._ahead.launch(chosen)
-        if found is not None:
-            self._ahead.chosen = self._choose(*found, chosen.sampler)
+        begun = self._ahead.launch(parts, self._new_sampler)
+        if begun is not None:
+            self._ahead.chosen = self._choose(begun.requests, begun.logits, begun.sampler)
             self._sampler = None  # this one is ahead of the outputs from now on
 
     def _step(self, requests: list[Request]) -> Chosen | None:
@@ -390,7 +387,7 @@ class Engine:
             self._sampler = (served, self._new_sampler(requests))
         return self._sampler[1]
 
-    def _new_sampler(self, requests: list[Request]) -> Sampler:
+    def _new_sampler(self, requests: Sequence[Request]) -> Sampler:
         return self._sampler_of([self._underway[request.id].output for request in requests])
 
     def _sampler_of(self, outputs: Sequence[Output]) -> Sampler:

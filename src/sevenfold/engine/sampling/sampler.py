@@ -59,9 +59,13 @@ class Sampler:
             tokens = logits.argmax(-1)
         else:
             tokens = choose_tokens(logits, self._rules, uniform(self._seeds, self._places))
+        self.follow(tokens)
+        return tokens
+
+    def follow(self, tokens: Tensor) -> None:
+        """Take each output one token further, [N] int64, before the host knows these tokens."""
         self._penalties.record(tokens)
         self._places = self._places + 1
-        return tokens
 
     def _without(self, logits: Tensor) -> Tensor:
         """Forbid ends that come too early, and what would complete a bad word."""
