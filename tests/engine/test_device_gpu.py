@@ -92,7 +92,7 @@ def test_steps_begun_ahead_give_the_events_of_steps_in_turn(mix: str, tokenizer:
 
 
 def test_nothing_waits_in_a_step_but_for_its_tokens(tokenizer: Tokenizer) -> None:
-    engine = build(gpu_model("lsf"), tokenizer, max_running=4)
+    engine = build(gpu_model("lsf", torch.float32), tokenizer, max_running=4)
     for n, text in enumerate(prompts(1, [9, 20, 30])):
         options = {"temperature": 0.9, "seed": n, "presence_penalty": 0.5} if n else {}
         submit(engine, str(n), text, 40, **options)
