@@ -14,7 +14,7 @@ from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.options import check_invariant, worker_config
 from sevenfold.engine.request import FinishReason, Request, Status
-from sevenfold.engine.rows import Row, Scored
+from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import (
     Logprobs,
     Output,
@@ -39,6 +39,7 @@ from sevenfold.engine.speculation import (
 from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.transfer import Arriving, upload
+from sevenfold.engine.underway import Underway
 from sevenfold.engine.worker import Worker
 from sevenfold.models import HybridModel
 
@@ -119,7 +120,7 @@ class Engine:
             limits=sessions or SessionLimits(),
         )
         self.scheduler = Scheduler(self.cache, config)
-        self._underway: dict[str, _Underway] = {}
+        self._underway: dict[str, Underway] = {}
         self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         self._speculator = self._build_speculator(speculation, draft)
@@ -152,7 +153,7 @@ class Engine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
         text = TextStream(self._tokenizer, params.stop)
         output = Output(params, request.prompt, ends, request.generated, words)
-        self._underway[request.id] = _Underway(request, output, text, constraint)
+        self._underway[request.id] = Underway(request, output, text, constraint)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step; returns whether it was under way."""
@@ -353,7 +354,7 @@ class Engine:
         return events
 
     def _record(
-        self, underway: "_Underway", taken: Sequence[Taken], *, stopped: bool
+        self, underway: Underway, taken: Sequence[Taken], *, stopped: bool
     ) -> list["TokenEvent | None"]:
         """Record a request's next tokens, and say what each of them added."""
         request = underway.request
@@ -392,57 +393,3 @@ class Engine:
 
     def _sampler_of(self, outputs: Sequence[Output]) -> Sampler:
         return Sampler(outputs, self._model.config.vocab_size, self._model.device)
-
-
-@dataclass
-class _Underway:
-    """A request with its sampler's view of it, its text and its grammar."""
-
-    request: Request
-    output: Output
-    text: TextStream
-    constraint: Constraint | None
-    prompt: Lookup | None = None
-    scored: list[Logprobs] | None = None
-
-    @property
-    def chooses_blind(self) -> bool:
-        """Whether its next token can be chosen while the host does not know the last one.
-
-        A grammar, words to avoid, an end that comes too early and log probabilities are looked
-        after on the host.
-        """
-        output, params = self.output, self.output.params
-        is_free = self.constraint is None and params.logprobs is None and not output.bad_words
-        return is_free and len(output.tokens) >= params.min_tokens
-
-    def scoring(self, row: Row) -> Row:
-        """The row of a prompt's chunk, with the log probabilities that are asked of it."""
-        num_top, request = self.output.params.prompt_logprobs, self.request
-        if num_top is None or request.generated:
-            return row
-        if row.past == 0 or self.scored is None:
-            self.scored = []  # anew, if the request was preempted
-        targets = request.prompt[row.past + 1 : row.end + 1]
-        return replace(row, scored=Scored(targets, num_top, self.scored))
-
-    def take_scored(self) -> tuple[Logprobs, ...] | None:
-        """The prompt's log probabilities, once its last chunk is computed."""
-        if self.scored is None:
-            return None
-        self.request.max_cached_tokens = None
-        return tuple(self.scored)
-
-    def accepts(self, token: int) -> bool:
-        """Advance the grammar, but for a token that ends the output; False if it may not follow."""
-        if self.constraint is None or token in self.output.end_ids:
-            return True
-        return self.constraint.accept(token)
-
-    def push(self, token: int) -> tuple[str, bool]:
-        """Add a token: the text that may be shown now, and whether the output ends here."""
-        if token in self.output.end_ids:
-            return "", True
-        shown = self.text.push(token)
-        ended = self.constraint is not None and self.constraint.finished()
-        return shown, self.text.stopped or ended
