@@ -59,9 +59,21 @@ class Model:
             self.cancelled.add(request.id)
 
     def step(self, random: Random) -> None:
-        for row in rows(self.checked_step()):
+        step = self.checked_step()
+        for row in step.decodes:
+            if random.random() < 0.3:
+                self.reserve(row.request)
+        for row in rows(step):
             self.outcome(row, random)
         self.nobody_is_lost()
+
+    def reserve(self, request: Request) -> None:
+        """Ask for the places of the next step, before this one is recorded."""
+        if request.num_remaining_tokens > 1:
+            before, need = self.world.cache.pages[request], request.num_computed_tokens + 2
+            held = self.world.scheduler.reserve(request, need)
+            after = self.world.cache.pages[request]
+            assert after == max(before, -(-need // PAGE)) if held else after == before
 
     def outcome(self, row, random: Random) -> None:
         request, scheduler = row.request, self.world.scheduler
@@ -141,7 +153,13 @@ class Model:
 
     def check_work(self, step: Step) -> None:
         w = self.world
-        assert step.num_tokens <= w.config.max_step_tokens
+        lone = w.config.lone_chunk_tokens or 0
+        first = step.prefills[0].end - step.prefills[0].first if step.prefills else 0
+        if not step.decodes and first > w.config.max_step_tokens - w.config.min_chunk_tokens:
+            assert first <= max(lone, w.config.max_step_tokens)
+            assert step.num_tokens - first <= w.config.max_step_tokens - w.config.min_chunk_tokens
+        else:
+            assert step.num_tokens <= w.config.max_step_tokens
         assert len({row.request for row in rows(step)}) == len(rows(step))
         for chunk in step.prefills:
             request, first = chunk.request, self.computed[chunk.request]

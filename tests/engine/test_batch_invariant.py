@@ -43,7 +43,8 @@ def watch(engine: Engine) -> Seen:
 
     def watched(requests, logits, sampler):
         for request, row in zip(requests, logits, strict=True):
-            seen.setdefault(request.id, []).append(row.clone())
+            if request is not None:
+                seen.setdefault(request.id, []).append(row.clone())
         return choose(requests, logits, sampler)
 
     engine._choose = watched

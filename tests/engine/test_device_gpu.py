@@ -72,6 +72,38 @@ def test_the_engine_gives_the_same_tokens_in_fp32(mix: str, tokenizer: Tokenizer
     assert found == [uncached(twin, text, 12) for text in texts]
 
 
+@pytest.mark.parametrize("mix", MIXES)
+def test_steps_begun_ahead_give_the_events_of_steps_in_turn(mix: str, tokenizer: Tokenizer) -> None:
+    model = gpu_model(mix, torch.float32)
+    texts, found = prompts(0, [1, 70, 3, 17, 16]), []
+    for ahead in (True, False):
+        engine = build(model, tokenizer, max_step_tokens=300, max_running=5)
+        if not ahead:
+            engine._worker.ahead = None
+        for n, text in enumerate(texts):
+            options = {"temperature": 0.9, "seed": n, "presence_penalty": 0.5} if n % 2 else {}
+            submit(engine, str(n), text, 20 + 9 * n, stop_token_ids=tuple(range(12)), **options)
+        steps = []
+        while engine.has_work:
+            steps.append(engine.step())
+            engine.cancel("4" if len(steps) == 9 else "nobody")
+        found.append(steps)
+    assert found[0] == found[1]
+
+
+def test_nothing_waits_in_a_step_but_for_its_tokens(tokenizer: Tokenizer) -> None:
+    engine = build(gpu_model("lsf", torch.float32), tokenizer, max_running=4)
+    for n, text in enumerate(prompts(1, [9, 20, 30])):
+        options = {"temperature": 0.9, "seed": n, "presence_penalty": 0.5} if n else {}
+        submit(engine, str(n), text, 40, **options)
+    for _ in range(6):
+        engine.step()
+    with no_waiting():
+        for _ in range(8):
+            engine.step()
+            assert engine._ahead.chosen is not None
+
+
 @pytest.mark.parametrize("mix", [*MIXES, "moe"])
 def test_a_graph_gives_the_bits_of_the_same_step_without(mix: str) -> None:
     fields = {"moe": MOE} if mix == "moe" else {}

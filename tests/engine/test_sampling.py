@@ -329,7 +329,9 @@ def test_more_tokens_at_least_than_at_most() -> None:
 def test_logprobs_are_the_models_own() -> None:
     logits = torch.stack([random_logits(n) for n in range(3)])
     params = [SamplingParams(logprobs=n, temperature=0.3) for n in (2, 0)] + [SamplingParams()]
-    two, none, nothing = read_logprobs(logits, torch.tensor([5, 1, 2]), params)
+    two, none, nothing = read_logprobs(
+        logits, torch.tensor([5, 1, 2]), [p.logprobs for p in params]
+    )
     assert nothing is None
     assert none is not None and none.top == ()  # noqa: PT018
     total = [math.log(sum(math.exp(z) for z in row)) for row in logits.tolist()]
@@ -339,7 +341,7 @@ def test_logprobs_are_the_models_own() -> None:
     assert [token for token, _ in two.top] == ranked[:2]
     wanted = [float(logits[0, token]) - total[0] for token in ranked[:2]]
     assert [value for _, value in two.top] == pytest.approx(wanted)
-    assert read_logprobs(logits, torch.tensor([0, 0, 0]), [SamplingParams()] * 3) == [None] * 3
+    assert read_logprobs(logits, torch.tensor([0, 0, 0]), [None] * 3) == [None] * 3
 
 
 def test_a_row_of_nan_leaves_the_others_alone() -> None:

@@ -54,6 +54,27 @@ def test_each_open_prompt_advances_and_the_first_gets_the_rest() -> None:
     assert spans(step.prefills) == [(long.id, 48, 100), (other.id, 8, 16), (short.id, 8, 10)]
 
 
+def test_where_nothing_decodes_the_first_prompt_gets_a_longer_chunk() -> None:
+    w = world(num_pages=200, lone_chunk_tokens=150)
+    long, other = w.submit(400), w.submit(100, max_tokens=2)
+    step = w.step()
+    assert spans(step.prefills) == [(long.id, 0, 148), (other.id, 0, 8)]
+    w.scheduler.cancel(long.id)
+    step = w.step()  # no longer than a step anyway: it has the budget alone
+    assert spans(step.prefills) == [(other.id, 8, 100)]
+    late = w.submit(400)
+    step = w.step()
+    assert [row.request for row in step.decodes] == [other]
+    assert spans(step.prefills) == [(late.id, 0, 60)]
+    assert spans(w.step().prefills) == [(late.id, 60, 208)]
+
+
+def test_a_longer_chunk_is_no_less_than_a_step() -> None:
+    rule = "lone_chunk_tokens must be at least max_step_tokens = 64, got 63"
+    with pytest.raises(ValueError, match=rule):
+        world(lone_chunk_tokens=63)
+
+
 def test_prompts_done_in_one_step_keep_its_limit() -> None:
     w = world(max_step_tokens=40)
     for _ in range(12):
@@ -126,6 +147,32 @@ def test_drafts_may_be_asked_for_and_left_out_between_steps() -> None:
     assert drafts(w.step()) == [(request, 0)]
     request.draft_tokens = 3
     assert drafts(w.step()) == [(request, 3)]
+
+
+def test_places_of_the_next_step_are_taken_if_memory_has_them() -> None:
+    w = world(num_pages=5, num_states=4)
+    first, last = w.submit(7, max_tokens=6), w.submit(7, max_tokens=6)
+    w.step()
+    assert w.scheduler.reserve(first, 8)
+    assert w.cache.pages == {first: 2, last: 2}
+    assert w.scheduler.reserve(first, 9)
+    assert w.cache.pages == {first: 3, last: 2}
+    assert not w.scheduler.reserve(last, 9)
+    assert w.cache.pages == {first: 3, last: 2}
+    assert len(w.step().preempted) == 0
+    waiting = w.submit(10)
+    with pytest.raises(ValueError, match=f"request must be open, got '{waiting.id}', which is"):
+        w.scheduler.reserve(waiting, 8)
+
+
+def test_requests_in_the_order_of_rank() -> None:
+    w = world()
+    usual, urgent, late = w.submit(5), w.submit(5, priority=2), w.submit(5)
+    w.step()
+    assert w.scheduler.in_order([late, usual, urgent]) == [urgent, usual, late]
+    stranger = Request("stranger", (1,), 1)
+    with pytest.raises(ValueError, match="request must be under way, got 'stranger'"):
+        w.scheduler.in_order([stranger])
 
 
 def test_the_last_in_rank_gives_its_memory_and_waits() -> None:

@@ -20,6 +20,7 @@ LIMITS = st.fixed_dictionaries(
         "num_pages": st.integers(4, 12),
         "num_states": st.sampled_from([1, 3, 5]),
         "max_step_tokens": st.sampled_from([13, 14, 24, 40]),
+        "lone_chunk_tokens": st.sampled_from([None, 40, 60]),
         "max_running": st.sampled_from([1, 5, 5]),
         "max_prefills": st.sampled_from([1, 2]),
         "min_chunk_tokens": st.just(PAGE),

@@ -4,7 +4,13 @@ import pytest
 from engine_helpers import tiny_model
 
 from sevenfold.config import ConfigError
-from sevenfold.engine.sizing import PAGE_TOKENS, default_budget_bytes, size_engine
+from sevenfold.engine.sizing import (
+    PAGE_TOKENS,
+    default_budget_bytes,
+    lone_chunk_tokens,
+    size_engine,
+)
+from sevenfold.models import preset
 
 
 def test_the_limit_is_the_models_or_what_the_budget_holds() -> None:
@@ -31,3 +37,20 @@ def test_what_is_asked_for_is_kept_or_refused() -> None:
 
 def test_the_default_budget_is_a_share_of_what_is_free() -> None:
     assert 0 < default_budget_bytes(tiny_model("lf")) <= 4 << 30
+
+
+def test_a_lone_chunk_on_a_gpu_is_bounded_by_memory_time_and_what_pays() -> None:
+    small, large = preset("bench-2b"), preset("minimax-text-01")
+    assert lone_chunk_tokens(small, 16 << 30) == 32_768
+    # e (6 D + 5 H D_h + k (2 D + 4 F)) + 20 H D_h bytes a token, of which half may be taken.
+    token = 2 * (6 * 2048 + 5 * 2048 + 2 * (2 * 2048 + 4 * 1792)) + 20 * 2048
+    assert lone_chunk_tokens(small, 2 * 16_384 * token) == 16_384
+    assert lone_chunk_tokens(small, 2 * 16_384 * token - 2) == 8192
+    assert lone_chunk_tokens(small, 0) == 8192
+    assert lone_chunk_tokens(large, 1 << 40) == 8192
+    assert lone_chunk_tokens(tiny_model("lf").config, 1 << 40) == 32_768
+
+
+def test_a_cpu_keeps_to_its_steps() -> None:
+    _, config = size_engine(tiny_model("lf"), budget_bytes=1 << 20)
+    assert (config.max_step_tokens, config.lone_chunk_tokens) == (2048, None)

@@ -4,22 +4,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from sevenfold.config import ConfigError
+from sevenfold.engine.ahead import Ahead, Chosen
 from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.options import check_invariant, worker_config
 from sevenfold.engine.request import FinishReason, Request, Status
-from sevenfold.engine.rows import Row, Scored
+from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import (
     Logprobs,
     Output,
     Sampler,
     SamplingParams,
+    are_finite,
     bad_word_tokens,
     read_logprobs,
 )
@@ -37,7 +38,8 @@ from sevenfold.engine.speculation import (
 )
 from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
-from sevenfold.engine.transfer import fetch, upload
+from sevenfold.engine.transfer import Arriving, upload
+from sevenfold.engine.underway import Underway
 from sevenfold.engine.worker import Worker
 from sevenfold.models import HybridModel
 
@@ -118,8 +120,9 @@ class Engine:
             limits=sessions or SessionLimits(),
         )
         self.scheduler = Scheduler(self.cache, config)
-        self._underway: dict[str, _Underway] = {}
-        self._sampler: tuple[tuple[str, ...], Sampler] | None = None
+        self._underway: dict[str, Underway] = {}
+        self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
+        self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         self._speculator = self._build_speculator(speculation, draft)
 
     def submit(
@@ -150,7 +153,7 @@ class Engine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
         text = TextStream(self._tokenizer, params.stop)
         output = Output(params, request.prompt, ends, request.generated, words)
-        self._underway[request.id] = _Underway(request, output, text, constraint)
+        self._underway[request.id] = Underway(request, output, text, constraint)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step; returns whether it was under way."""
@@ -158,6 +161,7 @@ class Engine:
 
     def abandon(self, message: str) -> None:
         """End every request under way with an error: a step of theirs did not come to its end."""
+        self._ahead.forget()
         for underway in self._underway.values():
             if underway.request.status is not Status.ENDED:
                 self.scheduler.fail(underway.request, message)
@@ -174,6 +178,9 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Compute one step: decode rows first, then prefill chunks, each in one run of the model.
 
+        On a GPU the next step begins before this one's tokens are on the host, where that can be:
+        see engine.ahead. What a step returns is the same.
+
         Returns:
             What it gave, the ends of cancelled and late requests included.
         """
@@ -184,7 +191,16 @@ class Engine:
             self._speculator.forget(step.preempted, ended=False)
             self._speculator.forget(step.ended, ended=True)
         events = [self._end(request) for request in step.ended]
-        events += self._decode(step.decodes, drafting_s) + self._prefill(step.prefills)
+        if self._speculator is not None:
+            events += self._decode_drafts(self._speculator, step.decodes, drafting_s)
+            events += self._take(self._prefill(step.prefills))
+        else:
+            # Both are launched before the host waits for either.
+            decoded, prefilled = self._decode(step.decodes), self._prefill(step.prefills)
+            self._run_ahead([one for one in (decoded, prefilled) if one is not None])
+            events += self._take(decoded) + self._take(prefilled)
+            if not self.scheduler.num_decoding:
+                self._ahead.forget()
         return [event for event in events if event is not None]
 
     def speculation_counters(self) -> SpeculationCounters | None:
@@ -211,32 +227,32 @@ class Engine:
             self._speculator.propose([(one.request, one.output) for one in decoding])
         return time.perf_counter() - began_s
 
-    def _decode(self, rows: Sequence[DecodeRow], drafting_s: float) -> list["TokenEvent | None"]:
+    def _decode_drafts(
+        self, speculator: Speculator, rows: Sequence[DecodeRow], drafting_s: float
+    ) -> list["TokenEvent | None"]:
         requests = [row.request for row in rows]
-        if self._speculator is None:
-            return self._step(requests)
         began_s = time.perf_counter()
-        walks = self._check(rows)
+        walks = self._check(speculator, rows)
         checked = {walk.request.id for walk in walks if walk.is_finite}
         # A guess whose vectors are not finite may spoil its draft: such a row goes without one.
         plain = [request for request in requests if request.id not in checked]
         events = [event for walk in walks if walk.is_finite for event in self._take_walk(walk)]
-        events += self._step(plain)
+        events += self._take(self._step(plain))
         seconds = time.perf_counter() - began_s + (drafting_s if walks else 0.0)
-        self._speculator.note_step(requests, plain, seconds)
+        speculator.note_step(requests, plain, seconds)
         return events
 
-    def _check(self, rows: Sequence[DecodeRow]) -> list[Walk]:
+    def _check(self, speculator: Speculator, rows: Sequence[DecodeRow]) -> list[Walk]:
         """Check the drafts of decode rows that have one."""
         drafted = []
         for request, num_guesses, _ in rows:
             if num_guesses:
                 row = self._row(request, request.num_computed_tokens + 1 + num_guesses)
                 drafted.append(Drafted(self._underway[request.id], row, num_guesses))
-        if self._speculator is None or not drafted:
+        if not drafted:
             return []
         self._sampler = None
-        return self._speculator.check(drafted, len(rows))
+        return speculator.check(drafted, len(rows))
 
     def _take_walk(self, walk: Walk) -> list["TokenEvent | None"]:
         if walk.is_refused:
@@ -244,17 +260,31 @@ class Engine:
             return []
         return self._record(self._underway[walk.request.id], walk.taken, stopped=walk.stopped)
 
-    def _step(self, requests: list[Request]) -> list["TokenEvent | None"]:
+    def _decode(self, rows: Sequence[DecodeRow]) -> Chosen | None:
+        """Choose one token of each request, if there are any; most often that is under way."""
+        return self._ahead.take(rows) or self._step([row.request for row in rows])
+
+    def _run_ahead(self, parts: Sequence[Chosen]) -> None:
+        """Begin the next decoding step, if nothing of it depends on this one's tokens but ids."""
+        requests = [request for chosen in parts for request in chosen.requests if request]
+        if not all(self._underway[request.id].chooses_blind for request in requests):
+            return
+        begun = self._ahead.launch(parts, self._new_sampler)
+        if begun is not None:
+            self._ahead.chosen = self._choose(begun.requests, begun.logits, begun.sampler)
+            self._sampler = None  # this one is ahead of the outputs from now on
+
+    def _step(self, requests: list[Request]) -> Chosen | None:
         """Compute one token of each request, if there are any."""
         if not requests:
-            return []
+            return None
         rows = [self._row(r, r.num_computed_tokens + 1) for r in requests]
         logits = self._worker.run(rows)
         return self._choose(requests, logits, self._kept_sampler(requests))
 
-    def _prefill(self, chunks: Sequence[PrefillChunk]) -> list["TokenEvent | None"]:
+    def _prefill(self, chunks: Sequence[PrefillChunk]) -> Chosen | None:
         if not chunks:
-            return []
+            return None
         self._restore(chunks)
         for chunk in chunks:
             underway = self._underway[chunk.request.id]
@@ -267,7 +297,7 @@ class Engine:
             if not chunk.yields_token:
                 self.scheduler.record(chunk.request, ())
         if not yielding:
-            return []
+            return None
         requests = [chunks[n].request for n in yielding]
         rows = logits[upload(yielding, logits.device)]
         return self._choose(requests, rows, self._new_sampler(requests))
@@ -290,17 +320,28 @@ class Engine:
         )
 
     def _choose(
-        self, requests: list[Request], logits: Tensor, sampler: Sampler
-    ) -> list["TokenEvent | None"]:
-        underway = [self._underway[request.id] for request in requests]
-        finite = torch.isfinite(logits).all(-1)
-        tokens = sampler.choose(mask_logits(logits, [one.constraint for one in underway]))
-        ids, are_finite = fetch([tokens, finite])
-        params = [one.output.params for one in underway]
-        logprobs = read_logprobs(logits, tokens, params)
+        self, requests: Sequence[Request | None], logits: Tensor, sampler: Sampler
+    ) -> Chosen:
+        """Choose a token of each row; those of None are nobody's."""
+        underway = [None if r is None else self._underway[r.id] for r in requests]
+        constraints = [None if one is None else one.constraint for one in underway]
+        tokens = sampler.choose(mask_logits(logits, constraints))
+        arriving = Arriving([tokens, are_finite(logits)])
+        asked = [None if one is None else one.output.params.logprobs for one in underway]
+        logprobs = read_logprobs(logits, tokens, asked)
+        return Chosen(tuple(requests), sampler, tokens, arriving, logprobs)
+
+    def _take(self, chosen: Chosen | None) -> list["TokenEvent | None"]:
+        """Wait for the tokens of a run, and record them."""
+        if chosen is None:
+            return []
+        ids, finite = chosen.arriving.numbers()
         events: list[TokenEvent | None] = []
-        for n, (one, token) in enumerate(zip(underway, ids, strict=True)):
-            if not are_finite[n]:
+        for n, (request, token) in enumerate(zip(chosen.requests, ids, strict=True)):
+            if request is None:
+                continue
+            one = self._underway[request.id]
+            if not finite[n]:
                 self.scheduler.fail(
                     one.request, "the model's logits are not finite for this request"
                 )
@@ -308,11 +349,12 @@ class Engine:
                 self.scheduler.fail(one.request, NO_TOKEN)
             else:
                 text, stopped = one.push(token)
-                events += self._record(one, [Taken(token, text, logprobs[n])], stopped=stopped)
+                taken = [Taken(token, text, chosen.logprobs[n])]
+                events += self._record(one, taken, stopped=stopped)
         return events
 
     def _record(
-        self, underway: "_Underway", taken: Sequence[Taken], *, stopped: bool
+        self, underway: Underway, taken: Sequence[Taken], *, stopped: bool
     ) -> list["TokenEvent | None"]:
         """Record a request's next tokens, and say what each of them added."""
         request = underway.request
@@ -341,56 +383,13 @@ class Engine:
 
     def _kept_sampler(self, requests: list[Request]) -> Sampler:
         """The sampler of the step before, if it served the same requests."""
-        names = tuple(request.id for request in requests)
-        if self._sampler is None or self._sampler[0] != names:
-            self._sampler = (names, self._new_sampler(requests))
+        served = tuple(requests)
+        if self._sampler is None or self._sampler[0] != served:
+            self._sampler = (served, self._new_sampler(requests))
         return self._sampler[1]
 
-    def _new_sampler(self, requests: list[Request]) -> Sampler:
+    def _new_sampler(self, requests: Sequence[Request]) -> Sampler:
         return self._sampler_of([self._underway[request.id].output for request in requests])
 
     def _sampler_of(self, outputs: Sequence[Output]) -> Sampler:
         return Sampler(outputs, self._model.config.vocab_size, self._model.device)
-
-
-@dataclass
-class _Underway:
-    """A request with its sampler's view of it, its text and its grammar."""
-
-    request: Request
-    output: Output
-    text: TextStream
-    constraint: Constraint | None
-    prompt: Lookup | None = None
-    scored: list[Logprobs] | None = None
-
-    def scoring(self, row: Row) -> Row:
-        """The row of a prompt's chunk, with the log probabilities that are asked of it."""
-        num_top, request = self.output.params.prompt_logprobs, self.request
-        if num_top is None or request.generated:
-            return row
-        if row.past == 0 or self.scored is None:
-            self.scored = []  # anew, if the request was preempted
-        targets = request.prompt[row.past + 1 : row.end + 1]
-        return replace(row, scored=Scored(targets, num_top, self.scored))
-
-    def take_scored(self) -> tuple[Logprobs, ...] | None:
-        """The prompt's log probabilities, once its last chunk is computed."""
-        if self.scored is None:
-            return None
-        self.request.max_cached_tokens = None
-        return tuple(self.scored)
-
-    def accepts(self, token: int) -> bool:
-        """Advance the grammar, but for a token that ends the output; False if it may not follow."""
-        if self.constraint is None or token in self.output.end_ids:
-            return True
-        return self.constraint.accept(token)
-
-    def push(self, token: int) -> tuple[str, bool]:
-        """Add a token: the text that may be shown now, and whether the output ends here."""
-        if token in self.output.end_ids:
-            return "", True
-        shown = self.text.push(token)
-        ended = self.constraint is not None and self.constraint.finished()
-        return shown, self.text.stopped or ended

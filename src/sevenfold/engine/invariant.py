@@ -15,15 +15,17 @@ class InvariantRunner:
 
     A prompt runs alone, cut at multiples of chunk_tokens. Decode rows run in steps of one size,
     which a recorded step is padded to; where none is recorded, that size is one row.
+
+    pads: whether steps are padded.
     """
 
     def __init__(self, runner: Runner | DeviceRunner, chunk_tokens: int) -> None:
         self._runner, self._chunk_tokens = runner, chunk_tokens
-        self._pads = isinstance(runner, DeviceRunner) and runner.capture is not None
+        self.pads = isinstance(runner, DeviceRunner) and runner.capture is not None
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Run rows as Runner.run."""
-        if self._pads and all(len(row.tokens) == 1 for row in rows):
+        if self.pads and all(len(row.tokens) == 1 for row in rows):
             return self._runner.run(rows)
         return torch.cat([self._run_alone(row) for row in rows])
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sevenfold.engine.rows import Row
-from sevenfold.engine.sampling import SamplingParams, read_logprobs
+from sevenfold.engine.sampling import read_logprobs
 from sevenfold.engine.transfer import upload
 from sevenfold.models import HybridModel
 
@@ -23,12 +23,11 @@ def score_rows(model: HybridModel, rows: Sequence[Row], hidden: Tensor) -> None:
     at = 0
     for row in rows:
         if row.scored is not None:
-            params = SamplingParams(logprobs=row.scored.num_top)
             targets = row.scored.targets
             for first in range(0, len(targets), _TOKENS_AT_ONCE):
                 some = targets[first : first + _TOKENS_AT_ONCE]
                 logits = model.logits(hidden[at + first : at + first + len(some)])
                 chosen = upload(some, logits.device)
-                found = read_logprobs(logits, chosen, [params] * len(some))
+                found = read_logprobs(logits, chosen, [row.scored.num_top] * len(some))
                 row.scored.found.extend(one for one in found if one is not None)
         at += len(row.tokens)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from sevenfold.engine.sampling import Logprobs
 
@@ -19,6 +20,14 @@ class Scored:
     targets: Sequence[int]
     num_top: int
     found: list[Logprobs]
+
+
+class NextRow(NamedTuple):
+    """A request's next token, whose id is on the device alone; fields as Row's."""
+
+    past: int
+    state: int | None
+    pages: Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ import os
 import torch
 
 from sevenfold.config import ConfigError
-from sevenfold.engine.device import graph_bytes
+from sevenfold.engine.device import chunk_token_bytes, graph_bytes
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.precision import SnapshotDtype, StateDtype
 from sevenfold.engine.scheduler import SchedulerConfig
 from sevenfold.engine.speculation import RING_TOKENS, DraftModelConfig, SpeculationConfig
-from sevenfold.models import HybridModel
+from sevenfold.models import HybridModel, ModelConfig
+from sevenfold.models.accounting import prefill_flops
 
 PAGE_TOKENS = 64
 # Of what is free once the weights are loaded; activations take the rest.
@@ -19,6 +20,12 @@ _MOST_CPU_BYTES = 4 << 30
 _MOST_ROWS = SchedulerConfig.model_fields["max_running"].default
 # What a step computes on a CPU: enough to fill its products, and short enough to stream.
 _CPU_LIMITS = {"max_step_tokens": 2048, "max_running": 64, "min_chunk_tokens": 128}
+# A lone chunk on a GPU: launching its kernels takes the host as long whatever its length, so it is
+# longer, up to a length that pays no more, a time that newcomers may wait (0.2 s at 400 TFLOP/s),
+# and half of the memory that the budget leaves.
+_MOST_LONE_TOKENS = 32_768
+_MOST_LONE_FLOPS = 8e13
+_LONE_MEMORY_SHARE = 0.5
 
 
 def default_budget_bytes(model: HybridModel, *, draft_tokens: int = 0, num_ranks: int = 1) -> int:
@@ -34,6 +41,26 @@ def default_budget_bytes(model: HybridModel, *, draft_tokens: int = 0, num_ranks
         return int(_FREE_SHARE["cuda"] * free) - graphs
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_MOST_CPU_BYTES, int(_FREE_SHARE["cpu"] * free)) // num_ranks
+
+
+def lone_chunk_tokens(config: ModelConfig, free_bytes: int, *, element_bytes: int = 2) -> int:
+    """Return how much of a prompt a GPU computes at once where nothing else decodes.
+
+    Twice max_step_tokens, four times and so on: see SchedulerConfig.
+
+    Args:
+        config: the model.
+        free_bytes: for activations.
+        element_bytes: of the model's dtype.
+    """
+    tokens = SchedulerConfig.model_fields["max_step_tokens"].default
+    # The other prompts' share of a step lies beside it.
+    most = _LONE_MEMORY_SHARE * free_bytes / chunk_token_bytes(config, element_bytes=element_bytes)
+    while 2 * tokens <= min(_MOST_LONE_TOKENS, most):
+        if prefill_flops(config, 2 * tokens) > _MOST_LONE_FLOPS:
+            break
+        tokens *= 2
+    return tokens
 
 
 def size_engine(
@@ -95,7 +122,9 @@ def size_engine(
     )
     longest = plan.longest_context_tokens
     most = context_tokens or (limit if longest is None else min(limit, longest))
-    limits = _CPU_LIMITS if model.device.type == "cpu" else {}
+    limits = _CPU_LIMITS
+    if model.device.type == "cuda":
+        limits = {"lone_chunk_tokens": _lone_chunk_tokens(model, budget)}
     config = SchedulerConfig(
         max_request_tokens=most,
         page_tokens=PAGE_TOKENS,
@@ -103,3 +132,9 @@ def size_engine(
         **limits,
     )
     return plan, config
+
+
+def _lone_chunk_tokens(model: HybridModel, budget_bytes: int) -> int:
+    free, _ = torch.cuda.mem_get_info(model.device)
+    left = max(0, free - budget_bytes)
+    return lone_chunk_tokens(model.config, left, element_bytes=model.dtype.itemsize)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -139,6 +140,7 @@ class Storage:
         if decays is None:
             decays = _decays(config, device)
         self.layers = tuple(_layers(config, plan, self._arena, dtype, decays))
+        self._exact = _exact_items(plan, self._arena) if self.is_exact else None
         self._host = None if plan.host is None else _host_arena(plan.host_bytes, device)
 
     @property
@@ -151,7 +153,7 @@ class Storage:
         """Clear items that were handed out."""
         for tenant, items in ((Tenant.STATE, fresh.states), (Tenant.PAGE, fresh.pages)):
             if items:
-                rows = _pool(self._arena, self.layout, tenant, 0, torch.uint8, self._item(tenant))
+                rows = self._items(tenant)
                 rows[upload(items, rows.device)] = 0
 
     def save(self, copies: Sequence[Copy]) -> None:
@@ -174,11 +176,17 @@ class Storage:
 
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
+        if self._exact is not None:
+            _copy_items(self._exact.snapshots, snapshots, self._exact.states, states)
+            return
         for layer, (source, target) in self._linear(snapshots, states):
             layer.restore(source, target)
 
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
         """Copy states into snapshots, rounded to their precision."""
+        if self._exact is not None:
+            _copy_items(self._exact.states, states, self._exact.snapshots, snapshots)
+            return
         for layer, (source, target) in self._linear(states, snapshots):
             layer.snapshot(source, target)
 
@@ -193,13 +201,42 @@ class Storage:
             if not isinstance(layer, KVStorage):
                 yield layer, (items[0], items[1])
 
-    def _item(self, tenant: Tenant) -> tuple[int]:
-        return (self.layout.stride_bytes(tenant),)
+    def _items(self, tenant: Tenant) -> Tensor:
+        """All items of a tenant, [items, n], in the widest integers that divide them."""
+        size = self.layout.stride_bytes(tenant)
+        wide = self._arena.numel() % 8 == size % 8 == 0
+        dtype = torch.int64 if wide else torch.uint8
+        shape = (size // dtype.itemsize,)
+        return _pool(self._arena, self.layout, tenant, 0, dtype, shape)
 
 
 def _decays(config: ModelConfig, device: torch.device) -> list[Tensor]:
     H, L = config.num_attention_heads, config.num_hidden_layers
     return [layer_log_decay(H, layer, L).to(device) for layer in linear_layers(config)]
+
+
+class _ExactItems(NamedTuple):
+    """All layers of each state and of each snapshot, both [items, bytes], alike within."""
+
+    states: Tensor
+    snapshots: Tensor
+
+
+def _exact_items(plan: MemoryPlan, arena: Tensor) -> _ExactItems | None:
+    """Views by which a state is copied at once, not layer by layer; None beside rings of drafts."""
+    if plan.ring_tokens or not plan.has_states or plan.state.sections != plan.snapshot.sections:
+        return None
+    shape = (plan.state.num_bytes,)
+    where = [(tenant, 0, torch.uint8, shape) for tenant in (Tenant.STATE, Tenant.SNAPSHOT)]
+    return _ExactItems(*(_pool(arena, plan.layout, *each) for each in where))
+
+
+def _copy_items(
+    source: Tensor, sources: Sequence[int], target: Tensor, targets: Sequence[int]
+) -> None:
+    """Copy items one by one: megabytes each, so that few copies beat their gathering."""
+    for a, b in zip(sources, targets, strict=True):
+        target[b].copy_(source[a])
 
 
 def _host_arena(num_bytes: int, device: torch.device) -> Tensor:

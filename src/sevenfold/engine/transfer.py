@@ -32,14 +32,26 @@ def upload_parts(parts: Sequence[np.ndarray], device: torch.device) -> list[Tens
     return list(whole.split([len(part) for part in parts]))
 
 
+class Arriving:
+    """Numbers of equally long integer or bool tensors on their way to the host, in one copy."""
+
+    def __init__(self, columns: Sequence[Tensor]) -> None:
+        """Begin the copy; nothing waits for it, and the tensors may change from now on."""
+        self._host, self._arrived = torch.stack([x.to(torch.int64) for x in columns]), None
+        if self._host.device.type == "cuda":
+            packed, shape = self._host, self._host.shape
+            self._host = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def numbers(self) -> list[list[int]]:
+        """Wait for the copy, and for no work that came after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
 def fetch(columns: Sequence[Tensor]) -> list[list[int]]:
     """Return the numbers of equally long integer or bool tensors, by one copy and one wait."""
-    packed = torch.stack([column.to(torch.int64) for column in columns])
-    if packed.device.type != "cuda":
-        return packed.tolist()
-    host = torch.empty(packed.shape, dtype=torch.int64, pin_memory=True)
-    host.copy_(packed, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    arrived.synchronize()
-    return host.tolist()
+    return Arriving(columns).numbers()

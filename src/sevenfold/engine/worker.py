@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sevenfold.config import StrictModel
 from sevenfold.engine.cache import Fresh
+from sevenfold.engine.device import DeviceRunner
 from sevenfold.engine.invariant import InvariantRunner
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.rows import Row
@@ -40,7 +41,12 @@ class WorkerConfig(StrictModel):
 
 
 class Worker:
-    """Does what an engine decides. It decides nothing: ranks that are told the same stay alike."""
+    """Does what an engine decides. It decides nothing: ranks that are told the same stay alike.
+
+    ahead: runs tokens that are on the device alone; None where that cannot be done.
+    """
+
+    ahead: DeviceRunner | None
 
     def __init__(self, model: HybridModel, plan: MemoryPlan, config: WorkerConfig) -> None:
         """Allocate the plan's memory.
@@ -62,8 +68,11 @@ class Worker:
         sizes = config.decode_batch_sizes
         self.runner = make_runner(model, self.storage, limits, sizes, one_size=one_size)
         self._run = self.runner.run
+        self.ahead = self.runner if isinstance(self.runner, DeviceRunner) else None
         if config.chunk_tokens is not None:
-            self._run = InvariantRunner(self.runner, config.chunk_tokens).run
+            invariant = InvariantRunner(self.runner, config.chunk_tokens)
+            self._run = invariant.run
+            self.ahead = self.ahead if invariant.pads else None
         self._pending = PendingDrafts(model, self.storage)
         self._verifier = None
         if config.draft_tokens:
@@ -91,6 +100,10 @@ class Worker:
         """
         self._pending.commit([row.state for row in rows if row.state is not None])
         return self._run(rows)
+
+    def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
+        """Write states into snapshots."""
+        self.storage.snapshot(states, snapshots)
 
     def check(self, drafts: Sequence[DraftRow]) -> Checked:
         """Run drafts of N requests, one or more, from the states before them."""

@@ -4,11 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from sevenfold.bench.measure import interleaved_median_s
 from sevenfold.bench.peer import peer_prefill
 from sevenfold.bench.serving.sides import Serving, Sides, random_ids
 from sevenfold.models import HybridModel, init_weights
 from sevenfold.models.accounting import prefill_flops
+
+# Of a GPU's free memory: the twin keeps keys and values in every layer.
+_OUR_SHARE, _TWIN_SHARE = 0.2, 0.55
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -36,7 +41,7 @@ def run_prefill(
     Returns:
         One row a length.
     """
-    ours, twin = Serving(sides.model), Serving(_softmax_twin(sides))
+    ours, twin = _servings(sides)
     rows = []
     for length in lengths:
         ids = random_ids(sides.config, 1, length)
@@ -71,6 +76,17 @@ def _row(sides: Sides, length: int, times: Mapping[str, float]) -> dict[str, Any
 def _first_token(serving: Serving, prompt: list[int]) -> None:
     serving.submit(prompt, 1)
     serving.run()
+
+
+def _servings(sides: Sides) -> tuple[Serving, Serving]:
+    """Our engine and the twin's; on a GPU each with a share that leaves both their activations."""
+    models, shares = (sides.model, _softmax_twin(sides)), (_OUR_SHARE, _TWIN_SHARE)
+    budgets: list[int | None] = [None, None]
+    if sides.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(sides.device)
+        budgets = [int(share * free) for share in shares]
+    ours, twin = (Serving(m, memory_bytes=b) for m, b in zip(models, budgets, strict=True))
+    return ours, twin
 
 
 def _softmax_twin(sides: Sides) -> HybridModel:

@@ -26,7 +26,7 @@ class Holding:
     anchors: those that it has made.
     rolling: the last of them made while decoding, which the next one replaces.
     counted: whether its lookup is in the counters.
-    page_indices: where the pages lie, int64.
+    page_indices: where the pages lie, int64; replaced when they change, never written to.
     """
 
     request: Request

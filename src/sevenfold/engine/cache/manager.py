@@ -169,12 +169,19 @@ class CacheManager(Opening):
             snapshots={at: index_of(handle) for at, handle in holding.pending.items()},
         )
 
+    def state(self, request: Request) -> int | None:
+        """Return where an open request's state lies; None in a model without linear layers."""
+        state = self._holding(request).state
+        return None if state is None else index_of(state)
+
     def pages(self, request: Request, first: int = 0) -> array:
         """Return the indices of an open request's pages, from its page number first on.
 
-        An array of 64-bit integers, which costs no loop over thousands of pages at every step.
+        An array of 64-bit integers, which costs no loop over thousands of pages at every step. It
+        is not written to any more: as long as the same array comes back, the pages are the same.
         """
-        return self._holding(request).page_indices[first:]
+        indices = self._holding(request).page_indices
+        return indices[first:] if first else indices
 
     def take_fresh(self) -> Fresh:
         """Return the items to be zeroed before the model runs, once."""
@@ -303,6 +310,7 @@ class CacheManager(Opening):
     def _publish(self, holding: Holding, num_blocks: int) -> None:
         """Put blocks into the tree: their pages become the tree's, unless it has such blocks."""
         path, chain = holding.path, holding.chain
+        holding.page_indices = holding.page_indices[:]
         for block in range(len(path), num_blocks):
             key = chain.key(block)
             node = self._tree.get(key)

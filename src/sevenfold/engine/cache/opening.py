@@ -1,5 +1,7 @@
 """Opening requests: memory for one, behind the longest prefix that it can go on from."""
 
+from array import array
+
 from sevenfold.engine.cache.admission import PromptPlaces, wanted_snapshots
 from sevenfold.engine.cache.arena import Arena, index_of
 from sevenfold.engine.cache.holding import Fresh, Holding
@@ -150,7 +152,7 @@ class Opening:
     def _give_pages(self, holding: Holding, pages: list[int]) -> None:
         indices = [index_of(page) for page in pages]
         holding.pages.extend(pages)
-        holding.page_indices.extend(indices)
+        holding.page_indices = holding.page_indices + array("q", indices)
         self._fresh.pages.extend(indices)
 
     def _take(self, tenant: Tenant, count: int) -> list[int]:

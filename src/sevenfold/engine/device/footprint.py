@@ -17,10 +17,32 @@ def graph_bytes(config: ModelConfig, most_rows: int, *, element_bytes: int) -> i
         element_bytes: of the model's dtype.
     """
     H, D = config.num_attention_heads, config.head_dim
-    chosen = 1 if config.moe is None else config.moe.num_experts_per_tok
+    chosen = _num_chosen(config)
     # qkv, gate and output of a mixer; gate, up and their product of each expert; five streams.
     widths = 6 * H * D + 3 * chosen * config.intermediate_size + 5 * config.hidden_size
     has_pages = config.count("full_attention") + config.count("sliding_attention") > 0
     shares = 4 * _MOST_SPLITS * H * (D + 1) if has_pages else 0
     logits = 4 * config.vocab_size
     return most_rows * (element_bytes * widths + shares + logits) + _LIBRARIES
+
+
+def chunk_token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
+    """Return the activations of one token of a prompt's chunk, at most.
+
+        e (6 D + 5 H D_h + k (2 D + 4 F)) + 20 H D_h
+
+    Streams; qkv, gate and output of a mixer; rows into and out of each expert, gate, up and their
+    product; queries that are turned in fp32. A mixer's and an experts' never meet: the sum has room
+    for what the allocator cannot join.
+
+    Args:
+        config: the model; D = hidden_size, F = intermediate_size, k experts a token.
+        element_bytes: e, of the model's dtype.
+    """
+    inner, D = config.num_attention_heads * config.head_dim, config.hidden_size
+    fed = _num_chosen(config) * (2 * D + 4 * config.intermediate_size)
+    return element_bytes * (6 * D + 5 * inner + fed) + 20 * inner
+
+
+def _num_chosen(config: ModelConfig) -> int:
+    return 1 if config.moe is None else config.moe.num_experts_per_tok

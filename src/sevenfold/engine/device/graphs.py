@@ -11,7 +11,7 @@ from torch import Tensor
 from sevenfold.config import ConfigError
 from sevenfold.engine.device.capture import Capture, Captured
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
-from sevenfold.engine.rows import Row
+from sevenfold.engine.rows import NextRow, Row
 
 # Room costs an upload of 8 bytes a page and row, a size costs a graph: so sizes are few.
 _LEAST_PAGES = 16
@@ -75,23 +75,32 @@ class DecodeGraphs:
             step, capture, lambda size: DecodeInputs(size, device), {}
         )
 
-    def size_of(self, rows: Sequence[Row]) -> Size | None:
+    def size_of(self, rows: Sequence[Row | NextRow | None]) -> Size | None:
         """The least size that holds the rows; None where they are more than any."""
-        num_rows = least_size(self._batch_sizes, len(rows))
+        num_rows = self.num_rows(len(rows))
         if num_rows is None:
             return None
-        return Size(num_rows, page_room(max(len(row.pages) for row in rows)))
+        return Size(num_rows, page_room(most_pages(rows)))
 
-    def run(self, rows: Sequence[Row], size: Size, page_tokens: int) -> Tensor:
-        """Run rows in a step of a size.
+    def num_rows(self, needed: int) -> int | None:
+        """Rows of the least step that has as many as are needed; None where none has."""
+        return least_size(self._batch_sizes, needed)
+
+    def run(self, size: Size, fill: Callable[[DecodeInputs], None]) -> Tensor:
+        """Run a step of a size on what `fill` writes into its inputs.
 
         Returns:
-            [len(rows), vocab_size]; the next run overwrites it.
+            [size.rows, vocab_size]; the next run overwrites it.
         """
         inputs, captured = self._recorder.at(size)
-        inputs.fill(rows, page_tokens)
+        fill(inputs)
         captured.replay()
-        return captured.output[: len(rows)]
+        return captured.output
+
+
+def most_pages(rows: Sequence[Row | NextRow | None]) -> int:
+    """Return the most pages that a row has, at least one."""
+    return max(1, *(len(row.pages) for row in rows if row is not None))
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> None:

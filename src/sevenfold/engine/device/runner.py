@@ -1,6 +1,6 @@
 """Runs the model on rows whose states and keys stay where they lie, without waiting for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 from sevenfold.config import UnsupportedError
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
-from sevenfold.engine.device.graphs import DecodeGraphs
+from sevenfold.engine.device.graphs import DecodeGraphs, most_pages
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.prompt_logprobs import score_rows
-from sevenfold.engine.rows import Row
+from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.storage import KVStorage, LinearStorage, Storage
 from sevenfold.engine.transfer import upload_parts
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
@@ -62,18 +62,39 @@ class DeviceRunner:
             return self._decode(rows)
         return self._prefill(rows)
 
+    @torch.inference_mode()
+    def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Tensor:
+        """Run the next tokens of requests before they have come to the host.
+
+        Args:
+            rows: N, not all None; None leaves its place in the step to nobody.
+            tokens: [N] int64, their ids on the device.
+
+        Returns:
+            [N, vocab_size] fp32, as run; no snapshot is written.
+        """
+        return self._decoded(rows, lambda at: at.fill_ahead(rows, tokens, self.page_tokens))
+
+    def num_step_rows(self, needed: int) -> int:
+        """Return how many rows a decoding step of as many requests computes, padding included."""
+        recorded = None if self._graphs is None else self._graphs.num_rows(needed)
+        return recorded or needed
+
     def _decode(self, rows: Sequence[Row]) -> Tensor:
-        size = None if self._graphs is None else self._graphs.size_of(rows)
-        if self._graphs is not None and size is not None:
-            logits = self._graphs.run(rows, size, self.page_tokens)
-        else:
-            most = max(1, *(len(row.pages) for row in rows))
-            inputs = DecodeInputs(Size(len(rows), most), self.model.device)
-            inputs.fill(rows, self.page_tokens)
-            logits = self._step(inputs)
+        logits = self._decoded(rows, lambda at: at.fill(rows, self.page_tokens))
         kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
         self.storage.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
         return logits
+
+    def _decoded(
+        self, rows: Sequence[Row | NextRow | None], fill: Callable[[DecodeInputs], None]
+    ) -> Tensor:
+        size = None if self._graphs is None else self._graphs.size_of(rows)
+        if self._graphs is not None and size is not None:
+            return self._graphs.run(size, fill)[: len(rows)]
+        inputs = DecodeInputs(Size(len(rows), most_pages(rows)), self.model.device)
+        fill(inputs)
+        return self._step(inputs)
 
     def _step(self, inputs: DecodeInputs) -> Tensor:
         rows = inputs.size.rows

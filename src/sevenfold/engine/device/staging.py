@@ -21,13 +21,14 @@ class Staging:
         self._staged = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self.views = self._cut(self._device)
+        self._host = [x.numpy() for x in self._cut(self._staged)]
         self._copied = torch.cuda.Event() if pinned else None
 
     def begin(self) -> list[np.ndarray]:
         """Return the arrays on the host, to be written now."""
         if self._copied is not None:
             self._copied.synchronize()  # the copy of the step before, long since done
-        return [x.numpy() for x in self._cut(self._staged)]
+        return self._host
 
     def send(self) -> None:
         """Copy what was written to the device; nothing waits for the copy."""

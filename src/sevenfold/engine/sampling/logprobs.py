@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sevenfold.engine.sampling.params import SamplingParams
-
 
 class Logprobs(NamedTuple):
     """One token's log probability by the model itself, natural; and of the most probable tokens.
@@ -19,22 +17,21 @@ class Logprobs(NamedTuple):
 
 
 def read_logprobs(
-    logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]
+    logits: Tensor, tokens: Tensor, asked: Sequence[int | None]
 ) -> list[Logprobs | None]:
     """Return the log probabilities that N requests ask for.
 
     Args:
         logits: [N, vocab_size] fp32, as the model gave them.
         tokens: [N] int64, the chosen ones.
-        params: of the N requests.
+        asked: by each of the N requests: how many of the most probable tokens; None asks nothing.
 
     Returns:
         One entry for each request, None for one that asks for none.
     """
-    asked = [p.logprobs for p in params]
     most = max((n for n in asked if n is not None), default=None)
     if most is None:
-        return [None] * len(params)
+        return [None] * len(asked)
     z = logits.log_softmax(-1)
     chosen = z.gather(-1, tokens[:, None]).squeeze(-1).tolist()
     values, ids = (x.tolist() for x in z.topk(min(most, z.shape[-1]), dim=-1))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.sampling.params import SamplingParams
+from sevenfold.engine.transfer import send, upload
 
 
 class Penalties:
@@ -24,25 +25,30 @@ class Penalties:
         vocab_size: int,
         device: torch.device,
     ) -> None:
-        """Count what N requests have so far; prompts and outputs are their token ids."""
+        """Count what N requests have so far; prompts and outputs are their token ids.
+
+        Nothing waits for the device.
+        """
         chosen = [n for n, p in enumerate(params) if _asks(p)]
         self._any = bool(chosen)
         if not chosen:
             return
-        self._rows = torch.tensor(chosen, device=device)
+        self._rows = upload(chosen, device)
         shape = (len(chosen), vocab_size)
         self._count = torch.zeros(shape, dtype=torch.int32, device=device)
         self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=device)
         self._bias = torch.zeros(shape, device=device)
         for i, n in enumerate(chosen):
-            self._in_prompt[i, list(set(prompts[n]))] = True
-            output = torch.tensor(outputs[n], dtype=torch.int64, device=device)
-            self._count[i] += torch.bincount(output, minlength=vocab_size).int()
-            for token, bias in params[n].logit_bias.items():
-                self._bias[i, token] = bias
+            self._in_prompt[i].index_fill_(0, upload(list(set(prompts[n])), device), True)
+            output = upload(outputs[n], device)
+            self._count[i].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+            if bias := params[n].logit_bias:
+                values = send(list(bias.values()), torch.float32, device)
+                self._bias[i].index_copy_(0, upload(list(bias), device), values)
 
         def column(name: str) -> Tensor:
-            return torch.tensor([[getattr(params[n], name)] for n in chosen], device=device)
+            values = [[getattr(params[n], name)] for n in chosen]
+            return send(values, torch.float32, device)
 
         self._presence, self._frequency = column("presence_penalty"), column("frequency_penalty")
         self._repetition = column("repetition_penalty")

@@ -41,7 +41,8 @@ class Sampler:
     def __init__(self, outputs: Sequence[Output], vocab_size: int, device: torch.device) -> None:
         params = [output.params for output in outputs]
         prompts, tokens = ([getattr(o, name) for o in outputs] for name in ("prompt", "tokens"))
-        self._outputs = list(outputs)
+        # Most outputs forbid nothing, and are not asked again at each token.
+        self._strict = [(n, o) for n, o in enumerate(outputs) if o.bad_words or o.params.min_tokens]
         self._rules = build_rules(params, vocab_size, device)
         self._penalties = Penalties(params, prompts, tokens, vocab_size, device)
         seeds = [o.seed - (1 << 64) if o.seed >= 1 << 63 else o.seed for o in outputs]
@@ -58,13 +59,17 @@ class Sampler:
             tokens = logits.argmax(-1)
         else:
             tokens = choose_tokens(logits, self._rules, uniform(self._seeds, self._places))
+        self.follow(tokens)
+        return tokens
+
+    def follow(self, tokens: Tensor) -> None:
+        """Take each output one token further, [N] int64, before the host knows these tokens."""
         self._penalties.record(tokens)
         self._places = self._places + 1
-        return tokens
 
     def _without(self, logits: Tensor) -> Tensor:
         """Forbid ends that come too early, and what would complete a bad word."""
-        forbidden = [(n, token) for n, o in enumerate(self._outputs) for token in _forbidden(o)]
+        forbidden = [(n, token) for n, o in self._strict for token in _forbidden(o)]
         if not forbidden:
             return logits
         rows, tokens = torch.tensor(forbidden, device=logits.device).T

@@ -25,6 +25,9 @@ class SchedulerConfig(StrictModel):
         length costs no memory, in a model of linear layers alone.
     page_tokens: tokens of a KV page; a chunk ends on a page's border or at the prompt's end.
     max_step_tokens: tokens that a step computes at most: chunks, decode rows and their drafts.
+    lone_chunk_tokens: what a step without decode rows may compute of the first prompt instead, at
+        least max_step_tokens: longer chunks take less time a token, and nobody waits for the next
+        one. None gives it no more than others.
     max_running: requests that hold memory at a time, at most.
     max_prefills: those among them whose prompts take more than one step to compute, at most.
     min_chunk_tokens: what each open prompt gets in each step at least; a multiple of page_tokens.
@@ -40,6 +43,7 @@ class SchedulerConfig(StrictModel):
     max_request_tokens: Count | None
     page_tokens: Count
     max_step_tokens: Count = 8192
+    lone_chunk_tokens: Count | None = None
     max_running: Count = 256
     max_prefills: Count = 8
     min_chunk_tokens: Count = 256
@@ -66,6 +70,11 @@ class SchedulerConfig(StrictModel):
                 "max_step_tokens must be at least max_running + max_prefills * min_chunk_tokens = "
                 f"{self.max_running} + {self.max_prefills} * {self.min_chunk_tokens} = {least}, "
                 f"got {self.max_step_tokens}"
+            )
+        if self.lone_chunk_tokens is not None and self.lone_chunk_tokens < self.max_step_tokens:
+            raise ValueError(
+                f"lone_chunk_tokens must be at least max_step_tokens = {self.max_step_tokens}, got "
+                f"{self.lone_chunk_tokens}"
             )
         if self.min_chunk_tokens % self.page_tokens:
             raise ValueError(

@@ -13,6 +13,8 @@ class Planner:
 
     Each decode row gets one token and each open prompt min_chunk_tokens: the limits leave room for
     both. Of what is left, drafts take what they ask for, and then prompts in the order of rank.
+    Where nothing decodes, the first prompt may take more, which leaves the others what they must
+    have.
     """
 
     def __init__(
@@ -28,10 +30,11 @@ class Planner:
         owed = [min(entry.num_uncomputed_tokens, least) for entry in prompts]
         spare = self._config.max_step_tokens - len(self._roster.decoding) - sum(owed)
         decodes, spare = self._decode_rows(spare)
+        lone = 0 if decodes else self._config.lone_chunk_tokens or 0
         chunks = []
         for entry, tokens in zip(prompts, owed, strict=True):
-            chunk = self._chunk(entry, tokens + spare)
-            spare -= max(0, chunk.end - chunk.first - tokens)
+            chunk = self._chunk(entry, max(tokens + spare, lone))
+            spare, lone = max(0, spare - max(0, chunk.end - chunk.first - tokens)), 0
             chunks.append(chunk)
         return tuple(chunks), decodes
 

@@ -1,7 +1,7 @@
 """The scheduler: continuous batching of prefill chunks and decode rows under a token budget."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sevenfold.engine.request import FinishReason, Request, Status
 from sevenfold.engine.scheduler.admission import Admission
@@ -103,6 +103,31 @@ class Scheduler:
         self._ended, self._tenancy.preempted = [], []
         return step
 
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Take the pages of a request's tokens up to a number, before a step needs them.
+
+        Nobody is preempted for them. What the request does not come to goes back when it ends.
+
+        Args:
+            request: open.
+            num_tokens: in all; at most what it may come to.
+
+        Returns:
+            False when memory is out, and then none is taken.
+
+        Raises:
+            ValueError: the request holds no memory.
+        """
+        entry = self._roster.get(request.id)
+        if entry is None or entry.request is not request or request.status is Status.WAITING:
+            raise ValueError(f"request must be open, got {request.id!r}, which is not")
+        return self._tenancy.reserve(entry, num_tokens)
+
+    def in_order(self, requests: Iterable[Request]) -> list[Request]:
+        """Return requests that are under way in the order of rank, as a step has them."""
+        ranks = {request: self._entry(request).rank for request in requests}
+        return sorted(ranks, key=ranks.__getitem__)
+
     def record(self, request: Request, new_tokens: Sequence[int], *, stopped: bool = False) -> None:
         """Note what a row of the step gave, and end the request if that was its last.
 
@@ -153,9 +178,7 @@ class Scheduler:
         Raises:
             ValueError: the request is not under way.
         """
-        entry = self._roster.get(request.id)
-        if entry is None or entry.request is not request:
-            raise ValueError(f"request must be under way, got {request.id!r}")
+        entry = self._entry(request)
         request.error = message
         self._end(entry, "error")
 
@@ -188,6 +211,12 @@ class Scheduler:
     def num_recomputed_tokens(self) -> int:
         """Tokens so far that preemption threw away and no cached prefix gave back."""
         return self._tenancy.num_recomputed_tokens
+
+    def _entry(self, request: Request) -> Entry:
+        entry = self._roster.get(request.id)
+        if entry is None or entry.request is not request:
+            raise ValueError(f"request must be under way, got {request.id!r}")
+        return entry
 
     def _check_fit(self, request: Request) -> None:
         limit, prompt = self._config.max_request_tokens, len(request.prompt)

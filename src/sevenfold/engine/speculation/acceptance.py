@@ -9,12 +9,11 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.request import Request
-from sevenfold.engine.sampling import Logprobs, Output, Sampler, read_logprobs
+from sevenfold.engine.sampling import Logprobs, Output, Sampler, are_finite, read_logprobs
 from sevenfold.engine.speculation.tree import ROOT, DraftTree
 from sevenfold.engine.transfer import fetch, upload
 
@@ -138,8 +137,8 @@ def _choose(
     picked = logits[upload(rows, logits.device)]
     masked = mask_logits(picked, [walk.progress.constraint for walk, _ in asked])
     tokens = new_sampler(outputs).choose(masked)
-    ids, finite = fetch([tokens, torch.isfinite(picked).all(-1)])
-    logprobs = read_logprobs(picked, tokens, [output.params for output in outputs])
+    ids, finite = fetch([tokens, are_finite(picked)])
+    logprobs = read_logprobs(picked, tokens, [output.params.logprobs for output in outputs])
     return dict(zip(rows, zip(ids, logprobs, map(bool, finite), strict=True), strict=True))
 
 

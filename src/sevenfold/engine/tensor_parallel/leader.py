@@ -26,6 +26,7 @@ class LeadingWorker(Worker):
         """Allocate the plan's memory; arguments but channel as Worker's."""
         super().__init__(model, plan, config)
         self._channel, self._orders = channel, Orders()
+        self.ahead = None  # the other ranks are told ids
 
     def prepare(self, fresh: Fresh) -> None:
         """As Worker.prepare, on all ranks."""
