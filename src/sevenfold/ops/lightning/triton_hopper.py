@@ -30,89 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sevenfold.ops.lightning.triton_hopper_load import load_all, next_stop, turns, work_at
 from sevenfold.ops.lightning.triton_scan import decayed, forgotten, power, rate
-
-
-@gluon.jit
-def _turns(deal, works, IS_EVEN: gl.constexpr):
-    """The first turn of this program and the one after its last."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    if IS_EVEN:
-        first, last = 0, gl.cdiv(works - program, programs)
-    else:
-        first, last = gl.load(deal + program), gl.load(deal + program + 1)
-    return first, last
-
-
-@gluon.jit
-def _work_at(turn, deal, IS_EVEN: gl.constexpr):
-    """Number of the segment and head that a program takes in a turn."""
-    programs = gl.num_programs(0)
-    if IS_EVEN:
-        work = turn * programs + gl.program_id(0)
-    else:
-        work = gl.load(deal + programs + 1 + turn)
-    return work
-
-
-@gluon.jit
-def _load(descriptors, buffers, bars, at, row, head, WITH_Q: gl.constexpr, STAGES: gl.constexpr):
-    """Copy one chunk into the next stage, when the warps that compute have left it."""
-    q_desc, k_desc, v_desc = descriptors
-    q_buf, k_buf, v_buf = buffers
-    ready, empty = bars
-    stage, phase = at % STAGES, (at // STAGES) & 1
-    full = ready.index(stage)
-    mbarrier.wait(empty.index(stage), phase ^ 1)
-    size: gl.constexpr = k_desc.block_type.nbytes + v_desc.block_type.nbytes
-    mbarrier.expect(full, size + q_desc.block_type.nbytes if WITH_Q else size)
-    _copy_in(k_desc, row, head, full, k_buf.index(stage))
-    if WITH_Q:
-        _copy_in(q_desc, row, head, full, q_buf.index(stage))
-    _copy_in(v_desc, row, head, full, v_buf.index(stage))
-    return at + 1
-
-
-@gluon.jit
-def _copy_in(desc, row, head, full, buffer):
-    """One head's columns of a chunk; what a narrower head lacks becomes 0."""
-    tma.async_copy_global_to_shared(desc, [row, head, 0], full, buffer.reshape(desc.block_shape))
-
-
-@gluon.jit
-def _until(stops, kept, end_stop, end, HAS_STOPS: gl.constexpr):
-    """Tokens, from where the scan entered, at which the next state is kept, or the end."""
-    until = end
-    if HAS_STOPS:
-        if kept < end_stop:
-            until = gl.load(stops + 2 * kept)
-    return until
-
-
-@gluon.jit
-def _load_all(
-    descriptors, buffers, bars, table, deal, stops, log_decay, horizon, works, H,
-    C: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr,
-    IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    at = 0
-    first_turn, end_turn = _turns(deal, works, IS_EVEN)
-    for turn in range(first_turn, end_turn):
-        work = _work_at(turn, deal, IS_EVEN)
-        row, head = table + work // H * 8, work % H
-        start, end = gl.load(row), gl.load(row + 1)
-        kept, end_stop = gl.load(row + 5), gl.load(row + 6)
-        done = 0
-        if not OUTPUT:
-            done = forgotten(rate(log_decay, head), end - start, gl.load(row + 7), horizon, C)
-        while done < end - start:
-            until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
-            first = end - done - C if REVERSE else start + done
-            at = _load(descriptors, buffers, bars, at, first, head, OUTPUT, STAGES)
-            done = gl.minimum(done + C, until)
-            if HAS_STOPS:
-                while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
-                    kept += 1
 
 
 @gluon.jit
@@ -290,7 +209,7 @@ def _compute_segment(
     ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
     decay = decayed(log2_decay * C)
     while done < end - start:
-        until = _until(stops, kept, end_stop, end - start, HAS_STOPS)
+        until = next_stop(stops, kept, end_stop, end - start, HAS_STOPS)
         size = gl.minimum(C, until - done)
         if HAS_STOPS:
             ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
@@ -312,7 +231,7 @@ def _compute_segment(
         done += size
         at += 1
         if HAS_STOPS:
-            while (kept < end_stop) & (_until(stops, kept, end_stop, done + 1, True) <= done):
+            while (kept < end_stop) & (next_stop(stops, kept, end_stop, done + 1, True) <= done):
                 slot = gl.load(stops + 2 * kept + 1).to(gl.int64)
                 _keep(pool + slot * pool_slot, head, S, state_k, state_v, K, V)
                 kept += 1
@@ -335,8 +254,8 @@ def _compute_all(
     A_layout: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, S_layout, 2))
     gain = scale if REVERSE else 1.0
     at = 0
-    first_turn, end_turn = _turns(deal, works, IS_EVEN)
-    last_head = _work_at(first_turn, deal, IS_EVEN) % H
+    first_turn, end_turn = turns(deal, works, IS_EVEN)
+    last_head = work_at(first_turn, deal, IS_EVEN) % H
     log2_decay = rate(log_decay, last_head)
     within = _within(log2_decay, scale, P_layout, C, REVERSE)
     entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
@@ -345,7 +264,7 @@ def _compute_all(
         # heads of the same tokens, which memory likes.
         gdc_wait()
     for turn in range(first_turn, end_turn):
-        work = _work_at(turn, deal, IS_EVEN)
+        work = work_at(turn, deal, IS_EVEN)
         row, head = table + work // H * 8, work % H
         length, sequence = gl.load(row + 1) - gl.load(row), gl.load(row + 2)
         slot = gl.load(row + 3)
@@ -414,7 +333,7 @@ def hopper_scan_kernel(
                 o_head, state_k, state_v, K, V, BK, BV, C, REVERSE, HAS_IN, HAS_BETWEEN, HAS_OUT,
                 HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
             )),
-            (_load_all, (
+            (load_all, (
                 (q_desc, k_desc, v_desc), buffers, bars, table, deal, stops, log_decay, horizon,
                 works, H, C, REVERSE, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
             )),
