@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli_helpers import TinyRun, exit_code, run_cli
 
-from sevenfold.cli.main import app
+from sevenfold.cli import main
 from sevenfold.engine import LLM, SamplingParams
 from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import detect_format
@@ -30,9 +30,21 @@ def test_help_at_each_level(command: list[str]) -> None:
 
 
 def test_help_names_every_command_that_there_is() -> None:
-    named = [command.name for command in app.registered_commands]
-    named += [group.name for group in app.registered_groups]
-    assert sorted(map(str, named)) == sorted(COMMANDS)
+    assert sorted(main.COMMANDS) == sorted(COMMANDS)
+
+
+def test_a_misspelt_command_is_told_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("trian") == 2
+    assert "Did you mean 'train'?" in capfd.readouterr().err
+
+
+def test_serving_does_not_wait_for_what_training_needs() -> None:
+    heavy = ["torch.distributed.tensor", "torch.distributed.checkpoint", "sympy", "pyarrow"]
+    script = f"import sys, sevenfold.cli.serve; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("command", [["nope"], ["train"], ["inspect", "--nope"], ["generate", "a"]])

@@ -10,9 +10,6 @@ import typer
 from rich.console import Console
 
 from sevenfold.bench.record import device_name
-from sevenfold.bench.training.cases import cases_of
-from sevenfold.bench.training.run import run_cases, write_rows
-from sevenfold.bench.training.table import progress_line, summary
 from sevenfold.config import SevenfoldError, UnsupportedError
 
 _RESULTS = Path("benchmarks/results/train")
@@ -48,6 +45,11 @@ def train_command(
     Every case runs in a process of its own; its rows join those that the file holds, so that a
     benchmark can be run in parts.
     """
+    # Here, and not above: the other benchmarks should not wait for what training needs.
+    from sevenfold.bench.training.cases import cases_of
+    from sevenfold.bench.training.run import run_cases, write_rows
+    from sevenfold.bench.training.table import progress_line, summary
+
     cases = cases_of(group or (), side or (), only or (), tiny=tiny)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(

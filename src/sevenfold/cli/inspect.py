@@ -24,7 +24,6 @@ from sevenfold.models.accounting import (
 from sevenfold.models.checkpoint import read_config
 from sevenfold.models.deployment import plan_deployment
 from sevenfold.ops import layer_log_decay
-from sevenfold.train import load_run_config
 
 CONTEXTS = (1024, 8192, 65_536, 1_048_576)
 
@@ -57,6 +56,9 @@ def find_config(target: str) -> ModelConfig:
     if target in preset_names():
         return preset(target)
     if path.suffix == ".toml":
+        # Here, and not above: a preset should not wait for what training needs.
+        from sevenfold.train import load_run_config
+
         return load_run_config(path).model
     if path.exists():
         return read_config(path)

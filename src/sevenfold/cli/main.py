@@ -2,33 +2,61 @@
 
 import os
 import sys
+from collections import UserDict
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from sevenfold.cli.bench import bench_app
-from sevenfold.cli.convert import convert_command
-from sevenfold.cli.data import data_app
-from sevenfold.cli.demo import demo_command
-from sevenfold.cli.generate import generate_command
-from sevenfold.cli.inspect import inspect_command
-from sevenfold.cli.serve import serve_command
-from sevenfold.cli.train import train_command
 from sevenfold.config import ConfigError, SevenfoldError
 
+# Name of a command: its module in this package, and what it is called there.
+COMMANDS = {
+    "demo": ("demo", "demo_command"),
+    "data": ("data", "data_app"),
+    "train": ("train", "train_command"),
+    "generate": ("generate", "generate_command"),
+    "serve": ("serve", "serve_command"),
+    "inspect": ("inspect", "inspect_command"),
+    "convert": ("convert", "convert_command"),
+    "bench": ("bench", "bench_app"),
+}
+
+
+class _Imported(UserDict):
+    """Commands, imported when they are looked up: serving does not wait for what training needs."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, attribute = self.data[name]
+        found = getattr(import_module(f"sevenfold.cli.{module}"), attribute)
+        if not isinstance(found, typer.Typer):
+            alone = typer.Typer(add_completion=False)
+            alone.command(name)(found)
+            found = alone
+        command = get_command(found)
+        command.name = name
+        return command
+
+
+class _Program(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Imported(COMMANDS)
+
+
 app = typer.Typer(
+    cls=_Program,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train, evaluate and serve hybrid linear-attention language models.",
 )
-app.command("demo")(demo_command)
-app.add_typer(data_app, name="data")
-app.command("train")(train_command)
-app.command("generate")(generate_command)
-app.command("serve")(serve_command)
-app.command("inspect")(inspect_command)
-app.command("convert")(convert_command)
-app.add_typer(bench_app, name="bench")
+
+
+@app.callback()
+def _program() -> None:
+    """Train, evaluate and serve hybrid linear-attention language models."""
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from sevenfold.engine.precision import SnapshotDtype, StateDtype
 from sevenfold.engine.tensor_parallel.channel import Channel
 from sevenfold.engine.worker import WorkerConfig
 from sevenfold.models import HybridModel
-from sevenfold.parallel import Layout, ParallelConfig, load_divided_model
 
 _PATIENCE = timedelta(minutes=30)  # until the slowest rank has read its part
 
@@ -93,6 +92,10 @@ def join(joining: Joining) -> Joined:
         CheckpointError, UnsupportedError: as load_model.
         ConfigError: the number of ranks does not divide the model's sizes.
     """
+    # Here, and not above: PyTorch's distributed tensors take as long to import as all the rest, and
+    # nobody but a rank needs them.
+    from sevenfold.parallel import Layout, ParallelConfig, load_divided_model
+
     parallel = ParallelConfig(tensor=joining.num_ranks)
     device = torch.device(joining.device)
     if device.type == "cuda":
