@@ -19,6 +19,7 @@ from sevenfold.ops.triton_rules import runs_on_gpu
 
 _FUSED_ROWS = 16
 _ALIGNMENT = 16  # bytes of the widest load
+# Of a router: a row, its logits, and their weights by some columns stay in registers.
 _MAX_EXPERTS, _MAX_CHOICES, _MAX_WIDTH = 64, 512, 16384
 
 

@@ -19,8 +19,6 @@ from sevenfold.ops.few_rows.triton_product import root
 from sevenfold.ops.few_rows.types import Norm
 from sevenfold.ops.row_launch import next_power_of_2
 
-MAX_EXPERTS = 64  # logits of a row, and their weights by some columns, stay in registers
-MAX_WIDTH = 16384
 _WARPS, _STAGES = 8, 2
 _TILE_ELEMENTS = 16384  # weights in the hands of one program
 
