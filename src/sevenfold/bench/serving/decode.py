@@ -89,12 +89,14 @@ def _our_step_s(serving: Serving, prompts: list[list[int]], new_tokens: int) -> 
     """Seconds of a step in which all requests decode."""
     for prompt in prompts:
         serving.submit(prompt, new_tokens)
-    spent, num_steps = 0.0, 0
+    spent, num_steps, all_began = 0.0, 0, False
     began = time.perf_counter()
     for num_tokens in serving.steps():
         ended = time.perf_counter()
-        if num_tokens == len(prompts) and serving.engine.scheduler.num_prefilling == 0:
+        # The step that ends the last prompt gives every request a token too, but is no decoding.
+        if num_tokens == len(prompts) and all_began:
             spent, num_steps = spent + ended - began, num_steps + 1
+        all_began = serving.engine.scheduler.num_decoding == len(prompts)
         began = time.perf_counter()
     return spent / num_steps
 
