@@ -7,9 +7,12 @@ from kernel_statements import check_compiled, check_kernel, check_op, random, wi
 from torch import Tensor
 from torch.nn import functional as F
 
+from sevenfold.ops import Impl
 from sevenfold.ops.experts import (
     Dispatch,
+    default_router_impl,
     dispatch_eager,
+    router_logits,
     triton_dispatch,
     triton_mixture,
     triton_route,
@@ -134,6 +137,14 @@ def test_router_in_exact_numbers(T: int, E: int, D: int) -> None:
     assert torch.equal(found[0].double(), exact[0])
     assert torch.equal(found[1], exact[1].to(low))
     assert torch.equal(found[2].double(), exact[2])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is broken")
+def test_a_router_in_bf16_counts_as_the_same_numbers_in_fp32() -> None:
+    x, weight = random(70, 24, dtype=torch.bfloat16), random(8, 24, seed=1, dtype=torch.bfloat16)
+    wide = router_logits(x, weight.float(), impl=Impl.TRITON)
+    assert torch.equal(router_logits(x, weight, impl=Impl.TRITON), wide)
+    assert default_router_impl(x, weight) is Impl.TRITON
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter

@@ -14,9 +14,9 @@ _MAX_TRITON_EXPERTS = 64
 
 
 def default_router_impl(x: Tensor, weight: Tensor) -> Impl:
-    """Return what router_logits takes: triton for bf16 x and fp32 weight on a GPU, else eager.
+    """Return what router_logits takes: triton for bf16 x on a GPU, else eager.
 
-    Eager too with more than 64 experts.
+    Eager too with more than 64 experts, or a weight that is neither bf16 nor fp32.
     """
     return Impl.EAGER if _refusal(x, weight) else Impl.TRITON
 
@@ -52,15 +52,16 @@ def router_logits(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) 
         raise UnsupportedError(refusal)
     from sevenfold.ops.experts import triton_router
 
-    return triton_router.router_logits(x, weight)
+    # Exact, and the weight is small; the kernel takes fp32 apart.
+    return triton_router.router_logits(x, weight.float())
 
 
 def _refusal(x: Tensor, weight: Tensor) -> str | None:
     """Why triton cannot compute this, if it cannot."""
     if x.device.type != "cuda" or x.dtype is not torch.bfloat16:
         return f"x must be bf16 on a GPU for impl triton, got {x.dtype} on {x.device}"
-    if weight.dtype is not torch.float32:
-        return f"weight must be torch.float32 for impl triton, got {weight.dtype}"
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        return f"weight must be bf16 or fp32 for impl triton, got {weight.dtype}"
     if len(weight) > _MAX_TRITON_EXPERTS:
         return f"E must be at most {_MAX_TRITON_EXPERTS} for impl triton, got {len(weight)}"
     return None
