@@ -15,6 +15,8 @@ from sevenfold.train import RunConfig, load_run_config, train
 
 FOLDER = Path(__file__).parents[2] / "examples" / "real_text"
 sys.path.insert(0, str(FOLDER))
+# What the run files say of every model.
+OURS = {"vocab_size": 32_768, "max_position_embeddings": 8192}
 
 import compare  # noqa: E402
 import recall  # noqa: E402
@@ -60,10 +62,11 @@ def test_sources_have_names_and_licences_of_their_own() -> None:
     assert all(source.licence for source in sources.SOURCES)
 
 
-@pytest.mark.parametrize("form", ["hybrid", "softmax", "lightning"])
-def test_the_run_files_load_and_read_a_hundred_million_tokens(form: str) -> None:
-    config = load_run_config(FOLDER / f"{form}.toml")
-    assert config.model.layer_types == preset(f"160m-{form}").layer_types
+@pytest.mark.parametrize("name", ["hybrid", "softmax", "lightning", "hybrid_deepnorm"])
+def test_the_run_files_load_and_read_a_hundred_million_tokens(name: str) -> None:
+    config, named = load_run_config(FOLDER / f"{name}.toml"), preset(f"160m-{name.split('_')[0]}")
+    assert config.model.layer_types == named.layer_types
+    assert (config.model == named.model_copy(update=OURS)) is (name == "hybrid_deepnorm")
     assert config.run.steps * config.batch.tokens_per_step >= 100_000_000
     assert config.data.max_epochs == 4.0
 
