@@ -1,6 +1,7 @@
 """Training steps of bench-2b on two GPUs against one, at the same work a GPU.
 
-torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json      (under 5 minutes)
+torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json               (under 5 minutes)
+torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json longest       (1M tokens in one row)
 """
 
 import gc
@@ -17,6 +18,7 @@ import torch
 from torch import distributed as dist
 
 from sevenfold.models import ModelConfig, MoEConfig, preset
+from sevenfold.models.training_memory import training_memory
 from sevenfold.optim import AdamWConfig, build_adamw
 from sevenfold.parallel import (
     Layout,
@@ -31,6 +33,7 @@ from sevenfold.parallel.gradients import local
 from sevenfold.train.batch import read_step
 from sevenfold.train.stages import forward_backward_by_stages
 from sevenfold.train.step import forward_backward
+from sevenfold.train.transform import narrow_stream, recompute_blocks
 
 BUDGET_S = 255
 BEGAN = time.monotonic()
@@ -130,14 +133,24 @@ def step_once(model, optimizer, layout, pipeline, step, autocast):
     return losses[0], norm
 
 
-def built(config, degrees, device, alone, whole):
+def leave(model):
+    """A model as it is."""
+
+
+def thrifty(model):
+    """As `sevenfold train` holds long rows: blocks recomputed, the stream in bf16."""
+    narrow_stream(model)
+    recompute_blocks(model, 1)
+
+
+def built(config, degrees, device, alone, whole, between=leave):
     parallel = ParallelConfig(**degrees)
     parallel.check_model(config)
     layout = Layout(parallel) if alone else Layout.join(parallel, "cuda")
     if whole:
-        model = build_model(config, layout, seed=3, device=device, between=lambda m: None)
+        model = build_model(config, layout, seed=3, device=device, between=between)
     else:
-        model = divided_on_meta(config, layout, between=lambda m: None)
+        model = divided_on_meta(config, layout, between=between)
         model.to_empty(device=device)
         fill(model)
     optimizer = build_adamw(model.train().named_parameters(), AdamWConfig(lr=1e-5))
@@ -181,6 +194,43 @@ def timed(config, name, degrees, lengths, rows, micro_batches, device):
         "loss": float(loss),
         "norm": float(norm),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def longest(device):
+    """A step of the 1B hybrid over one row of 1,048,576 tokens, half of it on each GPU."""
+    tokens = 1_048_576
+    config = preset("1b-hybrid").model_copy(update={"max_position_embeddings": tokens})
+    degrees = {"context": 2, "context_attention": "gather"}
+    model, optimizer, layout, pipeline = built(config, degrees, device, False, False, thrifty)
+    rows = Rows((tokens,), config.vocab_size)
+    step = read_step(rows, 0, 1, micro_batch_rows=1, device=device, layout=layout)
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        torch.cuda.synchronize()
+        dist.barrier()
+        began = time.perf_counter()
+        loss, norm = step_once(model, optimizer, layout, pipeline, step, "bf16")
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+        if dist.get_rank() == 0:
+            print(f"1 x {tokens:,}: {times[-1]:.1f} s, loss {float(loss):.3f}", flush=True)
+        if time.monotonic() - BEGAN > BUDGET_S / 2:
+            break
+    one = training_memory(config, tokens // 2, recompute_every=1)
+    halved = one.weights + one.gradients + one.moments
+    return {
+        "name": "longest: 1b-hybrid, context 2, blocks recomputed",
+        "layout": degrees,
+        "tokens": tokens,
+        "step_s": times[-1],
+        "tokens_per_s": tokens / times[-1],
+        "loss": float(loss),
+        "norm": float(norm),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "one_gpu_of_half_the_row_gib": one.total / 2**30,
+        "with_divided_weights_gib": (one.total - halved // 2) / 2**30,
     }
 
 
@@ -263,6 +313,13 @@ def main():
         "errors": [],
     }
     out = Path(sys.argv[1])
+    if "longest" in sys.argv[2:]:
+        result["rows"].append(longest(device))
+        if dist.get_rank() == 0:
+            out.write_text(json.dumps(result, indent=1))
+            print(json.dumps(result["rows"][0], indent=1), flush=True)
+        dist.destroy_process_group()
+        return
     try:
         result["checks"] = checks(device)
     except Exception as error:  # a script: say what failed and go on with the timings
