@@ -14,6 +14,7 @@ from sevenfold.bench.serving.agreement import check_sides, check_tokens
 from sevenfold.bench.serving.sides import Rates, Serving, Sides, build_sides
 from sevenfold.cli.bench import bench_app
 from sevenfold.engine.sizing import size_engine
+from sevenfold.engine.speculation import SpeculationConfig
 from sevenfold.models import HybridModel, init_weights, preset
 from sevenfold.models.accounting import count_parameters, decode_bytes, kv_bytes, state_bytes
 from sevenfold.models.presets import hybrid_layers
@@ -39,8 +40,8 @@ def _small() -> Iterator[None]:
     torch.set_num_threads(1)
     of = {"small": SMALL, "minimax-text-01": preset("minimax-text-01")}
 
-    def sized(model: HybridModel, *, budget_bytes: int | None):
-        return size_engine(model, budget_bytes=budget_bytes or 1 << 23)
+    def sized(model: HybridModel, *, budget_bytes: int | None, **options: SpeculationConfig | None):
+        return size_engine(model, budget_bytes=budget_bytes or 1 << 23, **options)
 
     fakes = {"preset": of.__getitem__, "measured_rates": lambda device: Rates(1e9, 1e9)}
     with mock.patch.multiple(sides, size_engine=sized, **fakes):
@@ -108,6 +109,14 @@ def test_decode(tmp_path: Path) -> None:
     assert one["ours_tokens_per_s"] == 1 / one["ours_s"]
     assert three["ours_tokens_per_s"] == 3 / three["ours_s"]
     assert three["floor_s"] == decode.step_bytes(SMALL, 3, 20, 4) / 1e9
+
+
+def test_speculate(tmp_path: Path) -> None:
+    sizes = ("--prompt-tokens", "40", "--new-tokens", "40")
+    copying, hostile = rows(tmp_path, "speculate", *sizes)
+    assert copying["ratio"] == copying["plain_s"] / copying["ours_s"]
+    assert 0 < copying["accepted_tokens"] <= copying["drafted_tokens"]
+    assert hostile["accepted_tokens"] <= hostile["drafted_tokens"]
 
 
 def test_serve(tmp_path: Path) -> None:

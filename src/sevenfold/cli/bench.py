@@ -128,6 +128,25 @@ def serve_command(
     _record(out, f"bench serve --preset {preset} --device {device}", checked, rows)
 
 
+@bench_app.command("speculate")
+def speculate_command(
+    preset: Preset = "bench-19m",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    prompt_tokens: Annotated[int, typer.Option(min=32, help="Of each request.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Of each request.")] = 512,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = _SERVING / "speculate.json",
+) -> None:
+    """Compare decoding by guesses with plain decoding, on text that copies itself and hostile."""
+    from sevenfold.bench.serving.speculation import run_speculation
+
+    sides, checked, say = _sides(preset, device, dtype)
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    rows = run_speculation(sides, **sizes, report=say)
+    _record(out, f"bench speculate --preset {preset} --device {device}", checked, rows)
+
+
 def _sides(
     preset: str, device: str, dtype: str | None
 ) -> "tuple[Sides, dict[str, Any], Callable[[Mapping[str, Any]], None]]":

@@ -24,7 +24,7 @@ from sevenfold.engine.sampling import (
     bad_word_tokens,
     read_logprobs,
 )
-from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, SchedulerConfig
+from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, SchedulerConfig, Step
 from sevenfold.engine.speculation import (
     Drafted,
     DraftModel,
@@ -124,6 +124,7 @@ class Engine:
         self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         self._speculator = self._build_speculator(speculation, draft)
+        self._guesses = False  # whether any request has guesses for the next step
 
     def submit(
         self, request: Request, params: SamplingParams, constraint: Constraint | None = None
@@ -191,16 +192,11 @@ class Engine:
             self._speculator.forget(step.preempted, ended=False)
             self._speculator.forget(step.ended, ended=True)
         events = [self._end(request) for request in step.ended]
-        if self._speculator is not None:
+        if self._speculator is not None and any(row.draft_tokens for row in step.decodes):
             events += self._decode_drafts(self._speculator, step.decodes, drafting_s)
             events += self._take(self._prefill(step.prefills))
         else:
-            # Both are launched before the host waits for either.
-            decoded, prefilled = self._decode(step.decodes), self._prefill(step.prefills)
-            self._run_ahead([one for one in (decoded, prefilled) if one is not None])
-            events += self._take(decoded) + self._take(prefilled)
-            if not self.scheduler.num_decoding:
-                self._ahead.forget()
+            events += self._decode_plainly(step)
         return [event for event in events if event is not None]
 
     def speculation_counters(self) -> SpeculationCounters | None:
@@ -224,8 +220,30 @@ class Engine:
         if self._speculator is not None:
             underway = self._underway.values()
             decoding = [one for one in underway if one.request.status is Status.DECODING]
-            self._speculator.propose([(one.request, one.output) for one in decoding])
+            self._guesses = self._speculator.propose(
+                [(one.request, one.output) for one in decoding]
+            )
+            if self._ahead.chosen is not None:
+                # The step to come runs already: guesses can be checked in the one behind it.
+                for one in decoding:
+                    one.request.draft_tokens = 0
         return time.perf_counter() - began_s
+
+    def _decode_plainly(self, step: Step) -> list["TokenEvent | None"]:
+        """Compute a step without guesses; where the next has none either, begin that as well."""
+        began_s = time.perf_counter()
+        # Both are launched before the host waits for either.
+        decoded, prefilled = self._decode(step.decodes), self._prefill(step.prefills)
+        if not self._guesses:
+            self._run_ahead([one for one in (decoded, prefilled) if one is not None])
+        events = self._take(decoded) + self._take(prefilled)
+        if not self.scheduler.num_decoding:
+            self._ahead.forget()
+        if self._speculator is not None:
+            requests = [row.request for row in step.decodes]
+            seconds = None if step.prefills else time.perf_counter() - began_s
+            self._speculator.note_step(requests, requests, seconds)
+        return events
 
     def _decode_drafts(
         self, speculator: Speculator, rows: Sequence[DecodeRow], drafting_s: float

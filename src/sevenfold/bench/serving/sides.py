@@ -16,6 +16,7 @@ from sevenfold.engine import SamplingParams, TextModel
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.request import Request
 from sevenfold.engine.sizing import size_engine
+from sevenfold.engine.speculation import SpeculationConfig
 from sevenfold.models import HybridModel, ModelConfig, init_weights, preset
 
 
@@ -75,30 +76,47 @@ def measured_rates(device: torch.device) -> Rates:
 class Serving:
     """Our engine, asked for tokens by ids; every request without a name shares nothing."""
 
-    def __init__(self, model: HybridModel, *, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: HybridModel,
+        *,
+        memory_bytes: int | None = None,
+        speculation: SpeculationConfig | None = None,
+    ) -> None:
         """Allocate memory; None takes a share of what is free."""
         self.source = TextModel(model, _tokenizer(model.config.vocab_size))
-        self.plan, self.limits = size_engine(model, budget_bytes=memory_bytes)
-        self.engine = Engine(model, self.source.tokenizer, self.plan, self.limits)
+        self.plan, self.limits = size_engine(
+            model, budget_bytes=memory_bytes, speculation=speculation
+        )
+        self.engine = Engine(
+            model, self.source.tokenizer, self.plan, self.limits, speculation=speculation
+        )
         self._names = count()
 
     def submit(
-        self, prompt: Sequence[int], new_tokens: int, *, salt: bytes | None = None, turn: int = 0
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        *,
+        salt: bytes | None = None,
+        turn: int = 0,
+        params: SamplingParams | None = None,
     ) -> Request:
-        """Let a greedy request wait.
+        """Let a request wait.
 
         Args:
             prompt: token ids.
             new_tokens: to generate.
             salt: requests of one find what others of it have cached; None finds nothing.
             turn: tokens after which its last turn ends; 0 for none.
+            params: with max_tokens of new_tokens; None is greedy, and ends at no token.
         """
         name = str(next(self._names))
         marks = (turn,) if turn else ()
         salt = name.encode() if salt is None else salt
         request = Request(name, tuple(prompt), new_tokens, marks=marks, salt=salt)
-        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        self.engine.submit(request, params)
+        greedy = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        self.engine.submit(request, params or greedy)
         return request
 
     def steps(self) -> Iterator[int]:

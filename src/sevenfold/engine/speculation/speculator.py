@@ -93,25 +93,29 @@ class Speculator:
         self._drafted: dict[str, _Drafting] = {}
         self.counters = SpeculationCounters()
 
-    def propose(self, decoding: Sequence[tuple[Request, Output]]) -> None:
+    def propose(self, decoding: Sequence[tuple[Request, Output]]) -> bool:
         """Guess what follows, and ask the scheduler for room: draft_tokens of each request.
 
         Args:
             decoding: the requests that may have a decode row in the next step.
+
+        Returns:
+            Whether there is a guess.
         """
         for request, _ in decoding:
             request.draft_tokens = 0
         if self._config.adaptive and self._times.wants_plain(len(decoding)):
-            return
+            return False
         asks = [ask for request, output in decoding if (ask := self._ask(request, output))]
         if not asks:
-            return
+            return False
         for ask, paths in zip(asks, self._drafter.propose(asks), strict=True):
             most = min(ask.num_tokens * ask.num_branches, self._config.draft_tokens)
             most = min(most, ask.request.num_remaining_tokens - 1)
             tree = DraftTree.merged(paths, most)
             self._of(ask.request).tree = tree
             ask.request.draft_tokens = len(tree)
+        return any(ask.request.draft_tokens for ask in asks)
 
     def check(self, drafted: Sequence[Drafted], num_rows: int) -> list[Walk]:
         """Check the drafts of some requests, one or more, in one run of the model.
@@ -143,10 +147,13 @@ class Speculator:
         return walks
 
     def note_step(
-        self, decoded: Sequence[Request], plain: Sequence[Request], seconds: float
+        self, decoded: Sequence[Request], plain: Sequence[Request], seconds: float | None
     ) -> None:
-        """Note how long the decode rows of a step took, and which of them had no draft."""
-        if decoded:
+        """Note how long the decode rows of a step took, and which of them had no draft.
+
+        None stands for a time that is not theirs alone.
+        """
+        if decoded and seconds is not None:
             drafted = len(plain) < len(decoded)
             self._times.note(len(decoded), seconds, drafted=drafted)
         for request in plain:

@@ -1,0 +1,82 @@
+"""An engine that guesses begins steps ahead where there is nothing to guess, and only there."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from device_helpers import FakeCapture, new_runner
+from engine_helpers import tiny_model, uncached
+from speculation_helpers import CHAIN, TREE, build, is_idle, repeating, run, submit, tokens
+from tokenizers import Tokenizer
+
+from sevenfold.engine import worker as worker_module
+from sevenfold.engine.ahead import Ahead
+from sevenfold.engine.engine import Engine
+from sevenfold.engine.speculation import SpeculationConfig
+
+RESTING = CHAIN.model_copy(update={"min_match_tokens": 8})  # finds next to nothing
+
+
+@pytest.fixture
+def build_device(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[SpeculationConfig], Engine]:
+    monkeypatch.setattr(
+        worker_module,
+        "make_runner",
+        lambda model, storage, *_, **__: new_runner(model, storage, FakeCapture(), (1, 2, 4)),
+    )
+    model = tiny_model("lsf", max_position_embeddings=200)
+    return lambda mode: build(model, tokenizer, mode)
+
+
+@pytest.fixture
+def num_launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    found: list[int] = []
+    launch = Ahead.launch
+
+    def watched(self: Ahead, *args):
+        begun = launch(self, *args)
+        found.extend([] if begun is None else [len(begun.requests)])
+        return begun
+
+    monkeypatch.setattr(Ahead, "launch", watched)
+    return found
+
+
+@pytest.mark.parametrize("mode", [CHAIN, TREE, RESTING], ids=["chain", "tree", "few matches"])
+def test_the_tokens_are_those_of_each_alone(
+    mode: SpeculationConfig,
+    build_device: Callable[[SpeculationConfig], Engine],
+    num_launched: list[int],
+) -> None:
+    engine = build_device(mode)
+    idle, texts = engine.cache.usage(), repeating(0, [1, 70, 17, 40])
+    for n, text in enumerate(texts):
+        submit(engine, str(n), text, 40)
+    found, wanted = run(engine), [uncached(engine._model, text, 40) for text in texts]
+    assert [tokens(found[str(n)]) for n in range(len(texts))] == wanted
+    assert engine._ahead.chosen is None
+    assert is_idle(engine, idle)
+    assert engine.speculation_counters().num_accepted_tokens > 0
+    assert num_launched
+
+
+def test_nothing_is_begun_ahead_while_there_are_guesses(
+    build_device: Callable[[SpeculationConfig], Engine], num_launched: list[int]
+) -> None:
+    engine = build_device(CHAIN)
+    submit(engine, "one", [7, 8, 9] * 20, 40)
+    did: list[tuple[int, int]] = []  # steps begun ahead, and drafts, of each step
+    drafts = 0
+    while engine.has_work:
+        launched = len(num_launched)
+        engine.step()
+        made = engine.speculation_counters().num_drafts
+        did.append((len(num_launched) - launched, made - drafts))
+        drafts = made
+    assert drafts > 0
+    assert all(not (begun and drafted) for begun, drafted in did)
+    # The step behind one that was begun ahead is that one: it checks no guesses.
+    for (begun, _), (_, drafted) in pairwise(did):
+        assert not (begun and drafted)
