@@ -15,7 +15,18 @@ from sevenfold.ops.lightning.triton_decode_common import (
     power,
     tuning,
 )
+from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_overlap import fetch, is_fetched, let_next_begin, wait_for_last
+
+
+@triton.jit
+def _fetch_rows(
+    head, part, parts: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OVERLAPS: tl.constexpr
+):  # fmt: skip
+    """Fetch a part of the rows of a head's state: their programs share all its columns."""
+    rows: tl.constexpr = (K + parts - 1) // parts
+    fetch(head + part * rows * V, tl.minimum(rows, K - part * rows) * V, OVERLAPS)
 
 
 @triton.jit
@@ -23,14 +34,24 @@ def _decode_kernel(
     q, k, v, log_decay, pool, into, slots, o, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, pool_slot,
     H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BV value columns of one sequence's head; `into` may be the pool."""
+    """A program owns BV value columns of one sequence's head; `into` may be the pool.
+
+    OVERLAPS: it may have started before the kernels that write q, k, v and the pool have ended;
+    slots are written by none that lets another begin.
+    """
+    let_next_begin(OVERLAPS)
     tiles: tl.constexpr = (V + BV - 1) // BV
     bh = tl.program_id(0) // tiles
     b, h = (bh // H).to(tl.int64), bh % H
     slot = tl.load(slots + b).to(tl.int64)
     ik, iv = tl.arange(0, BK), (tl.program_id(0) % tiles) * BV + tl.arange(0, BV)
     in_k, in_v = ik < K, iv < V
+    if (slot >= 0) & is_fetched(bh, K * V, pool):
+        head = pool + slot * pool_slot + h * K * V
+        _fetch_rows(head, tl.program_id(0) % tiles, tiles, K, V, OVERLAPS)
+    wait_for_last(OVERLAPS)
     if slot < 0:
         tl.store(o + bh.to(tl.int64) * V + iv, tl.zeros([BV], o.dtype.element_ty), mask=in_v)
         return
@@ -84,5 +105,6 @@ def _run(
             q, k, v, log_decay, pool, into, slots, o, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], pool.stride(0),
             H, K=K, V=V, BK=next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
+            **overlapping(o),
         )  # fmt: skip
     return o
