@@ -16,12 +16,13 @@ from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import next_power_of_2
 from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
 
-_BLOCK, _WARPS = 16384, 32
+_BLOCK, _WARPS, _STAGES = 8192, 32, 4
 
 
 @triton.jit
 def _greedy_kernel(
-    logits, tokens, finite, row_stride, V, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+    logits, tokens, finite, row_stride, V,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
@@ -29,7 +30,7 @@ def _greedy_kernel(
     least: tl.constexpr = -(2**31)
     best, place = tl.full([BLOCK], least, tl.int32), tl.zeros([BLOCK], tl.int32)
     good = tl.full([BLOCK], 1, tl.int32)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         inside = start + i < V
         z = tl.load(logits + row * row_stride + start + i, mask=inside, other=0.0)
         good &= (tl.abs(z) < float("inf")).to(tl.int32)
@@ -53,6 +54,7 @@ def greedy_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     if N:
         _greedy_kernel[(N,)](
             logits, tokens, finite, logits.stride(0), V,
-            BLOCK=min(_BLOCK, next_power_of_2(V)), num_warps=_WARPS, **overlapping(logits),
+            BLOCK=min(_BLOCK, next_power_of_2(V)), STAGES=_STAGES, num_warps=_WARPS,
+            **overlapping(logits),
         )  # fmt: skip
     return tokens, finite
