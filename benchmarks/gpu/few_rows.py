@@ -217,12 +217,16 @@ def time_kernel(name, M):
 
 
 def time_small(M):
-    """What has no large weight: norms by themselves, the router, and the sum of the choices."""
+    """Norms, the router, the sum of the choices, and the choice of a token: no large weight."""
     x, by = randn(M, HIDDEN), norm(HIDDEN)
     routers = [randn(E, HIDDEN, seed=n, dtype=torch.float32) for n in range(400)]
     floor = (4 * E * HIDDEN + 4 * M * HIDDEN) / RATE
     note(f"choose M={M}", graph_s([lambda r=r: choose(x, by, r, CHOSEN) for r in routers]), floor)
-    rows = randn(M * CHOSEN, HIDDEN, dtype=torch.float32)
+    rows, logits = (randn(n, w, dtype=torch.float32) for n, w in ((M * CHOSEN, HIDDEN), (M, VOCAB)))
+    floor = 4 * M * VOCAB / RATE
+    for impl in ("eager", "triton"):
+        calls = [lambda impl=impl: ops.greedy_tokens(logits, impl=impl)] * 40
+        note(f"greedy by {impl} M={M}", graph_s(calls), floor)
     floor = 4 * M * HIDDEN / RATE
     note(f"norm M={M}", graph_s([lambda: device._normed(x, None, by)] * 40), floor)
     note(f"gated norm M={M}", graph_s([lambda: device._normed(x, x, by)] * 40), floor)
