@@ -1,9 +1,11 @@
-"""Check and time half-layers of a few rows: python benchmarks/gpu/few_rows.py OUT.json [sweep]
+"""Check and time half-layers of a few rows: few_rows.py OUT.json [sweep | steps]
 
 Checks every kernel by the error rule at bench-2b's widths, times each in CUDA graphs over weights
 that the L2 cannot hold, and compares with its floor, bytes / 4.27e12; then whole decoding steps of
-bench-2b, by rows and layer by layer. "sweep" tries launch configurations instead and prints the
-best of each key in the form of ops/tuning/*.json.
+bench-2b: by rows, with launches that overlap and without, which must give the same bits, and layer
+by layer. "sweep" tries launch configurations of each kernel by itself instead and prints the best
+of each key in the form of ops/tuning/*.json; "steps" tries those of a step of one token in the
+whole step, where launches overlap.
 """
 
 import json
@@ -21,9 +23,11 @@ from torch.nn import functional as F
 
 from sevenfold import ops
 from sevenfold.models import Batch, HybridModel, PagedKV, PageTable, PooledState, hybrid, preset
+from sevenfold.ops import overlap
 from sevenfold.ops.few_rows import device, logits_on_device, tiles, triton_experts, triton_linear
 from sevenfold.ops.few_rows.triton_router import Choice, choose
 from sevenfold.ops.testing import check_error
+from sevenfold.ops.triton_overlap import FETCHED_BYTES
 
 warnings.filterwarnings("ignore", ".*has no tuning.*")
 RATE = 4.27e12
@@ -119,29 +123,26 @@ class Project:
     def __init__(self, M, num=None):
         size = 4 * H * D * HIDDEN
         self.floor = (2 * size + 2 * M * (HIDDEN + 4 * H * D)) / RATE
-        self.x, self.norm = randn(M, HIDDEN), norm(HIDDEN)
+        self.x = randn(M, HIDDEN)
         self.held = [lightning_weights(n)[:2] for n in range(num or copies(2 * size))]
         self.default = tiles.linear_tile(M, self.held[0][0], 4 * H * D)
 
     def run(self, n, tile):
-        by = self.norm if device._takes_norms_inside(self.x) else None
-        return triton_linear.project_lightning(self.x, by, self.held[n], H, tile)
+        return triton_linear.project_lightning(self.x, self.held[n], H, tile)
 
 
 class Join:
-    """The output projection of lightning attention, past its norm and gate up to 16 rows."""
+    """The output projection of lightning attention, and the residual."""
 
     def __init__(self, M, num=None):
         size = HIDDEN * H * D
-        self.floor = (2 * size + 2 * M * (2 * HIDDEN + 2 * H * D)) / RATE
-        self.o, self.gate, self.norm = randn(M, H * D), randn(M, H * D, seed=1), norm(H * D)
-        self.stream = ops.few_rows.types.Stream(randn(M, HIDDEN, seed=2))
+        self.floor = (2 * size + 2 * M * (2 * HIDDEN + H * D)) / RATE
+        self.o, self.stream = randn(M, H * D), randn(M, HIDDEN, seed=2)
         self.held = [weight(HIDDEN, H * D, seed=n) for n in range(num or copies(2 * size))]
         self.default = tiles.linear_tile(M, self.held[0], HIDDEN)
 
     def run(self, n, tile):
-        gated = (self.norm, self.gate) if device._takes_norms_inside(self.o) else None
-        return triton_linear.join(self.o, gated, self.held[n], self.stream, POST, tile)
+        return triton_linear.join(self.o, self.held[n], self.stream, POST, tile)
 
 
 class Head:
@@ -153,9 +154,7 @@ class Head:
         self.default = tiles.linear_tile(M, self.held[0], VOCAB)
 
     def run(self, n, tile):
-        y = torch.empty(len(self.x), VOCAB, device=GPU)
-        triton_linear._project(self.x, None, [self.held[n]], [y], None, (0, False), tile)
-        return y
+        return triton_linear.product(self.x, self.held[n], torch.float32, tile)
 
 
 class Experts:
@@ -172,14 +171,18 @@ class Experts:
 
 
 class GateUp(Experts):
+    """It fetches the second product's weights too, and the floor counts them."""
+
     def __init__(self, M, num=None):
         super().__init__(M, (E, 2 * WIDTH, HIDDEN), num)
+        self.second = [weight(E, HIDDEN, WIDTH, seed=n) for n in range(len(self.held))]
+        self.floor += min(self.used * 2 * HIDDEN * WIDTH, FETCHED_BYTES.value) / RATE
         self.default = tiles.gate_up_tile(M * CHOSEN, self.held[0])
         if M <= triton_experts._ALONE:
             self.default = tiles.alone_tiles(self.held[0], self.held[0])[0]
 
     def run(self, n, tile):
-        return triton_experts.gate_up(self.choice, self.held[n], tile)
+        return triton_experts.gate_up(self.choice, self.held[n], self.second[n], tile)
 
 
 class Down(Experts):
@@ -214,33 +217,32 @@ def time_kernel(name, M):
 
 
 def time_small(M):
-    """What has no large weight: norms by themselves, the router, and the sum of the choices."""
+    """Norms, the router, the sum of the choices, and the choice of a token: no large weight."""
     x, by = randn(M, HIDDEN), norm(HIDDEN)
     routers = [randn(E, HIDDEN, seed=n, dtype=torch.float32) for n in range(400)]
     floor = (4 * E * HIDDEN + 4 * M * HIDDEN) / RATE
     note(f"choose M={M}", graph_s([lambda r=r: choose(x, by, r, CHOSEN) for r in routers]), floor)
-    rows = randn(M * CHOSEN, HIDDEN, dtype=torch.float32)
+    rows, logits = (randn(n, w, dtype=torch.float32) for n, w in ((M * CHOSEN, HIDDEN), (M, VOCAB)))
+    floor = 4 * M * VOCAB / RATE
+    for impl in ("eager", "triton"):
+        calls = [lambda impl=impl: ops.greedy_tokens(logits, impl=impl)] * 40
+        note(f"greedy by {impl} M={M}", graph_s(calls), floor)
     floor = 4 * M * HIDDEN / RATE
     note(f"norm M={M}", graph_s([lambda: device._normed(x, None, by)] * 40), floor)
     note(f"gated norm M={M}", graph_s([lambda: device._normed(x, x, by)] * 40), floor)
     note(f"total M={M}", graph_s([lambda: triton_experts.total(rows, x, POST)] * 40), floor)
 
 
-def time_norms(M):
-    """Norms inside the products, or in kernels of their own?"""
-    x, o, by = randn(M, HIDDEN), randn(M, H * D), norm(HIDDEN)
-    held = [lightning_weights(n) for n in range(copies(10 * HIDDEN * H * D))]
-    floor = 10 * HIDDEN * H * D / RATE
+def time_experts(M):
+    """Both products of the experts, as a step runs them."""
+    first, second = GateUp(M), Down(M)
+    pairs = list(zip(first.held, second.held, strict=False))
+    choice, floor = first.choice, 3 * first.used * 2 * HIDDEN * WIDTH / RATE
 
-    def half(w):
-        fed = ops.feed_lightning(x, by, w, POST)
-        return ops.join_lightning(o, fed, w, POST)
+    def feed(gate_up, down):
+        return triton_experts.feed(choice, gate_up, down, first.u, POST)
 
-    for limit, name in ((64, "inside"), (0, "apart")):
-        with mock.patch.object(device, "_FUSED_ROWS", limit):
-            note(
-                f"lightning M={M} norms {name}", graph_s([lambda w=w: half(w) for w in held]), floor
-            )
+    note(f"experts M={M}", graph_s([lambda p=p: feed(*p) for p in pairs]), floor)
 
 
 def time_peer(M):
@@ -384,14 +386,28 @@ def time_step(M):
                 p.copy_(q)
             return step().clone()
 
+        with mock.patch.object(overlap, "_can_overlap", return_value=False):
+            apart = fresh()
+            note(f"step by rows, apart M={M}", graph_s([step], 30), size / RATE)
         found = fresh()
-        seconds = graph_s([step], 30)
-        note(f"step by rows M={M}", seconds, size / RATE)
+        note(f"step by rows M={M}", graph_s([step], 30), size / RATE)
+        check_overlapping(step, fresh, apart)
         with mock.patch.object(hybrid, "pays_by_rows", return_value=False):
             honest = fresh()
             note(f"step layer by layer M={M}", graph_s([step], 30), size / RATE)
         spread = float((found - honest).abs().max() / honest.abs().max())
         print(f"  largest difference of logits over the largest logit: {spread:.2e}", flush=True)
+
+
+def check_overlapping(step, fresh, apart):
+    """Launches that overlap give the bits of launches that do not, each time."""
+    assert torch.equal(fresh(), apart), "launches that overlap give other logits"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = fresh()
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(found, apart), "a graph whose launches overlap gives other logits"
 
 
 def len_used(M):
@@ -536,6 +552,53 @@ def sweep(out):
     print(json.dumps({kernel: {name: keys} for kernel, keys in best.items()}, indent=1))
 
 
+STEP_JOBS = [
+    ("project", "few_rows_linear", "16 bits 16 rows wide", 16, 1),
+    ("join", "few_rows_linear", "16 bits 16 rows narrow", 16, 1),
+    ("gate_up", "few_rows_gate_up", "16 bits alone", 16, 1),
+    ("down", "few_rows_down", "16 bits alone", 16, 1),
+    ("head", "few_rows_linear", "16 bits 16 rows vast", 16, 1),
+]
+STEPS_DEADLINE_S = 120
+
+
+def steps(out):
+    """One key after another, by the seconds of a whole step with the best of those before."""
+    work = [(job, tile) for job in STEP_JOBS for tile in candidates(16)]
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        broken = [text for text in pool.imap_unordered(compile_job, work, chunksize=2) if text]
+    print(f"compiled after {time.perf_counter() - BEGAN:.0f} s; broken: {broken}", flush=True)
+    chosen, found, usual = {}, [], tiles.best_config
+
+    def config(kernel, key, name):
+        return chosen.get((kernel, key)) or usual(kernel, key, name)
+
+    with torch.inference_mode(), mock.patch.object(tiles, "best_config", config):
+        step = Step(1)
+        print(f"step with the usual tiles {graph_s([step], 30) * 1e6:.1f} us", flush=True)
+        for job in STEP_JOBS:
+            timed = []
+            for tile in candidates(16):
+                if time.perf_counter() - BEGAN > STEPS_DEADLINE_S:
+                    print("SKIPPED (time)", job[2], tuple(tile), flush=True)
+                    continue
+                chosen[job[1:3]] = {n: getattr(tile, n) for n in NAMES}
+                try:
+                    timed.append((graph_s([step], 20) * 1e6, chosen[job[1:3]]))
+                except Exception as error:
+                    print("  no", job[2], tuple(tile), str(error)[:80], flush=True)
+            timed.sort(key=lambda pair: pair[0])
+            chosen.pop(job[1:3], None)
+            if timed:
+                chosen[job[1:3]] = timed[0][1]
+            found += [{"kernel": job[1], "key": job[2], "us": us, "config": c} for us, c in timed]
+            tops = "  ".join(f"{us:.1f}:{tuple(c.values())}" for us, c in timed[:5])
+            print(f"{job[0]} {job[2]}  {tops}", flush=True)
+    best = [{"kernel": k, "key": key, "config": c} for (k, key), c in chosen.items()]
+    Path(out).write_text(json.dumps({"best": best, "all": found}, indent=1))
+    print(json.dumps(best, indent=1))
+
+
 def main(out):
     for M in (1, 3, 8, 17, 64):
         for check in (check_lightning, check_experts, check_dense, check_head):
@@ -549,7 +612,7 @@ def main(out):
     for M in ROWS:
         for name in KERNELS:
             attempt(f"{name} M={M}", time_kernel, name, M)
-        for run in (time_small, time_norms, time_peer):
+        for run in (time_small, time_experts, time_peer):
             attempt(f"{run.__name__} M={M}", run, M)
         torch.cuda.empty_cache()
     device_name = torch.cuda.get_device_name()
@@ -560,4 +623,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    sweep(sys.argv[1]) if "sweep" in sys.argv[2:] else main(sys.argv[1])
+    {"sweep": sweep, "steps": steps}.get(sys.argv[-1], main)(sys.argv[1])

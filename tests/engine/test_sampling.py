@@ -379,3 +379,21 @@ def test_a_bad_words_last_token_is_never_drawn() -> None:
     drawn = {int(sampler.choose(logits)) for _ in range(100)}
     assert drawn == {1, 2}
     assert torch.equal(logits, torch.tensor([[9.0, 5.0, 1.0]])), "what comes in stays as it is"
+
+
+@pytest.mark.parametrize("params", [{}, {"logit_bias": {3: 50.0}}, {"temperature": 1.0, "seed": 5}])
+def test_a_checked_choice_is_the_choice_and_tells_which_rows_are_finite(params: dict) -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(4))
+    logits[1, 2] = math.nan
+    forbidden = logits.index_fill(1, torch.tensor([0]), -math.inf)
+
+    def sampler() -> Sampler:
+        asked = SamplingParams(**{"temperature": 0.0} | params)
+        return Sampler([Output(asked, (), ()) for _ in range(3)], VOCAB, CPU)
+
+    for given in (logits, forbidden):
+        one, other = sampler(), sampler()
+        for _ in range(2):
+            found = one.choose_checked(given, logits)
+            assert torch.equal(found.tokens, other.choose(given))
+            assert found.finite.tolist() == [True, False, True]

@@ -20,7 +20,6 @@ from sevenfold.engine.sampling import (
     Output,
     Sampler,
     SamplingParams,
-    are_finite,
     bad_word_tokens,
     read_logprobs,
 )
@@ -343,8 +342,8 @@ class Engine:
         """Choose a token of each row; those of None are nobody's."""
         underway = [None if r is None else self._underway[r.id] for r in requests]
         constraints = [None if one is None else one.constraint for one in underway]
-        tokens = sampler.choose(mask_logits(logits, constraints))
-        arriving = Arriving([tokens, are_finite(logits)])
+        tokens, finite = sampler.choose_checked(mask_logits(logits, constraints), logits)
+        arriving = Arriving([tokens, finite])
         asked = [None if one is None else one.output.params.logprobs for one in underway]
         logprobs = read_logprobs(logits, tokens, asked)
         return Chosen(tuple(requests), sampler, tokens, arriving, logprobs)

@@ -43,6 +43,7 @@ from sevenfold.ops.few_rows import (
     suits_device_weights,
     suits_few_rows,
 )
+from sevenfold.ops.greedy import Greedy, are_finite, greedy_tokens
 from sevenfold.ops.lightning import (
     MAX_DRAFT_TOKENS,
     Int8ReplayPool,
@@ -102,6 +103,7 @@ __all__ = [
     "EncodedHeads",
     "ExpertRows",
     "Fp8Rows",
+    "Greedy",
     "Impl",
     "Int8ReplayPool",
     "Int8Rows",
@@ -115,6 +117,7 @@ __all__ = [
     "ScaledFp16",
     "Snapshots",
     "Stop",
+    "are_finite",
     "attention",
     "attention_block",
     "attention_block_backward",
@@ -138,6 +141,7 @@ __all__ = [
     "full_precision",
     "gated_rms_norm",
     "gather_rows",
+    "greedy_tokens",
     "grouped_linear",
     "head_logits",
     "head_logits_into",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sevenfold import ops
-from sevenfold.ops import DeviceExperts, LightningWeights, Norm, Residual
+from sevenfold.ops import DeviceExperts, LightningWeights, Norm, Residual, overlap
 from sevenfold.ops.few_rows import device, logits_on_device, tiles, triton_experts, triton_router
 from sevenfold.ops.testing import check_error, poisoned_allocations
 
@@ -348,3 +349,31 @@ def test_every_run_gives_the_same_bits() -> None:
 
     first = run()
     assert all(torch.equal(run(), first) for _ in range(100))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="launches follow one another")
+@pytest.mark.parametrize("M", [1, 2, 40])
+def test_launches_that_overlap_give_the_bits_of_those_that_do_not(M: int) -> None:
+    case = Lightning(M, (2048, 16, 128), torch.bfloat16)
+    layer = expert_layer(2048, 1792, 8, 2, torch.bfloat16)
+    slots, decay = torch.arange(M, device=DEVICE), torch.full((16,), -0.01, device=DEVICE)
+    pool = random(M, 16, 128, 128, seed=7)
+
+    def run() -> Tensor:
+        x, states = case.x, pool.clone()
+        for _ in range(6):
+            fed = ops.feed_lightning(x, case.norm, case.weights, POST)
+            o = ops.lightning_attention_decode(*fed.tokens, decay, states, slots)
+            x = ops.join_lightning(o.flatten(1), fed, case.weights, POST)
+            x = ops.experts_on_device(x, case.norm, layer, POST)
+        return logits_on_device(x, case.weights.gate)
+
+    with mock.patch.object(overlap, "_can_overlap", return_value=False):
+        apart = run()
+    assert torch.equal(run(), apart)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(found, apart)

@@ -5,7 +5,7 @@ from sevenfold.engine.sampling.draws import uniform
 from sevenfold.engine.sampling.logprobs import Logprobs, read_logprobs
 from sevenfold.engine.sampling.params import SamplingParams
 from sevenfold.engine.sampling.penalties import Penalties
-from sevenfold.engine.sampling.rules import Rules, are_finite, build_rules, choose_tokens
+from sevenfold.engine.sampling.rules import Rules, build_rules, choose_tokens
 from sevenfold.engine.sampling.sampler import Output, Sampler
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Rules",
     "Sampler",
     "SamplingParams",
-    "are_finite",
     "bad_word_tokens",
     "build_rules",
     "choose_tokens",

@@ -1,6 +1,5 @@
 """The rules of a batch of requests as tensors, and the choice of a token for each of them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,11 +46,6 @@ def build_rules(params: Sequence[SamplingParams], vocab_size: int, device: torch
         all_greedy=all(greedy),
         none_truncates=all(rule == (None, None, None) for rule in rules),
     )
-
-
-def are_finite(logits: Tensor) -> Tensor:
-    """Return which rows of logits [N, vocab_size] hold numbers alone, [N] bool, in one pass."""
-    return torch.linalg.vector_norm(logits, ord=math.inf, dim=-1) < math.inf
 
 
 def choose_tokens(logits: Tensor, rules: Rules, draws: Tensor) -> Tensor:

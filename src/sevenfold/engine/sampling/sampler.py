@@ -14,6 +14,7 @@ from sevenfold.engine.sampling.params import SamplingParams
 from sevenfold.engine.sampling.penalties import Penalties
 from sevenfold.engine.sampling.rules import build_rules, choose_tokens
 from sevenfold.engine.transfer import send
+from sevenfold.ops import Greedy, are_finite, greedy_tokens
 
 
 @dataclass
@@ -54,7 +55,23 @@ class Sampler:
 
         The caller appends it to the outputs; nothing here waits for the device.
         """
+        return self._chosen(self._without(self._penalties.apply(logits)))
+
+    def choose_checked(self, logits: Tensor, computed: Tensor) -> Greedy:
+        """Choose as `choose` does, and tell which rows of `computed` are finite.
+
+        Args:
+            logits: [N, vocab_size] fp32.
+            computed: [N, vocab_size], what the model gave: logits, before some were forbidden.
+        """
         logits = self._without(self._penalties.apply(logits))
+        if logits is not computed or not self._rules.all_greedy:
+            return Greedy(self._chosen(logits), are_finite(computed))
+        chosen = greedy_tokens(logits)
+        self.follow(chosen.tokens)
+        return chosen
+
+    def _chosen(self, logits: Tensor) -> Tensor:
         if self._rules.all_greedy:
             tokens = logits.argmax(-1)
         else:

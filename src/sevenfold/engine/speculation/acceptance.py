@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.request import Request
-from sevenfold.engine.sampling import Logprobs, Output, Sampler, are_finite, read_logprobs
+from sevenfold.engine.sampling import Logprobs, Output, Sampler, read_logprobs
 from sevenfold.engine.speculation.tree import ROOT, DraftTree
 from sevenfold.engine.transfer import fetch, upload
+from sevenfold.ops import are_finite
 
 
 class Taken(NamedTuple):

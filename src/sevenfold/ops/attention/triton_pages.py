@@ -25,7 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
+from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
 from sevenfold.ops.tuning import best_config
 
 WIDEST = 256
@@ -176,9 +178,11 @@ def _attend_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MOST: tl.constexpr,
     LEAST: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, TREE: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BM rows of one key head, and one share of their keys where SPLIT."""
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     BQ: tl.constexpr = BM // GROUP
     g, r = tl.program_id(1), tl.arange(0, BM)
     n, start, T, first_t, base = _block(starts, key_lengths, T, N, BQ, PACKED)
@@ -216,9 +220,11 @@ def _attend_kernel(
 @triton.jit
 def _combine_kernel(
     parts, lse, o, row_heads, splits,
-    V: tl.constexpr, BV: tl.constexpr, MOST: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, MOST: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One row and head: shares in one order, MOST of them however many there are."""
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     share, iv = tl.arange(0, MOST), tl.arange(0, BV)
     at = share.to(tl.int64) * row_heads + row
@@ -249,7 +255,7 @@ def attend(call: Call) -> Tensor:
     _launch(call, config, parts, lse, splits)
     _combine_kernel[(rows * H,)](
         parts, lse, o, rows * H, splits,
-        V=V, BV=next_power_of_2(V), MOST=MOST_SPLITS, num_warps=2,
+        V=V, BV=next_power_of_2(V), MOST=MOST_SPLITS, num_warps=2, **overlapping(o),
     )  # fmt: skip
     return o
 
@@ -285,7 +291,7 @@ def _launch(call: Call, config: dict[str, int], o: Tensor, lse: Tensor, splits: 
         BV=max(16, next_power_of_2(V)), PAGE=page_tokens, BM=BM, BN=config["BN"],
         MOST=MOST_SPLITS, LEAST=LEAST_SPLIT_TOKENS, SPLIT=splits > 1,
         PACKED=call.starts is not None, TREE=sees is not None, WINDOW=call.window is not None,
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        num_warps=config["num_warps"], num_stages=config["num_stages"], **overlapping(o),
     )  # fmt: skip
 
 

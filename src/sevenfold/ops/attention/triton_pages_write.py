@@ -8,15 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
+from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
 
 
 @triton.jit
 def _write_kernel(
     k, v, k_pages, v_pages, page, place, k_row, k_head, v_row, v_head, k_page, v_page, G,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One key head of one token."""
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i, iv = tl.arange(0, BD), tl.arange(0, BV)
     to, at = tl.load(page + row).to(tl.int64), tl.load(place + row).to(tl.int64) * G + g
@@ -39,4 +44,5 @@ def write(
             k, v, k_pages, v_pages, page, place, *k.stride()[:2], *v.stride()[:2],
             k_pages.stride(0), v_pages.stride(0), G,
             D=D, V=V, BD=next_power_of_2(D), BV=next_power_of_2(V), num_warps=1,
+            **overlapping(k),
         )  # fmt: skip

@@ -1,10 +1,9 @@
 """Half a layer of a few rows on a GPU: what a decoding step runs around its mixers' recurrence.
 
-A step of one token reads each weight once, and the rest is launches: half a layer is three kernels
-here, where its operators one by one are fifteen. Up to 16 rows norms are taken inside the products
-after them; beyond, each program would take all rows' norms again, and they have their own kernel.
-Nothing waits for the host and nothing is allocated by what tensors hold, so that CUDA graphs hold
-all of it. Inference only.
+A step of one token reads each weight once, and the rest is launches: half a layer is three to five
+kernels here, where its operators one by one are fifteen, and each begins while the one before it
+runs. Nothing waits for the host and nothing is allocated by what tensors hold, so that CUDA graphs
+hold all of it. Inference only.
 """
 
 from collections.abc import Sequence
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sevenfold.ops.few_rows.tiles import FEW_ROWS, gate_up_tile, linear_tile
-from sevenfold.ops.few_rows.types import LightningWeights, Norm, Residual, Stream
+from sevenfold.ops.few_rows.types import LightningWeights, Norm, Residual
 from sevenfold.ops.triton_rules import runs_on_gpu
 
-_FUSED_ROWS = 16
 _ALIGNMENT = 16  # bytes of the widest load
 # Of a router: a row, its logits, and their weights by some columns stay in registers.
 _MAX_EXPERTS, _MAX_CHOICES, _MAX_WIDTH = 64, 512, 16384
@@ -26,12 +24,13 @@ _MAX_EXPERTS, _MAX_CHOICES, _MAX_WIDTH = 64, 512, 16384
 class Fed(NamedTuple):
     """What lightning attention takes: q, k, v [M, H, D]; and what its output joins.
 
-    gate: [M, H D], past its sigmoid where the norms are taken inside the products.
+    gate: [M, H D], before its sigmoid.
+    stream: [M, hidden_size].
     """
 
     tokens: tuple[Tensor, Tensor, Tensor]
     gate: Tensor
-    stream: Stream
+    stream: Tensor
 
 
 def suits_device_rows(x: Tensor) -> bool:
@@ -81,15 +80,10 @@ def feed_lightning(x: Tensor, norm: Norm, weights: LightningWeights, residual: R
 
     H, pair = len(weights.log_decay), (weights.qkv, weights.gate)
     tile = linear_tile(len(x), weights.qkv, sum(map(len, pair)))
-    if _takes_norms_inside(x):
-        qkv, gate, roots = triton_linear.project_lightning(x, norm, pair, H, tile)
-        stream = Stream(x, roots, norm.weight) if residual.post_norm else Stream(x)
-    else:
-        u = _normed(x, None, norm)
-        qkv, gate, _ = triton_linear.project_lightning(u, None, pair, H, tile)
-        stream = Stream(u if residual.post_norm else x)
+    u = _normed(x, None, norm)
+    qkv, gate = triton_linear.project_lightning(u, pair, H, tile)
     q, k, v = qkv.unbind(0)
-    return Fed((q, k, v), gate, stream)
+    return Fed((q, k, v), gate, u if residual.post_norm else x)
 
 
 def join_lightning(o: Tensor, fed: Fed, weights: LightningWeights, residual: Residual) -> Tensor:
@@ -106,15 +100,13 @@ def join_lightning(o: Tensor, fed: Fed, weights: LightningWeights, residual: Res
     Returns:
         [M, D].
     """
-    if _takes_norms_inside(o):
-        return _join(o, (weights.norm, fed.gate), weights.out, fed.stream, residual)
     o = _normed(o, fed.gate, weights.norm)
-    return _join(o, None, weights.out, fed.stream, residual)
+    return _join(o, weights.out, fed.stream, residual)
 
 
 def feed_softmax(
     x: Tensor, norm: Norm, weights: Sequence[Tensor], residual: Residual
-) -> tuple[list[Tensor], Stream]:
+) -> tuple[list[Tensor], Tensor]:
     """Norm and projections before softmax attention: W_i RMSNorm(x).
 
     Args:
@@ -128,16 +120,11 @@ def feed_softmax(
     """
     from sevenfold.ops.few_rows import triton_linear
 
-    tile = linear_tile(len(x), weights[0], sum(map(len, weights)))
-    if not _takes_norms_inside(x):
-        u = _normed(x, None, norm)
-        ys, _ = triton_linear.project(u, None, weights, tile)
-        return ys, Stream(u if residual.post_norm else x)
-    ys, roots = triton_linear.project(x, norm, weights, tile)
-    return ys, Stream(x, roots, norm.weight) if residual.post_norm else Stream(x)
+    tile, u = linear_tile(len(x), weights[0], sum(map(len, weights))), _normed(x, None, norm)
+    return triton_linear.project(u, weights, tile), u if residual.post_norm else x
 
 
-def join_softmax(o: Tensor, weight: Tensor, stream: Stream, residual: Residual) -> Tensor:
+def join_softmax(o: Tensor, weight: Tensor, stream: Tensor, residual: Residual) -> Tensor:
     """Output projection and residual after softmax attention: alpha * stream + beta * W o [M, D].
 
     Args:
@@ -146,7 +133,7 @@ def join_softmax(o: Tensor, weight: Tensor, stream: Stream, residual: Residual) 
         stream: as feed_softmax returned it.
         residual: how the result joins the stream.
     """
-    return _join(o, None, weight, stream, residual)
+    return _join(o, weight, stream, residual)
 
 
 class DeviceExperts(NamedTuple):
@@ -194,12 +181,10 @@ def dense_on_device(
     """
     from sevenfold.ops.few_rows import triton_experts
 
+    u = _normed(x, None, norm)
     tile = gate_up_tile(len(x), gate_up.unsqueeze(0))
-    if _takes_norms_inside(x):
-        hidden, stream = triton_experts.dense_gate_up(x, norm, gate_up, tile)
-    else:
-        hidden, stream = triton_experts.dense_gate_up(_normed(x, None, norm), None, gate_up, tile)
-    return _join(hidden, None, down, stream if residual.post_norm else Stream(x), residual)
+    hidden = triton_experts.dense_gate_up(u, gate_up, tile)
+    return _join(hidden, down, u if residual.post_norm else x, residual)
 
 
 def logits_on_device(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -230,25 +215,14 @@ def rotate_on_device(q: Tensor, k: Tensor, positions: Tensor, frequency: Tensor)
     triton_rotate.rotate_rows(q, k, positions, frequency)
 
 
-def _takes_norms_inside(x: Tensor) -> bool:
-    # x o w would overflow fp16 where RMSNorm(x) does not.
-    return len(x) <= _FUSED_ROWS and x.dtype is not torch.float16
-
-
 def _normed(x: Tensor, gate: Tensor | None, norm: Norm) -> Tensor:
     from sevenfold.ops.rms_norm import triton_rms_norm
 
     return triton_rms_norm.normed(x, gate, norm.weight, norm.eps)
 
 
-def _join(
-    x: Tensor,
-    gated: tuple[Norm, Tensor] | None,
-    weight: Tensor,
-    stream: Stream,
-    residual: Residual,
-) -> Tensor:
+def _join(x: Tensor, weight: Tensor, stream: Tensor, residual: Residual) -> Tensor:
     from sevenfold.ops.few_rows import triton_linear
 
     tile = linear_tile(len(x), weight, len(weight))
-    return triton_linear.join(x, gated, weight, stream, residual, tile)
+    return triton_linear.join(x, weight, stream, residual, tile)

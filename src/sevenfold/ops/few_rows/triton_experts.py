@@ -8,6 +8,9 @@ choices by itself. A tile holds twice an expert's even share of rows; an expert 
 another round, over a weight that the cache has just seen. Choices weigh the hidden rows, so that a
 token's sum is plain: in one program where one or two tokens read their own experts (their weights
 are read once a token), else by a last kernel, always in the order of the choices.
+
+Which experts are read is known only past the choice, so the second product could fetch nothing
+before its turn: the first one's programs fetch its weights.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -20,11 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.ops.few_rows.tiles import Tile, alone_tiles, down_tile, gate_up_tile
-from sevenfold.ops.few_rows.triton_linear import constants, new_roots
-from sevenfold.ops.few_rows.triton_product import multiply, root
+from sevenfold.ops.few_rows.triton_linear import constants
+from sevenfold.ops.few_rows.triton_product import multiply
 from sevenfold.ops.few_rows.triton_router import Choice
-from sevenfold.ops.few_rows.types import Norm, Residual, Stream
+from sevenfold.ops.few_rows.types import Residual
+from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_overlap import fetch, is_fetched, let_next_begin, wait_for_last
 
 _ALONE = 2  # tokens up to which each reads its own experts
 _COLUMNS, _WARPS = 1024, 4
@@ -58,8 +63,17 @@ def _choices(mine, place, first, BM: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def _fetch_share(w, count, place, OVERLAPS: tl.constexpr):
+    """Fetch this program's share of the place-th `count` elements of w."""
+    if is_fetched(place, count, w):
+        share = tl.cdiv(tl.cdiv(count, tl.num_programs(0)), 64) * 64
+        first = tl.program_id(0) * share
+        fetch(w + first, tl.minimum(share, count - first), OVERLAPS)
+
+
+@triton.jit
 def _gate_up_rows(
-    x, norm, roots, w, shares, hidden, c, used, chosen, F, eps,
+    x, w, shares, hidden, c, used, chosen, F,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -67,15 +81,8 @@ def _gate_up_rows(
     half: tl.constexpr = BN // 2
     first, i = tl.program_id(0) * half, tl.arange(0, BN)
     n = tl.minimum(i % half, F - 1 - first) + tl.where(i < half, 0, F)
-    token = c // chosen
     w += first.to(tl.int64) * K
-    got, squares = multiply(w, n, x, token * K, used, norm, None, K, BN, BM, BK, WK, STAGES)
-    if norm is not None:
-        r = root(squares, K, eps)
-        got *= r[None, :]
-        if roots is not None:
-            if first == 0:
-                tl.store(roots + token, r, mask=used)
+    got = multiply(w, n, x, c // chosen * K, used, K, BN, BM, BK, WK, STAGES)
     gate, up = tl.split(tl.permute(tl.reshape(got, [2, half, BM]), (1, 2, 0)))
     out = gate * tl.sigmoid(gate) * up
     if shares is not None:
@@ -87,30 +94,42 @@ def _gate_up_rows(
 
 @triton.jit(do_not_specialize=["M"])
 def _dense_kernel(
-    x, norm, roots, w, hidden, M, F, eps,
+    x, w, hidden, M, F,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    m = tl.arange(0, BM)
-    _gate_up_rows(x, norm, roots, w, None, hidden, m, m < M, 1, F, eps, K, BN, BM, BK, WK, STAGES)
+    let_next_begin(OVERLAPS)
+    half: tl.constexpr = BN // 2
+    m, first = tl.arange(0, BM), tl.program_id(0) * half
+    if is_fetched(tl.program_id(0), BN * K, w):
+        count = tl.minimum(half, F - first) * K
+        fetch(w + first.to(tl.int64) * K, count, OVERLAPS)
+        fetch(w + (F + first).to(tl.int64) * K, count, OVERLAPS)
+    wait_for_last(OVERLAPS)
+    _gate_up_rows(x, w, None, hidden, m, m < M, 1, F, K, BN, BM, BK, WK, STAGES)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _gate_up_kernel(
-    x, w, experts, shares, hidden, R, E, F,
-    CHOSEN: tl.constexpr, P: tl.constexpr, BY_CHOICE: tl.constexpr,
+    x, w, next_w, experts, shares, hidden, R, E, F,
+    NEXT: tl.constexpr, CHOSEN: tl.constexpr, P: tl.constexpr, BY_CHOICE: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    """NEXT: elements of an expert's second weight in next_w."""
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     expert, mine, place = _expert_of(experts, R, E, P, BY_CHOICE)
     if expert < 0:
         return
     w += expert.to(tl.int64) * 2 * F * K
-    for first in range(0, tl.sum(mine.to(tl.int32), axis=0), BM):
+    rows = tl.sum(mine.to(tl.int32), axis=0)
+    if rows > 0:
+        _fetch_share(next_w + expert.to(tl.int64) * NEXT, NEXT, tl.program_id(1), OVERLAPS)
+    for first in range(0, rows, BM):
         c, used = _choices(mine, place, first, BM, P)
         _gate_up_rows(
-            x, None, None, w, shares, hidden, c, used, CHOSEN, F, 0.0,
-            K, BN, BM, BK, WK, STAGES,
+            x, w, shares, hidden, c, used, CHOSEN, F, K, BN, BM, BK, WK, STAGES
         )  # fmt: skip
 
 
@@ -119,8 +138,10 @@ def _down_kernel(
     x, w, experts, rows, R, E, N,
     P: tl.constexpr, BY_CHOICE: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     expert, mine, place = _expert_of(experts, R, E, P, BY_CHOICE)
     if expert < 0:
         return
@@ -130,7 +151,7 @@ def _down_kernel(
     w += (expert.to(tl.int64) * N + first_n) * K
     for first in range(0, tl.sum(mine.to(tl.int32), axis=0), BM):
         c, used = _choices(mine, place, first, BM, P)
-        got, _ = multiply(w, left, x, c * K, used, None, None, K, BN, BM, BK, WK, STAGES)
+        got = multiply(w, left, x, c * K, used, K, BN, BM, BK, WK, STAGES)
         tl.store(rows + c[None, :] * N + n[:, None], got, mask=used[None, :] & (n < N)[:, None])
 
 
@@ -139,17 +160,18 @@ def _down_alone_kernel(
     x, w, experts, stream, y, N, alpha, beta,
     CHOSEN: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One token's experts, one after another, and its residual."""
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     first, token, m = tl.program_id(0) * BN, tl.program_id(1), tl.arange(0, BM)
     left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
     total = tl.zeros([BN, BM], tl.float32)
     for j in tl.static_range(CHOSEN):
         c = token * CHOSEN + j
         one = w + (tl.load(experts + c).to(tl.int64) * N + first) * K
-        got, _ = multiply(one, left, x, c * K + 0 * m, m < 1, None, None, K, BN, BM, BK, WK, STAGES)
-        total += got
+        total += multiply(one, left, x, c * K + 0 * m, m < 1, K, BN, BM, BK, WK, STAGES)
     at = token * N + n[:, None] + 0 * m[None, :]
     inside = (m < 1)[None, :] & (n < N)[:, None]
     joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
@@ -159,9 +181,12 @@ def _down_alone_kernel(
 
 @triton.jit
 def _total_kernel(
-    rows, stream, y, N, alpha, beta, CHOSEN: tl.constexpr, COLUMNS: tl.constexpr
+    rows, stream, y, N, alpha, beta,
+    CHOSEN: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A token's rows, summed in the order of its choices, and its residual."""
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float32)
@@ -172,13 +197,17 @@ def _total_kernel(
     tl.store(y + token * N + n, total.to(y.dtype.element_ty), mask=n < N)
 
 
-def gate_up(choice: Choice, weight: Tensor, tile: Tile) -> Tensor:
-    """The hidden rows [M k, F] of all choices, weighed; weight [E, 2 F, K]."""
+def gate_up(choice: Choice, weight: Tensor, next_weight: Tensor, tile: Tile) -> Tensor:
+    """The hidden rows [M k, F] of all choices, weighed; weight [E, 2 F, K].
+
+    next_weight: [E, N, F], what `down` will read.
+    """
     (E, F2, K), (M, chosen) = weight.shape, choice.experts.shape
     hidden = choice.u.new_empty(M * chosen, F2 // 2)
     _gate_up_kernel[(cdiv(F2 // 2, tile.BN // 2), min(E, M * chosen))](
-        choice.u, weight, choice.experts, choice.weights, hidden, M * chosen, E, F2 // 2,
-        CHOSEN=chosen, P=_padded(M * chosen), BY_CHOICE=M * chosen < E, K=K, **constants(tile),
+        choice.u, weight, next_weight, choice.experts, choice.weights, hidden, M * chosen, E,
+        F2 // 2, NEXT=next_weight[0].numel(), CHOSEN=chosen, P=_padded(M * chosen),
+        BY_CHOICE=M * chosen < E, K=K, **constants(tile), **overlapping(hidden),
     )  # fmt: skip
     return hidden
 
@@ -189,7 +218,7 @@ def down(hidden: Tensor, choice: Choice, weight: Tensor, tile: Tile) -> Tensor:
     rows = torch.empty(R, N, dtype=torch.float32, device=hidden.device)
     _down_kernel[(cdiv(N, tile.BN), min(E, R))](
         hidden, weight, choice.experts, rows, R, E, N,
-        P=_padded(R), BY_CHOICE=R < E, K=K, **constants(tile),
+        P=_padded(R), BY_CHOICE=R < E, K=K, **constants(tile), **overlapping(hidden),
     )  # fmt: skip
     return rows
 
@@ -202,7 +231,7 @@ def down_alone(
     y = torch.empty_like(stream)
     _down_alone_kernel[(cdiv(N, tile.BN), M)](
         hidden, weight, choice.experts, stream, y, N, float(residual.alpha),
-        float(residual.beta), CHOSEN=chosen, K=K, **constants(tile),
+        float(residual.beta), CHOSEN=chosen, K=K, **constants(tile), **overlapping(hidden),
     )  # fmt: skip
     return y
 
@@ -212,7 +241,7 @@ def total(rows: Tensor, stream: Tensor, residual: Residual) -> Tensor:
     (M, N), y = stream.shape, torch.empty_like(stream)
     _total_kernel[(cdiv(N, _COLUMNS), M)](
         rows, stream, y, N, float(residual.alpha), float(residual.beta),
-        CHOSEN=len(rows) // M, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        CHOSEN=len(rows) // M, COLUMNS=_COLUMNS, num_warps=_WARPS, **overlapping(rows),
     )  # fmt: skip
     return y
 
@@ -224,24 +253,21 @@ def feed(
     M, R = len(stream), choice.experts.numel()
     if M <= _ALONE:
         first, second = alone_tiles(gate_up_proj, down_proj)
-        hidden = gate_up(choice, gate_up_proj, first)
+        hidden = gate_up(choice, gate_up_proj, down_proj, first)
         return down_alone(hidden, choice, down_proj, stream, residual, second)
-    hidden = gate_up(choice, gate_up_proj, gate_up_tile(R, gate_up_proj))
+    hidden = gate_up(choice, gate_up_proj, down_proj, gate_up_tile(R, gate_up_proj))
     rows = down(hidden, choice, down_proj, down_tile(R, down_proj))
     return total(rows, stream, residual)
 
 
-def dense_gate_up(
-    x: Tensor, norm: Norm | None, weight: Tensor, tile: Tile
-) -> tuple[Tensor, Stream]:
-    """SwiGLU's hidden rows [M, F] of RMSNorm(x), or of x, and the stream; weight [2 F, K]."""
+def dense_gate_up(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+    """SwiGLU's hidden rows [M, F] of x [M, K]; weight [2 F, K]."""
     (M, K), F = x.shape, len(weight) // 2
-    hidden, roots = x.new_empty(M, F), new_roots(x, norm)
+    hidden = x.new_empty(M, F)
     _dense_kernel[(cdiv(F, tile.BN // 2),)](
-        x, None if norm is None else norm.weight, roots, weight, hidden, M, F,
-        0.0 if norm is None else norm.eps, K=K, **constants(tile),
+        x, weight, hidden, M, F, K=K, **constants(tile), **overlapping(x),
     )  # fmt: skip
-    return hidden, Stream(x, roots, None if norm is None else norm.weight)
+    return hidden
 
 
 def _padded(choices: int) -> int:

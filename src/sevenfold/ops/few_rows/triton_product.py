@@ -1,10 +1,4 @@
-"""The tile that all products of a few rows share: a weight is read once, past a norm on its rows.
-
-    got = W (x o w o g)      squares = sum over k of x_k^2
-
-so that r * got, with r = 1 / sqrt(squares / K + eps), is W RMSNorm(x) o g: the norm's statistic is
-taken while the weight streams, and nothing waits for it. x o w o g is rounded once to x's dtype, as
-a norm of its own would round. fp16 could overflow there, so it goes past a norm of its own.
+"""The tile that all products of a few rows share: a weight is read once.
 
 The weight is the left operand, whose rows are many; the rows of tokens are the right one. With
 WK > 1 the warps share K: part p of a step's K goes to the p-th share, and shares are added in a
@@ -20,63 +14,41 @@ import triton.language as tl
 
 @triton.jit
 def multiply(
-    w, n, x, at, in_m, norm, gate,
+    w, n, x, at, in_m,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """got [BN, BM] fp32 and squares [BM].
-
-    Rows n of w [., K] times the rows of x, and of gate, that begin at `at`, where in_m. Without a
-    norm (None) x is taken as it is, and squares are zero.
-    """
+    """[BN, BM] fp32: rows n of w [., K] times the rows of x that begin at `at`, where in_m."""
     even: tl.constexpr = K % (WK * BK) == 0
     if WK == 1:
         got = tl.zeros([BN, BM], tl.float32)
-        squares = tl.zeros([BK, BM], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             k = start + tl.arange(0, BK)
             left = _load(w + n[:, None] * K + k[None, :], None, k[None, :], K, even)
             xs = _load(x + at[None, :] + k[:, None], in_m[None, :], k[:, None], K, even)
-            if norm is not None:
-                wide = xs.to(tl.float32)
-                squares += wide * wide
-                wide *= _load(norm + k, None, k, K, even).to(tl.float32)[:, None]
-                if gate is not None:
-                    gates = _load(
-                        gate + at[None, :] + k[:, None], in_m[None, :], k[:, None], K, even
-                    )
-                    wide *= gates.to(tl.float32)
-                xs = wide.to(xs.dtype)
-            got = tl.dot(left, xs, got, input_precision="ieee")
-        squares = tl.sum(squares, axis=0)
+            got = _add_product(left, xs, got)
     else:
         shares = tl.zeros([WK, BN, BM], tl.float32)
-        squares = tl.zeros([WK, BK, BM], tl.float32)
         for start in tl.range(0, K, WK * BK, num_stages=STAGES):
             k = start + tl.arange(0, WK)[:, None] * BK + tl.arange(0, BK)[None, :]
             along, down = k[:, None, :], k[:, :, None]
             left = _load(w + n[None, :, None] * K + along, None, along, K, even)
             xs = _load(x + at[None, None, :] + down, in_m[None, None, :], down, K, even)
-            if norm is not None:
-                wide = xs.to(tl.float32)
-                squares += wide * wide
-                wide *= _load(norm + k, None, k, K, even).to(tl.float32)[:, :, None]
-                if gate is not None:
-                    gates = _load(
-                        gate + at[None, None, :] + down, in_m[None, None, :], down, K, even
-                    )
-                    wide *= gates.to(tl.float32)
-                xs = wide.to(xs.dtype)
-            shares = tl.dot(left, xs, shares, input_precision="ieee")
+            shares = _add_product(left, xs, shares)
         got = tl.sum(shares, axis=0)
-        squares = tl.sum(tl.sum(squares, axis=0), axis=0)
-    return got, squares
+    return got
 
 
 @triton.jit
-def root(squares, K: tl.constexpr, eps):
-    """r of RMSNorm, of sums over K."""
-    return tl.div_rn(1.0, tl.sqrt_rn(squares / K + eps))
+def _add_product(left, right, total):
+    """total + left right; in fp32 by sums of BK products, as one sum of all rounds at its size."""
+    if left.dtype == tl.float32:
+        # Written as an addition it would be taken into the product.
+        part = tl.dot(left, right, input_precision="ieee")
+        total = tl.fma(part, tl.full(part.shape, 1.0, tl.float32), total)
+    else:
+        total = tl.dot(left, right, total)
+    return total
 
 
 @triton.jit

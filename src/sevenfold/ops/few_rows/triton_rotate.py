@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
 
 _WARPS = 4
 
@@ -28,7 +30,10 @@ def _turn(x, cos, sin, H, D: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
 def _rotate_kernel(
     q, k, positions, frequency, H, G,
     D: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, GP: tl.constexpr, BH: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     row, i = tl.program_id(0), tl.arange(0, BH)
     angle = tl.load(positions + row).to(tl.float32) * tl.load(frequency + i, i < HALF, 0.0)
     cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
@@ -41,5 +46,5 @@ def rotate_rows(q: Tensor, k: Tensor, positions: Tensor, frequency: Tensor) -> N
     (M, H, D), G, half = q.shape, k.shape[1], len(frequency)
     _rotate_kernel[(M,)](
         q, k, positions, frequency, H, G, D=D, HALF=half, HP=next_power_of_2(H),
-        GP=next_power_of_2(G), BH=next_power_of_2(half), num_warps=_WARPS,
+        GP=next_power_of_2(G), BH=next_power_of_2(half), num_warps=_WARPS, **overlapping(q),
     )  # fmt: skip

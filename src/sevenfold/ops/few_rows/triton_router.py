@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.few_rows.triton_product import root
 from sevenfold.ops.few_rows.types import Norm
+from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.triton_overlap import fetch, let_next_begin, wait_for_last
 
 _WARPS, _STAGES = 8, 2
 _TILE_ELEMENTS = 16384  # weights in the hands of one program
@@ -35,12 +36,17 @@ class Choice(NamedTuple):
 def _choose_kernel(
     x, norm, router, u, experts, weights, E, eps,
     K: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, BK: tl.constexpr,
-    CHOSEN: tl.constexpr, STAGES: tl.constexpr,
+    CHOSEN: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAPS)
+    if tl.program_id(0) == 0:
+        fetch(router, E * K, OVERLAPS)
+        fetch(norm, K, OVERLAPS)
+    wait_for_last(OVERLAPS)
     row, e = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS)
     column = tl.arange(0, COLUMNS)
     wide = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
-    r = root(tl.sum(wide * wide, axis=0), K, eps)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(wide * wide, axis=0) / K + eps))
     logits = tl.zeros([EXPERTS], tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
@@ -75,6 +81,6 @@ def choose(x: Tensor, norm: Norm, router: Tensor, num_chosen: int) -> Choice:
     _choose_kernel[(M,)](
         x, norm.weight, router, u, experts, weights, E, norm.eps,
         K=K, COLUMNS=columns, EXPERTS=padded, BK=min(columns, _TILE_ELEMENTS // padded),
-        CHOSEN=num_chosen, STAGES=_STAGES, num_warps=_WARPS,
+        CHOSEN=num_chosen, STAGES=_STAGES, num_warps=_WARPS, **overlapping(x),
     )  # fmt: skip
     return Choice(u, experts, weights)

@@ -32,14 +32,3 @@ class LightningWeights(NamedTuple):
     norm: Norm
     out: Tensor
     log_decay: Tensor
-
-
-class Stream(NamedTuple):
-    """What a residual joins: rows [M, D] as they lie, or a norm of them that is taken again.
-
-    roots: [M] fp32, r of the norm, with its weight [D]; None for rows as they lie.
-    """
-
-    rows: Tensor
-    roots: Tensor | None = None
-    weight: Tensor | None = None

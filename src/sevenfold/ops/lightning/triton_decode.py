@@ -15,34 +15,58 @@ from sevenfold.ops.lightning.triton_decode_common import (
     power,
     tuning,
 )
+from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_overlap import fetch, is_fetched, let_next_begin, wait_for_last
+
+
+@triton.jit
+def _fetch_share(
+    pool, slot, pool_slot, S, bh, h, part, parts: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Fetch a share of the rows of a head's state: the head's programs read all of them.
+
+    slot: whoever writes it may still be under way, so it may be any number.
+    """
+    rows: tl.constexpr = (K + parts - 1) // parts
+    if (slot >= 0) & (slot < S) & is_fetched(bh, K * V, pool):
+        first = pool + slot * pool_slot + (h * K + part * rows) * V
+        fetch(first, tl.minimum(rows, K - part * rows) * V, OVERLAPS)
 
 
 @triton.jit
 def _decode_kernel(
     q, k, v, log_decay, pool, into, slots, o, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, pool_slot,
-    H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    S, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BV value columns of one sequence's head; `into` may be the pool."""
+    let_next_begin(OVERLAPS)
     tiles: tl.constexpr = (V + BV - 1) // BV
-    bh = tl.program_id(0) // tiles
+    bh, part = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = (bh // H).to(tl.int64), bh % H
-    slot = tl.load(slots + b).to(tl.int64)
-    ik, iv = tl.arange(0, BK), (tl.program_id(0) % tiles) * BV + tl.arange(0, BV)
+    if OVERLAPS:
+        # Past the L1, which would keep it.
+        early = tl.load(slots + b, cache_modifier=".cg").to(tl.int64)
+        _fetch_share(pool, early, pool_slot, S, bh, h, part, tiles, K, V, OVERLAPS)
+    wait_for_last(OVERLAPS)
+    slot = tl.load(slots + b, cache_modifier=".cg").to(tl.int64)
+    ik, iv = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     in_k, in_v = ik < K, iv < V
     if slot < 0:
         tl.store(o + bh.to(tl.int64) * V + iv, tl.zeros([BV], o.dtype.element_ty), mask=in_v)
         return
     at = slot * pool_slot + h * K * V + ik[:, None] * V + iv[None, :]
     inside = in_k[:, None] & in_v[None, :]
-    S = tl.load(pool + at, mask=inside, other=0.0)
+    state = tl.load(pool + at, mask=inside, other=0.0)
     query = tl.load(q + b * q_row + h * q_head + ik, mask=in_k, other=0.0).to(tl.float32)
     key = tl.load(k + b * k_row + h * k_head + ik, mask=in_k, other=0.0).to(tl.float32)
     value = tl.load(v + b * v_row + h * v_head + iv, mask=in_v, other=0.0).to(tl.float32)
-    S = power(load_log_decay(log_decay, h), 1.0) * S + key[:, None] * value[None, :]
-    tl.store(into + at, S, mask=inside)
-    out = scale * tl.sum(query[:, None] * S, axis=0)
+    state = power(load_log_decay(log_decay, h), 1.0) * state + key[:, None] * value[None, :]
+    tl.store(into + at, state, mask=inside)
+    out = scale * tl.sum(query[:, None] * state, axis=0)
     tl.store(o + bh.to(tl.int64) * V + iv, out.to(o.dtype.element_ty), mask=in_v)
 
 
@@ -83,6 +107,7 @@ def _run(
         _decode_kernel[(B * H * cdiv(V, BV),)](
             q, k, v, log_decay, pool, into, slots, o, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], pool.stride(0),
-            H, K=K, V=V, BK=next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
+            len(pool), H, K=K, V=V, BK=next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
+            **overlapping(o),
         )  # fmt: skip
     return o

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import (
     as_rows,
     cdiv,
@@ -24,13 +25,18 @@ from sevenfold.ops.row_launch import (
     walking_tile,
 )
 from sevenfold.ops.triton_column_sum import column_sum
+from sevenfold.ops.triton_overlap import fetch, let_next_begin, wait_for_last
 
 
 @triton.jit
 def _forward_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, x_stride, gate_stride, num_rows, D, eps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAPS)
+    if tl.program_id(0) == 0:
+        fetch(weight_ptr, D, OVERLAPS)
+    wait_for_last(OVERLAPS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < D)
@@ -87,7 +93,7 @@ def normed(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor
     gate_stride = 0 if gates is None else gates.stride(0)
     _forward_kernel[(cdiv(len(rows), tile.rows),)](
         rows, gates, weight.contiguous(), y, rows.stride(0), gate_stride, *rows.shape, eps,
-        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **overlapping(y),
     )  # fmt: skip
     return y
 

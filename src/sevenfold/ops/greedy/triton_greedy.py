@@ -1,0 +1,60 @@
+"""The greedy choice as one Triton kernel: a row's largest logit and its check, in one read.
+
+Logits are compared as integers in the same order, among which a NaN comes last; the two zeros are
+one number. A program has one row, which its thousand threads read at once.
+"""
+
+# pyright reads a kernel as the Python function that it is not.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sevenfold.ops.overlap import overlapping
+from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
+
+_BLOCK, _WARPS, _STAGES = 8192, 32, 4
+
+
+@triton.jit
+def _greedy_kernel(
+    logits, tokens, finite, row_stride, V,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    least: tl.constexpr = -(2**31)
+    best, place = tl.full([BLOCK], least, tl.int32), tl.zeros([BLOCK], tl.int32)
+    good = tl.full([BLOCK], 1, tl.int32)
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+        inside = start + i < V
+        z = tl.load(logits + row * row_stride + start + i, mask=inside, other=0.0)
+        good &= (tl.abs(z) < float("inf")).to(tl.int32)
+        bits = z.to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        key = tl.where(z == 0, 0, tl.where(z == z, key, 0x7FFFFFFF))
+        key = tl.where(inside, key, least)
+        place = tl.where(key > best, start + i, place)
+        best = tl.maximum(key, best)
+    top = tl.max(best, axis=0)
+    tl.store(tokens + row, tl.min(tl.where(best == top, place, V), axis=0).to(tl.int64))
+    tl.store(finite + row, tl.min(good, axis=0) != 0)
+
+
+def greedy_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments and results as the public operator's."""
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    N, V = logits.shape
+    tokens = torch.empty(N, dtype=torch.int64, device=logits.device)
+    finite = torch.empty(N, dtype=torch.bool, device=logits.device)
+    if N:
+        _greedy_kernel[(N,)](
+            logits, tokens, finite, logits.stride(0), V,
+            BLOCK=min(_BLOCK, next_power_of_2(V)), STAGES=_STAGES, num_warps=_WARPS,
+            **overlapping(logits),
+        )  # fmt: skip
+    return tokens, finite

@@ -1,0 +1,27 @@
+"""Launches that begin before the kernel in front of them has ended; imports no Triton.
+
+A Hopper GPU can start a kernel's programs while the one before still runs (programmatic dependent
+launch). They may fetch into the L2, which is coherent, and must wait before they read what another
+kernel wrote, or write: every program of such a kernel waits, whatever it does, so that whoever has
+waited for one kernel has waited for all before it.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_LEAST_CAPABILITY = (9, 0)
+
+
+def overlapping(x: Tensor) -> dict[str, bool]:
+    """Return the options of a launch whose kernel takes OVERLAPS and waits by triton_overlap."""
+    if x.is_cuda and _can_overlap(x.device):
+        return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": False}
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    is_nvidia = torch.version.cuda is not None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
