@@ -7,4 +7,5 @@ from triton_interpreter import check_interpreted
 
 def test_attention_kernels_under_the_interpreter() -> None:
     folder = Path(__file__).parent / "attention"
-    check_interpreted(folder / "test_pages_kernels.py", folder / "test_join_kernels.py")
+    names = ("test_pages_kernels.py", "test_join_kernels.py", "test_chunks_kernels.py")
+    check_interpreted(*(folder / name for name in names))

@@ -112,5 +112,4 @@ def test_the_log_sum_exp_is_natural(T: int, S: int, causal: bool, dtype: torch.d
     exact = by_products(q.double(), k.double(), v.double(), block)
     assert found[1].dtype == torch.float32
     for name, ours, eager, truth in zip(("o", "lse"), found, honest, exact, strict=True):
-        # A log-sum-exp in fp32 of products that were rounded nowhere: judged as of the inputs.
         check_error(name, ours, eager.to(dtype), truth)

@@ -74,7 +74,8 @@ def attention_chunks(
         raise UnsupportedError(refusal)
     rows = q.flatten(0, 1).split(list(lengths))
     chunks = [
-        Chunk(x, k_pages, v_pages, *at, scale) for x, *at in zip(rows, pages, past, strict=True)
+        Chunk(x, k_pages, v_pages, own, seen, scale)
+        for x, own, seen in zip(rows, pages, past, strict=True)
     ]
     with torch.no_grad(), full_precision(q.device):
         if chosen is Impl.CUDNN:
