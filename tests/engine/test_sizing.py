@@ -44,8 +44,10 @@ def test_a_lone_chunk_on_a_gpu_is_bounded_by_memory_time_and_what_pays() -> None
     assert lone_chunk_tokens(small, 16 << 30) == 32_768
     # e (6 D + 5 H D_h + k (2 D + 4 F)) + 20 H D_h bytes a token, of which half may be taken.
     token = 2 * (6 * 2048 + 5 * 2048 + 2 * (2 * 2048 + 4 * 1792)) + 20 * 2048
-    assert lone_chunk_tokens(small, 2 * 16_384 * token) == 16_384
-    assert lone_chunk_tokens(small, 2 * 16_384 * token - 2) == 8192
+    # And keys and values of 65,536 tokens, where a layer attends to all.
+    gathered = 2 * 2 * 65_536 * small.num_key_value_heads * small.head_dim
+    assert lone_chunk_tokens(small, gathered + 2 * 16_384 * token) == 16_384
+    assert lone_chunk_tokens(small, gathered + 2 * 16_384 * token - 2) == 8192
     assert lone_chunk_tokens(small, 0) == 8192
     assert lone_chunk_tokens(large, 1 << 40) == 8192
     assert lone_chunk_tokens(tiny_model("lf").config, 1 << 40) == 32_768

@@ -107,4 +107,5 @@ def page_table(
     token = np.concatenate([np.arange(row.past, row.end) for row in rows])
     page = pages[row, np.minimum(token // page_tokens, most - 1)]
     at = (pages, page, token % page_tokens)
-    return PageTable(*(torch.from_numpy(x).to(device) for x in at))
+    all_pages, pages_of, places = (torch.from_numpy(x).to(device) for x in at)
+    return PageTable(all_pages, pages_of, places)

@@ -32,7 +32,7 @@ def make_runner(
     limits: tuple[int, int],
     batch_sizes: Sequence[int] | None,
     *,
-    one_size: bool = False,
+    invariant: bool = False,
 ) -> Runner | DeviceRunner:
     """Return the runner of a model over its storage.
 
@@ -42,14 +42,15 @@ def make_runner(
         limits: tokens of a page, and rows of a decoding step at most.
         batch_sizes: of decoding steps that are recorded on a GPU; None takes decode_batch_sizes of
             the most rows, or none where a graph cannot hold the model's step.
-        one_size: whether every recorded step must have the most rows.
+        invariant: whether bits must not depend on company: every recorded step has the most rows,
+            and prompts keep to the kernel whose bits do not depend on how they are cut.
 
     Raises:
         ConfigError: batch_sizes are given for a CPU or for a model whose steps a graph cannot hold,
             or do not rise from 1, or are more than the one size that is asked for.
     """
     page_tokens, most_rows = limits
-    if one_size and batch_sizes is not None and tuple(batch_sizes) != (most_rows,):
+    if invariant and batch_sizes is not None and tuple(batch_sizes) != (most_rows,):
         raise ConfigError(
             f"decode_batch_sizes must be ({most_rows},) or None with batch_invariant, got "
             f"{list(batch_sizes)}"
@@ -71,11 +72,16 @@ def make_runner(
     if not storage.is_exact:
         return Runner(model, storage, page_tokens=page_tokens)
     if batch_sizes is None:
-        recorded = (most_rows,) if one_size else decode_batch_sizes(most_rows)
+        recorded = (most_rows,) if invariant else decode_batch_sizes(most_rows)
         batch_sizes = recorded if can_record else ()
     capture = CudaCapture(model.device) if batch_sizes else None
     return DeviceRunner(
-        model, storage, page_tokens=page_tokens, batch_sizes=batch_sizes, capture=capture
+        model,
+        storage,
+        page_tokens=page_tokens,
+        batch_sizes=batch_sizes,
+        capture=capture,
+        cuts_change_bits=not invariant,
     )
 
 

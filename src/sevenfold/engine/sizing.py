@@ -5,7 +5,7 @@ import os
 import torch
 
 from sevenfold.config import ConfigError
-from sevenfold.engine.device import chunk_token_bytes, graph_bytes
+from sevenfold.engine.device import chunk_token_bytes, gathered_bytes, graph_bytes
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.precision import SnapshotDtype, StateDtype
 from sevenfold.engine.scheduler import SchedulerConfig
@@ -55,7 +55,8 @@ def lone_chunk_tokens(config: ModelConfig, free_bytes: int, *, element_bytes: in
     """
     tokens = SchedulerConfig.model_fields["max_step_tokens"].default
     # The other prompts' share of a step lies beside it.
-    most = _LONE_MEMORY_SHARE * free_bytes / chunk_token_bytes(config, element_bytes=element_bytes)
+    left = max(0, free_bytes - gathered_bytes(config, element_bytes=element_bytes))
+    most = _LONE_MEMORY_SHARE * left / chunk_token_bytes(config, element_bytes=element_bytes)
     while 2 * tokens <= min(_MOST_LONE_TOKENS, most):
         if prefill_flops(config, 2 * tokens) > _MOST_LONE_FLOPS:
             break

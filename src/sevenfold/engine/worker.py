@@ -64,15 +64,15 @@ class Worker:
         where = {"device": model.device, "dtype": model.dtype}
         self.storage = Storage(model.config, plan, decays=_decays(model), **where)
         limits = (plan.page_tokens, config.max_running)
-        one_size = config.chunk_tokens is not None
+        invariant = config.chunk_tokens is not None
         sizes = config.decode_batch_sizes
-        self.runner = make_runner(model, self.storage, limits, sizes, one_size=one_size)
+        self.runner = make_runner(model, self.storage, limits, sizes, invariant=invariant)
         self._run = self.runner.run
         self.ahead = self.runner if isinstance(self.runner, DeviceRunner) else None
         if config.chunk_tokens is not None:
-            invariant = InvariantRunner(self.runner, config.chunk_tokens)
-            self._run = invariant.run
-            self.ahead = self.ahead if invariant.pads else None
+            alone = InvariantRunner(self.runner, config.chunk_tokens)
+            self._run = alone.run
+            self.ahead = self.ahead if alone.pads else None
         self._pending = PendingDrafts(model, self.storage)
         self._verifier = None
         if config.draft_tokens:

@@ -81,6 +81,8 @@ class PageTable:
         on a device; None has them read from the batch, on the host.
     cu_seqlens: [N + 1] int64 beside key_lengths, cumulative numbers of new tokens, where they are
         packed in one row.
+    past: beside key_lengths, tokens of each sequence before the new ones, where the host knows them
+        and a prompt's bits may depend on how it is cut: long chunks may then go block by block.
     """
 
     pages: Tensor
@@ -88,6 +90,7 @@ class PageTable:
     place: Tensor
     key_lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    past: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

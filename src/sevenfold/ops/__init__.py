@@ -6,10 +6,12 @@ from sevenfold.ops.attention import (
     attention_block,
     attention_block_backward,
     attention_cached,
+    attention_chunks,
     attention_paged,
     attention_paged_tree,
     attention_pages,
     join_blocks,
+    suits_chunks,
     write_pages,
 )
 from sevenfold.ops.cross_entropy import IGNORED_LABEL, linear_cross_entropy
@@ -122,6 +124,7 @@ __all__ = [
     "attention_block",
     "attention_block_backward",
     "attention_cached",
+    "attention_chunks",
     "attention_paged",
     "attention_paged_tree",
     "attention_pages",
@@ -177,6 +180,7 @@ __all__ = [
     "route",
     "router_logits",
     "silu_qkv",
+    "suits_chunks",
     "suits_device_router",
     "suits_device_rows",
     "suits_device_weights",

@@ -17,6 +17,7 @@ class Impl(StrEnum):
     TRITON = "triton"
     NUMBA = "numba"
     FLASH = "flash"
+    CUDNN = "cudnn"
 
 
 class OpResult(NamedTuple):

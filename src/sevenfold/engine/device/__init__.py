@@ -1,7 +1,7 @@
 """The engine where the model lies on a GPU: one upload a step, decoding by captured graphs."""
 
 from sevenfold.engine.device.capture import CudaCapture
-from sevenfold.engine.device.footprint import chunk_token_bytes, graph_bytes
+from sevenfold.engine.device.footprint import chunk_token_bytes, gathered_bytes, graph_bytes
 from sevenfold.engine.device.graphs import DecodeGraphs, decode_batch_sizes
 from sevenfold.engine.device.runner import DeviceRunner
 from sevenfold.engine.device.verifier import DeviceVerifier, DraftLimits
@@ -14,5 +14,6 @@ __all__ = [
     "DraftLimits",
     "chunk_token_bytes",
     "decode_batch_sizes",
+    "gathered_bytes",
     "graph_bytes",
 ]

@@ -3,6 +3,7 @@
 from sevenfold.models import ModelConfig
 
 _MOST_SPLITS = 32  # shares of a sequence's keys, each with an fp32 output
+_MOST_GATHERED_TOKENS = 65_536  # whose keys a long chunk has end to end at a time
 _LIBRARIES = 128 << 20  # cuBLAS's workspaces on two streams, and the graphs themselves
 
 
@@ -42,6 +43,19 @@ def chunk_token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
     inner, D = config.num_attention_heads * config.head_dim, config.hidden_size
     fed = _num_chosen(config) * (2 * D + 4 * config.intermediate_size)
     return element_bytes * (6 * D + 5 * inner + fed) + 20 * inner
+
+
+def gathered_bytes(config: ModelConfig, *, element_bytes: int) -> int:
+    """Return what a long chunk takes of a prompt's keys and values out of its pages, at most.
+
+        2 e 65,536 G D_h    where a layer attends to all tokens
+
+    Args:
+        config: the model; G = num_key_value_heads, D_h = head_dim.
+        element_bytes: e, of the model's dtype.
+    """
+    tokens = _MOST_GATHERED_TOKENS if config.count("full_attention") else 0
+    return 2 * element_bytes * tokens * config.num_key_value_heads * config.head_dim
 
 
 def _num_chosen(config: ModelConfig) -> int:

@@ -34,6 +34,7 @@ class DeviceRunner:
         page_tokens: int,
         batch_sizes: Sequence[int] = (),
         capture: Capture | None = None,
+        cuts_change_bits: bool = True,
     ) -> None:
         """Record nothing yet.
 
@@ -43,9 +44,12 @@ class DeviceRunner:
             page_tokens: tokens of a page.
             batch_sizes: of decoding steps that are recorded; none without `capture`.
             capture: records them; None runs each step as it comes.
+            cuts_change_bits: whether the bits of softmax attention may depend on how a prompt is
+                cut, as long chunks' do where they go block by block.
         """
         self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
         self.batch_sizes, self.capture = tuple(batch_sizes), capture
+        self._cuts_change_bits = cuts_change_bits
         self._graphs = None
         if capture is not None:
             self._graphs = DecodeGraphs(self._step, capture, batch_sizes, device=model.device)
@@ -110,7 +114,8 @@ class DeviceRunner:
         borders = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         batch = Batch(lengths, past, positions[None], borders)
         pages = pages.view(len(rows), -1)
-        table = PageTable(pages, page, place, key_lengths, starts)
+        known = past if self._cuts_change_bits else None
+        table = PageTable(pages, page, place, key_lengths, starts, known)
         state = self._values(slots, table, _stops(rows))
         hidden = self.model.hidden(ids[None], batch, state).hidden[0]
         score_rows(self.model, rows, hidden)

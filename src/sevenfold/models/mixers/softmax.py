@@ -10,10 +10,12 @@ from sevenfold.models.state import KVState, PagedKV, PagedTree
 from sevenfold.ops import (
     attention,
     attention_cached,
+    attention_chunks,
     attention_paged,
     attention_paged_tree,
     attention_pages,
     autocast,
+    suits_chunks,
     write_pages,
 )
 
@@ -91,6 +93,16 @@ class SoftmaxAttention(nn.Module):
         table, tokens = state.table, (k.flatten(0, 1), v.flatten(0, 1))
         if table.key_lengths is not None:
             write_pages(*tokens, state.k, state.v, table.page, table.place)
+            if table.past is not None and self._goes_by_blocks(q, batch, state):
+                return attention_chunks(
+                    q,
+                    state.k,
+                    state.v,
+                    table.pages,
+                    lengths=batch.lengths,
+                    past=table.past,
+                    scale=self.scale,
+                )
             return attention_pages(
                 q,
                 state.k,
@@ -113,6 +125,9 @@ class SoftmaxAttention(nn.Module):
             scale=self.scale,
             window=self.window,
         )
+
+    def _goes_by_blocks(self, q: Tensor, batch: Batch, state: PagedKV) -> bool:
+        return self.window is None and suits_chunks(q, state.v, batch.lengths)
 
     def _attend_tree(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PagedTree

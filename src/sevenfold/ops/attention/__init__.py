@@ -8,6 +8,7 @@ from sevenfold.ops.attention.blocks import (
     default_block_impl,
     join_blocks,
 )
+from sevenfold.ops.attention.chunks import attention_chunks, suits_chunks
 from sevenfold.ops.attention.paged import attention_paged
 from sevenfold.ops.attention.pages import attention_pages
 from sevenfold.ops.attention.pages_write import write_pages
@@ -19,11 +20,13 @@ __all__ = [
     "attention_block",
     "attention_block_backward",
     "attention_cached",
+    "attention_chunks",
     "attention_paged",
     "attention_paged_tree",
     "attention_pages",
     "default_attention_impl",
     "default_block_impl",
     "join_blocks",
+    "suits_chunks",
     "write_pages",
 ]

@@ -20,8 +20,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tens
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        _borders(block.lengths, q.device),
-        _borders(block.key_lengths, q.device),
+        borders(block.lengths, q.device),
+        borders(block.key_lengths, q.device),
         max(block.lengths),
         max(block.key_lengths),
         0.0,
@@ -45,8 +45,8 @@ def backward(
         v.contiguous(),
         o.contiguous(),
         lse.contiguous(),
-        _borders(block.lengths, q.device),
-        _borders(block.key_lengths, q.device),
+        borders(block.lengths, q.device),
+        borders(block.key_lengths, q.device),
         max(block.lengths),
         max(block.key_lengths),
         0.0,
@@ -57,7 +57,12 @@ def backward(
     )
 
 
-def _borders(lengths: Sequence[int], device: torch.device) -> Tensor:
-    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+def borders(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Return [N + 1] int32 on a GPU, the cumulative lengths, 0 first."""
+    return sent([0, *accumulate(lengths)], device)
+
+
+def sent(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Return numbers as int32 on a GPU, without waiting for it."""
     # Pinned memory: the host does not wait for the copy.
-    return borders.pin_memory().to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
