@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sevenfold.ops.lightning.triton_hopper_chunk import (
+    aged_values,
     ages_of,
     entered_of,
     first_state,
@@ -45,16 +46,6 @@ from sevenfold.ops.lightning.triton_scan import decayed, forgotten, rate
 
 
 @gluon.jit
-def _aged_values(v_buf, ready, at, ages, dtype: gl.constexpr, STAGES: gl.constexpr):
-    """V^T of a chunk by age, once it has come."""
-    V_operand: gl.constexpr = ages.type.layout.parent
-    stage = at % STAGES
-    mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
-    _, vs = values_of(v_buf.index(stage), ages, V_operand, dtype)
-    return vs
-
-
-@gluon.jit
 def _add_piece(S, buffers, bars, at, chunks, log2_decay, gain, A_layout: gl.constexpr,
                C: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The state after a piece, whose output nobody asks for; its chunks are whole."""
@@ -64,12 +55,12 @@ def _add_piece(S, buffers, bars, at, chunks, log2_decay, gain, A_layout: gl.cons
     ages = ages_of(log2_decay, C, gain, A_layout, C, REVERSE)
     decay = decayed(log2_decay * C)
     if chunks > 0:
-        vs = _aged_values(v_buf, ready, at, ages, dtype, STAGES)
+        vs = aged_values(v_buf, ready, at, ages, dtype, STAGES)
         for chunk in range(chunks):
             S = warpgroup_mma(vs, k_buf.index(at % STAGES), S * decay, is_async=True)
             coming = vs
             if chunk + 1 < chunks:
-                coming = _aged_values(v_buf, ready, at + 1, ages, dtype, STAGES)
+                coming = aged_values(v_buf, ready, at + 1, ages, dtype, STAGES)
             # The product reads vs from registers until it is waited for.
             S, vs = warpgroup_mma_wait(0, deps=(S, vs))
             vs = coming

@@ -5,7 +5,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sevenfold.ops.lightning.triton_scan import power
 
@@ -76,6 +76,16 @@ def values_of(v_buf, ages, layout: gl.constexpr, dtype: gl.constexpr):
     """V^T as a register operand, and the same by age."""
     vt = v_buf.permute((1, 0)).load(layout)
     return vt, (vt.to(gl.float32) * ages[None, :]).to(dtype)
+
+
+@gluon.jit
+def aged_values(v_buf, ready, at, ages, dtype: gl.constexpr, STAGES: gl.constexpr):
+    """V^T of a chunk by age, once it has come."""
+    V_operand: gl.constexpr = ages.type.layout.parent
+    stage = at % STAGES
+    mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
+    _, vs = values_of(v_buf.index(stage), ages, V_operand, dtype)
+    return vs
 
 
 @gluon.jit

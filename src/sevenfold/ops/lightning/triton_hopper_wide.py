@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from sevenfold.ops.lightning.triton_hopper_chunk import (
+    aged_values,
     ages_of,
     entered_of,
     first_state,
@@ -70,16 +71,6 @@ def _add_to_halves(S0, S1, vs, k_buf, stage):
 
 
 @gluon.jit
-def _aged_values(v_buf, ready, at, ages, dtype: gl.constexpr, STAGES: gl.constexpr):
-    """V^T of a chunk by age, once it has come."""
-    V_operand: gl.constexpr = ages.type.layout.parent
-    stage = at % STAGES
-    mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
-    _, vs = values_of(v_buf.index(stage), ages, V_operand, dtype)
-    return vs
-
-
-@gluon.jit
 def _add_piece(
     S0, S1, buffers, bars, at, chunks, log2_decay, gain, A_layout: gl.constexpr, C: gl.constexpr,
     REVERSE: gl.constexpr, STAGES: gl.constexpr,
@@ -91,13 +82,13 @@ def _add_piece(
     ages = ages_of(log2_decay, C, gain, A_layout, C, REVERSE)
     decay = decayed(log2_decay * C)
     if chunks > 0:
-        vs = _aged_values(v_buf, ready, at, ages, dtype, STAGES)
+        vs = aged_values(v_buf, ready, at, ages, dtype, STAGES)
         for chunk in range(chunks):
             S0, S1 = S0 * decay, S1 * decay
             S0, S1 = _add_to_halves(S0, S1, vs, k_buf, at % STAGES)
             coming = vs
             if chunk + 1 < chunks:
-                coming = _aged_values(v_buf, ready, at + 1, ages, dtype, STAGES)
+                coming = aged_values(v_buf, ready, at + 1, ages, dtype, STAGES)
             # The products read vs from registers until they are waited for.
             S0, S1, vs = warpgroup_mma_wait(0, deps=(S0, S1, vs))
             vs = coming
@@ -120,14 +111,14 @@ def _scores(q_buf, k_buf, stage, P_layout: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def _scan_chunk(
     S0, S1, buffers, p_buf, weights, bars, at, decay, P_layout: gl.constexpr,
-    O_layout: gl.constexpr, A_layout: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    O_layout: gl.constexpr, V_operand: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """O^T of a chunk, and the state after it, which the matrix unit may still be adding to."""
     q_buf, k_buf, v_buf = buffers
     within, entered, ages = weights
     dtype: gl.constexpr = k_buf.dtype
     operand: gl.constexpr = gl.DotOperandLayout(0, O_layout, 2)
-    V_operand: gl.constexpr = A_layout.parent
+    A_layout: gl.constexpr = gl.SliceLayout(0, V_operand)
     stage = at % STAGES
     half = gl.convert_layout(S0.to(dtype), operand)
     S0 = S0 * decay
@@ -158,7 +149,7 @@ def _scan_chunk(
 def _compute_segment(
     S0, S1, o_desc, o_ptr, buffers, o_bufs, p_buf, weights, bars, row, stops, pool, pool_slot,
     log2_decay, gain, at, head, first_v, o_token, o_head, state_k, state_v, K: gl.constexpr,
-    V: gl.constexpr, P_layout: gl.constexpr, O_layout: gl.constexpr, A_layout: gl.constexpr,
+    V: gl.constexpr, P_layout: gl.constexpr, O_layout: gl.constexpr, V_operand: gl.constexpr,
     L_layout: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -175,7 +166,7 @@ def _compute_segment(
             aged = size
         o, S0, S1, vs = _scan_chunk(
             S0, S1, buffers, p_buf, weights, bars, at, decayed(log2_decay * size), P_layout,
-            O_layout, A_layout, C, STAGES,
+            O_layout, V_operand, C, STAGES,
         )  # fmt: skip
         first = end - done - C if REVERSE else start + done
         store_output(
@@ -232,7 +223,7 @@ def compute_wide(
     S_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BK // 2, 16])
     O_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
     P_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
-    A_layout: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, S_layout, 2))
+    V_operand: gl.constexpr = gl.DotOperandLayout(0, S_layout, 2)
     L_layout: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     gain = scale if REVERSE else 1.0
     at = 0
@@ -262,7 +253,7 @@ def compute_wide(
             S0, S1, at = _compute_segment(
                 S0, S1, o_desc, o_ptr, buffers, o_bufs, p_buf, weights, bars, row, stops, pool,
                 pool_slot, log2_decay, gain, at, head, first_v, o_token, o_head, state_k, state_v,
-                K, V, P_layout, O_layout, A_layout, L_layout, C, REVERSE, HAS_STOPS, STAGES,
+                K, V, P_layout, O_layout, V_operand, L_layout, C, REVERSE, HAS_STOPS, STAGES,
             )  # fmt: skip
             if HAS_OUT:
                 if gl.load(row + 4) == 1:
@@ -271,8 +262,8 @@ def compute_wide(
         else:
             done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
             S0, S1, at = _add_piece(
-                S0, S1, buffers, bars, at, (length - done) // C, log2_decay, gain, A_layout, C,
-                REVERSE, STAGES,
+                S0, S1, buffers, bars, at, (length - done) // C, log2_decay, gain,
+                gl.SliceLayout(0, V_operand), C, REVERSE, STAGES,
             )  # fmt: skip
             if done < length:
                 matrix = slot * H + head
