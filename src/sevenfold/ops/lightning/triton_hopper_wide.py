@@ -1,8 +1,9 @@
 """The warps that compute, of the kernel for Hopper GPUs, for heads of 129 to 256 key columns.
 
 S^T of a value tile is 128 x 256 in fp32, half of the registers there are. So it is kept as two
-halves of 128 key columns, S0 and S1, of which one at a time is copied to be an operand, and the
-weights of a chunk's tokens, which the other schedule keeps in registers, lie in shared memory.
+halves, S0 and S1, of which one at a time is copied to be an operand, and the weights of a chunk's
+tokens, which the other schedule keeps in registers, lie in shared memory. S1 has 64 key columns
+where K is at most 192, else 128 as S0.
 
     P = (Q K^T) * M
     O^T = (S0^T Q0^T + S1^T Q1^T) diag(a) + V^T P^T
@@ -63,11 +64,20 @@ def _set_weights(
 
 
 @gluon.jit
+def _halves(buffer, stage, rest: gl.constexpr):
+    """The first 128 columns of a chunk of q or k, and the rest of them."""
+    first, second = buffer.index(2 * stage), buffer.index(2 * stage + 1)
+    return first, second if rest == second.shape[1] else second.slice(0, rest, dim=1)
+
+
+@gluon.jit
 def _add_to_halves(S0, S1, vs, k_buf, stage):
     """Si^T + (V^T diag(b)) Ki, on its way."""
-    S0 = warpgroup_mma(vs, k_buf.index(2 * stage), S0, is_async=True)
-    S1 = warpgroup_mma(vs, k_buf.index(2 * stage + 1), S1, is_async=True)
-    return S0, S1
+    k0, k1 = _halves(k_buf, stage, S1.shape[1])
+    S0 = warpgroup_mma(vs, k0, S0, is_async=True)
+    # The same registers, by another name where the second half is narrower.
+    vs = gl.convert_layout(vs, gl.DotOperandLayout(0, S1.type.layout, 2))
+    return S0, warpgroup_mma(vs, k1, S1, is_async=True)
 
 
 @gluon.jit
@@ -99,13 +109,12 @@ def _add_piece(
 
 
 @gluon.jit
-def _scores(q_buf, k_buf, stage, P_layout: gl.constexpr, C: gl.constexpr):
+def _scores(q0, q1, k_buf, stage, P_layout: gl.constexpr, C: gl.constexpr):
     """Q K^T of a chunk, on its way."""
+    k0, k1 = _halves(k_buf, stage, q1.shape[1])
     P = gl.zeros([C, C], gl.float32, P_layout)
-    k = k_buf.index(2 * stage).permute((1, 0))
-    P = warpgroup_mma(q_buf.index(2 * stage), k, P, use_acc=False, is_async=True)
-    k = k_buf.index(2 * stage + 1).permute((1, 0))
-    return warpgroup_mma(q_buf.index(2 * stage + 1), k, P, is_async=True)
+    P = warpgroup_mma(q0, k0.permute((1, 0)), P, use_acc=False, is_async=True)
+    return warpgroup_mma(q1, k1.permute((1, 0)), P, is_async=True)
 
 
 @gluon.jit
@@ -123,10 +132,10 @@ def _scan_chunk(
     half = gl.convert_layout(S0.to(dtype), operand)
     S0 = S0 * decay
     mbarrier.wait(bars[0].index(stage), (at // STAGES) & 1)
-    P = _scores(q_buf, k_buf, stage, P_layout, C)
+    q0, q1 = _halves(q_buf, stage, S1.shape[1])
+    P = _scores(q0, q1, k_buf, stage, P_layout, C)
     o = gl.zeros([S0.shape[0], C], gl.float32, O_layout)
-    q = q_buf.index(2 * stage).permute((1, 0))
-    o = warpgroup_mma(half, q, o, use_acc=False, is_async=True)
+    o = warpgroup_mma(half, q0.permute((1, 0)), o, use_acc=False, is_async=True)
     P = warpgroup_mma_wait(1, deps=(P,))
     p_buf.store((P * within.load(P_layout)).to(dtype))
     fence_async_shared()
@@ -134,7 +143,7 @@ def _scan_chunk(
     o, half = warpgroup_mma_wait(0, deps=(o, half))
     half = gl.convert_layout(S1.to(dtype), operand)
     S1 = S1 * decay
-    o = warpgroup_mma(half, q_buf.index(2 * stage + 1).permute((1, 0)), o, is_async=True)
+    o = warpgroup_mma(half, q1.permute((1, 0)), o, is_async=True)
     vt, vs = values_of(v_buf.index(stage), ages.load(A_layout), V_operand, dtype)
     vt = gl.convert_layout(vt, operand)
     o, half = warpgroup_mma_wait(0, deps=(o, half))
@@ -219,8 +228,10 @@ def compute_wide(
     HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr, HAS_STOPS: gl.constexpr,
     OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """All turns of a program: BK is two halves, BV is 128."""
+    """All turns of a program: BV is 128, BK 128 and a rest that may be 64 columns narrower."""
+    REST: gl.constexpr = 64 if K <= 192 else BK // 2
     S_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BK // 2, 16])
+    R_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, REST, 16])
     O_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
     P_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
     V_operand: gl.constexpr = gl.DotOperandLayout(0, S_layout, 2)
@@ -244,7 +255,7 @@ def compute_wide(
                 _set_weights(weights, log2_decay, scale, P_layout, L_layout, C, REVERSE)
             last_head = head
         S0 = gl.zeros([BV, BK // 2], gl.float32, S_layout)
-        S1 = gl.zeros([BV, BK // 2], gl.float32, S_layout)
+        S1 = gl.zeros([BV, REST], gl.float32, R_layout)
         if OUTPUT:
             S0, S1 = _first_state(
                 S0, S1, state_in, state_between, sequence, slot, head, H, state_k, state_v,
