@@ -14,7 +14,8 @@ CPU = torch.device("cpu")
 C, LEAST = 4, 8
 few = settings(derandomize=True, max_examples=80, deadline=None)
 some_lengths = st.lists(st.integers(0, 90), min_size=1, max_size=5).map(tuple)
-rooms = st.builds(Room, st.integers(1, 3), st.integers(1, 12), st.just(C), st.integers(0, 9))
+some_heads = st.integers(1, 3)
+rooms = st.builds(Room, some_heads, some_heads, st.integers(1, 12), st.just(C), st.integers(0, 9))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -112,13 +113,13 @@ def test_a_stop_falls_in_one_segment(lengths: tuple[int, ...], room: Room, data)
 
 
 def test_states_between_keep_to_their_room() -> None:
-    plan = plan_segments((800,), Room(1, 10, C, 25), (), False, CPU)
+    plan = plan_segments((800,), Room(1, 1, 10, C, 25), (), False, CPU)
     assert len(plan.segments) == 10
     assert plan.num_slots == 18  # two for each of nine segments; three would be 27
 
 
 def test_whole_sequences_are_not_cut_where_they_fill_the_programs() -> None:
-    plan = plan_segments((64,) * 40, Room(1, 10, C, 100), (), False, CPU)
+    plan = plan_segments((64,) * 40, Room(1, 1, 10, C, 100), (), False, CPU)
     assert (len(plan.segments), plan.num_slots, plan.deal) == (40, 0, None)
 
 
@@ -132,14 +133,14 @@ def test_every_segment_of_every_head_is_dealt_once(
         plan_segments.cache_clear()
         plan = plan_segments(lengths, room, (), False, CPU)
         sizes = [s.end - s.start for s in rows(plan.segments)]
-        loads = segments.deal_out(sizes, room)[1]
+        loads = segments.deal_out(sizes, room._replace(num_heads=room.num_dealt))[1]
     assume(plan.deal is not None)
     table, P = plan.deal.tolist(), room.num_programs
     works = table[P + 1 : -1]
-    assert sorted(works) == list(range(len(sizes) * room.num_heads))
+    assert sorted(works) == list(range(len(sizes) * room.num_dealt))
     for program in range(P):
         own = works[table[program] : table[program + 1]]
-        assert sum(sizes[work // room.num_heads] for work in own) == loads[program]
+        assert sum(sizes[work // room.num_dealt] for work in own) == loads[program]
 
 
 @few

@@ -19,17 +19,21 @@ if not INTERPRETED:
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dinitial_state")
 LOW = DTYPES[-1]
 if INTERPRETED:
-    WIDTHS, TOKENS, RATES = [(16, 24)], [33], [(-0.917, 0.0)]
+    WIDTHS = SHAPES = [(16, 24)]
+    TOKENS, RATES = [33], [(-0.917, 0.0)]
     LENGTHS = [(0, 1, 33, 0, 2)]
     CUT_RATES, CUT_DTYPES, CUT_TOKENS, PIECE_TOKENS = [(-0.3, -5e-5)], [torch.float32], 150, 32
 else:
     # 64 x 64 and its neighbours: a known compiler hazard of gradients on Hopper.
-    WIDTHS = [(64, 64), (96, 256), (96, 96), (72, 40), (128, 64), (64, 128), (128, 128)]
+    WIDTHS = [(64, 64), (96, 96), (72, 40), (128, 64), (64, 128), (128, 128)]
+    # Value tiles, halves of keys, both; and widths that only the kernel for any GPU takes.
+    WIDTHS += [(96, 256), (40, 136), (256, 48), (136, 200), (192, 192), (256, 256), (250, 130)]
+    SHAPES = [(128, 128), (256, 192)]
     TOKENS, RATES = [1, 63, 64, 65, 500], list(DECAYS)
     LENGTHS = [(0, 1, 64, 0, 65, 2, 0), (1, 700, 3000)]
     CUT_RATES, CUT_DTYPES = ["first", "middle", "last", "mixed"], DTYPES[:2]
     CUT_TOKENS, PIECE_TOKENS = 9000, 1024
-K, V = WIDTHS[-1]
+K, V = SHAPES[0]
 MIXED = (-0.917, -5e-5) if INTERPRETED else "mixed"
 
 
@@ -82,7 +86,8 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decay", RATES)
-def test_every_decay(decay: str | tuple[float, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("K", "V"), SHAPES)
+def test_every_decay(K: int, V: int, decay: str | tuple[float, ...], dtype: torch.dtype) -> None:
     check_all(make_inputs(decay, 40 if INTERPRETED else 500, K=K, V=V, dtype=dtype), 0.7)
 
 
@@ -95,7 +100,8 @@ def test_widths_and_tokens(K: int, V: int, T: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [LOW] if INTERPRETED else DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_packed_documents(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("K", "V"), SHAPES)
+def test_packed_documents(K: int, V: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     x = make_inputs(MIXED, sum(lengths), N=len(lengths), K=K, V=V, dtype=dtype)
     check_all(x, 1.0, lengths)
 
@@ -103,8 +109,9 @@ def test_packed_documents(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("small_segments")
 @pytest.mark.parametrize("dtype", CUT_DTYPES)
 @pytest.mark.parametrize("decay", CUT_RATES)
+@pytest.mark.parametrize(("K", "V"), SHAPES)
 def test_sequences_that_are_cut_into_segments(
-    decay: str | tuple[float, ...], dtype: torch.dtype
+    K: int, V: int, decay: str | tuple[float, ...], dtype: torch.dtype
 ) -> None:
     lengths = (7, CUT_TOKENS, 0, 40)
     x = make_inputs(decay, sum(lengths), N=4, K=K, V=V, dtype=dtype)
@@ -115,7 +122,8 @@ def test_sequences_that_are_cut_into_segments(
 
 
 @pytest.mark.usefixtures("small_segments")
-def test_states_that_are_kept_on_the_way() -> None:
+@pytest.mark.parametrize(("K", "V"), SHAPES)
+def test_states_that_are_kept_on_the_way(K: int, V: int) -> None:
     lengths = (CUT_TOKENS, 0, 40)
     marks = [(0, 1), (0, CUT_TOKENS), (0, 110), (2, 33), (0, 2 * PIECE_TOKENS)]
     stops = [Stop(n, tokens, 7 - i) for i, (n, tokens) in enumerate(marks)]
@@ -149,7 +157,8 @@ def test_no_initial_state_means_zeros() -> None:
     assert all(torch.equal(a, b) for a, b in zip(none, zeros, strict=True))
 
 
-def test_any_layout_gives_the_same_bits() -> None:
+@pytest.mark.parametrize(("K", "V"), SHAPES)
+def test_any_layout_gives_the_same_bits(K: int, V: int) -> None:
     x = to_device(make_inputs(MIXED, 70, B=2, K=K, V=V, dtype=DTYPES[0 if INTERPRETED else -1]))
     plain = scan(*x[:3], x.initial_state, x, 1.0, None)
     joined = torch.cat([x.q, x.k, x.v], dim=-1)  # one projection, as a model hands it over

@@ -43,7 +43,7 @@ def test_the_default(device: str, dtype: torch.dtype, K: int, V: int, impl: Impl
     assert default_impl(torch.device(device), dtype, K, V) is impl
 
 
-@pytest.mark.parametrize("D", [64, 96, 128])
+@pytest.mark.parametrize("D", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("T", [1000, 9000])
 def test_every_launch_gives_the_same_bits(T: int, D: int) -> None:
     q, k, v = (x.requires_grad_() for x in tokens(T, D=D))
@@ -99,7 +99,7 @@ def test_compiled_in_one_graph_from_cold() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("D", [96, 128])
+@pytest.mark.parametrize("D", [96, 128, 256])
 def test_past_two_to_the_31_elements(D: int) -> None:
     heads, T, seen = 64, 2**31 // (64 * D) + 5000, 4096
     q, k, v = tokens(T, D=D, heads=heads)

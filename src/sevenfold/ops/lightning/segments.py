@@ -66,7 +66,7 @@ class Plan:
     num_slots: pieces.
     deal: None where all segments are equally long. Else int32, which program takes which: P + 1
         borders, and between them in what follows the numbers i * H + h of a program's segments i
-        and heads h.
+        and heads h, or heads and tiles.
     """
 
     segments: Tensor
@@ -81,12 +81,15 @@ class Room(NamedTuple):
     """What cuts must suit.
 
     num_heads: H, or heads times tiles; every head has the same segments.
+    num_dealt: pieces of work of a segment: H times the tiles of this scan, which may have fewer
+        than another that shares its cuts.
     num_programs: how many of num_heads times segments run at once.
     chunk_tokens: pieces are multiples of it.
     most_slots: states between segments that may be kept, where there are more than segments.
     """
 
     num_heads: int
+    num_dealt: int
     num_programs: int
     chunk_tokens: int
     most_slots: int
@@ -240,7 +243,7 @@ def deal_out(sizes: Sequence[int] | np.ndarray, room: Room) -> tuple[np.ndarray,
 
 
 def _deal_table(sizes: Sequence[int], room: Room) -> Tensor:
-    programs, _ = deal_out(sizes, room)
+    programs, _ = deal_out(sizes, room._replace(num_heads=room.num_dealt))
     borders = np.searchsorted(np.sort(programs), np.arange(room.num_programs + 1))
     # A program without work reads a number behind its border all the same.
     numbers = [*borders, *np.argsort(programs, kind="stable"), 0]

@@ -30,88 +30,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sevenfold.ops.lightning.triton_hopper_load import load_all, next_stop, turns, work_at
-from sevenfold.ops.lightning.triton_scan import decayed, forgotten, power, rate
-
-
-@gluon.jit
-def _ages(log2_decay, size, gain, layout: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr):
-    """b: the weight of each token of a chunk in the state after it, 0 beyond its tokens."""
-    ar = gl.arange(0, C, layout=layout)
-    to_exit = size - (C - 1 - ar) if REVERSE else size - 1 - ar
-    outside = (C - 1 - ar >= size) if REVERSE else (ar >= size)
-    return gl.where(outside, 0.0, power(log2_decay, to_exit) * gain)
-
-
-@gluon.jit
-def _within(log2_decay, scale, layout: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr):
-    i = gl.arange(0, C, layout=gl.SliceLayout(1, layout))[:, None]
-    j = gl.arange(0, C, layout=gl.SliceLayout(0, layout))[None, :]
-    return power(log2_decay, j - i if REVERSE else i - j) * scale
-
-
-@gluon.jit
-def _entered(log2_decay, scale, layout: gl.constexpr, C: gl.constexpr, REVERSE: gl.constexpr):
-    ar = gl.arange(0, C, layout=layout)
-    if REVERSE:
-        return power(log2_decay, C - 1 - ar)
-    return power(log2_decay, ar + 1) * scale
-
-
-@gluon.jit
-def _cells(
-    matrix, state_k, state_v, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """Where the cells of S^T lie, and which of them there are."""
-    v = gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
-    k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
-    return matrix.to(gl.int64) * (K * V) + v * state_v + k * state_k, (v < V) & (k < K)
-
-
-@gluon.jit
-def _keep(states, matrix, S, state_k, state_v, K: gl.constexpr, V: gl.constexpr):
-    layout: gl.constexpr = S.type.layout
-    at, inside = _cells(matrix, state_k, state_v, K, V, S.shape[1], S.shape[0], layout)
-    gl.store(states + at, S, mask=inside)
-
-
-@gluon.jit
-def _values(v_buf, ages, layout: gl.constexpr, dtype: gl.constexpr):
-    """V^T as a register operand, and the same by age."""
-    vt = v_buf.permute((1, 0)).load(layout)
-    return vt, (vt.to(gl.float32) * ages[None, :]).to(dtype)
-
-
-@gluon.jit
-def _store(o_desc, o_ptr, o_buf, o, row, head, o_token, o_head, size, C: gl.constexpr,
-           V: gl.constexpr, REVERSE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
-    """Write O^T of a chunk: whole chunks by a bulk copy, others row by row."""
-    ob = o.to(dtype)
-    if size == C:
-        o_buf.permute((1, 0)).store(ob)
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(o_desc, [row, head, 0], o_buf.reshape(o_desc.block_shape))
-    else:
-        layout: gl.constexpr = o.type.layout
-        token = gl.arange(0, C, layout=gl.SliceLayout(0, layout))
-        value = gl.arange(0, o.shape[0], layout=gl.SliceLayout(1, layout))
-        inside = (token >= C - size) if REVERSE else (token < size)
-        at = (row + token).to(gl.int64)[None, :] * o_token + (head * o_head + value)[:, None]
-        gl.store(o_ptr + at, ob, mask=inside[None, :] & (value < V)[:, None])
-        # Buffers take turns by chunks: the next one may be that of the last bulk copy.
-        tma.store_wait(0)
-
-
-@gluon.jit
-def _aged_values(v_buf, ready, at, ages, dtype: gl.constexpr, STAGES: gl.constexpr):
-    """V^T of a chunk by age, once it has come."""
-    V_operand: gl.constexpr = ages.type.layout.parent
-    stage = at % STAGES
-    mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
-    _, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
-    return vs
+from sevenfold.ops.lightning.triton_hopper_chunk import (
+    aged_values,
+    ages_of,
+    entered_of,
+    first_state,
+    keep,
+    store_output,
+    values_of,
+    within_of,
+)
+from sevenfold.ops.lightning.triton_hopper_load import load_all, next_stop, place, turns, work_at
+from sevenfold.ops.lightning.triton_hopper_wide import compute_wide, weight_buffers
+from sevenfold.ops.lightning.triton_scan import decayed, forgotten, rate
 
 
 @gluon.jit
@@ -121,15 +52,15 @@ def _add_piece(S, buffers, bars, at, chunks, log2_decay, gain, A_layout: gl.cons
     _, k_buf, v_buf = buffers
     ready, empty = bars
     dtype: gl.constexpr = k_buf.dtype
-    ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
+    ages = ages_of(log2_decay, C, gain, A_layout, C, REVERSE)
     decay = decayed(log2_decay * C)
     if chunks > 0:
-        vs = _aged_values(v_buf, ready, at, ages, dtype, STAGES)
+        vs = aged_values(v_buf, ready, at, ages, dtype, STAGES)
         for chunk in range(chunks):
             S = warpgroup_mma(vs, k_buf.index(at % STAGES), S * decay, is_async=True)
             coming = vs
             if chunk + 1 < chunks:
-                coming = _aged_values(v_buf, ready, at + 1, ages, dtype, STAGES)
+                coming = aged_values(v_buf, ready, at + 1, ages, dtype, STAGES)
             # The product reads vs from registers until it is waited for.
             S, vs = warpgroup_mma_wait(0, deps=(S, vs))
             vs = coming
@@ -158,7 +89,7 @@ def _scan_chunk(S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGE
     Sb = gl.convert_layout(S.to(dtype), O_operand)
     o = gl.zeros([S.shape[0], C], gl.float32, O_layout)
     o = warpgroup_mma(Sb, q.permute((1, 0)), o, use_acc=False, is_async=True)
-    vt, vs = _values(v_buf.index(stage), ages, V_operand, dtype)
+    vt, vs = values_of(v_buf.index(stage), ages, V_operand, dtype)
     S = S * decay
     P = warpgroup_mma_wait(1, deps=(P,))
     p_buf.store((P * within).to(dtype))
@@ -173,31 +104,9 @@ def _scan_chunk(S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGE
 
 
 @gluon.jit
-def _first_state(
-    S, state_in, state_between, sequence, slot, head, H, state_k, state_v, K: gl.constexpr,
-    V: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr,
-):  # fmt: skip
-    """The state that a segment meets; S, of zeros, where there is none."""
-    layout: gl.constexpr = S.type.layout
-    BK: gl.constexpr = S.shape[1]
-    BV: gl.constexpr = S.shape[0]
-    if HAS_IN:
-        if slot < 0:
-            matrix = sequence * H + head
-            at, inside = _cells(matrix, state_k, state_v, K, V, BK, BV, layout)
-            S = gl.load(state_in + at, mask=inside, other=0.0)
-    if HAS_BETWEEN:
-        if slot >= 0:
-            matrix = slot * H + head
-            at, inside = _cells(matrix, state_k, state_v, K, V, BK, BV, layout)
-            S = gl.load(state_between + at, mask=inside, other=0.0)
-    return S
-
-
-@gluon.jit
 def _compute_segment(
     S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot, log2_decay, gain,
-    within, entered, at, head, H, o_token, o_head, state_k, state_v, K: gl.constexpr,
+    within, entered, at, head, first_v, o_token, o_head, state_k, state_v, K: gl.constexpr,
     V: gl.constexpr, A_layout: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -206,24 +115,24 @@ def _compute_segment(
     start, end = gl.load(row), gl.load(row + 1)
     kept, end_stop = gl.load(row + 5), gl.load(row + 6)
     done = 0
-    ages = _ages(log2_decay, C, gain, A_layout, C, REVERSE)
+    ages = ages_of(log2_decay, C, gain, A_layout, C, REVERSE)
     decay = decayed(log2_decay * C)
     while done < end - start:
         until = next_stop(stops, kept, end_stop, end - start, HAS_STOPS)
         size = gl.minimum(C, until - done)
         if HAS_STOPS:
-            ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
+            ages = ages_of(log2_decay, size, gain, A_layout, C, REVERSE)
             decay = decayed(log2_decay * size)
         else:
             if size < C:
-                ages = _ages(log2_decay, size, gain, A_layout, C, REVERSE)
+                ages = ages_of(log2_decay, size, gain, A_layout, C, REVERSE)
                 decay = decayed(log2_decay * size)
         o, S = _scan_chunk(S, buffers, p_buf, bars, at, within, entered, ages, decay, STAGES)
         first = end - done - C if REVERSE else start + done
         tma.store_wait(1)
-        _store(
-            o_desc, o_ptr, o_bufs.index(at % 2), o, first, head, o_token, o_head, size, C, V,
-            REVERSE, o_bufs.dtype,
+        store_output(
+            o_desc, o_ptr, o_bufs.index(at % 2), o, first, head, first_v, o_token, o_head, size, C,
+            V, REVERSE, o_bufs.dtype,
         )  # fmt: skip
         S = warpgroup_mma_wait(0, deps=(S,))
         gl.thread_barrier()
@@ -233,19 +142,21 @@ def _compute_segment(
         if HAS_STOPS:
             while (kept < end_stop) & (next_stop(stops, kept, end_stop, done + 1, True) <= done):
                 slot = gl.load(stops + 2 * kept + 1).to(gl.int64)
-                _keep(pool + slot * pool_slot, head, S, state_k, state_v, K, V)
+                keep(pool + slot * pool_slot, head, S, state_k, state_v, 0, first_v, K, V)
                 kept += 1
     return S, at
 
 
 @gluon.jit
 def _compute_all(
-    o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, deal, stops, log_decay, scale, horizon,
-    state_in, state_between, state_out, pool, pool_slot, works, H, o_token, o_head, state_k,
-    state_v, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    REVERSE: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
-    HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
+    o_desc, o_ptr, buffers, o_bufs, p_buf, weights, bars, table, deal, stops, log_decay, scale,
+    horizon, state_in, state_between, state_out, pool, pool_slot, works, H, o_token, o_head,
+    state_k, state_v, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    C: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr, HAS_IN: gl.constexpr,
+    HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr, HAS_STOPS: gl.constexpr,
+    OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """All turns of a program whose heads have at most 128 key columns."""
     groups: gl.constexpr = BV // 64
     S_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, BK, 16])
     O_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, C, 16])
@@ -255,38 +166,38 @@ def _compute_all(
     gain = scale if REVERSE else 1.0
     at = 0
     first_turn, end_turn = turns(deal, works, IS_EVEN)
-    last_head = work_at(first_turn, deal, IS_EVEN) % H
+    _, last_head, _ = place(table, work_at(first_turn, deal, IS_EVEN), H, TILES, BV)
     log2_decay = rate(log_decay, last_head)
-    within = _within(log2_decay, scale, P_layout, C, REVERSE)
-    entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
+    within = within_of(log2_decay, scale, P_layout, C, REVERSE)
+    entered = entered_of(log2_decay, scale, E_layout, C, REVERSE)
     if OUTPUT:
         # Also where a first segment needs no state: programs that begin together read neighbouring
         # heads of the same tokens, which memory likes.
         gdc_wait()
     for turn in range(first_turn, end_turn):
         work = work_at(turn, deal, IS_EVEN)
-        row, head = table + work // H * 8, work % H
+        row, head, first_v = place(table, work, H, TILES, BV)
         length, sequence = gl.load(row + 1) - gl.load(row), gl.load(row + 2)
         slot = gl.load(row + 3)
         if head != last_head:
             log2_decay = rate(log_decay, head)
-            within = _within(log2_decay, scale, P_layout, C, REVERSE)
-            entered = _entered(log2_decay, scale, E_layout, C, REVERSE)
+            within = within_of(log2_decay, scale, P_layout, C, REVERSE)
+            entered = entered_of(log2_decay, scale, E_layout, C, REVERSE)
             last_head = head
         S = gl.zeros([BV, BK], gl.float32, S_layout)
         if OUTPUT:
-            S = _first_state(
-                S, state_in, state_between, sequence, slot, head, H, state_k, state_v, K, V,
-                HAS_IN, HAS_BETWEEN,
+            S = first_state(
+                S, state_in, state_between, sequence, slot, head, H, state_k, state_v, 0, first_v,
+                K, V, HAS_IN, HAS_BETWEEN,
             )  # fmt: skip
             S, at = _compute_segment(
                 S, o_desc, o_ptr, buffers, o_bufs, p_buf, bars, row, stops, pool, pool_slot,
-                log2_decay, gain, within, entered, at, head, H, o_token, o_head, state_k,
+                log2_decay, gain, within, entered, at, head, first_v, o_token, o_head, state_k,
                 state_v, K, V, A_layout, REVERSE, HAS_STOPS, STAGES,
             )  # fmt: skip
             if HAS_OUT:
                 if gl.load(row + 4) == 1:
-                    _keep(state_out, sequence * H + head, S, state_k, state_v, K, V)
+                    keep(state_out, sequence * H + head, S, state_k, state_v, 0, first_v, K, V)
         else:
             done = forgotten(log2_decay, length, gl.load(row + 7), horizon, C)
             S, at = _add_piece(
@@ -294,7 +205,7 @@ def _compute_all(
                 STAGES,
             )  # fmt: skip
             if done < length:
-                _keep(state_between, slot * H + head, S, state_k, state_v, K, V)
+                keep(state_between, slot * H + head, S, state_k, state_v, 0, first_v, K, V)
     tma.store_wait(0)
 
 
@@ -303,19 +214,26 @@ def hopper_scan_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, horizon, state_in, state_between,
     state_out, pool, pool_slot, table, deal, stops, works, H, o_token, o_head, state_k, state_v,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    REVERSE: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr, HAS_OUT: gl.constexpr,
-    HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
+    TILES: gl.constexpr, REVERSE: gl.constexpr, HAS_IN: gl.constexpr, HAS_BETWEEN: gl.constexpr,
+    HAS_OUT: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Arguments as triton_scan.scan_kernel; descriptors are of [tokens, H, width] by [C, 1, BK]."""
+    """Arguments as triton_scan.scan_kernel; descriptors are of [tokens, H, width] by [C, 1, part].
+
+    TILES: value tiles of a head, of BV columns. A part is BV or BK columns, 128 at most.
+    """
     dtype: gl.constexpr = k_desc.dtype
-    K_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    width: gl.constexpr = k_desc.block_shape[2]
+    PARTS: gl.constexpr = BK // width
+    K_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, width], dtype)
     V_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
-    q_buf = gl.allocate_shared_memory(dtype, [STAGES if OUTPUT else 1, C, BK], K_layout)
-    k_buf = gl.allocate_shared_memory(dtype, [STAGES, C, BK], K_layout)
+    q_buf = gl.allocate_shared_memory(dtype, [STAGES * PARTS if OUTPUT else 1, C, width], K_layout)
+    k_buf = gl.allocate_shared_memory(dtype, [STAGES * PARTS, C, width], K_layout)
     v_buf = gl.allocate_shared_memory(dtype, [STAGES, C, BV], V_layout)
     o_bufs = gl.allocate_shared_memory(dtype, [2 if OUTPUT else 1, C, BV], V_layout)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
     p_buf = gl.allocate_shared_memory(dtype, [C, C], p_layout)
+    weights = weight_buffers(C) if PARTS > 1 else ()
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -327,15 +245,15 @@ def hopper_scan_kernel(
         gdc_launch_dependents()
     gl.warp_specialize(
         [
-            (_compute_all, (
-                o_desc, o_ptr, buffers, o_bufs, p_buf, bars, table, deal, stops, log_decay, scale,
-                horizon, state_in, state_between, state_out, pool, pool_slot, works, H, o_token,
-                o_head, state_k, state_v, K, V, BK, BV, C, REVERSE, HAS_IN, HAS_BETWEEN, HAS_OUT,
-                HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
+            (compute_wide if PARTS > 1 else _compute_all, (
+                o_desc, o_ptr, buffers, o_bufs, p_buf, weights, bars, table, deal, stops,
+                log_decay, scale, horizon, state_in, state_between, state_out, pool, pool_slot,
+                works, H, o_token, o_head, state_k, state_v, K, V, BK, BV, C, TILES, REVERSE,
+                HAS_IN, HAS_BETWEEN, HAS_OUT, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
             )),
             (load_all, (
                 (q_desc, k_desc, v_desc), buffers, bars, table, deal, stops, log_decay, horizon,
-                works, H, C, REVERSE, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
+                works, H, BV, C, TILES, PARTS, REVERSE, HAS_STOPS, OUTPUT, IS_EVEN, STAGES,
             )),
         ],
         [1],

@@ -27,7 +27,7 @@ def turns(deal, works, IS_EVEN: gl.constexpr):
 
 @gluon.jit
 def work_at(turn, deal, IS_EVEN: gl.constexpr):
-    """Number of the segment and head that a program takes in a turn."""
+    """Number of the segment, head and tile that a program takes in a turn."""
     programs = gl.num_programs(0)
     if IS_EVEN:
         work = turn * programs + gl.program_id(0)
@@ -37,7 +37,21 @@ def work_at(turn, deal, IS_EVEN: gl.constexpr):
 
 
 @gluon.jit
-def _load(descriptors, buffers, bars, at, row, head, WITH_Q: gl.constexpr, STAGES: gl.constexpr):
+def place(table, work, H, TILES: gl.constexpr, BV: gl.constexpr):
+    """Row of the segment, head, and first value column; the tiles of a head are neighbours."""
+    if TILES == 1:
+        row, head, first_v = table + work // H * 8, work % H, 0
+    else:
+        unit = work // TILES
+        row, head, first_v = table + unit // H * 8, unit % H, work % TILES * BV
+    return row, head, first_v
+
+
+@gluon.jit
+def _load(
+    descriptors, buffers, bars, at, row, head, first_v, PARTS: gl.constexpr, WITH_Q: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
     """Copy one chunk into the next stage, when the warps that compute have left it."""
     q_desc, k_desc, v_desc = descriptors
     q_buf, k_buf, v_buf = buffers
@@ -45,19 +59,24 @@ def _load(descriptors, buffers, bars, at, row, head, WITH_Q: gl.constexpr, STAGE
     stage, phase = at % STAGES, (at // STAGES) & 1
     full = ready.index(stage)
     mbarrier.wait(empty.index(stage), phase ^ 1)
-    size: gl.constexpr = k_desc.block_type.nbytes + v_desc.block_type.nbytes
-    mbarrier.expect(full, size + q_desc.block_type.nbytes if WITH_Q else size)
-    _copy_in(k_desc, row, head, full, k_buf.index(stage))
-    if WITH_Q:
-        _copy_in(q_desc, row, head, full, q_buf.index(stage))
-    _copy_in(v_desc, row, head, full, v_buf.index(stage))
+    width: gl.constexpr = k_desc.block_shape[2]
+    keys: gl.constexpr = PARTS * k_desc.block_type.nbytes
+    size: gl.constexpr = keys + v_desc.block_type.nbytes
+    mbarrier.expect(full, size + keys if WITH_Q else size)
+    for part in gl.static_range(PARTS):
+        at_part, first_k = stage * PARTS + part, part * width
+        _copy_in(k_desc, row, head, first_k, full, k_buf.index(at_part))
+        if WITH_Q:
+            _copy_in(q_desc, row, head, first_k, full, q_buf.index(at_part))
+    _copy_in(v_desc, row, head, first_v, full, v_buf.index(stage))
     return at + 1
 
 
 @gluon.jit
-def _copy_in(desc, row, head, full, buffer):
-    """One head's columns of a chunk; what a narrower head lacks becomes 0."""
-    tma.async_copy_global_to_shared(desc, [row, head, 0], full, buffer.reshape(desc.block_shape))
+def _copy_in(desc, row, head, first, full, buffer):
+    """Some of one head's columns of a chunk; those that a narrower head lacks become 0."""
+    chunk = buffer.reshape(desc.block_shape)
+    tma.async_copy_global_to_shared(desc, [row, head, first], full, chunk)
 
 
 @gluon.jit
@@ -73,15 +92,16 @@ def next_stop(stops, kept, end_stop, end, HAS_STOPS: gl.constexpr):
 @gluon.jit
 def load_all(
     descriptors, buffers, bars, table, deal, stops, log_decay, horizon, works, H,
-    C: gl.constexpr, REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr,
-    IS_EVEN: gl.constexpr, STAGES: gl.constexpr,
+    BV: gl.constexpr, C: gl.constexpr, TILES: gl.constexpr, PARTS: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_STOPS: gl.constexpr, OUTPUT: gl.constexpr, IS_EVEN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy the chunks of all segments that a program takes, in the order of its turns."""
     at = 0
     first_turn, end_turn = turns(deal, works, IS_EVEN)
     for turn in range(first_turn, end_turn):
         work = work_at(turn, deal, IS_EVEN)
-        row, head = table + work // H * 8, work % H
+        row, head, first_v = place(table, work, H, TILES, BV)
         start, end = gl.load(row), gl.load(row + 1)
         kept, end_stop = gl.load(row + 5), gl.load(row + 6)
         done = 0
@@ -90,7 +110,7 @@ def load_all(
         while done < end - start:
             until = next_stop(stops, kept, end_stop, end - start, HAS_STOPS)
             first = end - done - C if REVERSE else start + done
-            at = _load(descriptors, buffers, bars, at, first, head, OUTPUT, STAGES)
+            at = _load(descriptors, buffers, bars, at, first, head, first_v, PARTS, OUTPUT, STAGES)
             done = gl.minimum(done + C, until)
             if HAS_STOPS:
                 while (kept < end_stop) & (

@@ -20,7 +20,8 @@ from sevenfold.ops.tuning import best_config
 # A token whose weight is below 2^-horizon is left out of the state between two segments: well below
 # the rounding of its own dtype.
 _HORIZONS = {torch.float32: 26.0, torch.bfloat16: 18.0, torch.float16: 18.0}
-_HOPPER_WIDTH = 128  # at most, and a multiple of 8: bulk copies step by 16 bytes
+_HOPPER_WIDTH = 256  # at most, and a multiple of 8: bulk copies step by 16 bytes
+_HOPPER_PART = 128  # columns of a value tile, and of the parts of keys
 _HOPPER_CHUNK = 64
 # States between segments take at most so many bytes a token and head, however short segments are.
 _STATE_BYTES_PER_TOKEN = 16
@@ -111,16 +112,17 @@ def plan_scan(scan: Scan) -> Plan:
     """The cuts of a scan; they depend on its lengths, its widths and the device alone."""
     H, device = scan.q.shape[2], scan.q.device
     if scan.on_hopper:
-        programs, tiles, chunk = num_sms(device), 1, _HOPPER_CHUNK
+        programs, chunk = num_sms(device), _HOPPER_CHUNK
+        tiles, own_tiles = cdiv(_widest(scan), _HOPPER_PART), _value_tiles(scan)
     else:
         config = _config(scan)
         programs = num_sms(device) * config["programs_per_sm"]
-        # The same for a scan and for its transpose, which share the states between segments.
-        tiles = cdiv(_widest(scan), config["value_columns"])
+        tiles = own_tiles = cdiv(_widest(scan), config["value_columns"])
         chunk = config["chunk_tokens"]
     cells = scan.q.shape[3] * scan.v.shape[3]
     most_slots = _STATE_BYTES_PER_TOKEN * sum(scan.lengths) // (4 * cells)
-    room = Room(H * tiles, programs, chunk, most_slots)
+    # Cut alike for a scan and for its transpose, which share the states between segments.
+    room = Room(H * tiles, H * own_tiles, programs, chunk, most_slots)
     plan = plan_segments(scan.lengths, room, scan.stops, scan.reverse, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _plans_of_graphs[id(plan)] = plan
@@ -199,14 +201,18 @@ def _launch_hopper(
     # Its loads wait for nothing: tokens that were copied just now may not be in memory yet.
     is_copied = any(row.data_ptr() != x.data_ptr() for row, x in zip(rows, scan[:3], strict=True))
     rows.append(o.flatten(0, 1) if flags["OUTPUT"] else rows[2])
-    works = len(table) * H
+    is_wide = K > _HOPPER_PART
+    v_part = _HOPPER_PART if is_wide else _part(V)
+    parts = (_part(K), _part(K), v_part, v_part)
+    heads = H * _value_tiles(scan)
+    works = len(table) * heads
     most = num_sms(o.device)
     deal = plan.deal if flags["OUTPUT"] else None
     programs = min(works, most) if deal is None else most
     if flags["OUTPUT"] and deal is None:
-        programs = _num_programs(works, H, most)
+        programs = _num_programs(works, heads, most)
     hopper_scan_kernel[(programs,)](
-        *(_descriptor(x) for x in rows),
+        *(_descriptor(x, part) for x, part in zip(rows, parts, strict=True)),
         rows[3],
         scan.log_decay,
         float(scan.scale),
@@ -221,13 +227,14 @@ def _launch_hopper(
         *states[5:],
         K=K,
         V=V,
-        BK=_filled(K),
-        BV=_filled(V),
+        BK=2 * _HOPPER_PART if is_wide else _part(K),
+        BV=v_part,
         C=_HOPPER_CHUNK,
+        TILES=_value_tiles(scan),
         **flags,
         IS_EVEN=deal is None,
-        STAGES=3 if flags["OUTPUT"] else 5,
-        num_warps=_filled(V) // 16,
+        STAGES=_num_stages(is_wide, flags["OUTPUT"]),
+        num_warps=v_part // 16,
         **_overlapping(flags["OUTPUT"] and flags["HAS_BETWEEN"] and not is_copied),
     )
 
@@ -237,9 +244,9 @@ def _overlapping(wanted: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if wanted else {}
 
 
-def _num_programs(works: int, H: int, most: int) -> int:
+def _num_programs(works: int, heads: int, most: int) -> int:
     """Programs of a persistent kernel: all, or so many that each one stays with its head."""
-    aligned = most // H * H
+    aligned = most // heads * heads
     if aligned > 0 and cdiv(works, aligned) == cdiv(works, most):
         return min(works, aligned)
     return min(works, most)
@@ -277,15 +284,26 @@ def _copyable_rows(x: Tensor) -> Tensor:
     return rows if fits else rows.contiguous()
 
 
-def _descriptor(rows: Tensor) -> TensorDescriptor:
-    width = _filled(rows.shape[2])
-    block, layout = [_HOPPER_CHUNK, 1, width], _shared_layout(width, rows.dtype)
+def _descriptor(rows: Tensor, part: int) -> TensorDescriptor:
+    block, layout = [_HOPPER_CHUNK, 1, part], _shared_layout(part, rows.dtype)
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block, layout)
 
 
-def _filled(width: int) -> int:
-    """Columns of a head as the kernel for Hopper GPUs holds it."""
-    return 64 if width <= 64 else 128
+def _part(width: int) -> int:
+    """Columns of a head, or of a part of it, as the kernel for Hopper GPUs holds them."""
+    return 64 if width <= 64 else _HOPPER_PART
+
+
+def _value_tiles(scan: Scan) -> int:
+    """Programs of a segment and head on Hopper."""
+    return cdiv(scan.v.shape[3], _HOPPER_PART)
+
+
+def _num_stages(is_wide: bool, output: bool) -> int:
+    """Chunks in shared memory, of as many tensors as are read: what there is room for."""
+    if is_wide:
+        return 2 if output else 4
+    return 3 if output else 5
 
 
 @cache
