@@ -1,9 +1,10 @@
 """Launches that begin before the kernel in front of them has ended; imports no Triton.
 
-A Hopper GPU can start a kernel's programs while the one before still runs (programmatic dependent
-launch). They may fetch into the L2, which is coherent, and must wait before they read what another
-kernel wrote, or write: every program of such a kernel waits, whatever it does, so that whoever has
-waited for one kernel has waited for all before it.
+A Hopper GPU can prepare a kernel's programs while the last ones of the kernel before still run
+(programmatic dependent launch). Every program of such a kernel waits before it reads or writes, so
+that whoever has waited for one kernel has waited for all before it. None lets the next one begin
+sooner than its own end: programs that only wait take the place of those that work, and fetching
+their weights takes the bandwidth (docs/kernels-fusions.md).
 """
 
 from functools import cache

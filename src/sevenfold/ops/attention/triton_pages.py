@@ -27,7 +27,7 @@ from torch import Tensor
 from sevenfold.config import UnsupportedError
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
-from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
+from sevenfold.ops.triton_overlap import wait_for_last
 from sevenfold.ops.tuning import best_config
 
 WIDEST = 256
@@ -181,7 +181,6 @@ def _attend_kernel(
     WINDOW: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BM rows of one key head, and one share of their keys where SPLIT."""
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     BQ: tl.constexpr = BM // GROUP
     g, r = tl.program_id(1), tl.arange(0, BM)
@@ -223,7 +222,6 @@ def _combine_kernel(
     V: tl.constexpr, BV: tl.constexpr, MOST: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One row and head: shares in one order, MOST of them however many there are."""
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     share, iv = tl.arange(0, MOST), tl.arange(0, BV)

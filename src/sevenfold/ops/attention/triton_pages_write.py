@@ -10,7 +10,7 @@ from torch import Tensor
 from sevenfold.config import UnsupportedError
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import next_power_of_2
-from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
+from sevenfold.ops.triton_overlap import wait_for_last
 
 
 @triton.jit
@@ -20,7 +20,6 @@ def _write_kernel(
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One key head of one token."""
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i, iv = tl.arange(0, BD), tl.arange(0, BV)

@@ -1,9 +1,10 @@
 """How products of a few rows are cut into programs on a GPU; imports no Triton.
 
 A weight's bytes are all the time there is: programs own few output channels, so that every
-multiprocessor streams, and their rows are padded to what a tensor core takes.
+multiprocessor streams, and their rows are padded to what a tensor core takes, but for one alone.
 
-    rows          16 | 32 | 64, the least that holds them; of experts, twice their mean
+    rows          1 | 16 | 32 | 64, the least that holds them; of experts, twice their mean, 16 at
+                  least
     narrow        up to 4,096 output channels: 16 of them to a program fill an H100 or H200
     wide, vast    up to 16,384, and a head's vocabulary
 """
@@ -22,7 +23,10 @@ _SMALL_BYTES = 2
 
 
 class Tile(NamedTuple):
-    """One program's tile: BN weight rows, BM rows, and BK numbers of each of WK parts of K."""
+    """One program's tile: BN weight rows, BM rows, and BK numbers of each of WK parts of K.
+
+    WK is 1 where BM is.
+    """
 
     BN: int
     BM: int
@@ -33,7 +37,11 @@ class Tile(NamedTuple):
 
 
 def tile_rows(rows: int) -> int:
-    """Return the rows of a tile: the least of 16, 32 and 64 that holds them, at most 64."""
+    """Return the rows of a tile: the least of 1, 16, 32 and 64 that holds them, at most 64."""
+    return 1 if rows <= 1 else _padded_rows(rows)
+
+
+def _padded_rows(rows: int) -> int:
     return min(FEW_ROWS, max(_LEAST_TILE, next_power_of_2(max(1, rows))))
 
 
@@ -59,13 +67,13 @@ def down_tile(rows: int, weight: torch.Tensor) -> Tile:
 
 def alone_tiles(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Tile, Tile]:
     """Return the tiles of both products where one or two tokens have experts of their own."""
-    first = _tile("few_rows_gate_up", "alone", _LEAST_TILE, gate_up)
-    return first, _tile("few_rows_down", "alone", _LEAST_TILE, down)
+    first = _tile("few_rows_gate_up", "alone", 1, gate_up)
+    return first, _tile("few_rows_down", "alone", 1, down)
 
 
 def _even_rows(rows: int, experts: int) -> int:
     # Twice an even share, so that most experts need one tile.
-    return tile_rows(rows if experts == 1 else cdiv(2 * rows, experts))
+    return _padded_rows(rows if experts == 1 else cdiv(2 * rows, experts))
 
 
 def _tile(kernel: str, key: str, rows: int, weight: torch.Tensor) -> Tile:

@@ -8,9 +8,6 @@ choices by itself. A tile holds twice an expert's even share of rows; an expert 
 another round, over a weight that the cache has just seen. Choices weigh the hidden rows, so that a
 token's sum is plain: in one program where one or two tokens read their own experts (their weights
 are read once a token), else by a last kernel, always in the order of the choices.
-
-Which experts are read is known only past the choice, so the second product could fetch nothing
-before its turn: the first one's programs fetch its weights.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -29,7 +26,7 @@ from sevenfold.ops.few_rows.triton_router import Choice
 from sevenfold.ops.few_rows.types import Residual
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
-from sevenfold.ops.triton_overlap import fetch, is_fetched, let_next_begin, wait_for_last
+from sevenfold.ops.triton_overlap import wait_for_last
 
 _ALONE = 2  # tokens up to which each reads its own experts
 _COLUMNS, _WARPS = 1024, 4
@@ -63,15 +60,6 @@ def _choices(mine, place, first, BM: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _fetch_share(w, count, place, OVERLAPS: tl.constexpr):
-    """Fetch this program's share of the place-th `count` elements of w."""
-    if is_fetched(place, count, w):
-        share = tl.cdiv(tl.cdiv(count, tl.num_programs(0)), 64) * 64
-        first = tl.program_id(0) * share
-        fetch(w + first, tl.minimum(share, count - first), OVERLAPS)
-
-
-@triton.jit
 def _gate_up_rows(
     x, w, shares, hidden, c, used, chosen, F,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
@@ -98,35 +86,24 @@ def _dense_kernel(
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAPS)
-    half: tl.constexpr = BN // 2
-    m, first = tl.arange(0, BM), tl.program_id(0) * half
-    if is_fetched(tl.program_id(0), BN * K, w):
-        count = tl.minimum(half, F - first) * K
-        fetch(w + first.to(tl.int64) * K, count, OVERLAPS)
-        fetch(w + (F + first).to(tl.int64) * K, count, OVERLAPS)
     wait_for_last(OVERLAPS)
+    m = tl.arange(0, BM)
     _gate_up_rows(x, w, None, hidden, m, m < M, 1, F, K, BN, BM, BK, WK, STAGES)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _gate_up_kernel(
-    x, w, next_w, experts, shares, hidden, R, E, F,
-    NEXT: tl.constexpr, CHOSEN: tl.constexpr, P: tl.constexpr, BY_CHOICE: tl.constexpr,
+    x, w, experts, shares, hidden, R, E, F,
+    CHOSEN: tl.constexpr, P: tl.constexpr, BY_CHOICE: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """NEXT: elements of an expert's second weight in next_w."""
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     expert, mine, place = _expert_of(experts, R, E, P, BY_CHOICE)
     if expert < 0:
         return
     w += expert.to(tl.int64) * 2 * F * K
-    rows = tl.sum(mine.to(tl.int32), axis=0)
-    if rows > 0:
-        _fetch_share(next_w + expert.to(tl.int64) * NEXT, NEXT, tl.program_id(1), OVERLAPS)
-    for first in range(0, rows, BM):
+    for first in range(0, tl.sum(mine.to(tl.int32), axis=0), BM):
         c, used = _choices(mine, place, first, BM, P)
         _gate_up_rows(
             x, w, shares, hidden, c, used, CHOSEN, F, K, BN, BM, BK, WK, STAGES
@@ -140,7 +117,6 @@ def _down_kernel(
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     expert, mine, place = _expert_of(experts, R, E, P, BY_CHOICE)
     if expert < 0:
@@ -163,7 +139,6 @@ def _down_alone_kernel(
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One token's experts, one after another, and its residual."""
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     first, token, m = tl.program_id(0) * BN, tl.program_id(1), tl.arange(0, BM)
     left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
@@ -185,7 +160,6 @@ def _total_kernel(
     CHOSEN: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A token's rows, summed in the order of its choices, and its residual."""
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -197,17 +171,14 @@ def _total_kernel(
     tl.store(y + token * N + n, total.to(y.dtype.element_ty), mask=n < N)
 
 
-def gate_up(choice: Choice, weight: Tensor, next_weight: Tensor, tile: Tile) -> Tensor:
-    """The hidden rows [M k, F] of all choices, weighed; weight [E, 2 F, K].
-
-    next_weight: [E, N, F], what `down` will read.
-    """
+def gate_up(choice: Choice, weight: Tensor, tile: Tile) -> Tensor:
+    """The hidden rows [M k, F] of all choices, weighed; weight [E, 2 F, K]."""
     (E, F2, K), (M, chosen) = weight.shape, choice.experts.shape
     hidden = choice.u.new_empty(M * chosen, F2 // 2)
     _gate_up_kernel[(cdiv(F2 // 2, tile.BN // 2), min(E, M * chosen))](
-        choice.u, weight, next_weight, choice.experts, choice.weights, hidden, M * chosen, E,
-        F2 // 2, NEXT=next_weight[0].numel(), CHOSEN=chosen, P=_padded(M * chosen),
-        BY_CHOICE=M * chosen < E, K=K, **constants(tile), **overlapping(hidden),
+        choice.u, weight, choice.experts, choice.weights, hidden, M * chosen, E, F2 // 2,
+        CHOSEN=chosen, P=_padded(M * chosen), BY_CHOICE=M * chosen < E, K=K, **constants(tile),
+        **overlapping(hidden),
     )  # fmt: skip
     return hidden
 
@@ -253,9 +224,9 @@ def feed(
     M, R = len(stream), choice.experts.numel()
     if M <= _ALONE:
         first, second = alone_tiles(gate_up_proj, down_proj)
-        hidden = gate_up(choice, gate_up_proj, down_proj, first)
+        hidden = gate_up(choice, gate_up_proj, first)
         return down_alone(hidden, choice, down_proj, stream, residual, second)
-    hidden = gate_up(choice, gate_up_proj, down_proj, gate_up_tile(R, gate_up_proj))
+    hidden = gate_up(choice, gate_up_proj, gate_up_tile(R, gate_up_proj))
     rows = down(hidden, choice, down_proj, down_tile(R, down_proj))
     return total(rows, stream, residual)
 

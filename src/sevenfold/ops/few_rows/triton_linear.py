@@ -22,7 +22,7 @@ from sevenfold.ops.few_rows.triton_product import multiply
 from sevenfold.ops.few_rows.types import Residual
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import cdiv
-from sevenfold.ops.triton_overlap import fetch, is_fetched, let_next_begin, wait_for_last
+from sevenfold.ops.triton_overlap import wait_for_last
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -32,7 +32,6 @@ def _project_kernel(
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAPS)
     tile, m = tl.program_id(0), tl.arange(0, BM)
     tiles0, tiles1 = tl.cdiv(N0, BN), tl.cdiv(N1, BN)
     part = (tile >= tiles0).to(tl.int32) + (tile >= tiles0 + tiles1).to(tl.int32)
@@ -43,8 +42,6 @@ def _project_kernel(
         w, y, N = w2, y2, N2
     first = (tile - tl.where(part > 0, tiles0, 0) - tl.where(part > 1, tiles1, 0)) * BN
     w = tl.multiple_of(w, 16) + first.to(tl.int64) * K
-    if is_fetched(tile, BN * K, w):
-        fetch(w, tl.minimum(BN, N - first) * K, OVERLAPS)
     wait_for_last(OVERLAPS)
     # Columns of nobody read the last one.
     left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
@@ -109,11 +106,8 @@ def _join_kernel(
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAPS)
     first, m = tl.program_id(0) * BN, tl.arange(0, BM)
     w += first.to(tl.int64) * K
-    if is_fetched(tl.program_id(0), BN * K, w):
-        fetch(w, tl.minimum(BN, N - first) * K, OVERLAPS)
     wait_for_last(OVERLAPS)
     left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
     got = multiply(w, left, x, m * K, m < M, K, BN, BM, BK, WK, STAGES)

@@ -3,6 +3,9 @@
 The weight is the left operand, whose rows are many; the rows of tokens are the right one. With
 WK > 1 the warps share K: part p of a step's K goes to the p-th share, and shares are added in a
 fixed order at the end, so that the same call gives the same bits.
+
+One row alone needs no matrix unit, for which it would be padded to 16: every thread multiplies what
+it loads, and a program has BN x BK numbers of the weight on their way at once.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -20,7 +23,15 @@ def multiply(
 ):  # fmt: skip
     """[BN, BM] fp32: rows n of w [., K] times the rows of x that begin at `at`, where in_m."""
     even: tl.constexpr = K % (WK * BK) == 0
-    if WK == 1:
+    if BM == 1:
+        products = tl.zeros([BN, BK], tl.float32)
+        for start in tl.range(0, K, BK, num_stages=STAGES):
+            k = start + tl.arange(0, BK)[None, :]
+            left = _load(w + n[:, None] * K + k, None, k, K, even).to(tl.float32)
+            row = _load(x + at[:, None] + k, in_m[:, None], k, K, even).to(tl.float32)
+            products += left * row
+        got = tl.sum(products, axis=1, keep_dims=True)
+    elif WK == 1:
         got = tl.zeros([BN, BM], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             k = start + tl.arange(0, BK)

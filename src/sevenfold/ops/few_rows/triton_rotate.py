@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import next_power_of_2
-from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
+from sevenfold.ops.triton_overlap import wait_for_last
 
 _WARPS = 4
 
@@ -32,7 +32,6 @@ def _rotate_kernel(
     D: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, GP: tl.constexpr, BH: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     row, i = tl.program_id(0), tl.arange(0, BH)
     angle = tl.load(positions + row).to(tl.float32) * tl.load(frequency + i, i < HALF, 0.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sevenfold.ops.few_rows.types import Norm
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import next_power_of_2
-from sevenfold.ops.triton_overlap import fetch, let_next_begin, wait_for_last
+from sevenfold.ops.triton_overlap import wait_for_last
 
 _WARPS, _STAGES = 8, 2
 _TILE_ELEMENTS = 16384  # weights in the hands of one program
@@ -38,10 +38,6 @@ def _choose_kernel(
     K: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, BK: tl.constexpr,
     CHOSEN: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAPS)
-    if tl.program_id(0) == 0:
-        fetch(router, E * K, OVERLAPS)
-        fetch(norm, K, OVERLAPS)
     wait_for_last(OVERLAPS)
     row, e = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS)
     column = tl.arange(0, COLUMNS)

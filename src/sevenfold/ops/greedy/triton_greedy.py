@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import next_power_of_2
-from sevenfold.ops.triton_overlap import let_next_begin, wait_for_last
+from sevenfold.ops.triton_overlap import wait_for_last
 
 _BLOCK, _WARPS, _STAGES = 8192, 32, 4
 
@@ -24,7 +24,6 @@ def _greedy_kernel(
     logits, tokens, finite, row_stride, V,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAPS)
     wait_for_last(OVERLAPS)
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     least: tl.constexpr = -(2**31)

@@ -17,42 +17,22 @@ from sevenfold.ops.lightning.triton_decode_common import (
 )
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
-from sevenfold.ops.triton_overlap import fetch, is_fetched, let_next_begin, wait_for_last
-
-
-@triton.jit
-def _fetch_share(
-    pool, slot, pool_slot, S, bh, h, part, parts: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    """Fetch a share of the rows of a head's state: the head's programs read all of them.
-
-    slot: whoever writes it may still be under way, so it may be any number.
-    """
-    rows: tl.constexpr = (K + parts - 1) // parts
-    if (slot >= 0) & (slot < S) & is_fetched(bh, K * V, pool):
-        first = pool + slot * pool_slot + (h * K + part * rows) * V
-        fetch(first, tl.minimum(rows, K - part * rows) * V, OVERLAPS)
+from sevenfold.ops.triton_overlap import wait_for_last
 
 
 @triton.jit
 def _decode_kernel(
     q, k, v, log_decay, pool, into, slots, o, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, pool_slot,
-    S, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BV value columns of one sequence's head; `into` may be the pool."""
-    let_next_begin(OVERLAPS)
+    wait_for_last(OVERLAPS)
     tiles: tl.constexpr = (V + BV - 1) // BV
     bh, part = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = (bh // H).to(tl.int64), bh % H
-    if OVERLAPS:
-        # Past the L1, which would keep it.
-        early = tl.load(slots + b, cache_modifier=".cg").to(tl.int64)
-        _fetch_share(pool, early, pool_slot, S, bh, h, part, tiles, K, V, OVERLAPS)
-    wait_for_last(OVERLAPS)
-    slot = tl.load(slots + b, cache_modifier=".cg").to(tl.int64)
+    slot = tl.load(slots + b).to(tl.int64)
     ik, iv = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     in_k, in_v = ik < K, iv < V
     if slot < 0:
@@ -107,7 +87,7 @@ def _run(
         _decode_kernel[(B * H * cdiv(V, BV),)](
             q, k, v, log_decay, pool, into, slots, o, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], pool.stride(0),
-            len(pool), H, K=K, V=V, BK=next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
+            H, K=K, V=V, BK=next_power_of_2(K), BV=BV, num_warps=config["num_warps"],
             **overlapping(o),
         )  # fmt: skip
     return o

@@ -25,7 +25,7 @@ from sevenfold.ops.row_launch import (
     walking_tile,
 )
 from sevenfold.ops.triton_column_sum import column_sum
-from sevenfold.ops.triton_overlap import fetch, let_next_begin, wait_for_last
+from sevenfold.ops.triton_overlap import wait_for_last
 
 
 @triton.jit
@@ -33,9 +33,6 @@ def _forward_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, x_stride, gate_stride, num_rows, D, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAPS)
-    if tl.program_id(0) == 0:
-        fetch(weight_ptr, D, OVERLAPS)
     wait_for_last(OVERLAPS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
