@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import Impl, attention, attention_cached
-from sevenfold.ops.attention import cudnn, default_attention_impl, reference
+from sevenfold.ops import attention, attention_cached
+from sevenfold.ops.attention import reference
 from sevenfold.ops.testing import check_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -204,7 +204,7 @@ def test_a_named_impl_is_the_one_that_runs(op: str, monkeypatch: pytest.MonkeyPa
     assert torch.equal(run(*tensors, lengths=(3,), scale=SCALE, **keys), expected)
     with pytest.raises(TypeError, match="not callable"):
         run(*tensors, lengths=(3,), scale=SCALE, impl="reference", **keys)
-    known = "reference, eager, numba" + (", flash, cudnn" if op == "attention" else "")
+    known = "reference, eager, numba" + (", flash" if op == "attention" else "")
     with pytest.raises(UnsupportedError, match=f"{op} must use impl {known}, got 'onednn'"):
         run(*tensors, lengths=(3,), scale=SCALE, impl="onednn", **keys)
     with pytest.raises(ValueError, match=r"impl must be one of .*, got 'fast'"):
@@ -270,51 +270,6 @@ def test_flash_says_what_it_needs() -> None:
     q, k, v = inputs(1, 8, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedError, match="q must be bf16 or fp16 on a GPU for impl flash"):
         attention(q, k, v, lengths=(3, 5), scale=SCALE, impl="flash")
-
-
-@pytest.mark.parametrize(
-    ("lengths", "window", "message"),
-    [
-        ((8,), 3, "window must be None for impl cudnn, got 3"),
-        ((3, 5), None, "lengths must be alike and not 0 for impl cudnn, got [3, 5]"),
-        ((4, 4), None, "q must be bf16 or fp16 on a GPU for impl cudnn, got torch.bfloat16 on cpu"),
-    ],
-)
-def test_cudnn_says_what_it_needs(lengths: tuple, window: int | None, message: str) -> None:
-    q, k, v = inputs(1, 8, dtype=torch.bfloat16)
-    with pytest.raises(UnsupportedError, match=re.escape(message)):
-        attention(q, k, v, lengths=lengths, scale=SCALE, window=window, impl="cudnn")
-
-
-def test_where_cudnn_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cudnn, "refusal", lambda *_: None)
-    q, k, v = (torch.zeros(2, 1024, heads, 16).bfloat16() for heads in (4, 2, 2))
-    assert default_attention_impl(q, k, v, (1024, 1024)) is Impl.CUDNN
-    assert default_attention_impl(q, k, v, (2048,)) is Impl.CUDNN
-    assert default_attention_impl(q, k, v, (1024, 1024), 7) is Impl.EAGER
-    for others in ((512,) * 4, (1024, 1000, 24)):
-        assert default_attention_impl(q, k, v, others) is not Impl.CUDNN
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert default_attention_impl(q, k, v, (1024, 1024)) is Impl.EAGER
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "lengths"), [((2, 1024), (1024,) * 2), ((1, 1500), (500,) * 3)])
-@pytest.mark.parametrize(("H", "G"), GROUPS)
-def test_sequences_of_one_length_by_cudnn_on_a_gpu(
-    H: int, G: int, shape: tuple[int, int], lengths: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    exact = [random(*shape, heads, 64, seed=i) for i, heads in enumerate((H, G, G, H))]
-
-    def run(dtype: torch.dtype, impl: str) -> list[Tensor]:
-        q, k, v = (x.to("cuda", dtype).requires_grad_() for x in exact[:3])
-        o = attention(q, k, v, lengths=lengths, scale=0.1, impl=impl)
-        return [o, *torch.autograd.grad(o, (q, k, v), exact[3].to("cuda", dtype))]
-
-    results = run(dtype, "cudnn"), run(dtype, "eager"), run(torch.float64, "reference")
-    for name, *found in zip(("o", "dq", "dk", "dv"), *results, strict=True):
-        check_error(name, *(x.detach() for x in found))
 
 
 @pytest.mark.gpu

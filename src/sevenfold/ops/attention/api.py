@@ -6,32 +6,26 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops.attention import cudnn, eager, flash, reference
+from sevenfold.ops.attention import eager, flash, reference
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
 from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.types import Impl
 
 _IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.NUMBA)
-_WHOLE_IMPLS = (*_IMPLS, Impl.FLASH, Impl.CUDNN)
+_WHOLE_IMPLS = (*_IMPLS, Impl.FLASH)
 _NUMBA_WIDTH = 32  # columns of a tile of values, and of the keys' gradient
 _LONG_TOKENS = 512  # from here on the compiled loops repay their start
 
 
-def default_attention_impl(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None = None
-) -> Impl:
+def default_attention_impl(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Impl:
     """Return what attention and attention_cached take.
 
-    numba for fp32 on a CPU from 512 tokens on. In attention alone, in bf16 or fp16 on a GPU: cudnn
-    for sequences of one length, a multiple of 1,024, without a window on compute capability 9.0,
-    unless PyTorch is asked for deterministic algorithms; flash for others packed into a row. Else
-    eager.
+    numba for fp32 on a CPU from 512 tokens on; flash for sequences packed into a row in bf16 or
+    fp16 on a GPU (attention alone); else eager.
     """
     cached = _default_cached_impl(q, k, v, lengths)
     if cached is Impl.NUMBA:
         return cached
-    if cudnn.suits_whole(q, v, lengths, window):
-        return Impl.CUDNN
     whole_rows = tuple(lengths) == (q.shape[1],) * q.shape[0]
     packs = not whole_rows and max(lengths, default=0) > 0
     return Impl.FLASH if packs and flash.refusal(q, v) is None else Impl.EAGER
@@ -75,29 +69,21 @@ def attention(
         lengths: tokens of each sequence; they sum to B * T.
         scale: multiplies the scores.
         window: tokens that a query sees, itself included, at least 1; None is all before it.
-        impl: "reference", "eager", "numba" (fp32 on a CPU), "flash" (all sequences in one call,
-            bf16 or fp16 on a GPU) or "cudnn" (the same for sequences of one length, without a
-            window, on compute capability 9.0); None takes default_attention_impl. A named one never
-            falls back.
+        impl: "reference", "eager", "numba" (fp32 on a CPU) or "flash" (all sequences in one call,
+            bf16 or fp16 on a GPU); None takes default_attention_impl. A named one never falls back.
 
     Returns:
         [B, T, H, V] in v's dtype.
 
     Raises:
         ValueError, TypeError: a shape, dtype or value breaks the rules above.
-        UnsupportedError: the operator has no implementation of that name, or numba, flash or cudnn
-            is asked for where it cannot compute.
+        UnsupportedError: the operator has no implementation of that name, or numba or flash is
+            asked for where it cannot compute.
     """
     B, T = q.shape[:2]
     _check(q, k, v, lengths, window)
     check_shape("k", k, (B, T, *k.shape[2:]), "[B, T, G, D]")
-    default = default_attention_impl(q, k, v, lengths, window)
-    chosen = _choose("attention", impl, (q, k, v), default)
-    if chosen is Impl.CUDNN:
-        if refusal := cudnn.whole_refusal(q, v, lengths, window):
-            raise UnsupportedError(refusal)
-        rows = (x.flatten(0, 1).unflatten(0, (len(lengths), -1)) for x in (q, k, v))
-        return cudnn.whole(*rows, scale=scale).reshape(q.shape)
+    chosen = _choose("attention", impl, q, k, v, lengths)
     if chosen is Impl.FLASH:
         if refusal := flash.refusal(q, v):
             raise UnsupportedError(refusal)
@@ -149,8 +135,7 @@ def attention_cached(
     for length, keys in zip(lengths, key_lengths, strict=True):
         if not length <= keys <= S:
             raise ValueError(f"key_lengths must lie in {length} (new) to {S} (places), got {keys}")
-    default = _default_cached_impl(q, k, v, lengths)
-    run = _one_sequence(_choose("attention_cached", impl, (q, k, v), default))
+    run = _one_sequence(_choose("attention_cached", impl, q, k, v, lengths))
     if run is eager.one_sequence and len(set(lengths)) == 1 and lengths[0]:
         batched = q.reshape(N, lengths[0], *q.shape[2:])
         if len(set(key_lengths)) == 1 or lengths[0] == 1:
@@ -164,10 +149,14 @@ def attention_cached(
     return _joined(parts, q, v)
 
 
-def _choose(name: str, impl: Impl | str | None, tokens: Sequence[Tensor], default: Impl) -> Impl:
-    known = _WHOLE_IMPLS if name == "attention" else _IMPLS
-    chosen = choose_impl(name, impl, default, known)
-    if chosen is Impl.NUMBA and (refusal := _numba_refusal(*tokens)):
+def _choose(
+    name: str, impl: Impl | str | None, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]
+) -> Impl:
+    default, known = default_attention_impl, _WHOLE_IMPLS
+    if name == "attention_cached":
+        default, known = _default_cached_impl, _IMPLS
+    chosen = choose_impl(name, impl, default(q, k, v, lengths), known)
+    if chosen is Impl.NUMBA and (refusal := _numba_refusal(q, k, v)):
         raise UnsupportedError(refusal)
     return chosen
 

@@ -1,10 +1,8 @@
-"""Sequences of equal length in cuDNN's kernel for Hopper, with their log-sum-exps.
+"""One sequence of softmax attention in cuDNN's kernel for Hopper, with its log-sum-exp.
 
 By way of PyTorch's own operator, whose name begins with an underscore: the public one gives no
 log-sum-exp. It builds a plan for every shape that a thread has not met before.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +10,6 @@ from torch import Tensor
 CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_WIDTH, _WIDTH_MULTIPLE = 128, 8
-# Lengths that no training run asks for by chance: another would cost a plan.
-_UNIT_TOKENS = 1024
 
 
 def refusal(q: Tensor, v: Tensor) -> str | None:
@@ -35,30 +31,6 @@ def refusal(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def whole_refusal(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> str | None:
-    """Why it cannot compute whole sequences, if it cannot."""
-    if window is not None:
-        return f"window must be None for impl cudnn, got {window}"
-    if len(set(lengths)) != 1 or not lengths[0]:
-        return f"lengths must be alike and not 0 for impl cudnn, got {list(lengths)}"
-    return refusal(q, v)
-
-
-def suits_whole(q: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> bool:
-    """Whether it is the default for whole sequences: lengths that come again and again.
-
-    Its backward adds up in no fixed order.
-    """
-    if whole_refusal(q, v, lengths, window) or lengths[0] % _UNIT_TOKENS:
-        return False
-    return not torch.are_deterministic_algorithms_enabled()
-
-
-def whole(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """Causal attention in sequences of q [N, T, H, D] over k, v [N, T, G, D]: [N, T, H, D]."""
-    return _run(q, k, v, scale, causal=True)[0]
-
-
 def with_lse(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -66,13 +38,8 @@ def with_lse(
 
     Of all keys, or of those up to a query's own place, where S is T.
     """
-    o, lse = _run(q[None], k[None], v[None], scale, causal)
-    return o[0], lse.view(q.shape[1], len(q))
-
-
-def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    heads_first = (x[None].transpose(1, 2) for x in (q, k, v))
     o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *heads_first, None, True, 0.0, causal, False, scale=scale
     )
-    return o.transpose(1, 2), lse
+    return o[0].transpose(0, 1), lse.view(q.shape[1], len(q))
