@@ -116,7 +116,7 @@ def test_cudnn_is_for_a_gpu_and_for_long_chunks() -> None:
     rule = "q must be bf16 or fp16 on a GPU for impl cudnn, got torch.bfloat16 on cpu"
     with pytest.raises(UnsupportedError, match=re.escape(rule)):
         attention_chunks(q, pool, pool, pages, lengths=[2048], past=[0], scale=1.0, impl="cudnn")
-    assert not suits_chunks(q, pool, [2048])
+    assert not suits_chunks(q, pool, [2048], [9000])
 
 
 def test_what_of_a_gpu_cudnn_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +134,11 @@ def test_what_of_a_gpu_cudnn_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         chunks_cudnn.refusal(q, q, [2048])
     )
     assert "must have one of 1024 tokens" in str(chunks_cudnn.refusal(q, q, [1023, 5]))
+    assert not suits_chunks(q, q, [2048], [9000])
+    capability["now"] = (9, 0)
+    assert suits_chunks(q, q, [5, 2048], [9000, 6144])
+    # A chunk that is long, and one that has many keys, but none that is both.
+    assert not suits_chunks(q, q, [5, 2048], [9000, 6143])
 
 
 class on_gpu:  # noqa: N801

@@ -60,8 +60,18 @@ def check(x: list[Tensor], case: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_it_keeps_to_the_error_rule(name: str, dtype: torch.dtype) -> None:
     x = inputs(CASES[name], dtype)
-    assert suits_chunks(x[0], x[2], [new for _, new in CASES[name]])
     check(x, CASES[name])
+
+
+def test_it_is_the_default_for_long_chunks_among_many_keys() -> None:
+    x = inputs([(0, 1024)], torch.bfloat16)
+    for past, new, suits in [
+        (0, 8192, True),
+        (7168, 1024, True),
+        (0, 8191, False),
+        (9000, 9, False),
+    ]:
+        assert suits_chunks(x[0], x[2], [new], [past]) is suits
 
 
 @pytest.mark.parametrize(("D", "heads"), [(64, (8, 2)), (96, (3, 3)), (128, (16, 2))])

@@ -127,7 +127,7 @@ class SoftmaxAttention(nn.Module):
         )
 
     def _goes_by_blocks(self, q: Tensor, batch: Batch, state: PagedKV) -> bool:
-        return self.window is None and suits_chunks(q, state.v, batch.lengths)
+        return self.window is None and suits_chunks(q, state.v, batch.lengths, batch.past)
 
     def _attend_tree(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PagedTree

@@ -19,7 +19,7 @@ CUT = Cut(unit_tokens=1024, most_tokens=65_536)
 def refusal(q: Tensor, v: Tensor, lengths: Sequence[int]) -> str | None:
     """Why it cannot serve a call, or would serve none of its chunks, if so."""
     longest = max(lengths, default=0)
-    if not _is_long(longest):
+    if not is_long(longest):
         return (
             f"lengths must have one of {CUT.unit_tokens} tokens or more for impl cudnn, got at "
             f"most {longest}"
@@ -33,8 +33,8 @@ def attend(chunks: Sequence[Chunk]) -> list[Tensor]:
     from sevenfold.ops.attention.triton_join import join
 
     means = Means(_attend_block, join)
-    found = [attend_chunk(x, CUT, means) if _is_long(len(x.q)) else x.q for x in chunks]
-    short = [n for n, chunk in enumerate(chunks) if not _is_long(len(chunk.q))]
+    found = [attend_chunk(x, CUT, means) if is_long(len(x.q)) else x.q for x in chunks]
+    short = [n for n, chunk in enumerate(chunks) if not is_long(len(chunk.q))]
     if any(len(chunks[n].q) for n in short):
         for n, o in zip(short, _attend_short([chunks[n] for n in short]), strict=True):
             found[n] = o
@@ -55,7 +55,8 @@ def _attend_short(chunks: Sequence[Chunk]) -> Sequence[Tensor]:
     return triton_pages.attend(call)[0].split(lengths)
 
 
-def _is_long(tokens: int) -> bool:
+def is_long(tokens: int) -> bool:
+    """Whether so many new tokens of a sequence go by blocks."""
     return tokens >= CUT.unit_tokens
 
 
