@@ -11,6 +11,7 @@ from sevenfold.engine.device import (
     DeviceVerifier,
     DraftLimits,
     decode_batch_sizes,
+    prefill_sizes,
 )
 from sevenfold.engine.quantised_weights import QuantisedLinear
 from sevenfold.engine.runner import Runner
@@ -21,6 +22,7 @@ from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import Experts
 from sevenfold.ops import Impl
 from sevenfold.ops.experts import default_mixture_impl
+from sevenfold.ops.lightning.api import default_impl as default_scan_impl
 from sevenfold.ops.quantised import default_int8_impl
 
 _WIDEST_HEAD = 256  # of the kernels that read a pool of states or pages
@@ -41,9 +43,11 @@ def make_runner(
         storage: beside it.
         limits: tokens of a page, and rows of a decoding step at most.
         batch_sizes: of decoding steps that are recorded on a GPU; None takes decode_batch_sizes of
-            the most rows, or none where a graph cannot hold the model's step.
+            the most rows, or none where a graph cannot hold the model's step. Where any are, so are
+            prefills of one row.
         invariant: whether bits must not depend on company: every recorded step has the most rows,
-            and prompts keep to the kernel whose bits do not depend on how they are cut.
+            no prefill is recorded, and prompts keep to the kernel whose bits do not depend on how
+            they are cut.
 
     Raises:
         ConfigError: batch_sizes are given for a CPU or for a model whose steps a graph cannot hold,
@@ -75,11 +79,13 @@ def make_runner(
         recorded = (most_rows,) if invariant else decode_batch_sizes(most_rows)
         batch_sizes = recorded if can_record else ()
     capture = CudaCapture(model.device) if batch_sizes else None
+    can_record_prefill = capture is not None and not invariant and scans_wait_for_nothing(model)
     return DeviceRunner(
         model,
         storage,
         page_tokens=page_tokens,
         batch_sizes=batch_sizes,
+        prefill_sizes=prefill_sizes(model.config) if can_record_prefill else (),
         capture=capture,
         cuts_change_bits=not invariant,
     )
@@ -115,6 +121,14 @@ def is_recordable(model: HybridModel) -> bool:
     x = model.embed_tokens.weight[:1]
     chosen = {impl for module in model.modules() if (impl := _product_impl(x, module))}
     return model.config.head_dim <= _WIDEST_HEAD and chosen <= {Impl.TRITON}
+
+
+def scans_wait_for_nothing(model: HybridModel) -> bool:
+    """Whether lightning attention over a prompt, if there is any, is left to kernels."""
+    if not model.config.count("linear_attention"):
+        return True
+    D = model.config.head_dim
+    return default_scan_impl(model.device, model.dtype, D, D) is Impl.TRITON
 
 
 def _product_impl(x: Tensor, module: nn.Module) -> Impl | None:

@@ -5,7 +5,12 @@ import os
 import torch
 
 from sevenfold.config import ConfigError
-from sevenfold.engine.device import chunk_token_bytes, gathered_bytes, graph_bytes
+from sevenfold.engine.device import (
+    chunk_token_bytes,
+    gathered_bytes,
+    graph_bytes,
+    prefill_sizes,
+)
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.precision import SnapshotDtype, StateDtype
 from sevenfold.engine.scheduler import SchedulerConfig
@@ -31,13 +36,14 @@ _LONE_MEMORY_SHARE = 0.5
 def default_budget_bytes(model: HybridModel, *, draft_tokens: int = 0, num_ranks: int = 1) -> int:
     """Return the bytes that states, pages and snapshots may take beside a model's weights.
 
-    On a GPU it leaves room for recorded steps, with so many guesses a row where there are any;
+    On a GPU it leaves room for recorded runs, with so many guesses a row where there are any;
     ranks on a CPU share its memory.
     """
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         rows = _MOST_ROWS * (1 + draft_tokens)
-        graphs = graph_bytes(model.config, rows, element_bytes=model.dtype.itemsize)
+        tokens = max(prefill_sizes(model.config), default=0)
+        graphs = graph_bytes(model.config, rows, tokens, element_bytes=model.dtype.itemsize)
         return int(_FREE_SHARE["cuda"] * free) - graphs
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_MOST_CPU_BYTES, int(_FREE_SHARE["cpu"] * free)) // num_ranks

@@ -14,7 +14,7 @@ from torch import Tensor
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import LayerType, ModelConfig
 from sevenfold.models.drafts import DraftedState
-from sevenfold.ops import Snapshots
+from sevenfold.ops import PaddedSnapshots, Snapshots
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class PooledState:
 
     slots: [N] int64 on the pool's device, no two alike.
     kept: states to keep on the way, by the sequences' order. With it states are advanced where they
-        lie, by kernels that take slots; without it they are taken out and put back.
+        lie, by kernels that take slots; without it they are taken out and put back. Padded ones say
+        how many tokens of the batch's one row count, too.
     """
 
     pool: Tensor
     slots: Tensor
-    kept: Snapshots | None = None
+    kept: Snapshots | PaddedSnapshots | None = None
 
 
 class EncodedState(ABC):

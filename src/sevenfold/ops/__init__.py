@@ -49,6 +49,8 @@ from sevenfold.ops.greedy import Greedy, are_finite, greedy_tokens
 from sevenfold.ops.lightning import (
     MAX_DRAFT_TOKENS,
     Int8ReplayPool,
+    PaddedCuts,
+    PaddedSnapshots,
     ReplayPool,
     Snapshots,
     Stop,
@@ -59,12 +61,14 @@ from sevenfold.ops.lightning import (
     lightning_attention_commit_int8,
     lightning_attention_decode,
     lightning_attention_decode_fp16,
+    lightning_attention_padded,
     lightning_attention_prefill,
     lightning_attention_replay,
     lightning_attention_replay_int8,
     lightning_attention_step,
     lightning_attention_verify,
     lightning_attention_verify_int8,
+    padded_cuts,
 )
 from sevenfold.ops.linear import head_logits, head_logits_into, linear, room_for_logits
 from sevenfold.ops.low_precision import (
@@ -114,6 +118,8 @@ __all__ = [
     "Noise",
     "Norm",
     "OpResult",
+    "PaddedCuts",
+    "PaddedSnapshots",
     "ReplayPool",
     "Residual",
     "ScaledFp16",
@@ -160,6 +166,7 @@ __all__ = [
     "lightning_attention_commit_int8",
     "lightning_attention_decode",
     "lightning_attention_decode_fp16",
+    "lightning_attention_padded",
     "lightning_attention_prefill",
     "lightning_attention_replay",
     "lightning_attention_replay_int8",
@@ -170,6 +177,7 @@ __all__ = [
     "linear_cross_entropy",
     "mixture",
     "noise_bits",
+    "padded_cuts",
     "plan_dispatch",
     "quantise_rows",
     "quantise_rows_fp8",

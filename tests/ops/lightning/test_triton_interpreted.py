@@ -8,4 +8,5 @@ from triton_interpreter import check_interpreted
 
 def test_scans_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    check_interpreted(Path(__file__).with_name("test_triton_scan.py"))
+    names = ("test_triton_scan.py", "test_triton_padded.py")
+    check_interpreted(*(Path(__file__).with_name(name) for name in names))

@@ -1,4 +1,4 @@
-"""What recorded decoding steps take of a GPU's memory, beside weights, states and pages."""
+"""What recorded runs take of a GPU's memory, beside weights, states and pages."""
 
 from sevenfold.models import ModelConfig
 
@@ -7,14 +7,21 @@ _MOST_GATHERED_TOKENS = 65_536  # whose keys a long chunk has end to end at a ti
 _LIBRARIES = 128 << 20  # cuBLAS's workspaces on two streams, and the graphs themselves
 
 
-def graph_bytes(config: ModelConfig, most_rows: int, *, element_bytes: int) -> int:
-    """Return bytes that graphs of up to most_rows rows take, which share one pool.
+def graph_bytes(
+    config: ModelConfig, most_rows: int, prefill_tokens: int, *, element_bytes: int
+) -> int:
+    """Return bytes that graphs of up to most_rows rows or prefill_tokens take, in one pool.
 
         logits + one layer's activations + one softmax layer's shares + 128 MiB for libraries
+        + prefill_tokens * (chunk_token_bytes + 16 H + 128)
+
+    A prefill's states between segments take 16 bytes a token and head; ids and places take 32 bytes
+    a token, and all sizes together have less than four times the tokens of the largest.
 
     Args:
-        config: the model.
+        config: the model; H = num_attention_heads.
         most_rows: of the largest decoding step.
+        prefill_tokens: of the largest prefill that is recorded, or 0.
         element_bytes: of the model's dtype.
     """
     H, D = config.num_attention_heads, config.head_dim
@@ -24,7 +31,9 @@ def graph_bytes(config: ModelConfig, most_rows: int, *, element_bytes: int) -> i
     has_pages = config.count("full_attention") + config.count("sliding_attention") > 0
     shares = 4 * _MOST_SPLITS * H * (D + 1) if has_pages else 0
     logits = 4 * config.vocab_size
-    return most_rows * (element_bytes * widths + shares + logits) + _LIBRARIES
+    token = chunk_token_bytes(config, element_bytes=element_bytes) + 16 * H + 128
+    prefill = prefill_tokens * token
+    return most_rows * (element_bytes * widths + shares + logits) + prefill + _LIBRARIES
 
 
 def chunk_token_bytes(config: ModelConfig, *, element_bytes: int) -> int:

@@ -10,20 +10,22 @@ from sevenfold.config import UnsupportedError
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs, most_pages
+from sevenfold.engine.device.prefill_graphs import MOST_KEYS, MOST_STOPS, PrefillGraphs
+from sevenfold.engine.device.prefill_inputs import PrefillInputs
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.prompt_logprobs import score_rows
 from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.storage import KVStorage, LinearStorage, Storage
 from sevenfold.engine.transfer import upload_parts
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
-from sevenfold.ops import Snapshots, Stop
+from sevenfold.ops import PaddedSnapshots, Snapshots, Stop, padded_cuts
 
 
 class DeviceRunner:
     """A model over the storage of the requests that it runs; results as engine.runner.Runner's.
 
     Indices go to the device in one copy a run. Decoding advances states in the arena by their
-    slots; a prefill writes snapshots on its way, in one run.
+    slots; a prefill writes snapshots on its way, in one run. A prefill of one row is recorded, too.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class DeviceRunner:
         *,
         page_tokens: int,
         batch_sizes: Sequence[int] = (),
+        prefill_sizes: Sequence[int] = (),
         capture: Capture | None = None,
         cuts_change_bits: bool = True,
     ) -> None:
@@ -43,6 +46,7 @@ class DeviceRunner:
             storage: of states and snapshots in fp32, and pages.
             page_tokens: tokens of a page.
             batch_sizes: of decoding steps that are recorded; none without `capture`.
+            prefill_sizes: tokens of prefills that are recorded, rising; none without `capture`.
             capture: records them; None runs each step as it comes.
             cuts_change_bits: whether the bits of softmax attention may depend on how a prompt is
                 cut, as long chunks' do where they go block by block.
@@ -50,9 +54,13 @@ class DeviceRunner:
         self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
         self.batch_sizes, self.capture = tuple(batch_sizes), capture
         self._cuts_change_bits = cuts_change_bits
-        self._graphs = None
+        self._graphs, self._prefills = None, None
         if capture is not None:
             self._graphs = DecodeGraphs(self._step, capture, batch_sizes, device=model.device)
+        if capture is not None and prefill_sizes:
+            self._prefills = PrefillGraphs(
+                self._prefill_step, capture, prefill_sizes, self._new_prefill_inputs
+            )
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
@@ -104,10 +112,13 @@ class DeviceRunner:
         rows = inputs.size.rows
         batch = Batch((1,) * rows, (0,) * rows, inputs.positions, None)
         table = PageTable(inputs.pages, inputs.page, inputs.place, inputs.key_lengths)
-        state = self._values(inputs.slots, table, ())
+        state = self._values(inputs.slots, table, lambda pool: Snapshots(pool, ()))
         return self.model.logits(self.model.hidden(inputs.ids, batch, state).hidden[:, 0])
 
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
+        size = None if self._prefills is None else self._prefills.size_of(rows)
+        if self._prefills is not None and size is not None:
+            return self._prefills.run(size, rows[0], self.page_tokens)
         parts = upload_parts(_prefill_inputs(rows, self.page_tokens), self.model.device)
         ids, positions, page, place, slots, key_lengths, starts, pages = parts
         lengths, past = (tuple(x) for x in ([len(r.tokens) for r in rows], [r.past for r in rows]))
@@ -116,14 +127,34 @@ class DeviceRunner:
         pages = pages.view(len(rows), -1)
         known = past if self._cuts_change_bits else None
         table = PageTable(pages, page, place, key_lengths, starts, known)
-        state = self._values(slots, table, _stops(rows))
+        stops = _stops(rows)
+        state = self._values(slots, table, lambda pool: Snapshots(pool, stops))
         hidden = self.model.hidden(ids[None], batch, state).hidden[0]
         score_rows(self.model, rows, hidden)
         return self.model.logits(hidden[starts[1:] - 1])
 
+    def _new_prefill_inputs(self, tokens: int) -> PrefillInputs:
+        pools = [layer.states for layer in self.storage.layers if isinstance(layer, LinearStorage)]
+        H, K, V = pools[0].shape[1:] if pools else (1, 1, 1)
+        cuts = padded_cuts(tokens, (H, K, V), MOST_STOPS, self.model.embed_tokens.weight)
+        return PrefillInputs(cuts, -(-MOST_KEYS // self.page_tokens), self.model.device)
+
+    def _prefill_step(self, inputs: PrefillInputs) -> Tensor:
+        batch = Batch((inputs.tokens,), (0,), inputs.positions, None)
+        where = (inputs.pages, inputs.page, inputs.place)
+        table = PageTable(*where, inputs.key_lengths, inputs.borders)
+        plan = inputs.plan()  # once for all layers
+        state = self._values(inputs.slots, table, lambda pool: PaddedSnapshots(pool, plan))
+        hidden = self.model.hidden(inputs.ids, batch, state).hidden[0]
+        return self.model.logits(hidden[inputs.last])
+
     def _values(
-        self, slots: Tensor, table: PageTable, stops: tuple[Stop, ...]
+        self,
+        slots: Tensor,
+        table: PageTable,
+        kept: Callable[[Tensor], Snapshots | PaddedSnapshots],
     ) -> tuple[LayerState, ...]:
+        """Each layer's part of a state; `kept` says what to keep in a pool of snapshots."""
         values: list[LayerState] = []
         for layer in self.storage.layers:
             if isinstance(layer, KVStorage):
@@ -132,7 +163,7 @@ class DeviceRunner:
             pool = layer.snapshots.exact
             if not isinstance(layer, LinearStorage) or pool is None:
                 raise UnsupportedError("states and snapshots must be fp32 for DeviceRunner")
-            values.append(PooledState(layer.states, slots, Snapshots(pool, stops)))
+            values.append(PooledState(layer.states, slots, kept(pool)))
         return tuple(values)
 
 

@@ -12,12 +12,14 @@ from sevenfold.models.drafts import DraftedState
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.state import EncodedState, LinearState, PooledState
 from sevenfold.ops import (
+    PaddedSnapshots,
     Snapshots,
     autocast,
     gated_rms_norm,
     layer_log_decay,
     lightning_attention,
     lightning_attention_decode,
+    lightning_attention_padded,
     lightning_attention_prefill,
     lightning_attention_step,
     silu_qkv,
@@ -102,22 +104,28 @@ class LightningAttention(nn.Module):
         return o, state
 
     def _attend_in_place(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: PooledState, kept: Snapshots
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        state: PooledState,
+        kept: Snapshots | PaddedSnapshots,
     ) -> Tensor:
-        if batch.is_step and not kept.stops:
+        tokens = (q, k, v, self.log_decay)
+        if isinstance(kept, PaddedSnapshots):
+            before = state.pool[state.slots]
+            o, kv = lightning_attention_padded(*tokens, kept, initial_state=before)
+        elif batch.is_step and not kept.stops:
             q, k, values = (x.flatten(0, 1) for x in (q, k, v))
             return lightning_attention_decode(
                 q, k, values, self.log_decay, state.pool, state.slots
             ).view_as(v)
-        o, kv = lightning_attention_prefill(
-            q,
-            k,
-            v,
-            self.log_decay,
-            kept,
-            initial_state=state.pool[state.slots],
-            cu_seqlens=batch.cu_seqlens,
-        )
+        else:
+            before, borders = state.pool[state.slots], batch.cu_seqlens
+            o, kv = lightning_attention_prefill(
+                *tokens, kept, initial_state=before, cu_seqlens=borders
+            )
         state.pool[state.slots] = kv  # pyright: ignore[reportArgumentType]
         return o
 

@@ -7,6 +7,12 @@ from sevenfold.ops.lightning.api import (
 )
 from sevenfold.ops.lightning.decode import lightning_attention_decode
 from sevenfold.ops.lightning.decode_fp16 import lightning_attention_decode_fp16
+from sevenfold.ops.lightning.padded import (
+    PaddedSnapshots,
+    lightning_attention_padded,
+    padded_cuts,
+)
+from sevenfold.ops.lightning.padded_cuts import PaddedCuts
 from sevenfold.ops.lightning.replay import ReplayPool, lightning_attention_replay
 from sevenfold.ops.lightning.replay_int8 import Int8ReplayPool, lightning_attention_replay_int8
 from sevenfold.ops.lightning.segments import Stop
@@ -25,6 +31,8 @@ from sevenfold.ops.lightning.verify_int8 import (
 __all__ = [
     "MAX_DRAFT_TOKENS",
     "Int8ReplayPool",
+    "PaddedCuts",
+    "PaddedSnapshots",
     "ReplayPool",
     "Snapshots",
     "Stop",
@@ -35,10 +43,12 @@ __all__ = [
     "lightning_attention_commit_int8",
     "lightning_attention_decode",
     "lightning_attention_decode_fp16",
+    "lightning_attention_padded",
     "lightning_attention_prefill",
     "lightning_attention_replay",
     "lightning_attention_replay_int8",
     "lightning_attention_step",
     "lightning_attention_verify",
     "lightning_attention_verify_int8",
+    "padded_cuts",
 ]

@@ -20,7 +20,7 @@ from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl, OpResult
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.NUMBA, Impl.TRITON)
+IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.NUMBA, Impl.TRITON)
 _NUMBA_WIDTH = 32  # whole tiles
 _STEP_IMPLS = (Impl.REFERENCE, Impl.EAGER, Impl.TRITON)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -70,9 +70,9 @@ def lightning_attention(
 
     Source: arXiv 2501.08313 (MiniMax-01), 2401.04658 (Lightning Attention-2).
     """
-    _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    check(q, k, v, log_decay, initial_state, cu_seqlens)
     default = default_impl(q.device, q.dtype, q.shape[-1], v.shape[-1])
-    chosen = choose_impl("lightning_attention", impl, default, _IMPLS)
+    chosen = choose_impl("lightning_attention", impl, default, IMPLS)
     if chosen is Impl.TRITON:
         o, final = triton_op.forward(
             q,
@@ -85,7 +85,7 @@ def lightning_attention(
             with_final=return_final_state,
         )
         return OpResult(o, final)
-    forward = _forward_of(chosen, q, v)
+    forward = forward_of(chosen, q, v)
     lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
     with full_precision(q.device):
         o, final = forward(
@@ -124,10 +124,10 @@ def lightning_attention_prefill(
 
     Source: as lightning_attention.
     """
-    N = _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    N = check(q, k, v, log_decay, initial_state, cu_seqlens)
     check_snapshots(snapshots, q, v.shape[-1])
     default = default_impl(q.device, q.dtype, q.shape[-1], v.shape[-1])
-    chosen = choose_impl("lightning_attention_prefill", impl, default, _IMPLS)
+    chosen = choose_impl("lightning_attention_prefill", impl, default, IMPLS)
     options = {"scale": scale, "initial_state": initial_state, "snapshots": snapshots}
     with torch.no_grad(), full_precision(q.device):
         if chosen is Impl.TRITON:
@@ -135,7 +135,7 @@ def lightning_attention_prefill(
                 q, k, v, log_decay, cu_seqlens=cu_seqlens, **options
             )
             return OpResult(*found)
-        forward = _forward_of(chosen, q, v)
+        forward = forward_of(chosen, q, v)
         lengths = read_lengths(q.shape[0], q.shape[1], cu_seqlens)
         check_stops(snapshots.stops, lengths)
         found = forward_by_parts(forward, (q, k, v), log_decay, lengths=lengths, **options)
@@ -170,7 +170,8 @@ def _numba_refusal(device: torch.device, dtype: torch.dtype, K: int, V: int) -> 
     return None
 
 
-def _forward_of(impl: Impl, q: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def forward_of(impl: Impl, q: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of an implementation that is no kernel; arguments as reference.forward's."""
     if impl is not Impl.NUMBA:
         return reference.forward if impl is Impl.REFERENCE else eager.forward
     if refusal := _numba_refusal(q.device, q.dtype, q.shape[-1], v.shape[-1]):
@@ -232,7 +233,7 @@ def lightning_attention_step(
         return OpResult(*eager.step(q, k, v, log_decay, scale=scale, state=state))
 
 
-def _check(
+def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,

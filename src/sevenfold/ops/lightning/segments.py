@@ -112,6 +112,29 @@ def plan_segments(
         reverse: the scan enters a sequence at its end.
         device: where the tables lie.
     """
+    rows = cut_rows(lengths, room, stops, reverse)
+    return Plan(
+        segments=_table(rows.segments, 8, device),
+        pieces=_table(rows.pieces, 8, device),
+        chains=_table(rows.chains, 5, device),
+        stops=_table([*rows.stops, (0, 0)], 2, device),
+        num_slots=len(rows.pieces),
+        deal=None if rows.deal is None else _upload(rows.deal, device),
+    )
+
+
+class Rows(NamedTuple):
+    """The tables of a Plan on the host, stops without the sentinel."""
+
+    segments: list[Segment]
+    pieces: list[Segment]
+    chains: list[tuple[int, ...]]
+    stops: list[tuple[int, int]]
+    deal: Tensor | None
+
+
+def cut_rows(lengths: tuple[int, ...], room: Room, stops: tuple[Stop, ...], reverse: bool) -> Rows:
+    """Arguments as plan_segments'."""
     cuts = _cut(lengths, room)
     segments, pieces, chains, kept = [], [], [], []
     start = 0
@@ -127,15 +150,8 @@ def plan_segments(
             chains.append((n, first_slot, count, cut.piece_tokens, cut.pieces))
     segments.sort(key=lambda segment: segment.start - segment.end)
     sizes = [segment.end - segment.start for segment in segments]
-    deal = None if len(set(sizes)) <= 1 else _upload(_deal_table(sizes, room), device)
-    return Plan(
-        segments=_table(segments, 8, device),
-        pieces=_table(pieces, 8, device),
-        chains=_table(chains, 5, device),
-        stops=_table([*kept, (0, 0)], 2, device),
-        num_slots=len(pieces),
-        deal=deal,
-    )
+    deal = None if len(set(sizes)) <= 1 else _deal_table(sizes, room)
+    return Rows(segments, pieces, chains, kept, deal)
 
 
 class _Cut(NamedTuple):

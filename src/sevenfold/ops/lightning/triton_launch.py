@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sevenfold.ops.lightning.segments import Plan, Room, Stop, plan_segments
 from sevenfold.ops.lightning.triton_hopper import hopper_scan_kernel
+from sevenfold.ops.lightning.triton_padding import clear_behind
 from sevenfold.ops.lightning.triton_scan import chain_kernel, scan_kernel
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.tuning import best_config
@@ -35,11 +36,12 @@ class Scan(NamedTuple):
     """A scan: its inputs, and where it leaves states.
 
     q, k: [B, T, H, K]. v: [B, T, H, V]. log_decay: [H] fp32.
-    lengths: tokens of each sequence; they sum to B * T.
+    lengths: tokens of each sequence; they sum to B * T, or to less with `plan`, as it says.
     state_in, state_out: [N, H, K, V] fp32 contiguous, or None.
     pool, stops: states to keep on the way; the pool's slots may lie apart.
     reverse: from the last token to the first.
     transposed: the states' matrices lie in memory as [V, K].
+    plan: cuts and stops that are known already, in the place of those of lengths and stops.
     """
 
     q: Tensor
@@ -54,6 +56,7 @@ class Scan(NamedTuple):
     stops: tuple[Stop, ...] = ()
     reverse: bool = False
     transposed: bool = False
+    plan: Plan | None = None
 
     @property
     def on_hopper(self) -> bool:
@@ -78,6 +81,14 @@ def run_scan(scan: Scan, between: Tensor | None = None) -> Tensor:
         between = states_between(scan)
     _launch(scan, plan, plan.segments, o, between, output=True)
     return o
+
+
+def run_padded(scan: Scan) -> Tensor:
+    """run_scan of a row whose last tokens do not count, as scan.plan says; writes those to 0."""
+    if scan.on_hopper and scan.plan is not None:
+        # Bulk copies bring whole chunks, and a product with what is no number is none.
+        clear_behind(scan.q, scan.k, scan.v, scan.plan.segments, _HOPPER_CHUNK)
+    return run_scan(scan)
 
 
 def states_between(scan: Scan) -> Tensor | None:
@@ -110,6 +121,17 @@ def states_between(scan: Scan) -> Tensor | None:
 
 def plan_scan(scan: Scan) -> Plan:
     """The cuts of a scan; they depend on its lengths, its widths and the device alone."""
+    if scan.plan is not None:
+        return scan.plan
+    device = scan.q.device
+    plan = plan_segments(scan.lengths, plan_room(scan), scan.stops, scan.reverse, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _plans_of_graphs[id(plan)] = plan
+    return plan
+
+
+def plan_room(scan: Scan) -> Room:
+    """What the cuts of a scan must suit; of its tokens it reads lengths alone."""
     H, device = scan.q.shape[2], scan.q.device
     if scan.on_hopper:
         programs, chunk = num_sms(device), _HOPPER_CHUNK
@@ -122,11 +144,7 @@ def plan_scan(scan: Scan) -> Plan:
     cells = scan.q.shape[3] * scan.v.shape[3]
     most_slots = _STATE_BYTES_PER_TOKEN * sum(scan.lengths) // (4 * cells)
     # Cut alike for a scan and for its transpose, which share the states between segments.
-    room = Room(H * tiles, H * own_tiles, programs, chunk, most_slots)
-    plan = plan_segments(scan.lengths, room, scan.stops, scan.reverse, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _plans_of_graphs[id(plan)] = plan
-    return plan
+    return Room(H * tiles, H * own_tiles, programs, chunk, most_slots)
 
 
 def num_sms(device: torch.device) -> int:
@@ -152,7 +170,7 @@ def _launch(
     flags = {
         "HAS_IN": scan.state_in is not None and output,
         "HAS_OUT": scan.state_out is not None and output,
-        "HAS_STOPS": bool(scan.stops) and output,
+        "HAS_STOPS": (scan.plan is not None or bool(scan.stops)) and output,
         "HAS_BETWEEN": between is not None,
         "OUTPUT": output,
         "REVERSE": scan.reverse,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sevenfold.config import UnsupportedError
 from sevenfold.ops.lightning.lengths import read_lengths
-from sevenfold.ops.lightning.segments import Stop
+from sevenfold.ops.lightning.segments import Plan, Room, Stop
 from sevenfold.ops.lightning.snapshots import Snapshots, check_stops
 
 MAX_WIDTH = 256
@@ -53,6 +53,30 @@ def forward_with_snapshots(
     return lightning_scan_keep(
         q, k, v, log_decay, float(scale), initial_state, cu_seqlens, snapshots.pool, stops
     )
+
+
+def forward_padded(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    log_decay: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    pool: Tensor,
+    plan: Plan,
+) -> tuple[Tensor, Tensor]:
+    """Run the tokens of a row that the plan counts: q, k and v; o and the final state."""
+    check_supported(tokens[0], tokens[2])
+    tables = (plan.segments, plan.pieces, plan.chains, plan.stops, plan.deal)
+    return lightning_scan_padded(*tokens, log_decay, float(scale), initial_state, pool, *tables)
+
+
+def padded_room(num_tokens: int, widths: tuple[int, int, int], where: Tensor) -> Room:
+    """What cuts must suit of tokens of widths H, K, V in the dtype and on the device of `where`."""
+    from sevenfold.ops.lightning.triton_launch import Scan, plan_room
+
+    H, K, V = widths
+    q, v = (where.new_empty(1, 0, H, width) for width in (K, V))
+    return plan_room(Scan(q, q, v, where, 1.0, (num_tokens,)))
 
 
 def check_supported(q: Tensor, v: Tensor) -> None:
@@ -123,6 +147,37 @@ def lightning_scan_keep(
 def _(q, k, v, log_decay, scale, initial_state, cu_seqlens, pool, stops):
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return v.new_empty(v.shape), _states(q, v, N)
+
+
+@torch.library.custom_op("sevenfold::lightning_scan_padded", mutates_args=("q", "k", "v", "pool"))
+def lightning_scan_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    pool: Tensor,
+    segments: Tensor,
+    pieces: Tensor,
+    chains: Tensor,
+    stops: Tensor,
+    deal: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """lightning_scan_keep of one sequence that fills its row in part; tables as segments.Plan's."""
+    from sevenfold.ops.lightning.triton_launch import Scan, run_padded
+
+    plan = Plan(segments, pieces, chains, stops, len(pieces), deal)
+    final = _states(q, v, 1)
+    state_in = None if initial_state is None else initial_state.contiguous()
+    lengths = (q.shape[1],)
+    scan = Scan(q, k, v, log_decay, scale, lengths, state_in, final, pool, plan=plan)
+    return run_padded(scan), final
+
+
+@lightning_scan_padded.register_fake
+def _(q, k, v, log_decay, scale, initial_state, pool, segments, pieces, chains, stops, deal):
+    return v.new_empty(v.shape), _states(q, v, 1)
 
 
 @torch.library.custom_op("sevenfold::lightning_step", mutates_args=())
