@@ -61,9 +61,20 @@ class Places:
 
 
 def new_runner(
-    model: HybridModel, storage: Storage, capture: FakeCapture | None, sizes: tuple[int, ...] = ()
+    model: HybridModel,
+    storage: Storage,
+    capture: FakeCapture | None,
+    sizes: tuple[int, ...] = (),
+    prefill_sizes: tuple[int, ...] = (),
 ) -> DeviceRunner:
-    return DeviceRunner(model, storage, page_tokens=PAGE_TOKENS, batch_sizes=sizes, capture=capture)
+    return DeviceRunner(
+        model,
+        storage,
+        page_tokens=PAGE_TOKENS,
+        batch_sizes=sizes,
+        prefill_sizes=prefill_sizes,
+        capture=capture,
+    )
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from sevenfold.config import ConfigError
 from sevenfold.engine import worker as worker_module
-from sevenfold.engine.device import decode_batch_sizes, graph_bytes
+from sevenfold.engine.device import chunk_token_bytes, decode_batch_sizes, graph_bytes
 from sevenfold.engine.device.graphs import DecodeGraphs
 from sevenfold.engine.rows import Row
 from sevenfold.engine.runner import Runner
@@ -30,10 +30,11 @@ def capture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Engines take the runner for a GPU."""
     capture = None if request.param == "no graphs" else FakeCapture()
     sizes = (8,) if request.param == "one size" else (1, 2, 4)
+    prefills = (8, 64, 128) if request.param == "graphs" else ()
     monkeypatch.setattr(
         worker_module,
         "make_runner",
-        lambda model, storage, *_, **__: new_runner(model, storage, capture, sizes),
+        lambda model, storage, *_, **__: new_runner(model, storage, capture, sizes, prefills),
     )
     return capture
 
@@ -207,9 +208,17 @@ def test_numbers_go_and_come() -> None:
 
 def test_bytes_of_graphs_grow_with_rows_by_the_formula() -> None:
     config = tiny_model("lf").config
-    one, two = (graph_bytes(config, rows, element_bytes=2) for rows in (1, 2))
+    one, two = (graph_bytes(config, rows, 0, element_bytes=2) for rows in (1, 2))
     # 2 bytes x (6 x 16 + 3 x 12 + 5 x 16) activations, 32 shares of 2 x 9 in fp32, fp32 logits.
     assert two - one == 2 * 212 + 4 * 32 * 18 + 4 * 300
     linear = tiny_model("ll").config
-    less = graph_bytes(linear, 2, element_bytes=2) - graph_bytes(linear, 1, element_bytes=2)
+    less = graph_bytes(linear, 2, 0, element_bytes=2) - graph_bytes(linear, 1, 0, element_bytes=2)
     assert two - one - less == 4 * 32 * 18
+
+
+def test_bytes_of_graphs_grow_with_a_prefill_s_tokens_by_the_formula() -> None:
+    config = tiny_model("lf").config
+    none, one = (graph_bytes(config, 4, tokens, element_bytes=2) for tokens in (0, 1))
+    # A chunk's activations, 16 bytes a head between segments, 4 x 4 numbers of 8 bytes.
+    assert one - none == chunk_token_bytes(config, element_bytes=2) + 16 * 2 + 128
+    assert graph_bytes(config, 4, 100, element_bytes=2) - none == 100 * (one - none)
