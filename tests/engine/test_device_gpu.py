@@ -195,7 +195,7 @@ def test_graphs_take_no_more_than_was_set_aside() -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     taken = before - torch.cuda.mem_get_info(GPU)[0]
-    assert taken <= graph_bytes(model.config, 64, element_bytes=2)
+    assert taken <= graph_bytes(model.config, 64, 0, element_bytes=2)
 
 
 def test_the_choice_of_a_batch_comes_back_with_one_wait() -> None:

@@ -1,11 +1,20 @@
 """What only a GPU shows of the scan kernels: repeats, graphs, compilation, sizes past 2^31."""
 
+import numpy as np
 import pytest
 import torch
 from lightning_statements import borders
 from torch import Tensor
 
-from sevenfold.ops import Impl, layer_log_decay, lightning_attention
+from sevenfold.ops import (
+    Impl,
+    PaddedSnapshots,
+    Stop,
+    layer_log_decay,
+    lightning_attention,
+    lightning_attention_padded,
+    padded_cuts,
+)
 from sevenfold.ops.lightning import eager
 from sevenfold.ops.lightning.api import default_impl
 from sevenfold.ops.testing import check_error
@@ -80,6 +89,52 @@ def test_a_graph_replays_what_it_captured() -> None:
         x.copy_(fresh)
     graph.replay()
     assert torch.equal(captured, run())
+
+
+@pytest.mark.parametrize("T", [256, 3072, 8192])
+def test_a_graph_serves_every_length_of_its_row(T: int) -> None:
+    heads = 16
+    log_decay, state = decays(heads), torch.randn(1, heads, 128, 128, device="cuda")
+    q, k, v = tokens(T, heads=heads)
+    cuts = padded_cuts(T, (heads, 128, 128), 4, q)
+    numbers = torch.zeros(cuts.num_numbers, dtype=torch.int32, device="cuda")
+    pool = torch.zeros(4, heads, 128, 128, device="cuda")
+    padded = PaddedSnapshots(pool, cuts.plan(numbers))
+    rows = [x.clone() for x in (q, k, v)]
+
+    def run() -> tuple[Tensor, Tensor]:
+        o, final = lightning_attention_padded(*rows, log_decay, padded, initial_state=state)
+        assert final is not None
+        return o, final
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for length in (T, 1, T // 2, T // 2 + 1, T - 1, 64, 65, T):
+        host = np.zeros(cuts.num_numbers, np.int64)
+        stops = tuple(Stop(0, at, n) for n, at in enumerate(sorted({1, length // 3 + 1, length})))
+        cuts.write(host, length, stops)
+        numbers.copy_(torch.from_numpy(host))
+        for row, x in zip(rows, (q, k, v), strict=True):
+            row.copy_(x)
+            row[:, length:] = float("nan")
+        graph.replay()
+        part = [x[:, :length] for x in (q, k, v)]
+        options = {"scale": 1.0, "initial_state": state, "lengths": (length,)}
+        honest = eager.forward(*part, log_decay, **options)
+        exact_options = options | {"initial_state": state.double()}
+        exact = eager.forward(*(x.double() for x in part), log_decay, **exact_options)
+        check_error(f"o of {length}", captured[0][:, :length], honest[0], exact[0])
+        check_error(f"final of {length}", captured[1], honest[1].bfloat16(), exact[1])
+        assert torch.equal(pool[len(stops) - 1], captured[1][0])
+        for _, at, slot in stops:
+            prefix = [x[:, :at] for x in part]
+            here = options | {"lengths": (at,)}
+            near = eager.forward(*prefix, log_decay, **here)[1].bfloat16()
+            true = exact_options | {"lengths": (at,)}
+            wanted = eager.forward(*(x.double() for x in prefix), log_decay, **true)[1]
+            check_error(f"after {at} of {length}", pool[slot : slot + 1], near, wanted)
 
 
 def test_compiled_in_one_graph_from_cold() -> None:

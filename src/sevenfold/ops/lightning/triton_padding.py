@@ -11,15 +11,16 @@ from sevenfold.ops.row_launch import next_power_of_2
 
 
 @triton.jit
-def _clear(x, row, head, strides, D: tl.constexpr, BD: tl.constexpr):
+def _clear(x, row, head, x_token, x_head, x_column, D: tl.constexpr, BD: tl.constexpr):
     i = tl.arange(0, BD)
-    at = row.to(tl.int64) * strides[0] + head * strides[1] + i * strides[2]
+    at = row.to(tl.int64) * x_token + head * x_head + i * x_column
     tl.store(x + at, tl.zeros([BD], x.dtype.element_ty), i < D)
 
 
 @triton.jit
 def _clear_kernel(
-    q, k, v, segments, num_segments, T, q_strides, k_strides, v_strides,
+    q, k, v, segments, num_segments, T, q_token, q_head, q_column, k_token, k_head, k_column,
+    v_token, v_head, v_column,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """One head of one token behind the last that counts, which is where the last segment ends."""
@@ -27,9 +28,9 @@ def _clear_kernel(
     row = tl.max(tl.load(segments + n * 8 + 1, n < num_segments, other=0), 0) + tl.program_id(0)
     head = tl.program_id(1)
     if row < T:
-        _clear(q, row, head, q_strides, K, BK)
-        _clear(k, row, head, k_strides, K, BK)
-        _clear(v, row, head, v_strides, V, BV)
+        _clear(q, row, head, q_token, q_head, q_column, K, BK)
+        _clear(k, row, head, k_token, k_head, k_column, K, BK)
+        _clear(v, row, head, v_token, v_head, v_column, V, BV)
 
 
 def clear_behind(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, num_tokens: int) -> None:
@@ -40,7 +41,7 @@ def clear_behind(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, num_tokens: 
     _, T, H, K = q.shape
     V, I = v.shape[-1], len(segments)
     _clear_kernel[(num_tokens, H)](
-        q, k, v, segments, I, T, q.stride()[1:], k.stride()[1:], v.stride()[1:],
+        q, k, v, segments, I, T, *q.stride()[1:], *k.stride()[1:], *v.stride()[1:],
         K=K, V=V, BK=next_power_of_2(K), BV=next_power_of_2(V), BS=next_power_of_2(I),
         num_warps=1,
     )  # fmt: skip
