@@ -98,7 +98,7 @@ class Engine:
             config: the scheduler's limits.
             sessions: how many conversations may keep their prefixes; None takes the defaults.
             decode_batch_sizes: rows of decoding steps that a GPU records as graphs; None takes
-                device.decode_batch_sizes, and none records nothing.
+                device.decode_batch_sizes, and none records nothing, prefills neither.
             speculation: how to guess tokens, several of which one step checks; None guesses none.
             draft: the smaller model that guesses, with a DraftModelConfig.
             ranks: those that hold the other parts of the model; None where it is whole.

@@ -26,7 +26,7 @@ class WorkerConfig(StrictModel):
 
     max_running: rows of a decoding step at most.
     decode_batch_sizes: rows of steps that a GPU records as graphs; None takes
-        device.decode_batch_sizes, and none records nothing.
+        device.decode_batch_sizes, and none records nothing, prefills neither.
     draft_tokens: guesses that are checked for a request at a time, at most; 0 checks none.
     draft_trees: whether guesses may be more than a chain.
     chunk_tokens: run each request so that its bits do not depend on others, its prompt in chunks

@@ -1,6 +1,6 @@
 """Sequences in pages that share one pool, and what attention over their keys is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,11 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     trees = [tree(case.lengths[0], random) for _ in case.lengths] if case.tree else None
     sees = None if trees is None else torch.stack(trees)
     return Inputs(q, *pools, table, torch.tensor(case.totals), starts, sees)
+
+
+def with_rows_behind(x: Inputs, rows: int) -> Inputs:
+    """The same packed sequences in a row that goes on, with what is no number."""
+    return replace(x, q=torch.nn.functional.pad(x.q, (0, 0, 0, 0, 0, rows), value=float("nan")))
 
 
 def apart(pool: Tensor, gap: int = 32) -> Tensor:

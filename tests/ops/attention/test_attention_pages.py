@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pages_cases import Case, Inputs, apart, make
+from pages_cases import Case, Inputs, apart, make, with_rows_behind
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
@@ -58,6 +58,16 @@ def test_it_is_the_formula(name: str, dtype: torch.dtype, impl: str) -> None:
     found = attention_pages(**vars(x), scale=0.3, window=case.window, impl=impl)
     assert found.dtype == dtype
     check_error("o", found, honest.to(dtype), exact)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("name", ["prefill", "prefill in a window"])
+def test_rows_behind_the_last_border_change_no_bit(name: str, impl: str) -> None:
+    case = CASES[name]
+    x = make(case, torch.float32)
+    options = {"scale": 0.3, "window": case.window, "impl": impl}
+    found = attention_pages(**vars(with_rows_behind(x, 7)), **options)
+    assert torch.equal(found[:, :-7], attention_pages(**vars(x), **options))
 
 
 @pytest.mark.parametrize("name", ["chain", "tree", "prefill"])

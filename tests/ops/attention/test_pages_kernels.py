@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_device import DEVICE, DTYPES, INTERPRETED
-from pages_cases import Case, Inputs, apart, make
+from pages_cases import Case, Inputs, apart, make, with_rows_behind
 from torch import Tensor
 
 from sevenfold.ops import attention_pages, write_pages
@@ -84,6 +84,15 @@ def test_company_and_room_change_no_bit(name: str) -> None:
         own = replace(x, q=q, pages=x.pages[n : n + 1], key_lengths=lengths, cu_seqlens=starts)
         assert torch.equal(together[rows], attend(own, case, "triton")[0])
         first += length
+
+
+@pytest.mark.parametrize("name", ["prefill", "prefill in a window"])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_rows_behind_the_last_border_change_no_bit(name: str, rows: int) -> None:
+    case = CASES[name]
+    x = make(case, DTYPES[0]).to(DEVICE)
+    found = attend(with_rows_behind(x, rows), case, "triton")
+    assert torch.equal(found[:, :-rows], attend(x, case, "triton"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

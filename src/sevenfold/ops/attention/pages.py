@@ -64,7 +64,7 @@ def attention_pages(
         scale: multiplies the scores.
         window: places that a token sees, its own included, at least 1; None is all before it.
         cu_seqlens: [N + 1] int32 or int64 on q's device, cumulative numbers of new tokens, 0 first,
-            T last, not checked.
+            T last or less, not checked; rows behind the last come out as anything.
         ancestors: [N, T, T] bool, ancestors[n, t, s] says that s is t or an ancestor of t, which
             stands before it; T <= 16. None is a chain.
         impl: "reference", "eager" or "triton"; None takes default_pages_impl. A named one never
