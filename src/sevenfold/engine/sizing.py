@@ -41,10 +41,7 @@ def default_budget_bytes(model: HybridModel, *, draft_tokens: int = 0, num_ranks
     """
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        rows = _MOST_ROWS * (1 + draft_tokens)
-        tokens = max(prefill_sizes(model.config), default=0)
-        graphs = graph_bytes(model.config, rows, tokens, element_bytes=model.dtype.itemsize)
-        return int(_FREE_SHARE["cuda"] * free) - graphs
+        return int(_FREE_SHARE["cuda"] * free) - _recorded_bytes(model, draft_tokens)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_MOST_CPU_BYTES, int(_FREE_SHARE["cpu"] * free)) // num_ranks
 
@@ -111,8 +108,8 @@ def size_engine(
             f"{context_tokens}"
         )
     budget = budget_bytes
+    drafts = 0 if speculation is None else speculation.draft_tokens
     if budget is None:
-        drafts = 0 if speculation is None else speculation.draft_tokens
         budget = default_budget_bytes(model, draft_tokens=drafts, num_ranks=num_ranks)
     if isinstance(speculation, DraftModelConfig):
         budget -= speculation.memory_bytes
@@ -131,7 +128,8 @@ def size_engine(
     most = context_tokens or (limit if longest is None else min(limit, longest))
     limits = _CPU_LIMITS
     if model.device.type == "cuda":
-        limits = {"lone_chunk_tokens": _lone_chunk_tokens(model, budget)}
+        taken = budget + _recorded_bytes(model, drafts)
+        limits = {"lone_chunk_tokens": _lone_chunk_tokens(model, taken)}
     config = SchedulerConfig(
         max_request_tokens=most,
         page_tokens=PAGE_TOKENS,
@@ -141,7 +139,13 @@ def size_engine(
     return plan, config
 
 
-def _lone_chunk_tokens(model: HybridModel, budget_bytes: int) -> int:
+def _recorded_bytes(model: HybridModel, draft_tokens: int) -> int:
+    """What recorded runs take of a GPU, whether there will be any or not."""
+    rows, tokens = _MOST_ROWS * (1 + draft_tokens), max(prefill_sizes(model.config), default=0)
+    return graph_bytes(model.config, rows, tokens, element_bytes=model.dtype.itemsize)
+
+
+def _lone_chunk_tokens(model: HybridModel, taken_bytes: int) -> int:
     free, _ = torch.cuda.mem_get_info(model.device)
-    left = max(0, free - budget_bytes)
+    left = max(0, free - taken_bytes)
     return lone_chunk_tokens(model.config, left, element_bytes=model.dtype.itemsize)
