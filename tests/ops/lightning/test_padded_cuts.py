@@ -15,7 +15,8 @@ from sevenfold.ops.lightning.segments import Plan, Room, Segment, Stop, plan_seg
 CPU = torch.device("cpu")
 C, LEAST = 4, 8
 few = settings(derandomize=True, max_examples=80, deadline=None)
-rooms = st.builds(Room, st.integers(1, 3), st.integers(1, 12), st.just(C), st.integers(0, 9))
+some_heads = st.integers(1, 3)
+rooms = st.builds(Room, some_heads, some_heads, st.integers(1, 12), st.just(C), st.integers(0, 9))
 filled = st.integers(1, 90).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T)))
 
 
@@ -101,6 +102,6 @@ def test_a_stop_falls_in_one_segment(sizes: tuple[int, int], room: Room, data) -
     ],
 )
 def test_wrong_numbers(num_tokens: int, stops: tuple[Stop, ...], message: str) -> None:
-    cuts = PaddedCuts(9, 1, Room(1, 1, C, 0), CPU)
+    cuts = PaddedCuts(9, 1, Room(1, 1, 1, C, 0), CPU)
     with pytest.raises(ValueError, match=re.escape(message)):
         cuts.write(np.zeros(cuts.num_numbers, np.int64), num_tokens, stops)

@@ -15,7 +15,7 @@ from sevenfold.ops.lightning.snapshots import Snapshots, forward_by_parts
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl, OpResult
 
-_ONE_SEGMENT = Room(num_heads=1, num_programs=1, chunk_tokens=1, most_slots=0)
+_ONE_SEGMENT = Room(num_heads=1, num_dealt=1, num_programs=1, chunk_tokens=1, most_slots=0)
 
 
 @dataclass(frozen=True)
