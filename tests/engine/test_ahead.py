@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.ahead import Ahead
-from sevenfold.engine.engine import Engine, TokenEvent
+from sevenfold.engine.engine import Engine
+from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel
 

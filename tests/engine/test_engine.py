@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 
 from sevenfold.config import UnsupportedError
 from sevenfold.engine import SamplingParams
-from sevenfold.engine.engine import Engine, TokenEvent
+from sevenfold.engine.engine import Engine
+from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.memory import plan_memory
 from sevenfold.engine.request import Request
 from sevenfold.engine.scheduler import SchedulerConfig

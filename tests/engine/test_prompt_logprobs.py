@@ -6,7 +6,7 @@ from engine_helpers import tiny_model
 from test_engine import build, prompts, run, submit, tokens
 from tokenizers import Tokenizer
 
-from sevenfold.engine.engine import TokenEvent
+from sevenfold.engine.events import TokenEvent
 from sevenfold.models import HybridModel
 
 

@@ -4,7 +4,8 @@ import threading
 from collections import deque
 
 from sevenfold.engine.constraint import Constraint
-from sevenfold.engine.engine import Engine, TokenEvent
+from sevenfold.engine.engine import Engine
+from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.request import Request
 from sevenfold.engine.sampling import SamplingParams
 from sevenfold.engine.scheduler import QueueFullError

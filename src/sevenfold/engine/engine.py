@@ -2,21 +2,21 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from sevenfold.config import ConfigError
 from sevenfold.engine.ahead import Ahead, Chosen
-from sevenfold.engine.cache import CacheCounters, Lookup, SessionCache, SessionLimits
+from sevenfold.engine.cache import CacheCounters, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
+from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.options import check_invariant, worker_config
-from sevenfold.engine.request import FinishReason, Request, Status
+from sevenfold.engine.request import Request, Status
 from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import (
-    Logprobs,
     Output,
     Sampler,
     SamplingParams,
@@ -43,30 +43,6 @@ from sevenfold.engine.worker import Worker
 from sevenfold.models import HybridModel
 
 NO_TOKEN = "no token can follow in the output's grammar"
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """What a step gave to one request.
-
-    token_id: the new token; None where the request ended without one.
-    text: what it completed.
-    finish_reason: None until the request's last event.
-    logprobs: if they were asked for.
-    prompt: what was found in the prefix cache; comes with the first token.
-    prompt_logprobs: one entry for each prompt token but the first, if they were asked for;
-        they come with the first token.
-    error: what went wrong, where finish_reason is "error".
-    """
-
-    request_id: str
-    token_id: int | None
-    text: str
-    finish_reason: FinishReason | None
-    logprobs: Logprobs | None = None
-    prompt: Lookup | None = None
-    prompt_logprobs: tuple[Logprobs, ...] | None = None
-    error: str | None = None
 
 
 class Engine:
@@ -228,12 +204,13 @@ class Engine:
                     one.request.draft_tokens = 0
         return time.perf_counter() - began_s
 
-    def _decode_plainly(self, step: Step) -> list["TokenEvent | None"]:
+    def _decode_plainly(self, step: Step) -> list[TokenEvent | None]:
         """Compute a step without guesses; where the next has none either, begin that as well."""
         began_s = time.perf_counter()
         # Both are launched before the host waits for either.
         decoded, prefilled = self._decode(step.decodes), self._prefill(step.prefills)
-        if not self._guesses:
+        # A prompt's last chunk comes before the first guess of what follows it.
+        if not self._guesses and (self._speculator is None or prefilled is None):
             self._run_ahead([one for one in (decoded, prefilled) if one is not None])
         events = self._take(decoded) + self._take(prefilled)
         if not self.scheduler.num_decoding:
@@ -246,7 +223,7 @@ class Engine:
 
     def _decode_drafts(
         self, speculator: Speculator, rows: Sequence[DecodeRow], drafting_s: float
-    ) -> list["TokenEvent | None"]:
+    ) -> list[TokenEvent | None]:
         requests = [row.request for row in rows]
         began_s = time.perf_counter()
         walks = self._check(speculator, rows)
@@ -271,7 +248,7 @@ class Engine:
         self._sampler = None
         return speculator.check(drafted, len(rows))
 
-    def _take_walk(self, walk: Walk) -> list["TokenEvent | None"]:
+    def _take_walk(self, walk: Walk) -> list[TokenEvent | None]:
         if walk.is_refused:
             self.scheduler.fail(walk.request, NO_TOKEN)
             return []
@@ -348,7 +325,7 @@ class Engine:
         logprobs = read_logprobs(logits, tokens, asked)
         return Chosen(tuple(requests), sampler, tokens, arriving, logprobs)
 
-    def _take(self, chosen: Chosen | None) -> list["TokenEvent | None"]:
+    def _take(self, chosen: Chosen | None) -> list[TokenEvent | None]:
         """Wait for the tokens of a run, and record them."""
         if chosen is None:
             return []
@@ -372,7 +349,7 @@ class Engine:
 
     def _record(
         self, underway: Underway, taken: Sequence[Taken], *, stopped: bool
-    ) -> list["TokenEvent | None"]:
+    ) -> list[TokenEvent | None]:
         """Record a request's next tokens, and say what each of them added."""
         request = underway.request
         is_first = not request.generated

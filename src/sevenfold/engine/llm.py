@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from sevenfold.engine.driving import Driver
-from sevenfold.engine.engine import Engine, TokenEvent
+from sevenfold.engine.engine import Engine
+from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
 from sevenfold.engine.request import Request, RequestFailedError
 from sevenfold.engine.sampling import Logprobs, SamplingParams

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from sevenfold.engine import RequestFailedError, SamplingParams, TextModel
 from sevenfold.engine.cache import MissReason, SessionLimits
-from sevenfold.engine.engine import Engine, TokenEvent
+from sevenfold.engine.engine import Engine
+from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request, Status

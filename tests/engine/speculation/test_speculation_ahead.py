@@ -58,8 +58,8 @@ def test_the_tokens_are_those_of_each_alone(
     assert [tokens(found[str(n)]) for n in range(len(texts))] == wanted
     assert engine._ahead.chosen is None
     assert is_idle(engine, idle)
-    assert engine.speculation_counters().num_accepted_tokens > 0
     assert num_launched
+    assert engine.speculation_counters().num_accepted_tokens > 0 or mode is RESTING
 
 
 def test_nothing_is_begun_ahead_while_there_are_guesses(
