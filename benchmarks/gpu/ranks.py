@@ -31,11 +31,11 @@ from sevenfold.parallel import (
 from sevenfold.parallel.building import build_model, divided_on_meta
 from sevenfold.parallel.gradients import local
 from sevenfold.train.batch import read_step
-from sevenfold.train.stages import forward_backward_by_stages
+from sevenfold.train.pipeline_step import forward_backward_by_stages
 from sevenfold.train.step import forward_backward
 from sevenfold.train.transform import narrow_stream, recompute_blocks
 
-BUDGET_S = 255
+BUDGET_S = 190
 BEGAN = time.monotonic()
 
 
