@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test setup check format docs lock clean
+.PHONY: demo test slow setup check format docs lock clean
 
 demo: setup  ## train, evaluate and serve a small hybrid model on this machine
 	@$(BIN)/sevenfold demo
 
 test: setup  ## everything that CI runs
 	@scripts/check
+
+slow: setup  ## the same, then the tests that take more than a minute
+	@scripts/check --slow
 
 check: setup  ## format, lint, types, layers and documentation, without the tests
 	@scripts/check --fast

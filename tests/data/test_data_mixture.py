@@ -36,14 +36,14 @@ def mixture(*weights: tuple[float, float, float], num_rows: int = 1000, **more) 
 )
 def test_each_source_is_read_in_order_without_gaps(pairs: list, block_rows: int) -> None:
     weights = [(w, e + 0.01, 0.0) for w, e in pairs]
-    loader = mixture(*weights, num_rows=150, block_rows=block_rows)
-    read = [loader.sample(i) for i in range(200)]
+    loader = mixture(*weights, num_rows=70, block_rows=block_rows)
+    read = [loader.sample(i) for i in range(90)]
     for source in loader.sources:
         own = sorted(row for name, row in read if name == source.name)
         assert own == list(range(len(own)))
     # Asked in any order, by another loader: the same.
-    again = mixture(*weights, num_rows=150, block_rows=block_rows)
-    assert [again.sample(i) for i in reversed(range(200))] == read[::-1]
+    again = mixture(*weights, num_rows=70, block_rows=block_rows)
+    assert [again.sample(i) for i in reversed(range(90))] == read[::-1]
     counts = loader.rows_read(77)
     assert counts == {s.name: sum(n == s.name for n, _ in read[:77]) for s in loader.sources}
 

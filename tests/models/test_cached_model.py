@@ -1,7 +1,7 @@
 """Cached equals uncached: prefill in chunks and decoding give what the whole row gives."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -80,8 +80,13 @@ def row_by_row(model: HybridModel, ids: list[Tensor]) -> Tensor:
     return torch.cat(outputs)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def prompts() -> list[Tensor]:
+    return random_prompts()
+
+
+@cache
+def random_prompts() -> list[Tensor]:
     return [tokens(n + NEW, seed=n) for n in PROMPTS]
 
 
@@ -91,33 +96,42 @@ def over_seeds(run: Callable[[HybridModel], Tensor], mix: str, dtype: torch.dtyp
     return torch.cat([run(model) for model in models])
 
 
-def honest_over_seeds(mix: str, dtype: torch.dtype, prompts: list[Tensor], exact: Tensor) -> Tensor:
-    parts = exact.chunk(len(SEEDS))
+@cache
+def exact_over_seeds(mix: str) -> Tensor:
+    return over_seeds(lambda model: uncached(model, random_prompts()), mix, torch.float64)
+
+
+@cache
+def honest_over_seeds(mix: str, dtype: torch.dtype) -> Tensor:
+    parts = exact_over_seeds(mix).chunk(len(SEEDS))
     models = [tiny_model(dtype=dtype, seed=seed, **MIXES[mix]) for seed in SEEDS]
     pairs = zip(models, parts, strict=True)
-    return torch.cat([honestly(model, prompts, part) for model, part in pairs])
+    return torch.cat([honestly(model, random_prompts(), part) for model, part in pairs])
+
+
+@cache
+def honest_by_single_tokens(mix: str) -> Tensor:
+    """In fp64, against the error of a row by single tokens too."""
+    single = over_seeds(lambda model: row_by_row(model, random_prompts()), mix, torch.float64)
+    return furthest(exact_over_seeds(mix), single, honest_over_seeds(mix, torch.float64))
 
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_token_by_token_equals_whole_rows(mix: str, prompts: list[Tensor]) -> None:
-    exact = over_seeds(lambda model: uncached(model, prompts), mix, torch.float64)
     found = over_seeds(lambda model: row_by_row(model, prompts), mix, torch.float32)
-    check_error("logits", found, honest_over_seeds(mix, torch.float32, prompts, exact), exact)
+    honest = honest_over_seeds(mix, torch.float32)
+    check_error("logits", found, honest, exact_over_seeds(mix))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 11])
 @pytest.mark.parametrize("mix", MIXES)
 def test_chunks_and_decoding_equal_whole_rows(mix: str, chunk: int, prompts: list[Tensor]) -> None:
-    exact = over_seeds(lambda model: uncached(model, prompts), mix, torch.float64)
-    honest = honest_over_seeds(mix, torch.float32, prompts, exact)
+    exact, honest = exact_over_seeds(mix), honest_over_seeds(mix, torch.float32)
     for rows in (True, False):
         run = partial(cached, ids=prompts, chunk=chunk, rows=rows)
         check_error("fp32", over_seeds(run, mix, torch.float32), honest, exact)
-    # In fp64 the same comparison, against the error of a row by single tokens.
-    single = over_seeds(lambda model: row_by_row(model, prompts), mix, torch.float64)
-    honest = furthest(exact, single, honest_over_seeds(mix, torch.float64, prompts, exact))
     run = partial(cached, ids=prompts, chunk=chunk, rows=True)
-    check_error("fp64", over_seeds(run, mix, torch.float64), honest, exact)
+    check_error("fp64", over_seeds(run, mix, torch.float64), honest_by_single_tokens(mix), exact)
 
 
 @pytest.mark.parametrize("mix", ["linear", "mixed", "sliding"])

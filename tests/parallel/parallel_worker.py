@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 import parallel_cases
@@ -21,6 +22,10 @@ from torch import distributed as dist
 from sevenfold.engine.tensor_parallel import Channel
 from sevenfold.parallel import Layout, ParallelConfig, divide_model
 from sevenfold.train import load_run_config, train
+
+# A first step imports them, for 2 s of a processor's time; neither starts a thread.
+for name in ("torch._dynamo", "numba"):
+    import_module(name)
 
 
 def steps(folder: Path, rank: int, *names: str) -> None:

@@ -1,6 +1,7 @@
 """The peer: transformers' MiniMaxForCausalLM with the weights of one of our models."""
 
 import tempfile
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,12 +33,12 @@ def load_peer(
         raise UnsupportedError(
             "the benchmark must have its peer, got no transformers; pip install sevenfold[bench]"
         )
-    from transformers import MiniMaxForCausalLM
-
+    # By name: its table of contents takes pyright half a minute to read.
+    transformers: Any = import_module("transformers")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/peer"
         save_model(model, path, format="hf")
-        peer: Any = MiniMaxForCausalLM.from_pretrained(path, dtype=dtype)
+        peer = transformers.MiniMaxForCausalLM.from_pretrained(path, dtype=dtype)
         return peer if device is None else peer.to(device)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -23,8 +24,15 @@ from sevenfold.ops.testing import check_error
 LAYERS = ["ll", "ff", "lsf", "llsl"]
 
 
+@cache
 def model_of(layers: str) -> HybridModel:
     return tiny_model(layers, max_position_embeddings=200, moe=MOE if layers == "llsl" else None)
+
+
+@cache
+def alone(layers: str, text: tuple[int, ...], num_tokens: int) -> list[int]:
+    """What a text's tokens are, whatever the mode and the sizes."""
+    return uncached(model_of(layers), list(text), num_tokens)
 
 
 @pytest.mark.parametrize("mode", [CHAIN, TREE], ids=["chain", "tree"])
@@ -39,19 +47,19 @@ def test_the_engine_gives_the_same_tokens(
         "make_runner",
         lambda model, storage, *_, **__: new_runner(model, storage, capture, sizes),
     )
-    model, texts = model_of(layers), repeating(0, [1, 70, 17, 40])
-    engine = build(model, tokenizer, mode)
+    texts = repeating(0, [1, 70, 17, 40])
+    engine = build(model_of(layers), tokenizer, mode)
     idle = engine.cache.usage()
     for n, text in enumerate(texts):
         submit(engine, str(n), text, 24)
     events = run(engine)
     found = [tokens(events[str(n)]) for n in range(len(texts))]
-    assert found == [uncached(model, text, 24) for text in texts]
+    assert found == [alone(layers, tuple(text), 24) for text in texts]
     assert engine.speculation_counters().num_accepted_tokens > 0
     # The next turn goes on from snapshots that drafts passed.
     second = [*texts[1], *found[1], 5]
     again = submit(engine, "again", second, 4)
-    assert tokens(run(engine)["again"]) == uncached(model, second, 4)
+    assert tokens(run(engine)["again"]) == alone(layers, tuple(second), 4)
     assert again.num_cached_tokens >= 64
     assert is_idle(engine, idle)
     assert isinstance(engine._worker._verifier, DeviceVerifier)
@@ -78,14 +86,14 @@ def test_two_drafts_in_a_row_are_as_without_a_device(layers: str, trees: list[Dr
     taken = [
         [*known[n], *(drafts[n].row.tokens[node] for node in path)] for n, path in enumerate(paths)
     ]
-    alone, exact = (
+    honest, exact = (
         torch.cat([nodes_alone(model, known, drafts), nodes_alone(model, taken, later)])
         for model in (bench.model, copy.deepcopy(bench.model).double())
     )
     # Two honest runs in fp32, without a device: the larger error of each number is theirs.
     plain = found["plain"]
-    is_worse = (plain - exact).abs() > (alone - exact).abs()
-    check_error("logits", found["device"], torch.where(is_worse, plain, alone), exact)
+    is_worse = (plain - exact).abs() > (honest - exact).abs()
+    check_error("logits", found["device"], torch.where(is_worse, plain, honest), exact)
 
 
 @torch.inference_mode()

@@ -1,10 +1,12 @@
 """A save that is interrupted leaves the old checkpoint or none, and no litter for long."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,14 @@ from sevenfold.config import CheckpointError
 from sevenfold.models import HybridModel
 from sevenfold.models.checkpoint import convert, folder, load_model, save_model, writer
 
-# Kills its own process the moment the n-th call of an os function of the save comes.
-KILLED_SAVE = """
-import os, signal, sys
+# Forks processes that save a model. Each kills itself the moment the n-th call of an os function of
+# the save comes; how it ended is said.
+KILLED_SAVES = f"""
+import json, os, signal, sys, tempfile
 from pathlib import Path
-sys.path.insert(0, {helpers!r})
+import torch
+torch.set_num_threads(1)  # a forked process has no others
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from checkpoint_helpers import random_model, tiny_config
 from sevenfold.models.checkpoint import save_model
 
@@ -32,21 +37,39 @@ def killing(function, left):
         return function(*args, **options)
     return call
 
-if {function!r} == "fsync":
-    os.fsync = killing(os.fsync, {call})
-else:
-    Path.rename = killing(Path.rename, {call})
-save_model(random_model(tiny_config(mlp_alpha_factor=2.0)), {path!r}, overwrite=True,
-           max_shard_bytes=20_000)
+model = random_model(tiny_config(mlp_alpha_factor=2.0))
+with tempfile.TemporaryDirectory() as folder:
+    save_model(model, folder)  # imports what a first save does
+for line in sys.stdin:
+    function, call, path = json.loads(line)
+    if os.fork() == 0:
+        if function == "fsync":
+            os.fsync = killing(os.fsync, call)
+        else:
+            Path.rename = killing(Path.rename, call)
+        save_model(model, path, overwrite=True, max_shard_bytes=20_000)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
+Kill = Callable[[Path, str, int], None]
 
 
-def killed_save(path: Path, function: str, call: int) -> None:
-    script = KILLED_SAVE.format(
-        helpers=str(Path(__file__).parent), function=function, call=call, path=str(path)
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+@pytest.fixture(scope="module")
+def killed_save() -> Iterator[Kill]:
+    """A save of another model, killed at the n-th call of fsync or rename."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", KILLED_SAVES], text=True, **pipes) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def save(path: Path, function: str, call: int) -> None:
+            stdin.write(json.dumps([function, call, str(path)]) + "\n")
+            stdin.flush()
+            assert stdout.readline() == f"{-signal.SIGKILL}\n"
+
+        yield save
+        process.kill()
 
 
 @pytest.fixture
@@ -58,7 +81,9 @@ def names(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
 
-def test_a_kill_amid_the_first_save_leaves_no_folder(tmp_path: Path, old: HybridModel) -> None:
+def test_a_kill_amid_the_first_save_leaves_no_folder(
+    tmp_path: Path, old: HybridModel, killed_save: Kill
+) -> None:
     killed_save(tmp_path / "a", "fsync", call=3)
     (staging,) = names(tmp_path)
     assert staging.startswith(".a.partial-")
@@ -68,7 +93,9 @@ def test_a_kill_amid_the_first_save_leaves_no_folder(tmp_path: Path, old: Hybrid
     assert load_model(tmp_path / "a").config == old.config
 
 
-def test_a_kill_amid_a_later_save_leaves_the_old_one(tmp_path: Path, old: HybridModel) -> None:
+def test_a_kill_amid_a_later_save_leaves_the_old_one(
+    tmp_path: Path, old: HybridModel, killed_save: Kill
+) -> None:
     save_model(old, tmp_path / "a")
     before = contents(tmp_path / "a")
     killed_save(tmp_path / "a", "fsync", call=3)
@@ -78,7 +105,9 @@ def test_a_kill_amid_a_later_save_leaves_the_old_one(tmp_path: Path, old: Hybrid
     assert contents(tmp_path / "a") == before
 
 
-def test_a_kill_between_the_renames_loses_neither(tmp_path: Path, old: HybridModel) -> None:
+def test_a_kill_between_the_renames_loses_neither(
+    tmp_path: Path, old: HybridModel, killed_save: Kill
+) -> None:
     save_model(old, tmp_path / "a")
     before = contents(tmp_path / "a")
     killed_save(tmp_path / "a", "rename", call=2)

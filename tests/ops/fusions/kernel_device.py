@@ -5,6 +5,7 @@ triton_interpreter.check_interpreted runs the same module without a GPU.
 """
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,5 +31,19 @@ def let_the_interpreter_count() -> None:
     interpreter._patch_lang_tensor = patch_and_count
 
 
+def patch_the_language_once() -> None:
+    """Give triton.language its interpreted functions for good.
+
+    The interpreter does so anew as a kernel begins and as each function that it calls begins, which
+    takes longer than most of them run.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+    interpreter._patch_lang = lambda _function: interpreter._LangPatchScope()
+
+
 if INTERPRETED:
     let_the_interpreter_count()
+    patch_the_language_once()

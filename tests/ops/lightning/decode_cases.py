@@ -1,10 +1,8 @@
 """A course of decoding, drafts and commits over a pool, and what the recurrence says of it."""
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from lightning_statements import DECAYS
 from torch import Tensor
@@ -16,12 +14,6 @@ from sevenfold.ops import (
     lightning_attention_verify,
 )
 from sevenfold.ops.testing import check_error
-
-# Kernels run on a GPU, or on a CPU under Triton's interpreter, whose bf16 is broken.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU_UNLESS_INTERPRETED = () if INTERPRETED else pytest.mark.gpu
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
 
 class Sizes(NamedTuple):

@@ -2,23 +2,15 @@
 
 import pytest
 import torch
-from decode_cases import (
-    DEVICE,
-    GPU_UNLESS_INTERPRETED,
-    INTERPRETED,
-    KERNEL_DTYPES,
-    Course,
-    Sizes,
-    gaps,
-    spread,
-)
+from decode_cases import Course, Sizes, gaps, spread
+from kernel_device import DEVICE, DTYPES, GPU_UNLESS_INTERPRETED, INTERPRETED
 from lightning_statements import make_inputs, recurrence
 
 from sevenfold.ops import lightning_attention_decode, lightning_attention_step
 from sevenfold.ops.testing import check_error
 
 pytestmark = [
-    *([GPU_UNLESS_INTERPRETED] if GPU_UNLESS_INTERPRETED else []),
+    *GPU_UNLESS_INTERPRETED,
     pytest.mark.filterwarnings("ignore:.*has no tuning"),
 ]
 
@@ -29,7 +21,7 @@ CALLS = 5 if INTERPRETED else 20
 
 
 @pytest.mark.parametrize("decay", DECAY_NAMES)
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_steps_agree_with_the_recurrence(K: int, V: int, dtype: torch.dtype, decay: str) -> None:
     T, slots = 2 if INTERPRETED else 64, torch.tensor([2, -1, 0], device=DEVICE)
@@ -56,7 +48,7 @@ def test_steps_agree_with_the_recurrence(K: int, V: int, dtype: torch.dtype, dec
     assert bool((gaps(pool) == 7).all())
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_steps_over_states_of_their_own_leave_them_as_they_are(dtype: torch.dtype) -> None:
     (K, V), T = WIDTHS[0], 2
     x = make_inputs("mixed", T, B=3, K=K, V=V, dtype=dtype)
@@ -76,14 +68,14 @@ def test_steps_over_states_of_their_own_leave_them_as_they_are(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("R", "decay"), RINGS)
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_any_course_of_calls(K: int, V: int, dtype: torch.dtype, R: int, decay: str) -> None:
     sizes = Sizes(K, V, R, min(R, 16), decay, slots=2 if INTERPRETED else 4, apart=True)
     Course("triton", sizes, dtype, str(DEVICE), seed=R).run(CALLS).check()
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_ring_that_fills_token_by_token(dtype: torch.dtype) -> None:
     course = Course("triton", Sizes(16, 16, R=3, slots=1), dtype, str(DEVICE), seed=1)
     for _ in range(8):
@@ -91,7 +83,7 @@ def test_a_ring_that_fills_token_by_token(dtype: torch.dtype) -> None:
     course.check()
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_branches_accepted_in_a_ring_that_holds_them(dtype: torch.dtype) -> None:
     sizes = Sizes(16, 16, R=32, most_drafted=8, slots=2)
     course = Course("triton", sizes, dtype, str(DEVICE), seed=2)

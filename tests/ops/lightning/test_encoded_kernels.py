@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from decode_cases import DEVICE, GPU_UNLESS_INTERPRETED, INTERPRETED, KERNEL_DTYPES, gaps, spread
+from decode_cases import gaps, spread
 from int8_cases import H, Int8Course, S
+from kernel_device import DEVICE, DTYPES, GPU_UNLESS_INTERPRETED, INTERPRETED
 from lightning_statements import DECAYS
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from sevenfold.ops import (
 from sevenfold.ops.testing import check_error
 
 pytestmark = [
-    *([GPU_UNLESS_INTERPRETED] if GPU_UNLESS_INTERPRETED else []),
+    *GPU_UNLESS_INTERPRETED,
     pytest.mark.filterwarnings("ignore:.*has no tuning"),
 ]
 WIDTHS = [(16, 24)] if INTERPRETED else [(64, 64), (96, 96), (128, 128), (256, 256), (128, 64)]
@@ -38,7 +39,7 @@ def noise(B: int, step: int) -> Noise:
     return Noise(key, torch.arange(B, device=DEVICE) + step, 7)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_fp16_states_lie_within_a_rounding_of_the_recurrence(
     K: int, V: int, dtype: torch.dtype
@@ -88,7 +89,7 @@ def test_fp16_rounds_by_the_same_bits_as_the_eager_form() -> None:
     assert not torch.equal(pools[0].codes, held.codes)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_any_course_of_calls_over_int8_states(K: int, V: int, dtype: torch.dtype) -> None:
     sizes = (K, V, 4 if INTERPRETED else 16)

@@ -1,17 +1,14 @@
 """States in fewer bits by the kernels: the eager form's bits, and nothing else touched."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, GPU_UNLESS_INTERPRETED, INTERPRETED
 from torch import Tensor
 
 from sevenfold.ops import EncodedHeads, Noise, decode_states, encode_states
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 pytestmark = [
-    *([] if INTERPRETED else [pytest.mark.gpu]),
+    *GPU_UNLESS_INTERPRETED,
     # NumPy's, in the interpreter.
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
 ]

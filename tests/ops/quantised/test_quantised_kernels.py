@@ -3,11 +3,12 @@
 # A quantised weight is handed on as two arguments.
 # pyright: reportCallIssue=false
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
+from kernel_device import DEVICE, GPU_UNLESS_INTERPRETED, INTERPRETED
+from kernel_device import LOW_DTYPES as DTYPES
 from torch import Tensor
 
 from sevenfold.ops import (
@@ -25,12 +26,8 @@ from sevenfold.ops.quantised import rule, triton_linear, triton_mixture, triton_
 from sevenfold.ops.swiglu import swiglu
 from sevenfold.ops.testing import check_error, poisoned_allocations
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-# The interpreter's bf16 is broken.
-DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
 pytestmark = [
-    *([] if INTERPRETED else [pytest.mark.gpu]),
+    *GPU_UNLESS_INTERPRETED,
     pytest.mark.filterwarnings("ignore:.*has no tuning"),
     # NumPy's, in the interpreter.
     pytest.mark.filterwarnings("ignore:invalid value encountered"),

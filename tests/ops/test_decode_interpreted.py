@@ -1,9 +1,0 @@
-"""The decoding kernels' tests, run on a CPU under Triton's interpreter."""
-
-from pathlib import Path
-
-from triton_interpreter import check_interpreted
-
-
-def test_decoding_kernels_under_the_interpreter() -> None:
-    check_interpreted(Path(__file__).parent / "lightning" / "test_decode_kernels.py")
