@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import DeviceRunner, prefill_sizes
-from sevenfold.engine.device.prefill_graphs import MOST_KEYS, MOST_STOPS
+from sevenfold.engine.device.prefill_graphs import MOST_STOPS, most_keys
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import Row, Scored
 from sevenfold.engine.runners import scans_wait_for_nothing
@@ -165,7 +165,14 @@ def test_what_a_size_holds_and_what_runs_as_it_comes() -> None:
 
     assert [size_of(tokens=[1] * n) for n in (2, 8, 9, 24, 25, 32)] == [8, 8, 16, 24, 32, 32]
     assert size_of(tokens=[1] * 33) is None
-    assert (size_of(past=MOST_KEYS - 9), size_of(past=MOST_KEYS - 8)) == (16, None)
+    keys = most_keys(16)
+    assert (size_of(past=keys - 9), size_of(past=keys - 8)) == (16, None)
+    assert [most_keys(size) for size in (64, 128, 256, 8192)] == [
+        1 << 20,
+        1 << 20,
+        1 << 19,
+        1 << 14,
+    ]
     assert size_of(snapshots=dict.fromkeys(range(MOST_STOPS), 1)) == 16
     assert size_of(snapshots=dict.fromkeys(range(MOST_STOPS + 1), 1)) is None
     assert size_of(scored=Scored([], 0, [])) is None
@@ -210,11 +217,21 @@ def test_prompts_one_by_one_give_the_same_tokens(
 
 
 def test_sizes_go_as_far_as_launches_take_longer_than_work() -> None:
-    sizes = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+    sizes = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
     assert prefill_sizes(preset("bench-2b")) == sizes
-    assert prefill_sizes(preset("minimax-text-01")) == (256, 512, 768)
-    assert prefill_sizes(tiny_model("lf", max_position_embeddings=400).config) == (256, 512)
-    assert prefill_sizes(tiny_model("lf", max_position_embeddings=512).config) == (256, 512)
+    assert prefill_sizes(preset("minimax-text-01")) == (64, 128, 256, 512, 768)
+    assert prefill_sizes(tiny_model("lf", max_position_embeddings=400).config) == (
+        64,
+        128,
+        256,
+        512,
+    )
+    assert prefill_sizes(tiny_model("lf", max_position_embeddings=512).config) == (
+        64,
+        128,
+        256,
+        512,
+    )
 
 
 def test_a_scan_that_counts_on_the_host_is_not_recorded() -> None:
@@ -225,13 +242,14 @@ def test_a_scan_that_counts_on_the_host_is_not_recorded() -> None:
 def test_pages_of_a_prompt_have_room() -> None:
     storage = new_storage(tiny_model("lf"))
     inputs = recorded(tiny_model("lf"), storage)._new_prefill_inputs(8)
-    assert inputs.pages.shape == (1, MOST_KEYS // PAGE_TOKENS)
-    pages = list(range(1, MOST_KEYS // PAGE_TOKENS + 3))
-    inputs.fill(Row([5, 6, 7], MOST_KEYS - 3, 4, pages, {}), PAGE_TOKENS)
+    keys = most_keys(8)
+    assert inputs.pages.shape == (1, keys // PAGE_TOKENS)
+    pages = list(range(1, keys // PAGE_TOKENS + 3))
+    inputs.fill(Row([5, 6, 7], keys - 3, 4, pages, {}), PAGE_TOKENS)
     assert inputs.pages[0].tolist() == pages[:-2]
     assert inputs.page.tolist() == [pages[-3]] * 3 + [SINK] * 5
     assert inputs.place.tolist() == [13, 14, 15, 0, 0, 0, 0, 0]
     assert inputs.ids[0].tolist() == [5, 6, 7, 0, 0, 0, 0, 0]
-    assert inputs.positions[0, :3].tolist() == [MOST_KEYS - 3, MOST_KEYS - 2, MOST_KEYS - 1]
-    assert [x.tolist() for x in (inputs.slots, inputs.key_lengths)] == [[4], [MOST_KEYS]]
+    assert inputs.positions[0, :3].tolist() == [keys - 3, keys - 2, keys - 1]
+    assert [x.tolist() for x in (inputs.slots, inputs.key_lengths)] == [[4], [keys]]
     assert (inputs.borders.tolist(), inputs.last.tolist()) == ([0, 3], [2])

@@ -16,7 +16,7 @@ from sevenfold.engine.speculation import PromptLookupConfig
 
 # Of a GPU's free memory, each of two engines.
 _SHARE = 0.3
-# Hostile text is drawn from so few tokens that every two of them have stood together before.
+# Texts are of so few tokens that every two of them have stood together before.
 _FEW = 16
 _BIAS = 100.0
 
@@ -26,13 +26,13 @@ def run_speculation(
 ) -> list[dict[str, Any]]:
     """Time one request's decoding with prompt lookup and without, from its first token to its last.
 
-    Copying: the greedy text of a model with random weights soon goes in circles, and so copies
-    itself. Hostile: tokens drawn from 16, so that the last two have always stood together before
-    and what followed then says next to nothing.
+    Both texts are of 16 tokens. Copying: the best of them, which soon go in circles even where
+    weights are random. Hostile: drawn at random, so that the last two have always stood together
+    before and what followed then says next to nothing.
 
     Args:
         sides: checked; transformers' takes no part.
-        prompt_tokens: random ones, before either text.
+        prompt_tokens: random ones of the 16, before either text.
         new_tokens: of each text, 2 or more.
         repeats: timed runs of each engine; medians.
         report: called with each row as it is done.
@@ -43,21 +43,17 @@ def run_speculation(
     engines = _engines(sides)
     rows = []
     few = random_ids(sides.config, _FEW).tolist()
-    texts = {
-        "copying": (random_ids(sides.config, prompt_tokens).tolist(), {"temperature": 0.0}),
-        "hostile": (
-            [few[n % _FEW] for n in random_ids(sides.config, prompt_tokens).tolist()],
-            {"temperature": 1.0, "seed": 0, "logit_bias": dict.fromkeys(few, _BIAS)},
-        ),
-    }
-    for name, (prompt, options) in texts.items():
-        params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, **options)
+    prompt = [few[n % _FEW] for n in random_ids(sides.config, prompt_tokens).tolist()]
+    texts = {"copying": {"temperature": 0.0}, "hostile": {"temperature": 1.0, "seed": 0}}
+    bias = dict.fromkeys(few, _BIAS)
+    for name, options in texts.items():
+        params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, logit_bias=bias, **options)
         row = {"case": f"speculation, {name} text", "new_tokens": new_tokens}
         row |= _compare(engines, prompt, params, repeats)
+        tokens = row.pop("tokens")
+        assert set(tokens) <= set(few), f"text must be of {few}, got {tokens}"
         if name == "copying":
-            check_tokens(sides.model, prompt, row.pop("tokens"))
-        else:
-            assert set(row.pop("tokens")) <= set(few), "hostile text must keep to its few tokens"
+            check_tokens(sides.model, prompt, tokens, among=few)
         report(row)
         rows.append(row)
     return rows

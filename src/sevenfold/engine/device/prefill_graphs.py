@@ -11,10 +11,11 @@ from sevenfold.engine.rows import Row
 from sevenfold.models import ModelConfig
 from sevenfold.models.accounting import prefill_flops
 
-# Keys that a row may have: beyond, attention over pages takes longer than the host's launches.
-MOST_KEYS = 16_384
+# Tokens times keys that a row may have: beyond, attention over pages takes longer than the host's
+# launches. Keys at most, whose pages are sent with every chunk.
+_MOST_PAIRS, _MOST_KEYS = 8192 * 16_384, 1 << 20
 MOST_STOPS = 16
-_SIZES = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_SIZES = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # What a GPU computes of a layer at 400 TFLOP/s while a host launches its kernels: 39 of them, at
 # 80 us each, in bench-2b on a slow host. Beyond, a recording's memory buys nothing.
 _MOST_LAYER_FLOPS = 1.2e12
@@ -42,7 +43,7 @@ class PrefillGraphs:
             capture: records it.
             sizes: tokens, rising.
             new_inputs: allocates them for a size, with room for MOST_STOPS snapshots and the pages
-                of MOST_KEYS keys.
+                of most_keys.
         """
         self._sizes = tuple(sizes)
         self._recorder: Recorder[int, PrefillInputs] = Recorder(step, capture, new_inputs, {})
@@ -52,9 +53,10 @@ class PrefillGraphs:
         if len(rows) != 1 or rows[0].scored is not None:
             return None
         row = rows[0]
-        if row.end > MOST_KEYS or len(row.snapshots) > MOST_STOPS:
+        size = least_size(self._sizes, len(row.tokens))
+        if size is None or row.end > most_keys(size) or len(row.snapshots) > MOST_STOPS:
             return None
-        return least_size(self._sizes, len(row.tokens))
+        return size
 
     def run(self, size: int, row: Row, page_tokens: int) -> Tensor:
         """Run a row by the recording of a size.
@@ -69,11 +71,16 @@ class PrefillGraphs:
         return captured.output
 
 
+def most_keys(size: int) -> int:
+    """Return how many keys a row of so many tokens may have, its own among them."""
+    return min(_MOST_PAIRS // size, _MOST_KEYS)
+
+
 def prefill_sizes(config: ModelConfig) -> tuple[int, ...]:
     """Return the sizes of prefills whose launches take a host longer than a GPU their work.
 
-    256, 512, 768, 1024, then one and a half times and twice as many up to 8192, as far as a layer
-    has so little to do and the model's positions reach.
+    64, 128, 256, 512, 768, 1024, then one and a half times and twice as many up to 8192, as far as
+    a layer has so little to do and the model's positions reach.
     """
     most = _MOST_LAYER_FLOPS * config.num_hidden_layers
     pay = [size for size in _SIZES if prefill_flops(config, size) <= most]

@@ -10,7 +10,7 @@ from sevenfold.config import UnsupportedError
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs, most_pages
-from sevenfold.engine.device.prefill_graphs import MOST_KEYS, MOST_STOPS, PrefillGraphs
+from sevenfold.engine.device.prefill_graphs import MOST_STOPS, PrefillGraphs, most_keys
 from sevenfold.engine.device.prefill_inputs import PrefillInputs
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.prompt_logprobs import score_rows
@@ -137,7 +137,7 @@ class DeviceRunner:
         pools = [layer.states for layer in self.storage.layers if isinstance(layer, LinearStorage)]
         H, K, V = pools[0].shape[1:] if pools else (1, 1, 1)
         cuts = padded_cuts(tokens, (H, K, V), MOST_STOPS, self.model.embed_tokens.weight)
-        return PrefillInputs(cuts, -(-MOST_KEYS // self.page_tokens), self.model.device)
+        return PrefillInputs(cuts, -(-most_keys(tokens) // self.page_tokens), self.model.device)
 
     def _prefill_step(self, inputs: PrefillInputs) -> Tensor:
         batch = Batch((inputs.tokens,), (0,), inputs.positions, None)
