@@ -1,10 +1,10 @@
 """Training steps of bench-2b on two GPUs against one, at the same work a GPU.
 
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json           (timings, under 5 minutes)
-torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json checks    (every layout against one GPU)
+torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json checks    (layouts against one GPU)
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json longest   (1M tokens in one row)
 
-Checks and timings are runs of their own: NCCL keeps some 5 GB of a GPU for the groups of each layout.
+Checks and timings are runs of their own: NCCL keeps some 5 GB of a GPU for the groups of a layout.
 """
 
 import gc
