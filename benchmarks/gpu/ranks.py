@@ -4,7 +4,7 @@ torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json           (timings,
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json checks    (layouts against one GPU)
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json longest   (1M tokens in one row)
 
-Checks and timings are runs of their own: NCCL keeps some 5 GB of a GPU for the groups of a layout.
+Checks and timings are runs of their own: NCCL keeps memory for each group that has been used.
 """
 
 import gc
@@ -310,7 +310,8 @@ def late():
 def main():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    # As the trainer does: with a device, NCCL would make every group of a layout at once.
+    dist.init_process_group("cpu:gloo,cuda:nccl")
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
