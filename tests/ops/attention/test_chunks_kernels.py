@@ -50,7 +50,7 @@ def test_each_sequence_gets_its_own(
 ) -> None:
     x = make(Case(lengths, totals, packed=True), torch.float16)
     past = [total - length for total, length in zip(totals, lengths, strict=True)]
-    how = {"lengths": lengths, "past": past, "scale": 0.3}
+    how = {"lengths": lengths, "past": past, "scale": 0.3, "impl": "cudnn"}
     with poisoned_allocations():
         found = attention_chunks(x.q, x.k_pages, x.v_pages, x.pages, **how)
     honest = attention_pages(**vars(x), scale=0.3, impl="eager")
