@@ -1,6 +1,6 @@
 """`sevenfold bench`: speed against peers and against the machine's floor."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,10 +79,10 @@ def prefill_command(
     """Compare the first token's time after long prompts with transformers and a softmax twin."""
     from sevenfold.bench.serving.prefill import run_prefill
 
-    sides, checked, say = _sides(preset, device, dtype)
+    sides, checked = _sides(preset, device, dtype)
     limits = {"peer_most_tokens": peer_most_tokens, "repeats": repeats}
-    rows = run_prefill(sides, lengths or [8192, 131_072], **limits, report=say)
-    _record(out, f"bench prefill --preset {preset} --device {device}", checked, rows)
+    with _Record(out, f"bench prefill --preset {preset} --device {device}", checked) as record:
+        run_prefill(sides, lengths or [8192, 131_072], **limits, report=record)
 
 
 @bench_app.command("decode")
@@ -101,10 +101,10 @@ def decode_command(
     """Compare decoding steps of some batches with transformers' own loop."""
     from sevenfold.bench.serving.decode import run_decode
 
-    sides, checked, say = _sides(preset, device, dtype)
+    sides, checked = _sides(preset, device, dtype)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
-    rows = run_decode(sides, batches or [1, 64], **sizes, report=say)
-    _record(out, f"bench decode --preset {preset} --device {device}", checked, rows)
+    with _Record(out, f"bench decode --preset {preset} --device {device}", checked) as record:
+        run_decode(sides, batches or [1, 64], **sizes, report=record)
 
 
 @bench_app.command("serve")
@@ -122,10 +122,10 @@ def serve_command(
     """Compare the second turn of a long chat with computing all of it, and weigh a request."""
     from sevenfold.bench.serving.second_turn import run_second_turn
 
-    sides, checked, say = _sides(preset, device, dtype)
+    sides, checked = _sides(preset, device, dtype)
     limits = {"peer_most_tokens": peer_most_tokens, "repeats": repeats}
-    rows = run_second_turn(sides, lengths or [32_768], **limits, report=say)
-    _record(out, f"bench serve --preset {preset} --device {device}", checked, rows)
+    with _Record(out, f"bench serve --preset {preset} --device {device}", checked) as record:
+        run_second_turn(sides, lengths or [32_768], **limits, report=record)
 
 
 @bench_app.command("speculate")
@@ -141,16 +141,14 @@ def speculate_command(
     """Compare decoding by guesses with plain decoding, on text that copies itself and hostile."""
     from sevenfold.bench.serving.speculation import run_speculation
 
-    sides, checked, say = _sides(preset, device, dtype)
+    sides, checked = _sides(preset, device, dtype)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
-    rows = run_speculation(sides, **sizes, report=say)
-    _record(out, f"bench speculate --preset {preset} --device {device}", checked, rows)
+    with _Record(out, f"bench speculate --preset {preset} --device {device}", checked) as record:
+        run_speculation(sides, **sizes, report=record)
 
 
-def _sides(
-    preset: str, device: str, dtype: str | None
-) -> "tuple[Sides, dict[str, Any], Callable[[Mapping[str, Any]], None]]":
-    """Both sides, what checking them gave, and how to say a row."""
+def _sides(preset: str, device: str, dtype: str | None) -> "tuple[Sides, dict[str, Any]]":
+    """Both sides, and what checking them gave."""
     from sevenfold.bench.serving.agreement import check_sides
     from sevenfold.bench.serving.sides import build_sides
 
@@ -164,23 +162,33 @@ def _sides(
         "matmul_flops_per_s": sides.rates.flops_per_s,
         "read_bytes_per_s": sides.rates.bytes_per_s,
     }
-    console = Console()
+    return sides, check_sides(sides) | rates
 
-    def say(row: Mapping[str, Any]) -> None:
+
+class _Record:
+    """Says each row when it is done, and writes those so far: a run that is cut off loses none."""
+
+    def __init__(self, out: Path, command: str, checked: Mapping[str, Any]) -> None:
+        self._out, self._command, self._device = out, f"sevenfold {command}", checked["device"]
+        self._same = {name: value for name, value in checked.items() if name != "device"}
+        self._cases: list[dict[str, Any]] = []
+        self._console = Console()
+
+    def __enter__(self) -> "_Record":
+        return self
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
         shown = {k: f"{v:,.4g}" if isinstance(v, float) else v for k, v in row.items()}
-        line = ", ".join(f"{key} {value}" for key, value in shown.items())
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._say(", ".join(f"{key} {value}" for key, value in shown.items()))
+        self._cases.append({**row, **self._same})
+        write_record(self._out, self._command, self._cases, device=self._device)
 
-    return sides, check_sides(sides) | rates, say
+    def __exit__(self, *_: object) -> None:
+        if self._cases:
+            self._say(f"written to {self._out}")
 
-
-def _record(
-    out: Path, command: str, checked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> None:
-    same = {name: value for name, value in checked.items() if name != "device"}
-    cases = [{**row, **same} for row in rows]
-    write_record(out, f"sevenfold {command}", cases, device=checked["device"])
-    typer.echo(f"written to {out}")
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @bench_app.command("kernels")
