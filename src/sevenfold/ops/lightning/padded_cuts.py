@@ -34,7 +34,6 @@ class PaddedCuts:
         """
         self.num_tokens, self.most_stops = num_tokens, most_stops
         whole = ((num_tokens,), room, (), False)
-        whole = ((num_tokens,), room, (), False)
         self._plan, rows = plan_segments(*whole, device), cut_rows(*whole)
         self._segments, self._pieces = (
             np.array(x, np.int64).reshape(-1, _WIDTH) for x in (rows.segments, rows.pieces)
