@@ -265,7 +265,8 @@ class Engine:
             return
         begun = self._ahead.launch(parts, self._new_sampler)
         if begun is not None:
-            self._ahead.chosen = self._choose(begun.requests, begun.logits, begun.sampler)
+            logits, best = begun.stepped
+            self._ahead.chosen = self._choose(begun.requests, logits, begun.sampler, best)
             self._sampler = None  # this one is ahead of the outputs from now on
 
     def _step(self, requests: list[Request]) -> Chosen | None:
@@ -314,13 +315,17 @@ class Engine:
         )
 
     def _choose(
-        self, requests: Sequence[Request | None], logits: Tensor, sampler: Sampler
+        self,
+        requests: Sequence[Request | None],
+        logits: Tensor,
+        sampler: Sampler,
+        best: Tensor | None = None,
     ) -> Chosen:
-        """Choose a token of each row; those of None are nobody's."""
+        """Choose a token of each row, whose best may be known; those of None are nobody's."""
         underway = [None if r is None else self._underway[r.id] for r in requests]
         constraints = [None if one is None else one.constraint for one in underway]
-        tokens, finite = sampler.choose_checked(mask_logits(logits, constraints), logits)
-        arriving = Arriving([tokens, finite])
+        checked = sampler.choose_checked(mask_logits(logits, constraints), logits, best)
+        tokens, arriving = checked[:, 0], Arriving(checked)
         asked = [None if one is None else one.output.params.logprobs for one in underway]
         logprobs = read_logprobs(logits, tokens, asked)
         return Chosen(tuple(requests), sampler, tokens, arriving, logprobs)

@@ -45,7 +45,7 @@ from sevenfold.ops.few_rows import (
     suits_device_weights,
     suits_few_rows,
 )
-from sevenfold.ops.greedy import Greedy, are_finite, greedy_tokens
+from sevenfold.ops.greedy import Greedy, advance_rows, are_finite, greedy_tokens
 from sevenfold.ops.lightning import (
     MAX_DRAFT_TOKENS,
     Int8ReplayPool,
@@ -125,6 +125,7 @@ __all__ = [
     "ScaledFp16",
     "Snapshots",
     "Stop",
+    "advance_rows",
     "are_finite",
     "attention",
     "attention_block",

@@ -1,6 +1,7 @@
 """Runs the model on rows whose states and keys stay where they lie, without waiting for it."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,18 @@ from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.storage import KVStorage, LinearStorage, Storage
 from sevenfold.engine.transfer import upload_parts
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
-from sevenfold.ops import PaddedSnapshots, Snapshots, Stop, padded_cuts
+from sevenfold.ops import PaddedSnapshots, Snapshots, Stop, advance_rows, padded_cuts
+
+
+class Stepped(NamedTuple):
+    """What a decoding step gave; the next one overwrites it.
+
+    logits: [N, vocab_size] fp32.
+    best: [N, 2] int64, the most probable token's id, and whether the row's logits are finite.
+    """
+
+    logits: Tensor
+    best: Tensor
 
 
 class DeviceRunner:
@@ -75,15 +87,18 @@ class DeviceRunner:
         return self._prefill(rows)
 
     @torch.inference_mode()
-    def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Tensor:
+    def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Stepped:
         """Run the next tokens of requests before they have come to the host.
+
+        Where the rows are those of the step before, and the tokens those that it gave as best, one
+        launch does it.
 
         Args:
             rows: N, not all None; None leaves its place in the step to nobody.
             tokens: [N] int64, their ids on the device.
 
         Returns:
-            [N, vocab_size] fp32, as run; no snapshot is written.
+            Logits as run's, and the choice; no snapshot is written.
         """
         return self._decoded(rows, lambda at: at.fill_ahead(rows, tokens, self.page_tokens))
 
@@ -93,27 +108,31 @@ class DeviceRunner:
         return recorded or needed
 
     def _decode(self, rows: Sequence[Row]) -> Tensor:
-        logits = self._decoded(rows, lambda at: at.fill(rows, self.page_tokens))
+        logits = self._decoded(rows, lambda at: at.fill(rows, self.page_tokens)).logits
         kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
         self.storage.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
         return logits
 
     def _decoded(
         self, rows: Sequence[Row | NextRow | None], fill: Callable[[DecodeInputs], None]
-    ) -> Tensor:
+    ) -> Stepped:
         size = None if self._graphs is None else self._graphs.size_of(rows)
         if self._graphs is not None and size is not None:
-            return self._graphs.run(size, fill)[: len(rows)]
+            logits, inputs = self._graphs.run(size, fill)
+            return Stepped(logits[: len(rows)], inputs.chosen[: len(rows)])
         inputs = DecodeInputs(Size(len(rows), most_pages(rows)), self.model.device)
         fill(inputs)
-        return self._step(inputs)
+        return Stepped(self._step(inputs), inputs.chosen)
 
     def _step(self, inputs: DecodeInputs) -> Tensor:
         rows = inputs.size.rows
         batch = Batch((1,) * rows, (0,) * rows, inputs.positions, None)
         table = PageTable(inputs.pages, inputs.page, inputs.place, inputs.key_lengths)
         state = self._values(inputs.slots, table, lambda pool: Snapshots(pool, ()))
-        return self.model.logits(self.model.hidden(inputs.ids, batch, state).hidden[:, 0])
+        logits = self.model.logits(self.model.hidden(inputs.ids, batch, state).hidden[:, 0])
+        where = (inputs.places, inputs.pages)
+        advance_rows(logits, inputs.chosen, *where, page_tokens=self.page_tokens)
+        return logits
 
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
         size = None if self._prefills is None else self._prefills.size_of(rows)

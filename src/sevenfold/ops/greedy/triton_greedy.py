@@ -2,6 +2,9 @@
 
 Logits are compared as integers in the same order, among which a NaN comes last; the two zeros are
 one number. A program has one row, which its thousand threads read at once.
+
+A decoding step that is recorded ends in this kernel, which leaves what the next one reads of each
+row where this one read it.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -20,18 +23,15 @@ _BLOCK, _WARPS, _STAGES = 8192, 32, 4
 
 
 @triton.jit
-def _greedy_kernel(
-    logits, tokens, finite, row_stride, V,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    wait_for_last(OVERLAPS)
-    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+def _largest(row, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The first of a row's largest logits, and whether all of them are numbers."""
+    i = tl.arange(0, BLOCK)
     least: tl.constexpr = -(2**31)
     best, place = tl.full([BLOCK], least, tl.int32), tl.zeros([BLOCK], tl.int32)
     good = tl.full([BLOCK], 1, tl.int32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         inside = start + i < V
-        z = tl.load(logits + row * row_stride + start + i, mask=inside, other=0.0)
+        z = tl.load(row + start + i, mask=inside, other=0.0)
         good &= (tl.abs(z) < float("inf")).to(tl.int32)
         bits = z.to(tl.int32, bitcast=True)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -40,20 +40,67 @@ def _greedy_kernel(
         place = tl.where(key > best, start + i, place)
         best = tl.maximum(key, best)
     top = tl.max(best, axis=0)
-    tl.store(tokens + row, tl.min(tl.where(best == top, place, V), axis=0).to(tl.int64))
-    tl.store(finite + row, tl.min(good, axis=0) != 0)
+    return tl.min(tl.where(best == top, place, V), axis=0), tl.min(good, axis=0) != 0
+
+
+@triton.jit
+def _greedy_kernel(
+    logits, tokens, finite, row_stride, V,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_last(OVERLAPS)
+    row = tl.program_id(0).to(tl.int64)
+    token, good = _largest(logits + row * row_stride, V, BLOCK, STAGES)
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(finite + row, good)
+
+
+@triton.jit
+def _advance_kernel(
+    logits, chosen, places, pages, row_stride, V, N, M, page_tokens,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_last(OVERLAPS)
+    row = tl.program_id(0).to(tl.int64)
+    token, good = _largest(logits + row * row_stride, V, BLOCK, STAGES)
+    tl.store(chosen + 2 * row, token.to(tl.int64))
+    tl.store(chosen + 2 * row + 1, good.to(tl.int64))
+    places += row
+    keys = tl.load(places + 3 * N)
+    if keys > 0:
+        position = tl.load(places) + 1
+        block = tl.minimum(position // page_tokens, M - 1)
+        tl.store(places, position)
+        tl.store(places + N, tl.load(pages + row * M + block))
+        tl.store(places + 2 * N, position % page_tokens)
+        tl.store(places + 3 * N, keys + 1)
 
 
 def greedy_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments and results as the public operator's."""
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    logits = _by_rows(logits)
     N, V = logits.shape
     tokens = torch.empty(N, dtype=torch.int64, device=logits.device)
     finite = torch.empty(N, dtype=torch.bool, device=logits.device)
     if N:
-        _greedy_kernel[(N,)](
-            logits, tokens, finite, logits.stride(0), V,
-            BLOCK=min(_BLOCK, next_power_of_2(V)), STAGES=_STAGES, num_warps=_WARPS,
-            **overlapping(logits),
-        )  # fmt: skip
+        _greedy_kernel[(N,)](logits, tokens, finite, logits.stride(0), V, **_constants(logits))
     return tokens, finite
+
+
+def advance_rows(
+    logits: Tensor, chosen: Tensor, places: Tensor, pages: Tensor, page_tokens: int
+) -> None:
+    """Arguments as the public operator's."""
+    logits, M = _by_rows(logits), pages.shape[1]
+    N, V = logits.shape
+    sizes = (logits.stride(0), V, N, M, page_tokens)
+    _advance_kernel[(N,)](logits, chosen, places, pages, *sizes, **_constants(logits))
+
+
+def _by_rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _constants(logits: Tensor) -> dict[str, int | bool]:
+    block = min(_BLOCK, next_power_of_2(logits.shape[1]))
+    return {"BLOCK": block, "STAGES": _STAGES, "num_warps": _WARPS, **overlapping(logits)}
