@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from sevenfold import ops
 from sevenfold.models import Batch, HybridModel, PagedKV, PageTable, PooledState, hybrid, preset
 from sevenfold.ops import overlap
-from sevenfold.ops.few_rows import device, logits_on_device, tiles, triton_experts, triton_linear
+from sevenfold.ops.few_rows import logits_on_device, tiles, triton_experts, triton_linear
 from sevenfold.ops.few_rows.triton_router import Choice, choose
+from sevenfold.ops.rms_norm.triton_rms_norm import normed as normed_rows
 from sevenfold.ops.testing import check_error
 
 warnings.filterwarnings("ignore", ".*has no tuning.*")
@@ -117,31 +118,32 @@ def lightning_weights(seed):
 
 
 class Project:
-    """qkv and gate of lightning attention."""
+    """Norm, qkv and gate of lightning attention."""
 
     def __init__(self, M, num=None):
         size = 4 * H * D * HIDDEN
         self.floor = (2 * size + 2 * M * (HIDDEN + 4 * H * D)) / RATE
-        self.x = randn(M, HIDDEN)
+        self.x, self.norm = randn(M, HIDDEN), norm(HIDDEN)
         self.held = [lightning_weights(n)[:2] for n in range(num or copies(2 * size))]
         self.default = tiles.linear_tile(M, self.held[0][0], 4 * H * D)
 
     def run(self, n, tile):
-        return triton_linear.project_lightning(self.x, self.held[n], H, tile)
+        return triton_linear.project_lightning(self.x, self.norm, self.held[n], H, tile)
 
 
 class Join:
-    """The output projection of lightning attention, and the residual."""
+    """Gated norm and output projection of lightning attention, and the residual."""
 
     def __init__(self, M, num=None):
         size = HIDDEN * H * D
         self.floor = (2 * size + 2 * M * (2 * HIDDEN + H * D)) / RATE
         self.o, self.stream = randn(M, H * D), randn(M, HIDDEN, seed=2)
+        self.by = triton_linear.GatedNorm(norm(H * D), randn(M, H * D, seed=3))
         self.held = [weight(HIDDEN, H * D, seed=n) for n in range(num or copies(2 * size))]
         self.default = tiles.linear_tile(M, self.held[0], HIDDEN)
 
     def run(self, n, tile):
-        return triton_linear.join(self.o, self.held[n], self.stream, POST, tile)
+        return triton_linear.join(self.o, self.held[n], self.stream, POST, tile, self.by)
 
 
 class Head:
@@ -223,8 +225,8 @@ def time_small(M):
         calls = [lambda impl=impl: ops.greedy_tokens(logits, impl=impl)] * 40
         note(f"greedy by {impl} M={M}", graph_s(calls), floor)
     floor = 4 * M * HIDDEN / RATE
-    note(f"norm M={M}", graph_s([lambda: device._normed(x, None, by)] * 40), floor)
-    note(f"gated norm M={M}", graph_s([lambda: device._normed(x, x, by)] * 40), floor)
+    note(f"norm M={M}", graph_s([lambda: normed_rows(x, None, *by)] * 40), floor)
+    note(f"gated norm M={M}", graph_s([lambda: normed_rows(x, x, *by)] * 40), floor)
     note(f"total M={M}", graph_s([lambda: triton_experts.total(rows, x, POST)] * 40), floor)
 
 
@@ -419,19 +421,19 @@ TILES = {
         (2, 1024, 1, 1, 1),
         (2, 2048, 1, 2, 1),
         (2, 2048, 1, 4, 1),
-        (4, 512, 1, 2, 1),
         (4, 1024, 1, 2, 1),
         (4, 1024, 1, 4, 1),
+        (4, 2048, 1, 2, 1),
         (4, 2048, 1, 4, 1),
         (4, 2048, 1, 8, 1),
         (8, 512, 1, 4, 1),
         (8, 1024, 1, 4, 1),
         (8, 2048, 1, 4, 1),
         (8, 2048, 1, 8, 1),
-        (16, 512, 1, 4, 1),
-        (16, 512, 1, 8, 1),
         (16, 1024, 1, 8, 1),
-        (32, 256, 1, 8, 1),
+        (16, 2048, 1, 8, 1),
+        (16, 2048, 1, 16, 1),
+        (32, 2048, 1, 16, 1),
     ],
     16: [
         (16, 64, 4, 4, 4),

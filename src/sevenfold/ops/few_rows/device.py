@@ -80,8 +80,7 @@ def feed_lightning(x: Tensor, norm: Norm, weights: LightningWeights, residual: R
 
     H, pair = len(weights.log_decay), (weights.qkv, weights.gate)
     tile = linear_tile(len(x), weights.qkv, sum(map(len, pair)))
-    u = _normed(x, None, norm)
-    qkv, gate = triton_linear.project_lightning(u, pair, H, tile)
+    qkv, gate, u = triton_linear.project_lightning(x, norm, pair, H, tile)
     q, k, v = qkv.unbind(0)
     return Fed((q, k, v), gate, u if residual.post_norm else x)
 
@@ -100,8 +99,11 @@ def join_lightning(o: Tensor, fed: Fed, weights: LightningWeights, residual: Res
     Returns:
         [M, D].
     """
-    o = _normed(o, fed.gate, weights.norm)
-    return _join(o, weights.out, fed.stream, residual)
+    from sevenfold.ops.few_rows import triton_linear
+
+    tile = linear_tile(len(o), weights.out, len(weights.out))
+    by = triton_linear.GatedNorm(weights.norm, fed.gate)
+    return triton_linear.join(o, weights.out, fed.stream, residual, tile, by)
 
 
 def feed_softmax(
@@ -120,8 +122,9 @@ def feed_softmax(
     """
     from sevenfold.ops.few_rows import triton_linear
 
-    tile, u = linear_tile(len(x), weights[0], sum(map(len, weights))), _normed(x, None, norm)
-    return triton_linear.project(u, weights, tile), u if residual.post_norm else x
+    tile = linear_tile(len(x), weights[0], sum(map(len, weights)))
+    rows, u = triton_linear.project(x, norm, weights, tile)
+    return rows, u if residual.post_norm else x
 
 
 def join_softmax(o: Tensor, weight: Tensor, stream: Tensor, residual: Residual) -> Tensor:
@@ -181,7 +184,9 @@ def dense_on_device(
     """
     from sevenfold.ops.few_rows import triton_experts
 
-    u = _normed(x, None, norm)
+    from sevenfold.ops.rms_norm import triton_rms_norm
+
+    u = triton_rms_norm.normed(x, None, *norm)
     tile = gate_up_tile(len(x), gate_up.unsqueeze(0))
     hidden = triton_experts.dense_gate_up(u, gate_up, tile)
     return _join(hidden, down, u if residual.post_norm else x, residual)
@@ -213,12 +218,6 @@ def rotate_on_device(q: Tensor, k: Tensor, positions: Tensor, frequency: Tensor)
     from sevenfold.ops.few_rows import triton_rotate
 
     triton_rotate.rotate_rows(q, k, positions, frequency)
-
-
-def _normed(x: Tensor, gate: Tensor | None, norm: Norm) -> Tensor:
-    from sevenfold.ops.rms_norm import triton_rms_norm
-
-    return triton_rms_norm.normed(x, gate, norm.weight, norm.eps)
 
 
 def _join(x: Tensor, weight: Tensor, stream: Tensor, residual: Residual) -> Tensor:

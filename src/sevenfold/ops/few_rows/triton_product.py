@@ -5,7 +5,8 @@ WK > 1 the warps share K: part p of a step's K goes to the p-th share, and share
 fixed order at the end, so that the same call gives the same bits.
 
 One row alone needs no matrix unit, for which it would be padded to 16: every thread multiplies what
-it loads, and a program has BN x BK numbers of the weight on their way at once.
+it loads, and a program has BN x BK numbers of the weight on their way at once. Where that is all of
+K, a program can take the row's norm itself.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -13,7 +14,6 @@ it loads, and a program has BN x BK numbers of the weight on their way at once.
 
 import triton
 import triton.language as tl
-
 
 @triton.jit
 def multiply(
@@ -48,6 +48,32 @@ def multiply(
             shares = _add_product(left, xs, shares)
         got = tl.sum(shares, axis=0)
     return got
+
+
+@triton.jit
+def held_rows(w, n, K: tl.constexpr, BK: tl.constexpr):
+    """[BN, BK] rows n of w [., K], all of each: BK >= K."""
+    k = tl.arange(0, BK)[None, :]
+    return _load(w + n[:, None] * K + k, None, k, K, K == BK)
+
+
+@triton.jit
+def held_row(x, K: tl.constexpr, BK: tl.constexpr):
+    """[1, BK] fp32: all of one row x [K]."""
+    k = tl.arange(0, BK)[None, :]
+    return _load(x + k, None, k, K, K == BK).to(tl.float32)
+
+
+@triton.jit
+def norm_factor(row, eps, K: tl.constexpr):
+    """What RMSNorm multiplies a row [1, BK] of K numbers by."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(row * row, axis=1, keep_dims=True) / K + eps))
+
+
+@triton.jit
+def times_row(rows, row):
+    """[BN, 1] fp32: rows [BN, BK] times a row [1, BK]."""
+    return tl.sum(rows.to(tl.float32) * row.to(tl.float32), axis=1, keep_dims=True)
 
 
 @triton.jit
