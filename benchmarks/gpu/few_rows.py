@@ -24,7 +24,13 @@ from torch.nn import functional as F
 from sevenfold import ops
 from sevenfold.models import Batch, HybridModel, PagedKV, PageTable, PooledState, hybrid, preset
 from sevenfold.ops import overlap
-from sevenfold.ops.few_rows import logits_on_device, tiles, triton_experts, triton_linear
+from sevenfold.ops.few_rows import (
+    logits_on_device,
+    tiles,
+    triton_alone,
+    triton_experts,
+    triton_linear,
+)
 from sevenfold.ops.few_rows.triton_router import Choice, choose
 from sevenfold.ops.rms_norm.triton_rms_norm import normed as normed_rows
 from sevenfold.ops.testing import check_error
@@ -179,7 +185,8 @@ class GateUp(Experts):
             self.default = tiles.alone_tiles(self.held[0], self.held[0])[0]
 
     def run(self, n, tile):
-        return triton_experts.gate_up(self.choice, self.held[n], tile)
+        kernels = triton_alone if self.M <= triton_experts._ALONE else triton_experts
+        return kernels.gate_up(self.choice, self.held[n], tile)
 
 
 class Down(Experts):
@@ -195,7 +202,7 @@ class Down(Experts):
     def run(self, n, tile):
         if self.M <= triton_experts._ALONE:
             args = (self.hidden, self.choice, self.held[n], self.u, POST, tile)
-            return triton_experts.down_alone(*args)
+            return triton_alone.down(*args)
         rows = triton_experts.down(self.hidden, self.choice, self.held[n], tile)
         return triton_experts.total(rows, self.u, POST)
 

@@ -168,7 +168,7 @@ def by_choice(u: Tensor, shares: Tensor, experts: Tensor, layer: DeviceExperts) 
 
 
 # M, k, E: more and fewer choices than experts, alone and together, tiles of 16, 32 and 64 rows.
-MIXTURES = [(1, 2, 4), (2, 1, 2), (3, 2, 8), (17, 2, 3)]
+MIXTURES = [(1, 2, 4), (1, 3, 4), (2, 1, 2), (3, 2, 8), (17, 2, 3)]
 EXPERT_WIDTHS = [(40, 24)] if INTERPRETED else [(264, 136), (2048, 1792)]
 if not INTERPRETED:
     MIXTURES += [(33, 1, 1), (8, 2, 8), (64, 2, 8), (64, 8, 32), (16, 2, 32)]
@@ -223,6 +223,16 @@ def test_dense_keeps_to_the_error_rule(
         return joined(u if residual.post_norm else x.to(dtype), f, residual)
 
     check("y", found, wanted)
+
+
+def test_one_row_in_parts_keeps_to_the_error_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no program holds a whole row: norms are kernels of their own, and products go on."""
+    parts = {"BN": 4, "BK": 64, "WK": 1, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(tiles, "best_config", lambda *_: parts)
+    dtype = torch.float32
+    test_lightning_keeps_to_the_error_rule((136, 2, 12), 1, dtype, "post")
+    test_softmax_keeps_to_the_error_rule((136, 2, 12), 1, dtype, "pre")
+    test_experts_keep_to_the_error_rule(136, 72, 1, 3, 4, dtype)
 
 
 @pytest.mark.parametrize("M", ROWS)

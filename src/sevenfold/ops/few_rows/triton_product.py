@@ -6,7 +6,8 @@ fixed order at the end, so that the same call gives the same bits.
 
 One row alone needs no matrix unit, for which it would be padded to 16: every thread multiplies what
 it loads, and a program has BN x BK numbers of the weight on their way at once. Where that is all of
-K, a program can take the row's norm itself.
+K, a program can take the row's norm itself. A barrier stands between the weight's loads and the
+row's: without one the compiler puts some of them off until others have come, to save registers.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -27,9 +28,10 @@ def multiply(
         products = tl.zeros([BN, BK], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             k = start + tl.arange(0, BK)[None, :]
-            left = _load(w + n[:, None] * K + k, None, k, K, even).to(tl.float32)
+            left = _load(w + n[:, None] * K + k, None, k, K, even)
+            tl.debug_barrier()
             row = _load(x + at[:, None] + k, in_m[:, None], k, K, even).to(tl.float32)
-            products += left * row
+            products += left.to(tl.float32) * row
         got = tl.sum(products, axis=1, keep_dims=True)
     elif WK == 1:
         got = tl.zeros([BN, BM], tl.float32)
