@@ -91,7 +91,10 @@ def time_replay(engine, num=50):
     captured.replay()
     host = (time.perf_counter() - began) * 1e6
     torch.cuda.synchronize()
-    print(f"replay    {size}: {statistics.median(times):.1f} us, {host:.0f} us of the host", flush=True)
+    print(
+        f"replay    {size}: {statistics.median(times):.1f} us, {host:.0f} us of the host",
+        flush=True,
+    )
 
 
 def traced(engine):
@@ -124,7 +127,9 @@ def print_trace(rows):
         print("          {:6.1f} {:8.1f} {:8.1f}  ".format(*each) + name[:70])
     longest = sorted(names, key=lambda name: -statistics.median(pauses[name]))[:6]
     for name in longest:
-        print(f"          pause before {name[:60]}: median {statistics.median(pauses[name]):.1f} us")
+        print(
+            f"          pause before {name[:60]}: median {statistics.median(pauses[name]):.1f} us"
+        )
     print("          around the copy to the host, of the middle step:")
     copies = [n for n, (name, *_) in enumerate(rows) if "DtoH" in name]
     middle = copies[len(copies) // 2] if copies else len(rows) // 2

@@ -72,7 +72,7 @@ def test_rows_go_one_token_further(V: int) -> None:
 
 
 def step_rows() -> tuple[torch.Tensor, ...]:
-    """Chosen, places and pages: a row within a page, one at its end, one past all, one of nobody."""
+    """Of a row within a page, one at its end, one at the end of its table, and one of nobody."""
     places = [[3, 15, 47, 0], [8, 11, 16, 0], [3, 15, 15, 0], [4, 16, 48, 0]]
     pages = [[8, 9, 10], [11, 12, 13], [14, 15, 16], [0, 0, 0]]
     return torch.zeros(4, 2, dtype=torch.int64), torch.tensor(places), torch.tensor(pages)

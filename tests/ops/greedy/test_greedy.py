@@ -44,7 +44,9 @@ def test_what_goes_further_is_checked() -> None:
     chosen, places, pages = (torch.zeros(n, 2, dtype=torch.int64) for n in (2, 4, 2))
     with pytest.raises(ValueError, match=r"logits must have shape \[N, V\] with V > 0, got \[3\]"):
         ops.advance_rows(torch.ones(3), chosen, places, pages, page_tokens=16)
-    with pytest.raises(ValueError, match=r"places must have shape \[4, N\] = \[4, 2\], got \[2, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"places must have shape \[4, N\] = \[4, 2\], got \[2, 2\]"
+    ):
         ops.advance_rows(torch.ones(2, 3), chosen, pages, pages, page_tokens=16)
     with pytest.raises(TypeError, match=r"pages must be torch\.int64, got torch\.int32"):
         ops.advance_rows(torch.ones(2, 3), chosen, places, pages.int(), page_tokens=16)

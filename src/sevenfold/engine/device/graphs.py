@@ -86,9 +86,7 @@ class DecodeGraphs:
         """Rows of the least step that has as many as are needed; None where none has."""
         return least_size(self._batch_sizes, needed)
 
-    def run(
-        self, size: Size, fill: Callable[[DecodeInputs], None]
-    ) -> tuple[Tensor, DecodeInputs]:
+    def run(self, size: Size, fill: Callable[[DecodeInputs], None]) -> tuple[Tensor, DecodeInputs]:
         """Run a step of a size on what `fill` writes into its inputs.
 
         Returns:

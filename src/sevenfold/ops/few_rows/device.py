@@ -183,7 +183,6 @@ def dense_on_device(
         [M, D].
     """
     from sevenfold.ops.few_rows import triton_experts
-
     from sevenfold.ops.rms_norm import triton_rms_norm
 
     u = triton_rms_norm.normed(x, None, *norm)

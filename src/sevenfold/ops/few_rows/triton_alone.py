@@ -9,6 +9,7 @@ that it will multiply, and the barrier behind these loads keeps the compiler fro
 
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton

@@ -3,8 +3,8 @@
     project    y_i = W_i RMSNorm(x), SiLU on y_0 where lightning attention is fed
     join       y = alpha * stream + beta * W x, or W (RMSNorm(x) * sigmoid(gate))
 
-All weights of `project` stream in one launch. Its SiLU parts q, k and v as it writes them. A norm is
-part of the launch where a program holds one whole row, else a kernel before it.
+All weights of `project` stream in one launch. Its SiLU parts q, k and v as it writes them. A norm
+is part of the launch where a program holds one whole row, else a kernel before it.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -84,7 +84,7 @@ class GatedNorm(NamedTuple):
 
 def _holds_row(tile: Tile, x: Tensor) -> bool:
     """Whether a program that multiplies x [M, K] has all of its one row."""
-    return tile.BM == 1 and tile.BK >= x.shape[1]
+    return tile.BM == 1 and x.shape[1] <= tile.BK
 
 
 def _project(

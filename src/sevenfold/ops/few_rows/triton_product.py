@@ -16,6 +16,7 @@ row's: without one the compiler puts some of them off until others have come, to
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def multiply(
     w, n, x, at, in_m,

@@ -7,6 +7,7 @@ A program has one row, whose products with an fp32 weight are fp32's, as a route
 
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
