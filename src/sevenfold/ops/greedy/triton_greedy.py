@@ -62,16 +62,15 @@ def _advance_kernel(
 ):  # fmt: skip
     wait_for_last(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
+    places += row
+    position, keys = tl.load(places) + 1, tl.load(places + 3 * N)
+    page = tl.load(pages + row * M + tl.minimum(position // page_tokens, M - 1))
     token, good = _largest(logits + row * row_stride, V, BLOCK, STAGES)
     tl.store(chosen + 2 * row, token.to(tl.int64))
     tl.store(chosen + 2 * row + 1, good.to(tl.int64))
-    places += row
-    keys = tl.load(places + 3 * N)
     if keys > 0:
-        position = tl.load(places) + 1
-        block = tl.minimum(position // page_tokens, M - 1)
         tl.store(places, position)
-        tl.store(places + N, tl.load(pages + row * M + block))
+        tl.store(places + N, page)
         tl.store(places + 2 * N, position % page_tokens)
         tl.store(places + 3 * N, keys + 1)
 
