@@ -40,7 +40,8 @@ def _gate_up_kernel(
 ):  # fmt: skip
     """BN hidden channels of one choice."""
     wait_for_last(OVERLAPS)
-    c, even = tl.program_id(1), K % BK == 0
+    even: tl.constexpr = K % BK == 0
+    c = tl.program_id(1)
     f = tl.program_id(0) * BN + tl.arange(0, BN)
     share, expert = tl.load(shares + c), tl.load(experts + c).to(tl.int64)
     # Channels of nobody read the last one.
@@ -66,7 +67,8 @@ def _down_kernel(
 ):  # fmt: skip
     """BN channels of one token's result, from two of its choices at a time."""
     wait_for_last(OVERLAPS)
-    token, even = tl.program_id(1), K % BK == 0
+    even: tl.constexpr = K % BK == 0
+    token = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     joined = tl.load(stream + token * N + n, mask=n < N, other=0.0).to(tl.float32)
     w += tl.minimum(n, N - 1)[:, None] * K
