@@ -231,30 +231,46 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, *kept = ctx.saved_tensors
         own, exchange, scale, (do,) = ctx.own, ctx.exchange, ctx.scale, grads
-        keys = torch.cat([k, v], -1)
-        underway = _Underway(q, None) if kept else exchange.start(keys, exchange.steps[0])
+        if kept:
+            arrivals = zip(exchange.steps, kept, strict=True)
+        else:
+            keys = torch.cat([k, v], -1)
+            arrivals = _arrivals(exchange, keys, exchange.start(keys, exchange.steps[0]))
+            del keys
         whole = Block(own.lengths, own.lengths, scale, causal=True)
-        found = attention_block_backward(do, (q, k, v), o, lse, whole)
-        dq, dk, dv = (x.to(lse.dtype) for x in found)
-        dkeys, returns = torch.cat([dk, dv], -1), []
-        again = zip(exchange.steps, kept, strict=True)
-        for step, rows in again if kept else _arrivals(exchange, keys, underway):
+        dq, dkeys = _gradients(do, (q, k, v), o, lse, whole)
+        returning = None
+        for step, rows in arrivals:
             drows = torch.zeros_like(rows, dtype=lse.dtype)
             for read in _reads(own, step):
                 at, block = read.tokens, read.block(scale)
                 tokens = (q[at], *rows[read.keys].chunk(2, -1))
                 found = attention_block_backward(do[at], tokens, o[at], lse[:, at], block)
-                for total, more in zip(
-                    (dq[at], *drows[read.keys].chunk(2, -1)), found, strict=True
-                ):
+                dq[at] += found[0]
+                for total, more in zip(drows[read.keys].chunk(2, -1), found[1:], strict=True):
                     total += more
-            returns.append((step, exchange.start_back(as_received(drows, step), step)))
+                del tokens, found
+            del rows
             # The one before has had this step's products to return in.
-            if len(returns) > 1:
-                exchange.add(dkeys, *returns.pop(0))
-        exchange.add(dkeys, *returns.pop())
+            if returning is not None:
+                exchange.add(dkeys, *returning)
+            returning = step, exchange.start_back(as_received(drows, step), step)
+            del drows
+        if returning is not None:
+            exchange.add(dkeys, *returning)
         dk, dv = dkeys.chunk(2, -1)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _gradients(
+    do: Tensor, tokens: tuple[Tensor, Tensor, Tensor], o: Tensor, lse: Tensor, block: Block
+) -> tuple[Tensor, Tensor]:
+    """Of a block's queries and keys, in lse's dtype, to which others add; dk and dv side by side."""
+    dq, dk, dv = attention_block_backward(do, tokens, o, lse, block)
+    dkeys = dk.new_empty(*dk.shape[:-1], 2 * dk.shape[-1], dtype=lse.dtype)
+    for total, found in zip(dkeys.chunk(2, -1), (dk, dv), strict=True):
+        total.copy_(found)
+    return dq.to(lse.dtype), dkeys
 
 
 class _Read(NamedTuple):
