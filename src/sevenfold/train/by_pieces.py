@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Products of so many rows are as fast as larger: a GPU's multiprocessors have hundreds of tiles each.
-PIECE_TOKENS = 32_768
+from sevenfold.models.feed_forward import PIECE_TOKENS
 
 
 def by_pieces(feed: nn.Module, x: Tensor, *, piece_tokens: int = PIECE_TOKENS) -> Tensor:
