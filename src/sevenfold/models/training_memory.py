@@ -184,9 +184,10 @@ def _feeding(step: _Step, layer: int) -> int:
         return step.tokens * (inside + _feed_forward(config) + widest)
     D, F = config.hidden_size, config.intermediate_size
     # What arrives, the stream's share of it, and the gradient of the input, for all tokens; of a
-    # piece gate and up, what leaves SwiGLU, their gradients, and the output.
-    piece = min(step.tokens, PIECE_TOKENS) * (6 * F + D) * _BF16
-    return step.tokens * (inside + 3 * D * step.stream) + piece
+    # piece gate and up, their gradients, that of what leaves SwiGLU, and the output. The weights'
+    # gradients are summed from piece to piece.
+    piece = min(step.tokens, PIECE_TOKENS) * (5 * F + D) * _BF16
+    return step.tokens * (inside + 3 * D * step.stream) + piece + 3 * D * F * _FP32
 
 
 def _mixing(step: _Step, layer: int) -> int:
