@@ -4,8 +4,8 @@ torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json           (timings,
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json checks    (layouts against one GPU)
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json longest   (1M tokens in one row)
 
-Checks and timings are runs of their own: NCCL keeps memory for each group that has been used. A last
-word `tiny` runs any of them in seconds on a CPU, over gloo, to see that all of it works.
+Checks and timings are runs of their own: NCCL keeps memory for each group that has been used. A
+last word `tiny` runs any of them in minutes on a CPU, over gloo, to see that all of it works.
 """
 
 import gc

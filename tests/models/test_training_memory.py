@@ -70,7 +70,7 @@ def test_softmax_and_experts_are_counted() -> None:
 
 
 def test_softmax_attention_that_is_wider_than_the_feed_forward() -> None:
-    """Four heads of 128 beside a stream of 128: q, k, v, o, their gradients, one of them in fp32."""
+    """Four heads of 128 beside a stream of 128: q, k, v, o and their gradients, one in fp32 too."""
     changes = {"layer_types": ("full_attention",), "head_dim": 128, "intermediate_size": 1}
     found = training_memory(ONE.model_copy(update=changes), 10, recompute_every=1)
     queries, keys = 4 * 128, 2 * 128
@@ -99,7 +99,7 @@ def test_two_context_ranks_by_hand() -> None:
 
 
 def test_a_million_tokens_of_the_1b_hybrid_on_two_gpus() -> None:
-    """Worked by hand: 524,288 tokens a rank, 1,536 wide, so that one bf16 vector of each is 1.61 GB.
+    """By hand: 524,288 tokens a rank, 1,536 wide, so that one bf16 vector of each is 1.61 GB.
 
     Inputs of 32 blocks; then the last block, softmax: what the norm gave and the stream's gradient
     (2), q, k, v, o and the gradient of o (5), in fp32 gradients of queries, own keys and values and

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sevenfold.models.accounting import count_parameters
-from sevenfold.models.config import LayerType, ModelConfig
+from sevenfold.models.config import ModelConfig
 from sevenfold.models.feed_forward import PIECE_TOKENS
 
 _FP32, _BF16, _INT64 = 4, 2, 8
@@ -124,13 +124,9 @@ def _at_layer(step: _Step, layer: int) -> TrainingMemory:
     total, per_block = count_parameters(config).total, _block_parameters(config)
     outer = total - config.num_hidden_layers * per_block
     later = config.num_hidden_layers - layer - 1
-    kept = config.hidden_size * step.stream + sum(
-        _kept(step, number) for number in range(layer)
-    )
+    kept = config.hidden_size * step.stream + sum(_kept(step, number) for number in range(layer))
     cast = sum(
-        per_block
-        for number in range(layer + 1)
-        if not step.recomputes(number) or number == layer
+        per_block for number in range(layer + 1) if not step.recomputes(number) or number == layer
     )
     # A block's weights and the next one's, its gradients and those that are on their way.
     gathered = outer + 4 * per_block if ranks > 1 else 0

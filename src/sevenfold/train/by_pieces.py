@@ -81,7 +81,8 @@ class _Pieces(torch.autograd.Function):
             if dweights is None:
                 dweights = found
             else:
-                torch._foreach_add_(dweights, found)
+                for total, more in zip(dweights, found, strict=True):
+                    total.add_(more)
             del y, found
         return dx.view_as(x), None, None, None, *(dweights or ())
 

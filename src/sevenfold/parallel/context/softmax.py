@@ -246,8 +246,8 @@ class _BlockAttention(torch.autograd.Function):
             drows = torch.zeros_like(rows, dtype=lse.dtype)
             for read in _reads(own, step):
                 at = read.tokens
-                queries = do[at], q[at], o[at], lse[:, at]
-                _add_gradients(dq[at], drows[read.keys], queries, rows[read.keys], read.block(scale))
+                queries, keys = (do[at], q[at], o[at], lse[:, at]), rows[read.keys]
+                _add_gradients(dq[at], drows[read.keys], queries, keys, read.block(scale))
             # The one before has had this step's products to return in.
             if returning is not None:
                 exchange.add(dkeys, *returning)
@@ -276,7 +276,7 @@ def _add_gradients(
 def _gradients(
     do: Tensor, tokens: tuple[Tensor, Tensor, Tensor], o: Tensor, lse: Tensor, block: Block
 ) -> tuple[Tensor, Tensor]:
-    """Of a block's queries and keys, in lse's dtype, to which others add; dk and dv side by side."""
+    """Of a block's queries and keys, in lse's dtype, for others to add to; dk and dv as one."""
     dq, dk, dv = attention_block_backward(do, tokens, o, lse, block)
     dkeys = dk.new_empty(*dk.shape[:-1], 2 * dk.shape[-1], dtype=lse.dtype)
     for total, found in zip(dkeys.chunk(2, -1), (dk, dv), strict=True):
