@@ -67,63 +67,41 @@ class Rows:
 
 
 ONCE = {"gather_once": True}
+BY_ROWS = {
+    "data: shard": {"shard": 2, **ONCE},
+    "data: replicate": {"replicate": 2, **ONCE},
+    "expert": {"shard": 2, "expert": 2, **ONCE},
+    "expert, 2 token groups": {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
+}
+
+
+def work_by_rows(rows):
+    """As many rows of 2,048 tokens on each of two GPUs as on one."""
+    one = f"one {rows}x2048"
+    return [
+        (one, {}, (2048,), rows, 1, None),
+        *((f"{n}, {rows}x2048 each", d, (2048,), 2 * rows, 1, one) for n, d in BY_ROWS.items()),
+    ]
+
+
+def work_by_length(tokens):
+    """One document on one GPU and on two, and two of them on two."""
+    one = f"one 1x{tokens}"
+    ring, gather = ({"context": 2, "context_attention": way, **ONCE} for way in ("ring", "gather"))
+    return [
+        (one, {}, (tokens,), 1, 1, None),
+        (f"context, ring, 1x{tokens}", ring, (tokens,), 1, 1, one),
+        (f"context, gather, 1x{tokens}", gather, (tokens,), 1, 1, one),
+        (f"context, ring, 2 documents of {tokens}", ring, (tokens, tokens), 1, 1, one),
+    ]
+
+
 # name, layout, documents of a row, rows of a micro-batch, micro-batches, baseline
 WORK = [
-    ("one 8x2048", {}, (2048,), 8, 1, None),
-    ("data: shard", {"shard": 2}, (2048,), 16, 1, "one 8x2048"),
-    ("data: shard, gathered once", {"shard": 2, **ONCE}, (2048,), 16, 1, "one 8x2048"),
-    ("data: replicate", {"replicate": 2, **ONCE}, (2048,), 16, 1, "one 8x2048"),
-    ("expert", {"shard": 2, "expert": 2, **ONCE}, (2048,), 16, 1, "one 8x2048"),
-    (
-        "expert, 2 token groups",
-        {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
-        (2048,),
-        16,
-        1,
-        "one 8x2048",
-    ),
-    (
-        "expert, 4 token groups",
-        {"shard": 2, "expert": 2, "expert_token_groups": 4, **ONCE},
-        (2048,),
-        16,
-        1,
-        "one 8x2048",
-    ),
-    ("one 1x16384", {}, (16384,), 1, 1, None),
-    (
-        "context, gather, 2 documents of 16384",
-        {"context": 2, "context_attention": "gather", **ONCE},
-        (16384, 16384),
-        1,
-        1,
-        "one 1x16384",
-    ),
-    (
-        "context, ring, 2 documents of 16384",
-        {"context": 2, "context_attention": "ring", **ONCE},
-        (16384, 16384),
-        1,
-        1,
-        "one 1x16384",
-    ),
-    ("one 1x32768", {}, (32768,), 1, 1, None),
-    (
-        "context, gather, 1x32768",
-        {"context": 2, "context_attention": "gather", **ONCE},
-        (32768,),
-        1,
-        1,
-        "one 1x32768",
-    ),
-    (
-        "context, ring, 1x32768",
-        {"context": 2, "context_attention": "ring", **ONCE},
-        (32768,),
-        1,
-        1,
-        "one 1x32768",
-    ),
+    *work_by_rows(32),
+    *work_by_length(65536),
+    *work_by_rows(8),
+    *work_by_length(16384),
     ("tensor", {"tensor": 2}, (2048,), 16, 1, "one 8x2048"),
     ("pipeline, 4 micro-batches", {"pipeline": 2}, (2048,), 4, 4, "one 8x2048"),
 ]
@@ -250,7 +228,7 @@ def timed(config, name, degrees, lengths, rows, micro_batches, device):
 
 
 # A short row compiles and connects; each of the others is one step.
-LONG_ROWS = (2**17, 2**19, 2**20)
+LONG_ROWS = (2**17, 2**20)
 
 
 def longest(device, result, out):
@@ -405,7 +383,7 @@ def timings(device, result, out):
             result["rows"].append(row)
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
             print(
-                f"{row['name']:<42} {row['tokens_per_s']:>10,.0f} tok/s {row['step_s']:.3f} s "
+                f"{row['name']:<46} {row['tokens_per_s']:>10,.0f} tok/s {row['step_s']:.3f} s "
                 f"{ratio:>6} peak {row['peak_gib']:.1f} GiB loss {row['loss']:.3f}",
                 flush=True,
             )
