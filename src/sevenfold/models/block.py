@@ -53,12 +53,16 @@ class Block(nn.Module):
         """The block's second half: each token by itself."""
         return self._feed(x, self.post_attention_layernorm(x))
 
+    def feed_dense(self, u: Tensor) -> Tensor:
+        """A dense feed-forward of u; sevenfold.train may stand in for it."""
+        return self.mlp(u)
+
     def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterStats | None]:
         stats = None
         if isinstance(self.mlp, MixtureOfExperts):
             fed, stats = self.mlp(u)
         else:
-            fed = self.mlp(u)
+            fed = self.feed_dense(u)
         return self._residual(x, u, fed, self.mlp_factors), stats
 
     def _residual(self, x: Tensor, u: Tensor, f: Tensor, factors: tuple[float, float]) -> Tensor:

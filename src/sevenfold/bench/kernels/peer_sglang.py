@@ -10,12 +10,15 @@ from sevenfold.bench.kernels.cases import Case, Task
 from sevenfold.bench.kernels.inputs import DecodeInputs, Inputs
 from sevenfold.bench.kernels.sides import Work
 from sevenfold.bench.kernels.works import operator_work, steps_work
+from sevenfold.config import UnsupportedError
 
 _seg_la = import_module("sglang.kernels.ops.attention.linear.seg_la")
 
 
 def build(case: Case, inputs: Any) -> Work:
-    """Its one entry, which picks the kernel by the tokens of a sequence."""
+    """Its one entry, which picks the kernel by the tokens of a sequence; it has no backward."""
+    if isinstance(inputs, Inputs) and case.task is not Task.FORWARD:
+        raise UnsupportedError(f"task must be forward, decode or verify, got {case.task}")
     if case.task is Task.FORWARD:
         return _prefill(case, inputs)
     return _decode(inputs) if case.task is Task.DECODE else _verify(inputs)

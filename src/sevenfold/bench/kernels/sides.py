@@ -105,7 +105,7 @@ def _ours() -> list[Side]:
 
 def _fla() -> list[Side]:
     fla = ("fla.ops.simple_gla", "fla-core")
-    whole = ("forward", "backward", "memory", "packed", "sweep")
+    whole = ("forward", "backward", "memory", "packed", "widths", "sweep")
     return [
         Side("fla chunk", *fla, "peer_fla:build_chunk", whole),
         Side("fla fused_recurrent", *fla, "peer_fla:build_recurrent", ("decode",)),
@@ -125,17 +125,17 @@ def _others() -> list[Side]:
     jax = ("jax-linear-attention", "jla", "jax-linear-attention", "peer_jax:build")
     lightning = ("lightning-attn", "lightning_attn", "lightning-attn", "peer_lightning_attn:build")
     seg_la = "sglang.kernels.ops.attention.linear.seg_la"
-    served = ("forward", "packed", "decode", "verify")
+    served = ("forward", "packed", "widths", "decode", "verify")
     return [
-        Side(*jax, ("forward", "backward", "memory", "packed", "sweep")),
-        Side(*lightning, ("forward", "backward")),
+        Side(*jax, ("forward", "backward", "memory", "packed", "widths", "sweep")),
+        Side(*lightning, ("forward", "backward", "widths")),
         Side("seg_la", seg_la, "sglang", "peer_sglang:build", served),
     ]
 
 
 def _softmax() -> list[Side]:
     builds = {"softmax flash": "build_flash", "softmax cuDNN": "build_cudnn"}
-    groups = ("forward", "backward", "sweep")
+    groups = ("forward", "backward", "widths", "sweep")
     return [
         Side(name, "torch", "torch", f"peer_softmax:{build}", groups, softmax=True)
         for name, build in builds.items()
