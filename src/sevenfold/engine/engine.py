@@ -1,9 +1,11 @@
 """Continuous batching: requests come and go, and each step computes what the scheduler says."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -39,9 +41,14 @@ from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.transfer import Arriving, upload
 from sevenfold.engine.underway import Underway
-from sevenfold.engine.worker import Worker
+from sevenfold.engine.worker import Note, Worker
 from sevenfold.models import HybridModel
 
+_WARM_UP_PARAMS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.7, top_k=40, top_p=0.9, seed=0),
+)
+_log = logging.getLogger("sevenfold.engine")
 NO_TOKEN = "no token can follow in the output's grammar"
 
 
@@ -94,12 +101,38 @@ class Engine:
             grain_tokens=how.chunk_tokens,
             limits=sessions or SessionLimits(),
         )
-        self.scheduler = Scheduler(self.cache, config)
+        self.scheduler, self._limits = Scheduler(self.cache, config), config
         self._underway: dict[str, Underway] = {}
         self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         self._speculator = self._build_speculator(speculation, draft)
         self._guesses = False  # whether any request has guesses for the next step
+
+    def warm_up(self, note: Note = _log.info) -> None:
+        """Do what happens once before a request has to wait for it; on a CPU there is nothing.
+
+        On a GPU: compiles kernels, by several threads, and runs and records steps and prefills of
+        the sizes that requests will need. No result changes, nothing is cached, and no memory is
+        taken that requests would not take. Libraries make some of their plans for the thread that
+        calls them: it should be the one that takes the steps.
+
+        Args:
+            note: told in a line how far it is.
+        """
+        if not self._worker.has_first_times:
+            return
+        limits, longest = self._limits, self._model.config.max_position_embeddings
+        chunk_tokens = limits.lone_chunk_tokens or limits.max_step_tokens
+        if limits.batch_invariant:
+            chunk_tokens = limits.min_chunk_tokens
+        most_tokens = min(limits.max_request_tokens or longest, longest)
+        self._worker.warm_up(most_tokens, chunk_tokens, note)
+        for params in _WARM_UP_PARAMS:
+            for num_rows in (1, 2):
+                sampler = self._sampler_of([Output(params, (0,), ())] * num_rows)
+                shape = (num_rows, self._model.config.vocab_size)
+                logits = torch.zeros(shape, device=self._model.device)
+                sampler.choose_checked(logits, logits)
 
     def submit(
         self, request: Request, params: SamplingParams, constraint: Constraint | None = None

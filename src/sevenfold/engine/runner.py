@@ -21,6 +21,10 @@ class Runner:
     def __init__(self, model: HybridModel, storage: Storage, *, page_tokens: int) -> None:
         self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
 
+    def rehearsal(self) -> "Runner":
+        """Return a runner that computes the same and records nothing: this one."""
+        return self
+
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Run new tokens of N requests, one or more, and write their snapshots.

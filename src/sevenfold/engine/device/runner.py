@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.engine.device.capture import Capture
+from sevenfold.engine.device.capture import Capture, run_once
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs, most_pages
 from sevenfold.engine.device.prefill_graphs import MOST_STOPS, PrefillGraphs, most_keys
@@ -53,6 +53,7 @@ class DeviceRunner:
         """
         self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
         self.batch_sizes, self.capture = tuple(batch_sizes), capture
+        self.prefill_sizes = tuple(prefill_sizes)
         self._cuts_change_bits = cuts_change_bits
         self._graphs, self._prefills = None, None
         if capture is not None:
@@ -61,6 +62,18 @@ class DeviceRunner:
             self._prefills = PrefillGraphs(
                 self._prefill_step, capture, prefill_sizes, self._new_prefill_inputs
             )
+
+    def rehearsal(self) -> "DeviceRunner":
+        """Return a runner that computes the same, and runs once what this one records."""
+        return DeviceRunner(
+            self.model,
+            self.storage,
+            page_tokens=self.page_tokens,
+            batch_sizes=self.batch_sizes,
+            prefill_sizes=self.prefill_sizes,
+            capture=self.capture and run_once,
+            cuts_change_bits=self._cuts_change_bits,
+        )
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
