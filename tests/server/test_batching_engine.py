@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -247,7 +249,7 @@ async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm)
-    await engine.warm_up()
+    await engine.warm_up(print)
     await outputs_of(engine, asking("next", 1))  # the cache is emptied before a step
     stats = engine.stats()
     assert stats.steps > 0
@@ -255,7 +257,7 @@ async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
     poisoned = make_llm()
     poisoned.model.embed_tokens.weight[0] = float("nan")
     with pytest.raises(RequestFailedError, match="tiny must answer a first request: the model's"):
-        await make_engine(poisoned).warm_up()
+        await make_engine(poisoned).warm_up(print)
     full = make_engine(llm)
 
     def fail() -> None:
@@ -265,8 +267,35 @@ async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
     with pytest.raises(
         EngineStoppedError, match=r"must take its first steps, got .* No space left"
     ):
-        await full.warm_up()
+        await full.warm_up(print)
     assert not full.healthy()
+    cold = make_engine(llm)
+    monkeypatch.setattr(cold._engine, "warm_up", lambda note: fail())
+    with pytest.raises(EngineStoppedError, match=r"must take its first steps, got .* No space"):
+        await cold.warm_up(print)
+
+
+async def test_it_warms_up_in_the_thread_that_takes_its_steps(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, threads = make_engine(llm), []
+    step = engine._engine.step
+
+    def warm_up(note: Callable[[str], None]) -> None:
+        threads.append(threading.current_thread())
+        note("half way")
+
+    def watched() -> list:
+        threads.append(threading.current_thread())
+        return step()
+
+    monkeypatch.setattr(engine._engine, "warm_up", warm_up)
+    monkeypatch.setattr(engine._engine, "step", watched)
+    lines: list[str] = []
+    await engine.warm_up(lines.append)
+    assert lines == ["half way"]
+    assert set(threads) == {engine._thread}
+    assert len(threads) > 1
 
 
 async def test_how_long_an_output_waited_and_which_steps_there_were(llm: LLM) -> None:

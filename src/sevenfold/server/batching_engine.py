@@ -148,10 +148,13 @@ class BatchingEngine:
         """Whether the thread lives, and no step has failed."""
         return self._failure is None and self._thread.is_alive()
 
-    async def warm_up(self) -> None:
-        """Run two requests, one of them long, so that no client waits for what the first compiles.
+    async def warm_up(self, note: Callable[[str], None]) -> None:
+        """Do what happens once, and run two requests, one of them long: no client waits for it.
 
         Nothing of them stays cached; the counts hold them.
+
+        Args:
+            note: told in a line how far it is, from the engine's thread.
 
         Raises:
             RequestFailedError, EngineStoppedError: the model computes nothing, or the engine fails.
@@ -164,6 +167,8 @@ class BatchingEngine:
             GenerationRequest(id=f"warm-up-{length}", prompt=(0,) * length, sampling=sampling)
             for length in sorted(lengths)
         ]
+        # Before the requests, in the thread that takes the steps.
+        self._order(lambda: self._engine.warm_up(note))
         try:
             await asyncio.gather(*(self._run_through(request) for request in asked))
         except EngineStoppedError as error:
@@ -218,6 +223,7 @@ class BatchingEngine:
         finally:
             with self._wake:
                 self._closed = True
+                self._refuse()
             for job in list(self._jobs.values()):
                 _give(job, EngineStoppedError("the engine has stopped"))
 
@@ -230,10 +236,10 @@ class BatchingEngine:
                 if self._closed:
                     self._refuse()
                     return False
-                orders, self._orders = self._orders, deque()
-            for order in orders:
-                order()
-            if orders:
+                num_orders = len(self._orders)
+            for _ in range(num_orders):
+                self._orders.popleft()()
+            if num_orders:
                 self._stats = self._read_stats()
             if self._engine.has_work:
                 return True
