@@ -20,7 +20,8 @@ from server_helpers import (
     streamed,
 )
 
-from sevenfold.engine import LLM, SamplingParams
+from sevenfold.engine import LLM, SamplingParams, TextModel
+from sevenfold.engine.sizing import size_engine
 from sevenfold.ops.testing import check_error
 from sevenfold.server import (
     BatchingEngine,
@@ -311,3 +312,35 @@ async def test_the_end_token_ends_an_answer(llm: LLM) -> None:
         made = await complete(client, prompt="a", max_tokens=9, logit_bias={str(EOS): 100})
     assert made["choices"][0]["finish_reason"] == "stop"
     assert made["usage"]["completion_tokens"] == 1
+
+
+async def test_metrics_tell_what_the_host_s_memory_gave_back(llm: LLM) -> None:
+    model = llm.model
+    plan, limits = size_engine(model, budget_bytes=1 << 16, host_bytes=1 << 20)
+    engine = BatchingEngine(TextModel(model, llm.tokenizer), "tiny", plan, limits)
+    async with client_of(engine) as client:
+        first = [n % 250 for n in range(130)]
+        await complete(client, prompt=first, max_tokens=1)
+        others = 0
+        while engine.stats().host.kept < 2:  # others push it out
+            others += 1
+            assert others < 200
+            await complete(client, prompt=[others, *first[1:]], max_tokens=1)
+        before = engine.stats().host
+        assert before.restored == 0
+        await complete(client, prompt=[*first, 3], max_tokens=1)
+        text = (await client.get("/metrics")).text
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    values = {name.removeprefix("sevenfold_host_"): float(value) for name, value in found.items()}
+    assert values["prefixes_restored_total"] == 1
+    assert values["prefixes_kept_total"] >= 2
+    assert values["restored_tokens_total"] == 128
+    pages = 2 * plan.page_bytes if plan.page_bytes else 0
+    assert values["restored_bytes_total"] >= plan.snapshot_bytes + pages
+    assert found['sevenfold_pool_total{pool="host"}'] == str(float(plan.host.num_usable_slabs))
+    assert float(found['sevenfold_pool_used{pool="host"}']) >= 1
+
+
+async def test_without_memory_of_the_host_metrics_say_nothing_of_it(llm: LLM) -> None:
+    async with client_of(make_engine(llm)) as client:
+        assert "host" not in (await client.get("/metrics")).text

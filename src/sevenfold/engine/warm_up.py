@@ -17,9 +17,11 @@ from sevenfold.engine.speculation.verifier import DraftRow
 _ROOMY_ROWS = 8
 _UNRECORDED_ROWS = (1, 2, 4, 8)
 _DRAFTED_ROWS = (1, 2, 4)
-# Prompts that are computed as they come: alone and in company, 16 tokens and others at a time, for
-# a kernel is compiled apart for sizes that 16 divides.
-_PROMPTS = ((9,), (64,), (500,), (512,), (515, 9), (500, 12))
+# Prompts that are computed as they come, alone where no prefill is recorded, and in company. A
+# kernel is compiled apart for numbers that 16 divides, and for 1: here are tokens of a run, and
+# pages of 64 tokens of its longest prompt, of each kind.
+_ALONE = ((9,), (64,), (500,), (512,), (1000,), (1024,))
+_TOGETHER = ((9, 9), (20, 12), (515, 9), (500, 12), (1000, 5), (1000, 24))
 _UNIT_TOKENS = 1024  # long chunks meet their keys in powers of two of these
 
 
@@ -65,7 +67,7 @@ def first_runs(
     ]
     prompts = [
         [reach.row(n) for n in lengths]
-        for lengths in _PROMPTS
+        for lengths in (*(() if prefill_sizes else _ALONE), *_TOGETHER)
         if all(map(reach.holds, lengths)) and sum(lengths) <= reach.chunk_tokens
     ]
     above = prefill_sizes[-1] if prefill_sizes else _UNIT_TOKENS

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sevenfold.engine import RequestFailedError, SamplingParams, TextModel
-from sevenfold.engine.cache import MissReason, SessionLimits
+from sevenfold.engine.cache import CacheManager, MissReason, SessionLimits
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.memory import MemoryPlan
@@ -23,6 +23,7 @@ from sevenfold.server.engine_protocol import (
     EngineStoppedError,
     Feature,
     GenerationRequest,
+    HostStats,
     Pool,
     PromptOutput,
     TokenOutput,
@@ -349,7 +350,24 @@ class BatchingEngine:
             drafted_tokens=drafts.num_drafted_tokens,
             accepted_tokens=drafts.num_accepted_tokens,
             sessions=self._engine.cache.num_sessions,
+            host=_host_stats(self._engine.cache, plan),
         )
+
+
+def _host_stats(cache: CacheManager, plan: MemoryPlan) -> HostStats | None:
+    usage, counters = cache.host_usage(), cache.host_counters()
+    if plan.host is None or usage is None or counters is None:
+        return None
+    total = plan.host.num_usable_slabs
+    return HostStats(
+        slabs=Pool(total - usage.num_free_slabs, total, plan.host.slab_bytes),
+        kept=counters.num_kept,
+        refused=counters.num_refused,
+        evicted=counters.num_evicted,
+        restored=counters.num_hits,
+        restored_tokens=counters.hit_tokens,
+        restored_bytes=counters.copied_bytes,
+    )
 
 
 def _give(job: _Job, output: _Given) -> None:
