@@ -1,4 +1,4 @@
-"""Before the first request: all is recorded that it needs, on memory of nobody, and nothing else."""
+"""Before the first request all is recorded that it needs, and only the sink is written."""
 
 import re
 
@@ -89,9 +89,7 @@ def test_in_batch_invariant_mode_the_one_size_is_recorded(
     tokenizer: Tokenizer, capture: FakeCapture
 ) -> None:
     model = tiny_model("lsf", max_position_embeddings=200)
-    engine = build(
-        model, tokenizer, max_step_tokens=300, max_running=5, batch_invariant=True
-    )
+    engine = build(model, tokenizer, max_step_tokens=300, max_running=5, batch_invariant=True)
     warmed(engine)
     assert list(engine._worker.runner._graphs._recorder.recorded) == [Size(5, 16)]
     text = prompts(0, [40])[0]

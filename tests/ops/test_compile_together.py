@@ -62,9 +62,14 @@ def test_kernels_are_compiled_once_and_give_zeros() -> None:
 
 def test_all_is_as_it_was_behind_it() -> None:
     run, empty, new_empty = JITFunction.run, torch.empty, torch.Tensor.new_empty
-    with pytest.raises(RuntimeError, match="half way"), compiled_together():
-        assert torch.empty is torch.zeros
-        raise RuntimeError("half way")
+
+    def fail() -> None:
+        with compiled_together():
+            assert torch.empty is torch.zeros
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
     assert JITFunction.run is run
     assert torch.empty is empty
     assert torch.Tensor.new_empty is new_empty

@@ -37,11 +37,20 @@ class Reach(NamedTuple):
     page_tokens: int
     has_states: bool
 
-    def row(self, num_tokens: int, past: int = 0, num_pages: int = 0) -> Row:
-        """A row of so many tokens after others, with pages for them, and as many at least."""
+    def row(
+        self, num_tokens: int, past: int = 0, *, num_pages: int = 0, keeps: bool = False
+    ) -> Row:
+        """A row of so many tokens after others.
+
+        Args:
+            num_tokens: new ones.
+            past: others.
+            num_pages: that it has at least.
+            keeps: whether a snapshot is due at its end; of one row of a run, as there is one sink.
+        """
         end = past + num_tokens
         pages = [SINK] * max(num_pages, -(-end // self.page_tokens))
-        kept = {end: SINK} if self.has_states and num_tokens > 1 else {}
+        kept = {end: SINK} if self.has_states and keeps else {}
         return Row([0] * num_tokens, past, SINK if self.has_states else None, pages, kept)
 
     def holds(self, num_tokens: int, past: int = 0) -> bool:
@@ -59,14 +68,14 @@ def first_runs(
         batch_sizes: rows of decoding steps that are recorded, if any are.
         prefill_sizes: tokens of prefills that are recorded.
     """
-    recorded = [[reach.row(n)] for n in reversed(prefill_sizes) if reach.holds(n)]
+    recorded = [[reach.row(n, keeps=True)] for n in reversed(prefill_sizes) if reach.holds(n)]
     steps = [
         [reach.row(1, num_pages=num_pages)] * n
         for n in reversed(batch_sizes or _UNRECORDED_ROWS)
         for num_pages in _rooms(reach, n)
     ]
     prompts = [
-        [reach.row(n) for n in lengths]
+        [reach.row(n, keeps=not place) for place, n in enumerate(lengths)]
         for lengths in (*(() if prefill_sizes else _ALONE), *_TOGETHER)
         if all(map(reach.holds, lengths)) and sum(lengths) <= reach.chunk_tokens
     ]
@@ -105,4 +114,4 @@ def _long_chunks(reach: Reach, above: int) -> Iterator[list[Row]]:
         (most, most),
     ):
         if tokens > above and reach.holds(tokens, past):
-            yield [reach.row(tokens, past)]
+            yield [reach.row(tokens, past, keeps=True)]

@@ -16,9 +16,9 @@ from sevenfold.engine.invariant import InvariantRunner
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.runners import make_runner, make_verifier
 from sevenfold.engine.speculation.pending import PendingDrafts
-from sevenfold.engine.runner import Runner
 from sevenfold.engine.speculation.verifier import Checked, DraftRow, Verifier
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.warm_up import Reach, first_drafts, first_runs
