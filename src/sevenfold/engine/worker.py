@@ -78,8 +78,9 @@ class Worker:
         self._config = config
         alone = self._alone(self.runner)
         self._run = alone.run
-        pads = not isinstance(alone, InvariantRunner) or alone.pads
-        self.ahead = self.runner if isinstance(self.runner, DeviceRunner) and pads else None
+        # What rounds a state goes by a seed that tokens on the device alone come without.
+        can_lead = self.storage.is_exact if alone is self.runner else alone.pads
+        self.ahead = self.runner if isinstance(self.runner, DeviceRunner) and can_lead else None
         self._pending = PendingDrafts(model, self.storage)
         self._verifier = None
         if config.draft_tokens:

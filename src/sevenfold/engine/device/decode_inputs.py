@@ -10,6 +10,7 @@ from torch import Tensor
 from sevenfold.engine.device.staging import Staging
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import NextRow, Row
+from sevenfold.engine.runner import signed
 
 # Where padding's columns come from: all of them are 0, the sink's number among them.
 _NO_PAGES: tuple[int, ...] = ()
@@ -33,27 +34,35 @@ class DecodeInputs:
     changes pages hands over a new one.
 
     ids, positions: [rows, 1]. slots, page, place, key_lengths: [rows]. pages: [rows, pages].
+    seeds: [rows], of what rounds the rows' states, where they have fewer bits.
     """
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size = size
-        self._staging = Staging([(6, size.rows), (size.rows, size.pages)], device)
+        self._staging = Staging([(7, size.rows), (size.rows, size.pages)], device)
         columns, self.pages = self._staging.views
         self.ids, self.positions = columns[0, :, None], columns[1, :, None]
-        self.slots, self.page, self.place, self.key_lengths = columns[2:]
+        self.slots, self.page, self.place, self.key_lengths, self.seeds = columns[2:]
         # What each row of the table on the host shows.
         self._shown: list[Sequence[int]] = [_NO_PAGES] * size.rows
 
     def fill(self, rows: Sequence[Row], page_tokens: int) -> None:
         """Send the rows to the device, and padding behind them; nothing waits for the copy."""
-        self._send(rows, [row.tokens[0] for row in rows], page_tokens)
+        ids = [row.tokens[0] for row in rows]
+        self._send(rows, ids, [signed(row.seed) for row in rows], page_tokens)
 
     def fill_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor, page_tokens: int) -> None:
         """As fill, of rows whose tokens [len(rows)] lie on the device; None is padding."""
-        self._send(rows, [0] * len(rows), page_tokens)
+        self._send(rows, [0] * len(rows), [0] * len(rows), page_tokens)
         self.ids[: len(rows), 0].copy_(tokens)
 
-    def _send(self, rows: Sequence[Row | NextRow | None], ids: list[int], page_tokens: int) -> None:
+    def _send(
+        self,
+        rows: Sequence[Row | NextRow | None],
+        ids: list[int],
+        seeds: list[int],
+        page_tokens: int,
+    ) -> None:
         columns, table = self._staging.begin()
         N = len(rows)
         held = [row or _PADDING for row in rows]
@@ -65,6 +74,7 @@ class DecodeInputs:
         block = np.minimum(past // page_tokens, self.size.pages - 1)
         columns[3, :N], columns[4, :N] = table[np.arange(N), block], past % page_tokens
         columns[5, :N] = [0 if row is None else row.past + 1 for row in rows]
+        columns[6, :N] = seeds
         self._staging.send()
 
     def _show(self, table: np.ndarray, pages: list[Sequence[int]]) -> None:
