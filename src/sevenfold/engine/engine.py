@@ -1,11 +1,9 @@
 """Continuous batching: requests come and go, and each step computes what the scheduler says."""
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from sevenfold.engine.ahead import Ahead, Chosen
 from sevenfold.engine.cache import CacheCounters, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.events import TokenEvent
+from sevenfold.engine.first_use import log_progress, warm_up
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.options import check_invariant, worker_config
 from sevenfold.engine.request import Request, Status
@@ -44,11 +43,6 @@ from sevenfold.engine.underway import Underway
 from sevenfold.engine.worker import Note, Worker
 from sevenfold.models import HybridModel
 
-_WARM_UP_PARAMS = (
-    SamplingParams(temperature=0.0),
-    SamplingParams(temperature=0.7, top_k=40, top_p=0.9, seed=0),
-)
-_log = logging.getLogger("sevenfold.engine")
 NO_TOKEN = "no token can follow in the output's grammar"
 
 
@@ -108,31 +102,9 @@ class Engine:
         self._speculator = self._build_speculator(speculation, draft)
         self._guesses = False  # whether any request has guesses for the next step
 
-    def warm_up(self, note: Note = _log.info) -> None:
-        """Do what happens once before a request has to wait for it; on a CPU there is nothing.
-
-        On a GPU: compiles kernels, by several threads, and runs and records steps and prefills of
-        the sizes that requests will need. No result changes, nothing is cached, and no memory is
-        taken that requests would not take. Libraries make some of their plans for the thread that
-        calls them: it should be the one that takes the steps.
-
-        Args:
-            note: told in a line how far it is.
-        """
-        if not self._worker.has_first_times:
-            return
-        limits, longest = self._limits, self._model.config.max_position_embeddings
-        chunk_tokens = limits.lone_chunk_tokens or limits.max_step_tokens
-        if limits.batch_invariant:
-            chunk_tokens = limits.min_chunk_tokens
-        most_tokens = min(limits.max_request_tokens or longest, longest)
-        self._worker.warm_up(most_tokens, chunk_tokens, note)
-        for params in _WARM_UP_PARAMS:
-            for num_rows in (1, 2):
-                sampler = self._sampler_of([Output(params, (0,), ())] * num_rows)
-                shape = (num_rows, self._model.config.vocab_size)
-                logits = torch.zeros(shape, device=self._model.device)
-                sampler.choose_checked(logits, logits)
+    def warm_up(self, note: Note = log_progress) -> None:
+        """Do what happens once before a request waits for it; see engine.first_use.warm_up."""
+        warm_up(self._worker, self._limits, note)
 
     def submit(
         self, request: Request, params: SamplingParams, constraint: Constraint | None = None
