@@ -79,7 +79,7 @@ class Worker:
         alone = self._alone(self.runner)
         self._run = alone.run
         # What rounds a state goes by a seed that tokens on the device alone come without.
-        can_lead = self.storage.is_exact if alone is self.runner else alone.pads
+        can_lead = alone.pads if isinstance(alone, InvariantRunner) else self.storage.is_exact
         self.ahead = self.runner if isinstance(self.runner, DeviceRunner) and can_lead else None
         self._pending = PendingDrafts(model, self.storage)
         self._verifier = None
