@@ -10,6 +10,7 @@ from torch import Tensor
 from sevenfold.engine.device.staging import Staging
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import NextRow, Row
+from sevenfold.engine.runner import signed
 
 # Where padding's columns come from: all of them are 0, the sink's number among them.
 _PADDING = NextRow(0, SINK, ())
@@ -36,15 +37,17 @@ class DecodeInputs:
         logits were finite. ids: [rows, 1], its first column.
     positions: [rows, 1]. slots, page, place, key_lengths: [rows]. pages: [rows, pages].
     places: [4, rows], positions, page, place and key_lengths in one.
+    seeds: [rows], of what rounds the rows' states, where they have fewer bits.
     """
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size = size
-        self._staging = Staging([(6, size.rows), (size.rows, size.pages)], device)
+        self._staging = Staging([(7, size.rows), (size.rows, size.pages)], device)
         columns, self.pages = self._staging.views
-        self._sent_ids, self.slots, self.places = columns[0, :, None], columns[1], columns[2:]
+        self._sent_ids, self.slots, self.places = columns[0, :, None], columns[1], columns[2:6]
         self.positions = self.places[0, :, None]
         self.page, self.place, self.key_lengths = self.places[1:]
+        self.seeds = columns[6]
         self.chosen = torch.zeros(size.rows, 2, dtype=torch.int64, device=device)
         self.ids = self.chosen[:, :1]
         # What the device holds, once the step that was filled last has run; None is padding.
@@ -53,7 +56,8 @@ class DecodeInputs:
     def fill(self, rows: Sequence[Row], page_tokens: int) -> None:
         """Send the rows to the device, and padding behind them; nothing waits for the copy."""
         next_rows = [NextRow(row.past, row.state, row.pages) for row in rows]
-        self._send(self._padded(next_rows), [row.tokens[0] for row in rows], page_tokens)
+        ids, seeds = [row.tokens[0] for row in rows], [signed(row.seed) for row in rows]
+        self._send(self._padded(next_rows), page_tokens, ids, seeds)
         self.ids.copy_(self._sent_ids)
 
     def fill_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor, page_tokens: int) -> None:
@@ -62,14 +66,20 @@ class DecodeInputs:
         if padded == self._held:
             self._held = _after(padded)
         else:
-            self._send(padded, [], page_tokens)
+            self._send(padded, page_tokens)
         if tokens.data_ptr() != self.chosen.data_ptr():
             self.ids[: len(rows), 0].copy_(tokens)
 
     def _padded(self, rows: Sequence[NextRow | None]) -> list[NextRow | None]:
         return [*rows, *[None] * (self.size.rows - len(rows))]
 
-    def _send(self, rows: list[NextRow | None], ids: list[int], page_tokens: int) -> None:
+    def _send(
+        self,
+        rows: list[NextRow | None],
+        page_tokens: int,
+        ids: Sequence[int] = (),
+        seeds: Sequence[int] = (),
+    ) -> None:
         columns, table = self._staging.begin()
         self._show(table, rows)
         held = [row or _PADDING for row in rows]
@@ -80,6 +90,7 @@ class DecodeInputs:
         columns[2], columns[3] = past, table[np.arange(len(rows)), block]
         columns[4] = past % page_tokens
         columns[5] = [0 if row is None else row.past + 1 for row in rows]
+        columns[6, : len(seeds)], columns[6, len(seeds) :] = seeds, 0
         self._staging.send()
         self._held = _after(rows)
 
