@@ -106,10 +106,12 @@ class HybridModel(nn.Module):
             shapes = (list(batch.positions.shape), list(input_ids.shape))
             raise ValueError("input_ids must have the batch's shape {}, got {}".format(*shapes))
         x = self.embed_tokens(input_ids)
+        by_rows = state is not None and not self.training and pays_by_rows(x, batch)
+        if not (state is None or by_rows or self.training or torch.is_grad_enabled()):
+            return self._infer(x, batch, state)
         states: list[LayerState | None] = []
         router = []
         by_chunks = state is None and not self.training and pays_by_chunks(x, batch)
-        by_rows = state is not None and not self.training and pays_by_rows(x, batch)
         for i, layer in enumerate(self.layers):
             if by_chunks:
                 run_by_chunks(layer, x, self._empty_state(i, input_ids))
@@ -127,6 +129,16 @@ class HybridModel(nn.Module):
         for _, part in chunks(x):
             part.copy_(self.norm(part))
         return HiddenResult(x, None, ())
+
+    def _infer(self, x: Tensor, batch: Batch, state: tuple[LayerState, ...]) -> HiddenResult:
+        """Run all layers and the last norm; each norm is taken where the sum before it is made."""
+        blocks: list[Block] = list(self.layers)  # pyright: ignore[reportAssignmentType]
+        following = [*(block.input_layernorm for block in blocks[1:]), self.norm]
+        normed, states = blocks[0].enter(x), []
+        for block, norm, before in zip(blocks, following, state, strict=True):
+            normed, after = block.infer(normed, norm, batch, before)
+            states.append(after)
+        return HiddenResult(normed.u, tuple(s for s in states if s is not None), ())
 
     def _empty_state(self, layer: int, input_ids: Tensor) -> LayerState:
         """The state of one layer before the rows' first token."""

@@ -1,4 +1,4 @@
-"""Rotary positions of a few rows' queries and keys, in place, in one kernel."""
+"""Rotary positions of queries and keys, in place, in one kernel."""
 
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -33,7 +33,7 @@ def _rotate_kernel(
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_last(OVERLAPS)
-    row, i = tl.program_id(0), tl.arange(0, BH)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BH)
     angle = tl.load(positions + row).to(tl.float32) * tl.load(frequency + i, i < HALF, 0.0)
     cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     _turn(q + row * H * D, cos, sin, H, D, HALF, HP, BH)
