@@ -73,6 +73,11 @@ def exact_after(model: HybridModel, text: list[int]) -> tuple[Tensor, list[Tenso
     return twin.logits(after.hidden[:, -1]), parts
 
 
+def further(exact: Tensor, *honest: Tensor) -> Tensor:
+    """Of results that are rounded in other orders, the one further off."""
+    return max(honest, key=lambda x: float((x.double() - exact).abs().max()))
+
+
 @pytest.mark.parametrize("mix", [*MIXES, "moe"])
 def test_every_length_gives_what_a_run_as_it_comes_gives(mix: str) -> None:
     fields = {"moe": MOE} if mix == "moe" else {}
@@ -88,8 +93,10 @@ def test_every_length_gives_what_a_run_as_it_comes_gives(mix: str) -> None:
         for row in rows:
             found = runner.run([row]).clone()
             honest = new_runner(model, plain, None).run([row])
-        exact, parts = exact_after(model, prompt(32, 1)[: ends[-1]])
-        check_error(f"logits after {ends}", found, honest, exact)
+        text = prompt(32, 1)[: ends[-1]]
+        exact, parts = exact_after(model, text)
+        whole = model(torch.tensor([text]))[:, -1]
+        check_error(f"logits after {ends}", found, further(exact, honest, whole), exact)
         pairs = zip(found_in(storage, rows[-1]), found_in(plain, rows[-1]), parts, strict=True)
         for n, (got, other, wanted) in enumerate(pairs):
             if wanted.shape != got.shape:

@@ -68,7 +68,12 @@ class Block(nn.Module):
         return Normed(u, u if self.post_norm else x)
 
     def infer(
-        self, normed: Normed, following: RMSNorm, batch: Batch, state: LayerState | None
+        self,
+        normed: Normed,
+        following: RMSNorm,
+        batch: Batch,
+        state: LayerState,
+        ends: Tensor | None = None,
     ) -> tuple[Normed, LayerState | None]:
         """Run the block between norms, without a gradient: each is taken where its sum is made.
 
@@ -76,15 +81,31 @@ class Block(nn.Module):
             normed: what enters, normalised by the block's own input norm.
             following: the norm behind the block: the next one's, or the last.
             batch, state: as forward's.
+            ends: [N], the last token of each sequence among all B * T; only these leave, as
+                [N, 1, hidden_size]. None lets all leave.
 
         Returns:
             What leaves, and the state.
         """
-        mixed, state = self.self_attn(normed.u, batch, state)
-        norm = self.post_attention_layernorm
-        normed = self._joined(normed.stream, mixed, norm, self.mixer_factors)
+        stream, norm = normed.stream, self.post_attention_layernorm
+        if ends is None:
+            mixed, after = self.self_attn(normed.u, batch, state)
+        else:
+            mixed, after = self._mixed_ends(normed.u, batch, state, ends)
+            stream = stream.flatten(0, 1)[ends, None]
+        normed = self._joined(stream, mixed, norm, self.mixer_factors)
         fed, _ = self._fed(normed.u)
-        return self._joined(normed.stream, fed, following, self.mlp_factors), state
+        return self._joined(normed.stream, fed, following, self.mlp_factors), after
+
+    def _mixed_ends(
+        self, u: Tensor, batch: Batch, state: LayerState, ends: Tensor
+    ) -> tuple[Tensor, LayerState | None]:
+        mixer = self.self_attn
+        # sevenfold.parallel replaces a mixer's forward, and knows nothing of ends.
+        if "forward" in vars(mixer):
+            mixed, after = mixer(u, batch, state)
+            return mixed.flatten(0, 1)[ends, None], after
+        return mixer.mix_ends(u, batch, state, ends)  # pyright: ignore[reportCallIssue]
 
     def _joined(
         self, stream: Tensor, f: Tensor, norm: RMSNorm, factors: tuple[float, float]

@@ -106,19 +106,17 @@ class HybridModel(nn.Module):
             shapes = (list(batch.positions.shape), list(input_ids.shape))
             raise ValueError("input_ids must have the batch's shape {}, got {}".format(*shapes))
         x = self.embed_tokens(input_ids)
-        by_rows = state is not None and not self.training and pays_by_rows(x, batch)
-        if not (state is None or by_rows or self.training or torch.is_grad_enabled()):
-            return self._infer(x, batch, state)
+        if state is not None and not self.training:
+            if pays_by_rows(x, batch):
+                return self._infer_rows(x, batch, state)
+            if not torch.is_grad_enabled():
+                return self._infer(x, batch, state)
         states: list[LayerState | None] = []
         router = []
         by_chunks = state is None and not self.training and pays_by_chunks(x, batch)
         for i, layer in enumerate(self.layers):
             if by_chunks:
                 run_by_chunks(layer, x, self._empty_state(i, input_ids))
-                continue
-            if by_rows and state is not None:
-                x, after = run_by_rows(layer, x, batch, state[i])
-                states.append(after)
                 continue
             x, after, stats = layer(x, batch, None if state is None else state[i])
             states.append(after)
@@ -130,13 +128,52 @@ class HybridModel(nn.Module):
             part.copy_(self.norm(part))
         return HiddenResult(x, None, ())
 
-    def _infer(self, x: Tensor, batch: Batch, state: tuple[LayerState, ...]) -> HiddenResult:
+    @torch.no_grad()
+    def hidden_at_ends(
+        self, input_ids: Tensor, batch: Batch, state: tuple[LayerState, ...], ends: Tensor
+    ) -> HiddenResult:
+        """Run the decoder, and of the last layer's tokens only those that are asked for.
+
+        The last layer's keys, values and states are of all tokens, as hidden's; of others it
+        computes no query, no expert and no product behind its mixer. In inference.
+
+        Args:
+            input_ids, batch, state: as hidden's.
+            ends: [N] int64, the place of each sequence's last token among all B * T.
+
+        Returns:
+            As hidden, with hidden vectors [N, 1, hidden_size].
+        """
+        x = self.embed_tokens(input_ids)
+        if not pays_by_rows(x, batch):
+            return self._infer(x, batch, state, ends)
+        found = self._infer_rows(x, batch, state)
+        return found._replace(hidden=found.hidden.flatten(0, 1)[ends, None])
+
+    def _infer_rows(
+        self, x: Tensor, batch: Batch, state: tuple[LayerState, ...]
+    ) -> HiddenResult:
+        """Run all layers and the last norm on a few tokens."""
+        states = []
+        for layer, before in zip(self.layers, state, strict=True):
+            x, after = run_by_rows(layer, x, batch, before)
+            states.append(after)
+        return HiddenResult(self.norm(x), tuple(states), ())
+
+    def _infer(
+        self,
+        x: Tensor,
+        batch: Batch,
+        state: tuple[LayerState, ...],
+        ends: Tensor | None = None,
+    ) -> HiddenResult:
         """Run all layers and the last norm; each norm is taken where the sum before it is made."""
         blocks: list[Block] = list(self.layers)  # pyright: ignore[reportAssignmentType]
         following = [*(block.input_layernorm for block in blocks[1:]), self.norm]
         normed, states = blocks[0].enter(x), []
         for block, norm, before in zip(blocks, following, state, strict=True):
-            normed, after = block.infer(normed, norm, batch, before)
+            asked = ends if block is blocks[-1] else None
+            normed, after = block.infer(normed, norm, batch, before, asked)
             states.append(after)
         return HiddenResult(normed.u, tuple(s for s in states if s is not None), ())
 

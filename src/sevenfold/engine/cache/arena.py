@@ -99,19 +99,23 @@ class Arena:
             else:
                 self._partial[tenant].add(number, len(slab.free))
 
-    def pin(self, tenant: Tenant, handle: int) -> None:
-        """Note that an item must stay; it must not be pinned already."""
-        slab, _, place = self._find(tenant, handle)
-        if slab.pinned[place]:
-            raise AssertionError("an item is pinned once")
-        self._pin(slab, place)
+    def pin(self, tenant: Tenant, handles: Iterable[int]) -> None:
+        """Note that items must stay; none may be pinned already."""
+        find = self._find
+        for handle in handles:
+            slab, _, place = find(tenant, handle)
+            if slab.pinned[place]:
+                raise AssertionError("an item is pinned once")
+            slab.pinned[place] = True
+            self._count_pins(slab, 1)
 
-    def unpin(self, tenant: Tenant, handle: int) -> None:
-        """Note that an item may go; it must be pinned."""
-        slab, _, place = self._find(tenant, handle)
-        if not slab.pinned[place]:
-            raise AssertionError("an item is unpinned once")
-        self._unpin(slab, place)
+    def unpin(self, tenant: Tenant, handles: Iterable[int]) -> None:
+        """Note that items may go; all must be pinned."""
+        for handle in handles:
+            slab, _, place = self._find(tenant, handle)
+            if not slab.pinned[place]:
+                raise AssertionError("an item is unpinned once")
+            self._unpin(slab, place)
 
     def check(self, tenant: Tenant, handle: int) -> int:
         """Return the index of an item that is held.
@@ -165,13 +169,15 @@ class Arena:
         # A slab fresh from the free ones was not among the partly filled.
         if len(slab.free) < places:
             self._partial[tenant].remove(number, len(slab.free))
-        count = min(wanted, len(slab.free))
-        for _ in range(count):
-            place = slab.free.pop()
-            self._serial += 1
-            slab.serials[place] = self._serial
-            self._pin(slab, place)
-            handles.append(self._serial << _INDEX_BITS | number * places + place)
+        count, first = min(wanted, len(slab.free)), number * places
+        taken = slab.free[: -count - 1 : -1]
+        del slab.free[-count:]
+        serials = range(self._serial + 1, self._serial + 1 + count)
+        self._serial += count
+        for serial, place in zip(serials, taken, strict=True):
+            slab.serials[place], slab.pinned[place] = serial, True
+            handles.append(serial << _INDEX_BITS | first + place)
+        self._count_pins(slab, count)
         self._partial[tenant].add(number, len(slab.free))
         self._num_items[tenant] += count
 
@@ -188,11 +194,10 @@ class Arena:
             )
         return slab, number, place
 
-    def _pin(self, slab: _Slab, place: int) -> None:
+    def _count_pins(self, slab: _Slab, count: int) -> None:
         self._pinned_slabs[slab.tenant] += slab.num_pinned == 0
-        self._pinned_items[slab.tenant] += 1
-        slab.num_pinned += 1
-        slab.pinned[place] = True
+        self._pinned_items[slab.tenant] += count
+        slab.num_pinned += count
 
     def _unpin(self, slab: _Slab, place: int) -> None:
         slab.num_pinned -= 1

@@ -53,6 +53,28 @@ class SoftmaxAttention(nn.Module):
         o = self.attend(q, k, v, batch, state)
         return self.o_proj(o.reshape(B, T, -1)), state
 
+    def mix_ends(
+        self, x: Tensor, batch: Batch, state: KVState | PagedKV | PagedTree, ends: Tensor
+    ) -> tuple[Tensor, KVState | PagedKV | PagedTree | None]:
+        """As forward, but of tokens `ends` [N] of all B * T alone: [N, 1, hidden_size].
+
+        They are the last of each sequence: over pages they attend as in a decoding step.
+        """
+        if not isinstance(state, PagedKV) or state.table.key_lengths is None:
+            y, after = self(x, batch, state)
+            return y.flatten(0, 1)[ends, None], after
+        (B, T, _), table, positions = x.shape, state.table, batch.positions
+        k, v = (
+            project(x).view(B, T, self.num_kv_heads, -1) for project in (self.k_proj, self.v_proj)
+        )
+        k, _ = self._turned(k, k[:, :, :0], positions)
+        q = self.q_proj(x.flatten(0, 1)[ends]).view(len(ends), 1, self.num_heads, self.head_dim)
+        q, _ = self._turned(q, q[:, :, :0], positions.flatten()[ends, None])
+        write_pages(k.flatten(0, 1), v.flatten(0, 1), state.k, state.v, table.page, table.place)
+        how = {"scale": self.scale, "window": self.window}
+        o = attention_pages(q, state.k, state.v, table.pages, table.key_lengths, **how)
+        return self.o_proj(o.flatten(2)), state
+
     def _turned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, T, H, D] as their positions turn them."""
         if not self.rotary_dim or not suits_device_rotation(q, k):
