@@ -186,7 +186,7 @@ def _prefill_inputs(rows: Sequence[Row], page_tokens: int) -> list[np.ndarray]:
     for n, row in enumerate(rows):
         table[n, : len(row.pages)] = row.pages
     lengths = [len(row.tokens) for row in rows]
-    ids = np.concatenate([np.asarray(row.tokens) for row in rows])
+    ids = np.concatenate([np.fromiter(row.tokens, np.int64) for row in rows])
     positions = np.concatenate([np.arange(row.past, row.end) for row in rows])
     block = np.minimum(positions // page_tokens, most - 1)
     page = table[np.repeat(np.arange(len(rows)), lengths), block]
