@@ -1,11 +1,10 @@
 """Where the time to a first token goes, on a GPU: prefill_parts.py OUT.json [TOKENS]
 
-Serves prompts of bench-2b by the engine, 131,072 tokens unless TOKENS says otherwise, and the
-second turn of a chat of 32,768. Prints of each: seconds to the first token without a profiler; then,
-of one more prompt under it, how long the GPU was busy, how long it stood still, the longest
-standstills with what the host did meanwhile, how far ahead of the GPU the host was, and kernels by
-their time. And what no trace of kernels shows: calls that took memory from the driver, which wait
-for the GPU.
+Serves prompts of bench-2b by the engine, 131,072 tokens unless TOKENS says otherwise, and both turns
+of a chat of 32,768. Prints of each: seconds to the first token without a profiler; then, of one more
+prompt under it, how long the GPU was busy, how long it stood still, the longest standstills with
+what the host did meanwhile, how far ahead of the GPU the host was, and kernels by their time. And
+what no trace of kernels shows: calls that took memory from the driver, which wait for the GPU.
 """
 
 import json
@@ -198,7 +197,9 @@ def measure(name, serve):
 
 def show(row):
     """Print a row for people."""
-    print(f"\n{row['case']}: {row['ms']:.2f} ms to the first token, {row['profiled_ms']:.2f} traced")
+    print(
+        f"\n{row['case']}: {row['ms']:.2f} ms to the first token, {row['profiled_ms']:.2f} traced"
+    )
     print("  each", [round(ms, 2) for ms in row["each_ms"]])
     print("  from the driver in all", row["memory_calls"])
     for key in ("before_first_ms", "span_ms", "busy_ms", "idle_in_gaps_ms", "after_last_ms"):
@@ -206,7 +207,9 @@ def show(row):
     print(f"  {row['num_launches']} launches, {row['num_gaps']} gaps above {GAP_US:.0f} us; host")
     print("  ahead of the GPU, quartiles, ms", [round(ms, 2) for ms in row["host_ahead_ms"]])
     for gap in row["gaps"]:
-        print(f"  gap of {gap['ms']:8.3f} ms at {gap['at_ms']:9.3f}: {gap['before'][:40]} ->", end="")
+        print(
+            f"  gap of {gap['ms']:8.3f} ms at {gap['at_ms']:9.3f}: {gap['before'][:40]} ->", end=""
+        )
         print(f" {gap['after'][:40]}")
         for cat, names in gap["host_ms"].items():
             print(f"      {cat:16}", {call: round(ms, 3) for call, ms in names.items()})

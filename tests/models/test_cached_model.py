@@ -196,9 +196,12 @@ def test_inference_between_norms_gives_the_bits_of_layer_by_layer(
     found = []
     for with_grad in (False, True):  # with gradients a model goes layer by layer
         state = empty_state(model.config, 2, 9, device=CPU, dtype=dtype)
-        with torch.set_grad_enabled(with_grad), mock.patch.object(
-            Block, "forward", autospec=True, side_effect=Block.forward
-        ) as forward:
+        with (
+            torch.set_grad_enabled(with_grad),
+            mock.patch.object(
+                Block, "forward", autospec=True, side_effect=Block.forward
+            ) as forward,
+        ):
             batch = Batch.rows(2, 9, device=CPU)
             hidden, after, _ = model.hidden(tokens(2, 9), batch, state)
         assert bool(forward.call_count) == with_grad

@@ -90,9 +90,7 @@ def test_the_last_tokens_alone_are_as_among_all(mix: dict, on_device: bool) -> N
         ids, batch = tokens(1, sum(lengths), seed=i), Batch.packed(lengths, past=past, device=CPU)
         ends = torch.tensor(lengths).cumsum(0) - 1
         with torch.no_grad():
-            found, whole, exact = (
-                values(layers, batch, on_device=on_device) for layers in stored
-            )
+            found, whole, exact = (values(layers, batch, on_device=on_device) for layers in stored)
             found = model.hidden_at_ends(ids, batch, found, ends).hidden
             whole, exact = (
                 one.hidden(ids, batch, state).hidden[0, ends, None]

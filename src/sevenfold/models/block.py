@@ -110,11 +110,12 @@ class Block(nn.Module):
     def _joined(
         self, stream: Tensor, f: Tensor, norm: RMSNorm, factors: tuple[float, float]
     ) -> Normed:
-        how = {"alpha": factors[0], "beta": factors[1]}
+        alpha, beta = factors
         if self.post_norm:
-            u = post_rms_norm(stream, f, norm.weight, norm.eps, **how)
+            u = post_rms_norm(stream, f, norm.weight, norm.eps, alpha=alpha, beta=beta)
             return Normed(u, u)
-        return Normed(*residual_rms_norm(stream, f, norm.weight, norm.eps, **how))
+        u, x = residual_rms_norm(stream, f, norm.weight, norm.eps, alpha=alpha, beta=beta)
+        return Normed(u, x)
 
     def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterStats | None]:
         fed, stats = self._fed(u)

@@ -150,9 +150,7 @@ class HybridModel(nn.Module):
         found = self._infer_rows(x, batch, state)
         return found._replace(hidden=found.hidden.flatten(0, 1)[ends, None])
 
-    def _infer_rows(
-        self, x: Tensor, batch: Batch, state: tuple[LayerState, ...]
-    ) -> HiddenResult:
+    def _infer_rows(self, x: Tensor, batch: Batch, state: tuple[LayerState, ...]) -> HiddenResult:
         """Run all layers and the last norm on a few tokens."""
         states = []
         for layer, before in zip(self.layers, state, strict=True):

@@ -152,7 +152,7 @@ def test_prompts_are_rotated_in_place(dtype: torch.dtype, monkeypatch: pytest.Mo
     from sevenfold.models import Batch, ModelConfig
     from sevenfold.models.mixers import SoftmaxAttention, softmax
 
-    B, T, turned = 2, 67, []
+    B, T, by_kernel = 2, 67, [True]
     sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
     others = {"vocab_size": 5, "layer_types": ("full_attention",), "intermediate_size": 8}
     config = ModelConfig(**sizes, **others, rotary_dim=8)
@@ -160,12 +160,15 @@ def test_prompts_are_rotated_in_place(dtype: torch.dtype, monkeypatch: pytest.Mo
     batch = Batch.rows(B, T, past=(1000, 0), device=DEVICE)
     q, k = (random(B, T, heads, 12, seed=heads).to(dtype) for heads in (4, 2))
     if INTERPRETED:
-        monkeypatch.setattr(softmax, "suits_device_rotation", lambda q, k: not turned)
+        monkeypatch.setattr(softmax, "suits_device_rotation", lambda q, k: by_kernel[0])
     with torch.no_grad():
         x, y = q.clone(), k.clone()
-        turned += mixer._turned(x, y, batch.positions)
+        turned = mixer._turned(x, y, batch.positions)
         assert turned[0] is x
         assert turned[1] is y
+        alone, _ = mixer._turned(k.clone(), k[:, :, :0], batch.positions)
+        assert torch.equal(alone, y)
+    by_kernel[0] = False
     assert not ops.suits_device_rotation(q, k)  # now that gradients are enabled
     honest = mixer._turned(q, k, batch.positions)
     exact = mixer._turned(q.double(), k.double(), batch.positions)

@@ -108,7 +108,7 @@ class PrefixTree:
         return unsalted in self._first_blocks
 
     def grow(self, parent: Node | None, key: bytes, page: int | None) -> Node:
-        """Add a node that is not there, locked by one request; it owns its page, which is pinned."""
+        """Add a node that is not there, locked once; it owns its page, which is pinned."""
         above = parent.num_tokens if parent else 0
         node = Node(key, parent, page, above + self._plan.page_tokens)
         node.refs = 1

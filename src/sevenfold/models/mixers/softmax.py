@@ -60,7 +60,8 @@ class SoftmaxAttention(nn.Module):
 
         They are the last of each sequence: over pages they attend as in a decoding step.
         """
-        if not isinstance(state, PagedKV) or state.table.key_lengths is None:
+        keys = state.table.key_lengths if isinstance(state, PagedKV) else None
+        if keys is None or not isinstance(state, PagedKV):
             y, after = self(x, batch, state)
             return y.flatten(0, 1)[ends, None], after
         (B, T, _), table, positions = x.shape, state.table, batch.positions
@@ -72,7 +73,7 @@ class SoftmaxAttention(nn.Module):
         q, _ = self._turned(q, q[:, :, :0], positions.flatten()[ends, None])
         write_pages(k.flatten(0, 1), v.flatten(0, 1), state.k, state.v, table.page, table.place)
         how = {"scale": self.scale, "window": self.window}
-        o = attention_pages(q, state.k, state.v, table.pages, table.key_lengths, **how)
+        o = attention_pages(q, state.k, state.v, table.pages, keys, **how)
         return self.o_proj(o.flatten(2)), state
 
     def _turned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
