@@ -1,10 +1,11 @@
 """Where the time to a first token goes, on a GPU: prefill_parts.py OUT.json [TOKENS]
 
-Serves prompts of bench-2b by the engine, 131,072 tokens unless TOKENS says otherwise, and both turns
-of a chat of 32,768. Prints of each: seconds to the first token without a profiler; then, of one more
-prompt under it, how long the GPU was busy, how long it stood still, the longest standstills with
-what the host did meanwhile, how far ahead of the GPU the host was, and kernels by their time. And
-what no trace of kernels shows: calls that took memory from the driver, which wait for the GPU.
+Serves prompts of bench-2b by the engine, 131,072 tokens unless TOKENS says otherwise, and both
+turns of a chat of 32,768. Prints of each: seconds to the first token without a profiler; then, of
+one more prompt under it, how long the GPU was busy, how long it stood still, the longest
+standstills with what the host did meanwhile, how far ahead of the GPU the host was, and kernels by
+their time. And what no trace of kernels shows: calls that took memory from the driver, which wait
+for the GPU.
 """
 
 import json

@@ -4,7 +4,7 @@ A slab belongs to one tenant from its first item to its last, and is free in bet
 pages and snapshots share one budget at run time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sevenfold.config import SevenfoldError
@@ -84,8 +84,7 @@ class Arena:
         Raises:
             StaleReferenceError: one of them is not held; those before it are given back.
         """
-        for handle in handles:
-            slab, number, place = self._find(tenant, handle)
+        for slab, number, place in self._held(tenant, handles):
             if slab.pinned[place]:
                 self._unpin(slab, place)
             slab.serials[place] = 0
@@ -101,9 +100,7 @@ class Arena:
 
     def pin(self, tenant: Tenant, handles: Iterable[int]) -> None:
         """Note that items must stay; none may be pinned already."""
-        find = self._find
-        for handle in handles:
-            slab, _, place = find(tenant, handle)
+        for slab, _, place in self._held(tenant, handles):
             if slab.pinned[place]:
                 raise AssertionError("an item is pinned once")
             slab.pinned[place] = True
@@ -111,8 +108,7 @@ class Arena:
 
     def unpin(self, tenant: Tenant, handles: Iterable[int]) -> None:
         """Note that items may go; all must be pinned."""
-        for handle in handles:
-            slab, _, place = self._find(tenant, handle)
+        for slab, _, place in self._held(tenant, handles):
             if not slab.pinned[place]:
                 raise AssertionError("an item is unpinned once")
             self._unpin(slab, place)
@@ -182,17 +178,21 @@ class Arena:
         self._num_items[tenant] += count
 
     def _find(self, tenant: Tenant, handle: int) -> tuple[_Slab, int, int]:
-        places = self.layout.places[tenant]
-        number, place = divmod(handle & _INDEX_MASK, places) if places else (0, 0)
-        slab = self._slabs[number] if number < len(self._slabs) else None
-        serial = handle >> _INDEX_BITS
-        held = slab is not None and slab.tenant is tenant and slab.serials[place] == serial
-        if slab is None or not held:
-            raise StaleReferenceError(
-                f"{tenant.name.lower()} must be held to be used, got place "
-                f"{index_of(handle)} of allocation {serial}, which was given back"
-            )
-        return slab, number, place
+        return next(self._held(tenant, (handle,)))
+
+    def _held(self, tenant: Tenant, handles: Iterable[int]) -> Iterator[tuple[_Slab, int, int]]:
+        """Each item's slab, the slab's number, and its place there, one after another."""
+        places, slabs = self.layout.places[tenant], self._slabs
+        for handle in handles:
+            number, place = divmod(handle & _INDEX_MASK, places) if places else (0, 0)
+            slab = slabs[number] if number < len(slabs) else None
+            serial = handle >> _INDEX_BITS
+            if slab is None or slab.tenant is not tenant or slab.serials[place] != serial:
+                raise StaleReferenceError(
+                    f"{tenant.name.lower()} must be held to be used, got place "
+                    f"{index_of(handle)} of allocation {serial}, which was given back"
+                )
+            yield slab, number, place
 
     def _count_pins(self, slab: _Slab, count: int) -> None:
         self._pinned_slabs[slab.tenant] += slab.num_pinned == 0
