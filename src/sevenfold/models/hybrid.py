@@ -1,5 +1,6 @@
 """The hybrid decoder: embedding, blocks, final norm, head."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -108,7 +109,8 @@ class HybridModel(nn.Module):
         x = self.embed_tokens(input_ids)
         if state is not None and not self.training:
             if pays_by_rows(x, batch):
-                return self._infer_rows(x, batch, state)
+                x, advanced = self._by_rows(self.layers, x, batch, state)
+                return HiddenResult(self.norm(x), advanced, ())
             if not torch.is_grad_enabled():
                 return self._infer(x, batch, state)
         states: list[LayerState | None] = []
@@ -147,16 +149,22 @@ class HybridModel(nn.Module):
         x = self.embed_tokens(input_ids)
         if not pays_by_rows(x, batch):
             return self._infer(x, batch, state, ends)
-        found = self._infer_rows(x, batch, state)
-        return found._replace(hidden=found.hidden.flatten(0, 1)[ends, None])
+        last: Block = self.layers[-1]  # pyright: ignore[reportAssignmentType]
+        x, states = self._by_rows(self.layers[:-1], x, batch, state[:-1])
+        normed, after = last.infer(last.enter(x), self.norm, batch, state[-1], ends)
+        states = (*states, state[-1] if after is None else after)
+        return HiddenResult(normed.u, states, ())
 
-    def _infer_rows(self, x: Tensor, batch: Batch, state: tuple[LayerState, ...]) -> HiddenResult:
-        """Run all layers and the last norm on a few tokens."""
+    @staticmethod
+    def _by_rows(
+        layers: Iterable[nn.Module], x: Tensor, batch: Batch, state: tuple[LayerState, ...]
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """Run layers on a few tokens."""
         states = []
-        for layer, before in zip(self.layers, state, strict=True):
+        for layer, before in zip(layers, state, strict=True):
             x, after = run_by_rows(layer, x, batch, before)
             states.append(after)
-        return HiddenResult(self.norm(x), tuple(states), ())
+        return x, tuple(states)
 
     def _infer(
         self,
