@@ -149,8 +149,9 @@ class HybridModel(nn.Module):
         x = self.embed_tokens(input_ids)
         if not pays_by_rows(x, batch):
             return self._infer(x, batch, state, ends)
-        last: Block = self.layers[-1]  # pyright: ignore[reportAssignmentType]
-        x, states = self._by_rows(self.layers[:-1], x, batch, state[:-1])
+        blocks: list[Block] = list(self.layers)  # pyright: ignore[reportAssignmentType]
+        x, states = self._by_rows(blocks[:-1], x, batch, state[:-1])
+        last = blocks[-1]
         normed, after = last.infer(last.enter(x), self.norm, batch, state[-1], ends)
         states = (*states, state[-1] if after is None else after)
         return HiddenResult(normed.u, states, ())

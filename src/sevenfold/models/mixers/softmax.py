@@ -69,7 +69,7 @@ class SoftmaxAttention(nn.Module):
             project(x).view(B, T, self.num_kv_heads, -1) for project in (self.k_proj, self.v_proj)
         )
         k, _ = self._turned(k, k[:, :, :0], positions)
-        q = self.q_proj(x.flatten(0, 1)[ends]).view(len(ends), 1, self.num_heads, self.head_dim)
+        q = self.q_proj(x.flatten(0, 1)[ends, None]).unflatten(-1, (self.num_heads, -1))
         q, _ = self._turned(q, q[:, :, :0], positions.flatten()[ends, None])
         write_pages(k.flatten(0, 1), v.flatten(0, 1), state.k, state.v, table.page, table.place)
         how = {"scale": self.scale, "window": self.window}
