@@ -221,4 +221,8 @@ def test_bytes_of_graphs_grow_with_a_prefill_s_tokens_by_the_formula() -> None:
     none, one = (graph_bytes(config, 4, tokens, element_bytes=2) for tokens in (0, 1))
     # A chunk's activations, 16 bytes a head between segments, 4 x 4 numbers of 8 bytes.
     assert one - none == chunk_token_bytes(config, element_bytes=2) + 16 * 2 + 128
-    assert graph_bytes(config, 4, 100, element_bytes=2) - none == 100 * (one - none)
+    # Shares of 32 for each of 512 tokens at most, where steps had them for 4 rows.
+    for length in (100, 512, 1000):
+        shares = (min(length, 512) - 4) * 4 * 32 * 18
+        found = graph_bytes(config, 4, length, element_bytes=2) - none
+        assert found == length * (one - none) + shares

@@ -73,17 +73,13 @@ def exact_after(model: HybridModel, text: list[int]) -> tuple[Tensor, list[Tenso
     return twin.logits(after.hidden[:, -1]), parts
 
 
-def further(exact: Tensor, *honest: Tensor) -> Tensor:
-    """Of results that are rounded in other orders, the one further off."""
-    return max(honest, key=lambda x: float((x.double() - exact).abs().max()))
-
-
 @pytest.mark.parametrize("mix", [*MIXES, "moe"])
 def test_every_length_gives_what_a_run_as_it_comes_gives(mix: str) -> None:
     fields = {"moe": MOE} if mix == "moe" else {}
     model = tiny_model("llf" if mix == "moe" else mix, **fields)
     storage = new_storage(model)
     runner = recorded(model, storage)  # one for all: each course meets what the others left
+    logits = []
     for ends in COURSES:
         plain = new_storage(model)
         for layer in storage.layers:
@@ -93,15 +89,15 @@ def test_every_length_gives_what_a_run_as_it_comes_gives(mix: str) -> None:
         for row in rows:
             found = runner.run([row]).clone()
             honest = new_runner(model, plain, None).run([row])
-        text = prompt(32, 1)[: ends[-1]]
-        exact, parts = exact_after(model, text)
-        whole = model(torch.tensor([text]))[:, -1]
-        check_error(f"logits after {ends}", found, further(exact, honest, whole), exact)
+        exact, parts = exact_after(model, prompt(32, 1)[: ends[-1]])
+        logits.append((found, honest, exact))
         pairs = zip(found_in(storage, rows[-1]), found_in(plain, rows[-1]), parts, strict=True)
         for n, (got, other, wanted) in enumerate(pairs):
             if wanted.shape != got.shape:
                 got, other = got[-len(wanted) :], other[-len(wanted) :]
             check_error(f"layer {n} after {ends}", got, other, wanted)
+    # All together: a single run of a whole model may be right by luck beyond its rounding.
+    check_error("logits", *(torch.cat(ones) for ones in zip(*logits, strict=True)))
     capture = runner.capture
     assert (capture.recorded, capture.replayed) == (len(SIZES), sum(map(len, COURSES)))
 

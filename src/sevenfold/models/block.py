@@ -117,12 +117,16 @@ class Block(nn.Module):
         u, x = residual_rms_norm(stream, f, norm.weight, norm.eps, alpha=alpha, beta=beta)
         return Normed(u, x)
 
+    def feed_dense(self, u: Tensor) -> Tensor:
+        """A dense feed-forward of u; sevenfold.train may stand in for it."""
+        return self.mlp(u)
+
     def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterStats | None]:
         fed, stats = self._fed(u)
         return self._residual(x, u, fed, self.mlp_factors), stats
 
     def _fed(self, u: Tensor) -> tuple[Tensor, RouterStats | None]:
-        return self.mlp(u) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(u), None)
+        return self.mlp(u) if isinstance(self.mlp, MixtureOfExperts) else (self.feed_dense(u), None)
 
     def _residual(self, x: Tensor, u: Tensor, f: Tensor, factors: tuple[float, float]) -> Tensor:
         alpha, beta = factors

@@ -34,10 +34,10 @@ def test_the_engine_gives_the_same_tokens_in_fp32(mix: str, mode, tokenizer: Tok
     engine = build(model, tokenizer, mode, max_running=5)
     assert isinstance(engine._worker._verifier, DeviceVerifier)
     for n, text in enumerate(texts):
-        submit(engine, str(n), text, 24)
+        submit(engine, str(n), text, 64)
     events = run(engine)
     found = [tokens(events[str(n)]) for n in range(len(texts))]
-    assert found == [uncached(twin, text, 24) for text in texts]
+    assert found == [uncached(twin, text, 64) for text in texts]
     assert engine.speculation_counters().num_accepted_tokens > 0
 
 

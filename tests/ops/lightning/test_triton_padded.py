@@ -33,7 +33,7 @@ def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "MIN_SEGMENT_TOKENS", 2 * PIECE_TOKENS)
     monkeypatch.setattr(segments, "MIN_PIECE_TOKENS", PIECE_TOKENS)
     monkeypatch.setattr(triton_launch, "num_sms", lambda _device: 64)
-    monkeypatch.setattr(triton_launch, "_STATE_BYTES_PER_TOKEN", 64)
+    monkeypatch.setattr(triton_launch, "_STATE_BYTES_PER_TOKEN", 256)
     segments.plan_segments.cache_clear()
 
 

@@ -3,6 +3,7 @@
 from sevenfold.models import ModelConfig
 
 _MOST_SPLITS = 32  # shares of a sequence's keys, each with an fp32 output
+_FEW_PACKED_ROWS = 512  # tokens of prompts in a run up to which their keys are shared out
 _MOST_GATHERED_TOKENS = 65_536  # whose keys a long chunk has end to end at a time
 _LIBRARIES = 128 << 20  # cuBLAS's workspaces on two streams, and the graphs themselves
 
@@ -12,8 +13,9 @@ def graph_bytes(
 ) -> int:
     """Return bytes that graphs of up to most_rows rows or prefill_tokens take, in one pool.
 
-        logits + one layer's activations + one softmax layer's shares + 128 MiB for libraries
-        + prefill_tokens * (chunk_token_bytes + 16 H + 128)
+        most_rows * (logits + one layer's activations) + prefill_tokens * (chunk_token_bytes
+        + 16 H + 128) + one softmax layer's shares of most_rows, or of up to 512 tokens of a prefill
+        + 128 MiB for libraries
 
     A prefill's states between segments take 16 bytes a token and head; ids and places take 32 bytes
     a token, and all sizes together have less than four times the tokens of the largest.
@@ -33,7 +35,8 @@ def graph_bytes(
     logits = 4 * config.vocab_size
     token = chunk_token_bytes(config, element_bytes=element_bytes) + 16 * H + 128
     prefill = prefill_tokens * token
-    return most_rows * (element_bytes * widths + shares + logits) + prefill + _LIBRARIES
+    shared = max(most_rows, min(prefill_tokens, _FEW_PACKED_ROWS)) * shares
+    return most_rows * (element_bytes * widths + logits) + shared + prefill + _LIBRARIES
 
 
 def chunk_token_bytes(config: ModelConfig, *, element_bytes: int) -> int:

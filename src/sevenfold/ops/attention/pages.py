@@ -48,8 +48,8 @@ def attention_pages(
     Among a sequence's own keys and values a NaN reaches tokens that do not see it, too.
 
     Unlike attention_paged it reads no length on the host (impl "triton"), so that a CUDA graph can
-    hold it, and a sequence's result is the same bit for bit whatever else is in the batch. It takes
-    no gradient.
+    hold it, and a sequence's result is the same bit for bit whatever else is in the batch; of a
+    packed row, whatever else is in it on the same side of 512 tokens in all. It takes no gradient.
 
     Args:
         q: [N, T, H, D], T new tokens of each of N sequences; or, with cu_seqlens, [1, T, H, D].

@@ -7,7 +7,8 @@ share of the keys. Its running maximum m, sum l and output acc of base-2 exponen
 
 Where few rows would leave a GPU idle, the keys are split; each share gives its output and its
 log-sum-exp, and a second kernel weighs them. How keys are split depends on their number alone,
-never on the batch nor on the table's width: a sequence gets the same bits in any company.
+never on the table's width, and whether they are on the new tokens alone: of a sequence in rows of
+equal length, of all in a packed row.
 
 Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (2023), PagedAttention (arXiv
 2309.06180); the search for a block's sequence is vLLM's, in its unified Triton attention.
@@ -260,13 +261,14 @@ def attend(call: Call) -> Tensor:
 
 def num_splits(call: Call) -> int:
     """Shares that the longest sequence of a table can have; 1 where rows are many."""
-    if call.starts is not None or call.q.shape[1] > FEW_ROWS:
+    if call.q.shape[1] > (FEW_ROWS if call.starts is None else FEW_PACKED_ROWS):
         return 1
     most = call.pages.shape[1] * call.k_pages.shape[1]
     return max(1, min(MOST_SPLITS, -(-most // LEAST_SPLIT_TOKENS)))
 
 
 FEW_ROWS = 16  # new tokens of a sequence up to which its keys are split
+FEW_PACKED_ROWS = 512  # and of a packed row, in all: the end of a prompt behind a long prefix
 
 
 def _launch(call: Call, config: dict[str, int], o: Tensor, lse: Tensor, splits: int) -> None:
