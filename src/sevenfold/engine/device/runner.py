@@ -167,9 +167,13 @@ class DeviceRunner:
         table = PageTable(pages, page, place, key_lengths, starts, known)
         stops = _stops(rows)
         state = self._values(slots, table, lambda pool: Snapshots(pool, stops))
-        hidden = self.model.hidden(ids[None], batch, state).hidden[0]
-        score_rows(self.model, rows, hidden)
-        return self.model.logits(hidden[starts[1:] - 1])
+        ends = starts[1:] - 1
+        if any(row.scored is not None for row in rows):
+            hidden = self.model.hidden(ids[None], batch, state).hidden[0]
+            score_rows(self.model, rows, hidden)
+            return self.model.logits(hidden[ends])
+        found = self.model.hidden_at_ends(ids[None], batch, state, ends)
+        return self.model.logits(found.hidden[:, 0])
 
     def _new_prefill_inputs(self, tokens: int) -> PrefillInputs:
         pools = [layer.states for layer in self.storage.layers if isinstance(layer, LinearStorage)]
@@ -183,8 +187,8 @@ class DeviceRunner:
         table = PageTable(*where, inputs.key_lengths, inputs.borders)
         plan = inputs.plan()  # once for all layers
         state = self._values(inputs.slots, table, lambda pool: PaddedSnapshots(pool, plan))
-        hidden = self.model.hidden(inputs.ids, batch, state).hidden[0]
-        return self.model.logits(hidden[inputs.last])
+        found = self.model.hidden_at_ends(inputs.ids, batch, state, inputs.last)
+        return self.model.logits(found.hidden[:, 0])
 
     def _values(
         self,
@@ -232,7 +236,7 @@ def _prefill_inputs(rows: Sequence[Row], page_tokens: int) -> list[np.ndarray]:
     for n, row in enumerate(rows):
         table[n, : len(row.pages)] = row.pages
     lengths = [len(row.tokens) for row in rows]
-    ids = np.concatenate([np.asarray(row.tokens) for row in rows])
+    ids = np.concatenate([np.fromiter(row.tokens, np.int64) for row in rows])
     positions = np.concatenate([np.arange(row.past, row.end) for row in rows])
     block = np.minimum(positions // page_tokens, most - 1)
     page = table[np.repeat(np.arange(len(rows)), lengths), block]

@@ -65,6 +65,21 @@ def suits_device_router(router: Tensor, num_chosen: int) -> bool:
     return len(router) <= _MAX_EXPERTS and num_chosen * FEW_ROWS <= _MAX_CHOICES
 
 
+def suits_device_rotation(q: Tensor, k: Tensor) -> bool:
+    """Whether rotate_on_device takes queries and keys of any number of rows, and may change them.
+
+    bf16, fp16 or fp32 on a GPU, contiguous, where nobody needs a gradient.
+    """
+    return (
+        runs_on_gpu(q)
+        and q.is_contiguous()
+        and k.is_contiguous()
+        and q.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
 def feed_lightning(x: Tensor, norm: Norm, weights: LightningWeights, residual: Residual) -> Fed:
     """Norm, projections and SiLU before lightning attention.
 

@@ -1,4 +1,4 @@
-"""Rotary positions of a few rows' queries and keys, in place, in one kernel."""
+"""Rotary positions of queries and keys, in place, in one kernel."""
 
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -19,7 +19,7 @@ def _rotate_kernel(
 ):  # fmt: skip
     """One head of one row: sines and cosines take longer than their products."""
     wait_for_last(OVERLAPS)
-    row, h = tl.program_id(0), tl.program_id(1)
+    row, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BH)
     at = q + (row * H + h) * D + i
     if h >= H:
