@@ -2,12 +2,11 @@
 
 import random
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
 from device_helpers import FakeCapture, new_runner
-from engine_helpers import tiny_model, uncached
+from engine_helpers import shared_model, uncached
 from test_engine import MIXES, build, prompts, run, submit, tiny_model_with_nan, tokens
 from tokenizers import Tokenizer
 
@@ -32,11 +31,6 @@ CROWDS = [
     for n, mix in enumerate(MIXES)
     for limits, graphs in zip(LIMITS, GRAPHS if n % 2 else reversed(GRAPHS), strict=True)
 ]
-
-
-@cache
-def model_of(mix: str) -> HybridModel:
-    return tiny_model(mix, max_position_embeddings=200)
 
 
 @pytest.fixture(params=GRAPHS)
@@ -118,7 +112,7 @@ def options(draw: random.Random) -> dict:
 def test_every_step_gives_the_same_events(
     mix: str, limits: str, build_device: Build, num_ahead: list[int]
 ) -> None:
-    model, reasons = model_of(mix), set()
+    model, reasons = shared_model(mix), set()
     for seed in range(2):
         had = len(num_ahead)
         plain = drive(build_device(model, ahead=False, **LIMITS[limits]), seed)
@@ -134,7 +128,7 @@ def test_every_step_gives_the_same_events(
 def test_requests_that_lose_their_memory_while_a_step_is_under_way(
     mix: str, build_device: Build, num_ahead: list[int]
 ) -> None:
-    model = model_of(mix)
+    model = shared_model(mix)
     texts = prompts(1, [50, 60, 41, 20], shared=30)
     wanted = [uncached(model, text, 30) for text in texts]
     engine = build_device(model, slabs=24, headroom_tokens=0, max_running=2)
@@ -159,7 +153,7 @@ def test_requests_that_lose_their_memory_while_a_step_is_under_way(
 
 def test_a_snapshot_in_the_surplus_is_nobodys_state(build_device: Build) -> None:
     """An output that ends on a border: what its turn is gone on from has not seen the surplus."""
-    model = model_of("lf")
+    model = shared_model("lf")
     (text,) = prompts(2, [40])
     usual = uncached(model, text, 40)
     for end in range(20, 28):  # 64 tokens are seen after 24 of the output
@@ -174,7 +168,7 @@ def test_a_snapshot_in_the_surplus_is_nobodys_state(build_device: Build) -> None
 
 
 def test_one_that_fails_leaves_the_others_alone(build_device: Build, num_ahead: list[int]) -> None:
-    model = tiny_model_with_nan(model_of("lsf"), token=299)
+    model = tiny_model_with_nan(shared_model("lsf"), token=299)
     texts = prompts(3, [5, 9])
     texts = [[token % 299 for token in text] for text in texts]
     engine = build_device(model, slabs=30)
@@ -192,7 +186,7 @@ def test_one_that_fails_leaves_the_others_alone(build_device: Build, num_ahead: 
 def test_a_step_that_breaks_off_is_forgotten(
     build_device: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of("lsf")
+    model = shared_model("lsf")
     texts = prompts(4, [12, 30])
     engine = build_device(model)
     submit(engine, "one", texts[0], 20)
@@ -213,7 +207,7 @@ def test_a_step_that_breaks_off_is_forgotten(
 def test_the_next_step_is_launched_before_the_last_one_is_read(
     build_device: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of("lsf")
+    model = shared_model("lsf")
     engine, order = build_device(model), []
     run_ahead, numbers = engine._worker.ahead.run_ahead, Arriving.numbers
     monkeypatch.setattr(
@@ -236,7 +230,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(
 def test_what_the_host_looks_after_keeps_steps_in_turn(
     asked: dict, build_device: Build, num_ahead: list[int]
 ) -> None:
-    model = model_of("lsf")
+    model = shared_model("lsf")
     engine = build_device(model)
     submit(engine, "asks", prompts(6, [8])[0], 9, **asked)
     submit(engine, "plain", prompts(7, [8])[0], 20)
@@ -249,7 +243,7 @@ def test_what_the_host_looks_after_keeps_steps_in_turn(
 def test_a_row_of_nobody_stays_until_a_smaller_step_will_do(
     build_device: Build, num_ahead: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of("lsf")
+    model = shared_model("lsf")
     engine, sizes = build_device(model), []
     runner = engine._worker.ahead
     run_ahead = runner.run_ahead
@@ -270,7 +264,7 @@ def test_a_row_of_nobody_stays_until_a_smaller_step_will_do(
 
 
 def test_who_joins_stands_in_the_order_of_rank(build_device: Build, num_ahead: list[int]) -> None:
-    model = model_of("lsf")
+    model = shared_model("lsf")
     engine = build_device(model)
     submit(engine, "first", prompts(1, [9])[0], 30, temperature=1.1, seed=1, presence_penalty=0.7)
     for _ in range(4):
