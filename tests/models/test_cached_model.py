@@ -92,8 +92,12 @@ def random_prompts() -> list[Tensor]:
 
 def over_seeds(run: Callable[[HybridModel], Tensor], mix: str, dtype: torch.dtype) -> Tensor:
     """Several models' outputs as one: the largest error of one small model is a matter of luck."""
-    models = [tiny_model(dtype=dtype, seed=seed, **MIXES[mix]) for seed in SEEDS]
-    return torch.cat([run(model) for model in models])
+    return torch.cat([run(model) for model in models_of(mix, dtype)])
+
+
+@cache
+def models_of(mix: str, dtype: torch.dtype) -> list[HybridModel]:
+    return [tiny_model(dtype=dtype, seed=seed, **MIXES[mix]) for seed in SEEDS]
 
 
 @cache
@@ -104,8 +108,7 @@ def exact_over_seeds(mix: str) -> Tensor:
 @cache
 def honest_over_seeds(mix: str, dtype: torch.dtype) -> Tensor:
     parts = exact_over_seeds(mix).chunk(len(SEEDS))
-    models = [tiny_model(dtype=dtype, seed=seed, **MIXES[mix]) for seed in SEEDS]
-    pairs = zip(models, parts, strict=True)
+    pairs = zip(models_of(mix, dtype), parts, strict=True)
     return torch.cat([honestly(model, random_prompts(), part) for model, part in pairs])
 
 

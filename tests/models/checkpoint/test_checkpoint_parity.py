@@ -129,13 +129,13 @@ def over_draws(model: torch.nn.Module, draws: list[Tensor]) -> dict[str, Tensor]
 
 
 def clearest_draws(model: HybridModel) -> list[Tensor]:
-    """Of 32 inputs the eight whose experts are chosen by the widest margins.
+    """Of 16 inputs the four whose experts are chosen by the widest margins.
 
-    Eight, so that no single lucky rounding is the bound; clear, because where two experts tie to
+    Four, so that no single lucky rounding is the bound; clear, because where two experts tie to
     within fp32's eps (one draw of the first eight did) rounding chooses, and no error rule holds.
     """
-    draws = [random_ids(model.config, T, seed=seed) for seed in range(32)]
-    return sorted(draws, key=lambda ids: narrowest_choice(model, ids))[-8:]
+    draws = [random_ids(model.config, T, seed=seed) for seed in range(16)]
+    return sorted(draws, key=lambda ids: narrowest_choice(model, ids))[-4:]
 
 
 @torch.no_grad()
