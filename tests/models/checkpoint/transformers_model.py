@@ -1,4 +1,4 @@
-"""transformers' MiniMax class in fp64 with our weights, apart because it takes seconds to import."""
+"""transformers' MiniMax class in fp64 with our weights, in a file that takes seconds to import."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
