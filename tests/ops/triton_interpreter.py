@@ -27,6 +27,7 @@ def check_interpreted(*tests: Path) -> None:
 
 def main(tests: list[str]) -> int:
     """Run the tests in this process, and return the exit code."""
+    # It imports Triton, which whoever calls check_interpreted does without.
     from interpreter_types import keep_types
 
     keep_types()
