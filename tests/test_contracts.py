@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ LARGER: dict[str, int] = {
 LITERAL_TOLERANCES: dict[str, str] = {}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def names_of(path: Path) -> tuple[str, ...]:
+    return tuple(names_reached(parsed(path)))
+
+
 def names_reached(tree: ast.AST) -> Iterator[str]:
     """Every dotted name that a module imports or takes from an imported module."""
     for node in ast.walk(tree):
@@ -68,7 +79,7 @@ def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
         str(path.relative_to(ROOT))
         for path in SOURCES
         if not path.relative_to(PACKAGE).as_posix().startswith(IMPORTERS[library])
-        and any(is_within(name, library) for name in names_reached(ast.parse(path.read_text())))
+        and any(is_within(name, library) for name in names_of(path))
     ]
     assert offenders == []
 
@@ -126,7 +137,7 @@ def test_tolerances_come_from_the_error_rule() -> None:
     found = {
         f"{path.relative_to(ROOT)}:{line}"
         for path in TEST_FILES
-        for line in literal_tolerances(ast.parse(path.read_text()))
+        for line in literal_tolerances(parsed(path))
     }
     assert found == set(LITERAL_TOLERANCES)
 
@@ -159,9 +170,9 @@ def function_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def sizes() -> Iterator[tuple[str, int, int]]:
     """Name, lines and limit of every file and function of the package."""
     for path in SOURCES:
-        name, text = path.relative_to(PACKAGE).as_posix(), path.read_text()
-        yield name, len(text.splitlines()), MAX_FILE_LINES
-        for node in ast.walk(ast.parse(text)):
+        name = path.relative_to(PACKAGE).as_posix()
+        yield name, len(path.read_text().splitlines()), MAX_FILE_LINES
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{name}:{node.name}", function_lines(node), MAX_FUNCTION_LINES
 

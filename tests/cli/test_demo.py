@@ -22,6 +22,7 @@ from sevenfold.train import read_metrics
 
 STEPS = 3
 CONTEXTS = (8, 16)
+SAMPLE_TOKENS = 40
 FORMS = ("hybrid", "softmax", "lightning")
 
 
@@ -34,6 +35,7 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         pages.append(novel / f"{page:02}.txt")
         pages[-1].write_text(text[3000 * page : 3000 * (page + 1)], encoding="utf-8")
     sizes = {"VOCAB_SIZE": 400, "SEQ_LEN": 64, "TOKENS_PER_STEP": 128, "CONTEXTS": CONTEXTS}
+    sizes["SAMPLE_TOKENS"] = SAMPLE_TOKENS
     with (
         mock.patch.multiple(tour, austen_paths=lambda: tuple(pages), **sizes),
         mock.patch.multiple(context, CONTEXTS=CONTEXTS, REPEATS=3),
@@ -87,7 +89,7 @@ def test_the_report_needs_nothing_else(report: str) -> None:
 def test_the_samples_are_what_the_models_write(report: str, folder: Path) -> None:
     samples = re.findall(r"<h3>(\w+)</h3><blockquote>(.*?)<b>(.*?)</b></blockquote>", report, re.S)
     assert [form for form, _, _ in samples] == list(FORMS)
-    params = tour.SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
+    params = tour.SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=1)
     for form, prompt, text in samples:
         assert html.unescape(prompt) == PROMPT
         [done] = LLM(folder / "runs" / form / "final").generate([PROMPT], params)

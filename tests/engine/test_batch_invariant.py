@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from device_helpers import FakeCapture, new_runner
-from engine_helpers import MOE, tiny_model
+from engine_helpers import shared_model
 from test_engine import prompts, submit
 from test_host_tier import plan_of
 from tokenizers import Tokenizer
@@ -59,10 +59,6 @@ def run(engine: Engine, most_steps: int = 2000) -> None:
     raise AssertionError(f"the engine must come to an end in {most_steps} steps")
 
 
-def model_of(layers: str) -> HybridModel:
-    return tiny_model(layers, max_position_embeddings=200, moe=MOE if layers == "llsl" else None)
-
-
 def sampled(n: int) -> dict:
     """Every other request is sampled."""
     return {"temperature": 0.0} if n % 2 else {"temperature": 0.7, "seed": n, "top_k": 20 * n}
@@ -79,7 +75,7 @@ def test_bits_do_not_depend_on_company(
             "make_runner",
             lambda model, storage, *_, **__: new_runner(model, storage, FakeCapture(), (4,)),
         )
-    model = model_of(layers)
+    model = shared_model(layers)
     # Some go on from what others have cached, and all from lengths that no chunk divides.
     texts = prompts(1, [50, 7, 90, 33, 61, 1], shared=35)
     texts.append([*texts[2], *prompts(2, [9])[0]])
@@ -120,7 +116,7 @@ def test_rows_are_cut_at_multiples_of_a_chunk() -> None:
 
 
 def test_what_cannot_be_invariant_is_refused(tokenizer: Tokenizer) -> None:
-    model = model_of("lsf")
+    model = shared_model("lsf")
     limits = {"max_request_tokens": 160, "page_tokens": 16, "batch_invariant": True}
     config = SchedulerConfig(**limits)
     plan = plan_of(model, 64, 0, ring_tokens=RING_TOKENS)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from engine_helpers import tiny_model, uncached
+from engine_helpers import shared_model, tiny_model, uncached
 from tokenizers import Tokenizer
 
 from sevenfold.config import UnsupportedError
@@ -71,7 +71,7 @@ def prompts(seed: int, lengths: list[int], shared: int = 0) -> list[list[int]]:
 
 @pytest.fixture(scope="module", params=MIXES)
 def model(request: pytest.FixtureRequest) -> HybridModel:
-    return tiny_model(request.param, max_position_embeddings=200)
+    return shared_model(request.param)
 
 
 def test_a_crowd_gets_what_each_gets_alone(model: HybridModel, tokenizer: Tokenizer) -> None:

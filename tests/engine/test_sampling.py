@@ -93,7 +93,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_share_of_draws_is_the_probability(case: str) -> None:
-    logits, params, grid = random_logits(), SamplingParams(**CASES[case]), 2048
+    logits, params, grid = random_logits(), SamplingParams(**CASES[case]), 1024
     draws = ((i + 0.5) / grid for i in range(grid))
     counts = Counter(choose_token(logits, SEEN, params, draw) for draw in draws)
     wanted = distribution(logits, SEEN, params)

@@ -16,6 +16,7 @@ from pathlib import Path
 import parallel_cases
 import parallel_generation
 import torch
+from numba.core.registry import cpu_target
 from parallel_helpers import build, take_step
 from torch import distributed as dist
 
@@ -23,9 +24,10 @@ from sevenfold.engine.tensor_parallel import Channel
 from sevenfold.parallel import Layout, ParallelConfig, divide_model
 from sevenfold.train import load_run_config, train
 
-# A first step imports them, for 2 s of a processor's time; neither starts a thread.
-for name in ("torch._dynamo", "numba"):
-    import_module(name)
+# A first step takes 2 s of a processor's time for these; none of them starts a thread.
+import_module("torch._dynamo")
+cpu_target.typing_context.refresh()
+cpu_target.target_context.refresh()
 
 
 def steps(folder: Path, rank: int, *names: str) -> None:

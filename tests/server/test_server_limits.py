@@ -349,6 +349,17 @@ def test_settings_that_break_a_rule(values: dict, said: str) -> None:
         parse_config(ServerSettings, values, "serve")
 
 
+async def test_the_document_has_the_errors_and_the_key_that_there_are() -> None:
+    async with client_of(ScriptedEngine()) as client:
+        document, again = [(await client.get("/openapi.json")).json() for _ in "ab"]
+    assert document == again
+    operations = [one for path in document["paths"].values() for one in path.values()]
+    assert [one for one in operations if "422" in one["responses"]] == []
+    assert "ValidationError" not in document["components"]["schemas"]
+    assert document["security"] == [{"key": []}]
+    assert document["paths"]["/health"]["get"]["security"] == []
+
+
 async def test_pages_bring_everything_themselves() -> None:
     async with client_of(ScriptedEngine()) as client:
         for path in ("/", "/docs"):

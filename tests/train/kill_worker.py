@@ -15,11 +15,14 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from numba.core.registry import cpu_target
+
 from sevenfold.train import load_run_config, train
 
-# A first step imports them, for 2 s of a processor's time; neither starts a thread.
-for name in ("torch._dynamo", "numba"):
-    import_module(name)
+# A first step takes 2 s of a processor's time for these; none of them starts a thread.
+import_module("torch._dynamo")
+cpu_target.typing_context.refresh()
+cpu_target.target_context.refresh()
 
 
 def child(run_file: str) -> None:

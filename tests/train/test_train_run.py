@@ -126,8 +126,11 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("features", "number"),
+    [*zip(FEATURES.values(), (signal.SIGTERM, signal.SIGINT, signal.SIGTERM), strict=True)],
+    ids=FEATURES,
+)
 def test_a_stopped_run_goes_on_bit_for_bit(
     run_values: dict, tmp_path: Path, features: dict, number: signal.Signals
 ) -> None:

@@ -2,12 +2,11 @@
 
 import copy
 from collections.abc import Sequence
-from functools import cache
 
 import pytest
 import torch
 from device_helpers import FakeCapture, new_runner, prompt
-from engine_helpers import MOE, tiny_model, uncached
+from engine_helpers import shared_model, tiny_model, uncached
 from speculation_helpers import CHAIN, TREE, build, is_idle, repeating, run, submit, tokens
 from tokenizers import Tokenizer
 from verifier_bench import CHAINS, TREES, Bench, real_rows
@@ -24,23 +23,21 @@ from sevenfold.ops.testing import check_error
 LAYERS = ["ll", "ff", "lsf", "llsl"]
 
 
-@cache
-def model_of(layers: str) -> HybridModel:
-    return tiny_model(layers, max_position_embeddings=200, moe=MOE if layers == "llsl" else None)
+SIZES = {"graphs": (1, 2, 4), "one size": (8,), "no graphs": ()}
+MODES = {"chain": CHAIN, "tree": TREE}
+# Every two of a mix, of sizes and of a mode.
+CASES = [
+    (layers, sizes, list(MODES)[(m + n) % 2])
+    for m, layers in enumerate(LAYERS)
+    for n, sizes in enumerate(SIZES)
+]
 
 
-@cache
-def alone(layers: str, text: tuple[int, ...], num_tokens: int) -> list[int]:
-    """What a text's tokens are, whatever the mode and the sizes."""
-    return uncached(model_of(layers), list(text), num_tokens)
-
-
-@pytest.mark.parametrize("mode", [CHAIN, TREE], ids=["chain", "tree"])
-@pytest.mark.parametrize("sizes", [(1, 2, 4), (8,), ()], ids=["graphs", "one size", "no graphs"])
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize(("layers", "size", "mode"), CASES)
 def test_the_engine_gives_the_same_tokens(
-    layers: str, sizes: tuple[int, ...], mode, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    layers: str, size: str, mode: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model, sizes = shared_model(layers), SIZES[size]
     capture = FakeCapture() if sizes else None
     monkeypatch.setattr(
         worker_module,
@@ -48,18 +45,18 @@ def test_the_engine_gives_the_same_tokens(
         lambda model, storage, *_, **__: new_runner(model, storage, capture, sizes),
     )
     texts = repeating(0, [1, 70, 17, 40])
-    engine = build(model_of(layers), tokenizer, mode)
+    engine = build(model, tokenizer, MODES[mode])
     idle = engine.cache.usage()
     for n, text in enumerate(texts):
         submit(engine, str(n), text, 24)
     events = run(engine)
     found = [tokens(events[str(n)]) for n in range(len(texts))]
-    assert found == [alone(layers, tuple(text), 24) for text in texts]
+    assert found == [uncached(model, text, 24) for text in texts]
     assert engine.speculation_counters().num_accepted_tokens > 0
     # The next turn goes on from snapshots that drafts passed.
     second = [*texts[1], *found[1], 5]
     again = submit(engine, "again", second, 4)
-    assert tokens(run(engine)["again"]) == alone(layers, tuple(second), 4)
+    assert tokens(run(engine)["again"]) == uncached(model, second, 4)
     assert again.num_cached_tokens >= 64
     assert is_idle(engine, idle)
     assert isinstance(engine._worker._verifier, DeviceVerifier)
@@ -73,7 +70,7 @@ def test_two_drafts_in_a_row_are_as_without_a_device(layers: str, trees: list[Dr
     """The second call folds in what the first accepted, branches that moved among it."""
     found, paths = {}, [[0, 2] if trees is TREES else [0, 1], [0]]
     for name in ("device", "plain"):
-        bench = Bench(model_of(layers), (4,), trees, FakeCapture())
+        bench = Bench(shared_model(layers), (4,), trees, FakeCapture())
         verifier, drafts = getattr(bench, name), bench.start([0, 1])
         first = real_rows(verifier.run(drafts), drafts).clone()
         verifier.accept(list(zip(drafts, paths, strict=True)))
@@ -113,8 +110,8 @@ def nodes_alone(
 @pytest.mark.parametrize("layers", LAYERS)
 def test_padding_and_what_buffers_held_change_no_bit(layers: str, trees: list[DraftTree]) -> None:
     quiet, noisy = (
-        Bench(model_of(layers), (4,), trees, FakeCapture()),
-        Bench(model_of(layers), (4,), trees, FakeCapture()),
+        Bench(shared_model(layers), (4,), trees, FakeCapture()),
+        Bench(shared_model(layers), (4,), trees, FakeCapture()),
     )
     drafts = quiet.start([0, 1])
     wanted = real_rows(quiet.device.run(drafts), drafts).clone()
@@ -134,7 +131,7 @@ def test_padding_and_what_buffers_held_change_no_bit(layers: str, trees: list[Dr
 @pytest.mark.parametrize("trees", [CHAINS, TREES], ids=["chains", "trees"])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_a_run_writes_to_its_rows_and_to_the_sink(layers: str, trees: list[DraftTree]) -> None:
-    bench = Bench(model_of(layers), (4,), trees, FakeCapture())
+    bench = Bench(shared_model(layers), (4,), trees, FakeCapture())
     drafts = bench.start([0, 1])
     slabs = bench.storage._arena.view(-1, bench.storage.layout.slab_bytes)
     before = slabs.clone()

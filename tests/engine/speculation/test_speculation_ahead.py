@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 from device_helpers import FakeCapture, new_runner
-from engine_helpers import tiny_model, uncached
+from engine_helpers import shared_model, uncached
 from speculation_helpers import CHAIN, TREE, build, is_idle, repeating, run, submit, tokens
 from tokenizers import Tokenizer
 
@@ -26,8 +26,7 @@ def build_device(
         "make_runner",
         lambda model, storage, *_, **__: new_runner(model, storage, FakeCapture(), (1, 2, 4)),
     )
-    model = tiny_model("lsf", max_position_embeddings=200)
-    return lambda mode: build(model, tokenizer, mode)
+    return lambda mode: build(shared_model("lsf"), tokenizer, mode)
 
 
 @pytest.fixture

@@ -1,18 +1,14 @@
 """The model against transformers' own class, through the files: logits and every gradient."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from checkpoint_helpers import FULL, LINEAR, random_ids, random_model, tiny_config
 from torch import Tensor
-from transformers import MiniMaxConfig, MiniMaxForCausalLM
-from transformers.models.minimax import modeling_minimax
 
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig
 from sevenfold.models.checkpoint import load_model, save_model
@@ -40,34 +36,17 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def peer() -> ModuleType:
+    """Not at the top: whoever only collects this file would wait for transformers."""
+    return import_module("transformers_model")
+
+
 @pytest.fixture(params=CASES)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / request.param
     save_model(random_model(CASES[request.param]), path, format="hf")
     return path
-
-
-class DoubleTorch(ModuleType):
-    """torch, but what asks for float32 gets float64."""
-
-    float32 = float = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-@contextmanager
-def in_double() -> Iterator[None]:
-    """transformers' class computes norms, angles and routing in fp32 whatever it is given."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with (
-            mock.patch.object(modeling_minimax, "torch", DoubleTorch("torch")),
-            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def logits_and_gradients(model: torch.nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,34 +59,9 @@ def logits_and_gradients(model: torch.nn.Module, ids: Tensor) -> tuple[Tensor, d
     return z.detach(), {name.removeprefix("model."): p.grad for name, p in named}
 
 
-def their_double(folder: Path, ours: HybridModel, *, our_slopes: bool) -> MiniMaxForCausalLM:
-    config = MiniMaxConfig.from_pretrained(folder, attn_implementation="eager")
-    config._experts_implementation = "eager"
-    theirs = MiniMaxForCausalLM(config).double()
-    weights = {their_name(name): p for name, p in ours.state_dict().items()}
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert unexpected == []
-    assert all("_decay" in name or "slope_rate" in name for name in missing)
-    if our_slopes:
-        for layer, our_layer in zip(theirs.model.layers, ours.layers, strict=True):
-            if isinstance(layer.self_attn, modeling_minimax.MiniMaxLightningAttention):
-                put_slopes(layer.self_attn, -our_layer.self_attn.log_decay.double())
-    return theirs.eval()
-
-
-def their_name(name: str) -> str:
-    return name if name == "lm_head.weight" else f"model.{name}"
-
-
-def put_slopes(theirs: Any, slopes: Tensor) -> None:
-    theirs.slope_rate = slopes[:, None, None]
-    decays = theirs.decay_factors(theirs.slope_rate)
-    theirs.query_decay, theirs.key_decay, theirs.diagonal_decay = decays
-
-
-def test_fp32_is_as_near_to_the_truth_as_transformers(folder: Path) -> None:
+def test_fp32_is_as_near_to_the_truth_as_transformers(folder: Path, peer: ModuleType) -> None:
     ours, exactly = load_model(folder), load_model(folder, dtype=torch.float64)
-    theirs = MiniMaxForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = peer.MiniMaxForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     draws = clearest_draws(exactly)
     kernel, eager, exact = (over_draws(model, draws) for model in (ours, theirs, exactly))
     assert kernel.keys() == eager.keys() == exact.keys()
@@ -129,13 +83,13 @@ def over_draws(model: torch.nn.Module, draws: list[Tensor]) -> dict[str, Tensor]
 
 
 def clearest_draws(model: HybridModel) -> list[Tensor]:
-    """Of 32 inputs the eight whose experts are chosen by the widest margins.
+    """Of 16 inputs the four whose experts are chosen by the widest margins.
 
-    Eight, so that no single lucky rounding is the bound; clear, because where two experts tie to
+    Four, so that no single lucky rounding is the bound; clear, because where two experts tie to
     within fp32's eps (one draw of the first eight did) rounding chooses, and no error rule holds.
     """
-    draws = [random_ids(model.config, T, seed=seed) for seed in range(32)]
-    return sorted(draws, key=lambda ids: narrowest_choice(model, ids))[-8:]
+    draws = [random_ids(model.config, T, seed=seed) for seed in range(16)]
+    return sorted(draws, key=lambda ids: narrowest_choice(model, ids))[-4:]
 
 
 @torch.no_grad()
@@ -172,12 +126,12 @@ def check_vanishes(name: str, gradient: Tensor, experts: Tensor) -> None:
     assert error <= bound, f"{name}: {error:.3e} exceeds {bound:.3e}"
 
 
-def test_fp64_with_equal_slopes_is_the_same_function(folder: Path) -> None:
+def test_fp64_with_equal_slopes_is_the_same_function(folder: Path, peer: ModuleType) -> None:
     ours = load_model(folder, dtype=torch.float64)
     ids = random_ids(ours.config, T)
     z, grads = logits_and_gradients(ours, ids)
-    with in_double():
-        model = their_double(folder, ours, our_slopes=True)
+    with peer.in_double():
+        model = peer.their_double(folder, ours, our_slopes=True)
         their_z, their_grads = logits_and_gradients(model, ids)
     check_same("logits", their_z, z)
     for name, grad in grads.items():
@@ -193,13 +147,15 @@ def check_same(name: str, theirs: Tensor, ours: Tensor) -> None:
     assert error <= error_bound(ours, ours.float()), f"{name}: {error:.3e}"
 
 
-def test_fp64_with_their_slopes_differs_by_their_denominator_alone(folder: Path) -> None:
+def test_fp64_with_their_slopes_differs_by_their_denominator_alone(
+    folder: Path, peer: ModuleType
+) -> None:
     ours = load_model(folder, dtype=torch.float64)
     ids = random_ids(ours.config, T)
     with torch.no_grad():
         z = ours(ids)
-        with in_double():
-            their_z = their_double(folder, ours, our_slopes=False)(ids, use_cache=False).logits
+        with peer.in_double():
+            their_z = peer.their_double(folder, ours, our_slopes=False)(ids, use_cache=False).logits
     error = float((their_z - z).abs().max())
     assert error <= denominator_bound(ours) * float(z.abs().max())
 
@@ -217,22 +173,22 @@ def denominator_bound(model: HybridModel) -> float:
     return len(slopes) * T * change + eps
 
 
-def test_six_heads_agree_once_the_slopes_do(tmp_path: Path) -> None:
+def test_six_heads_agree_once_the_slopes_do(tmp_path: Path, peer: ModuleType) -> None:
     config = case((LINEAR, FULL, LINEAR), 6, 3)
     save_model(random_model(config), tmp_path / "six", format="hf")
     ours = load_model(tmp_path / "six", dtype=torch.float64)
     ids = random_ids(config, T)
     with torch.no_grad():
         z = ours(ids)
-        with in_double():
-            same = their_double(tmp_path / "six", ours, our_slopes=True)(ids).logits
-            other = their_double(tmp_path / "six", ours, our_slopes=False)(ids).logits
+        with peer.in_double():
+            same = peer.their_double(tmp_path / "six", ours, our_slopes=True)(ids).logits
+            other = peer.their_double(tmp_path / "six", ours, our_slopes=False)(ids).logits
     check_same("logits", same, z)
     # Their rule for six heads is not the original's: a defect that docs/checkpoints.md lists.
     assert float((other - z).abs().max()) > denominator_bound(ours) * float(z.abs().max())
 
 
-def test_half_rotation_is_ours_alone(tmp_path: Path) -> None:
+def test_half_rotation_is_ours_alone(tmp_path: Path, peer: ModuleType) -> None:
     config = tiny_config(rotary_dim=8)
     save_model(random_model(config), tmp_path / "half", format="hf")
     ours = load_model(tmp_path / "half", dtype=torch.float64)
@@ -242,14 +198,14 @@ def test_half_rotation_is_ours_alone(tmp_path: Path) -> None:
         z = ours(ids)
         full = HybridModel(config.model_copy(update={"rotary_dim": 16})).double().eval()
         full.load_state_dict(ours.state_dict())
-        with in_double():
-            theirs = their_double(tmp_path / "half", ours, our_slopes=True)(ids).logits
+        with peer.in_double():
+            theirs = peer.their_double(tmp_path / "half", ours, our_slopes=True)(ids).logits
         check_same("transformers rotates every channel", theirs, full(ids))
     assert float((theirs - z).abs().max()) > error_bound(z, z.float())
 
 
-def test_a_file_that_transformers_saved_loads(tmp_path: Path) -> None:
-    config = MiniMaxConfig(
+def test_a_file_that_transformers_saved_loads(tmp_path: Path, peer: ModuleType) -> None:
+    config = peer.MiniMaxConfig(
         vocab_size=61,
         hidden_size=32,
         intermediate_size=24,
@@ -262,11 +218,11 @@ def test_a_file_that_transformers_saved_loads(tmp_path: Path) -> None:
         linear_attn_alpha_factor=1.5,
     )
     torch.manual_seed(0)
-    theirs = MiniMaxForCausalLM(config).eval()
+    theirs = peer.MiniMaxForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
     assert ours.config.rotary_dim == 16
     assert ours.config.linear_attn_alpha_factor == 1.5
     state = theirs.state_dict()
     for name, parameter in ours.named_parameters():
-        assert torch.equal(parameter, state[their_name(name)])
+        assert torch.equal(parameter, state[peer.their_name(name)])

@@ -249,8 +249,7 @@ def arguments(op: str, impl: str, apart: bool) -> tuple:
             return (log_decay, pool, slots, accepted, impl)
 
 
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize(("impl", "apart"), [("reference", False), ("eager", True)])
 @pytest.mark.parametrize(
     "op", ["lightning_decode", "lightning_replay", "lightning_verify", "lightning_commit"]
 )

@@ -22,6 +22,7 @@ FORMS = ("hybrid", "softmax", "lightning")
 VOCAB_SIZE = 4096
 SEQ_LEN = 512
 TOKENS_PER_STEP = 2048
+SAMPLE_TOKENS = 120
 
 
 def demo_command(
@@ -82,7 +83,7 @@ def _train(form: str, out: Path, steps: int, console: Console) -> TrainedModel:
         result = train(config, on_step=show)
     if result.final is None:
         raise typer.Exit(1)
-    params = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=1)
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=1)
     [completion] = LLM(result.final).generate([PROMPT], params)
     metrics = read_metrics(result.folder / "metrics.jsonl")
     return TrainedModel(form, result.final, metrics, completion.text)
