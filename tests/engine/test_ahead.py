@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from device_helpers import FakeCapture, new_runner
-from engine_helpers import shared_model, uncached
+from engine_helpers import shared_model, tiny_model, uncached
 from test_engine import MIXES, build, prompts, run, submit, tiny_model_with_nan, tokens
 from tokenizers import Tokenizer
 

@@ -165,7 +165,7 @@ def test_warmed_up_its_drafts_record_nothing_and_hold_nothing(
         "make_runner",
         lambda model, storage, *_, **__: new_runner(model, storage, capture, (1, 2, 4)),
     )
-    engine = build(model_of(layers), tokenizer, CHAIN, max_running=4)
+    engine = build(shared_model(layers), tokenizer, CHAIN, max_running=4)
     worker = engine._worker
     slabs = worker.storage._arena.view(-1, worker.storage.layout.slab_bytes)
     slabs[1:] = 7
@@ -179,6 +179,6 @@ def test_warmed_up_its_drafts_record_nothing_and_hold_nothing(
         submit(engine, str(n), text, 24)
     events = run(engine)
     found = [tokens(events[str(n)]) for n in range(len(texts))]
-    assert found == [alone(layers, tuple(text), 24) for text in texts]
+    assert found == [uncached(shared_model(layers), text, 24) for text in texts]
     assert engine.speculation_counters().num_accepted_tokens > 0
     assert capture.recorded == before
