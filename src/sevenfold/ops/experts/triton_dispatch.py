@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 # Choices times experts that a block compares at once.
@@ -77,7 +78,7 @@ def max_rows(num_choices: int, num_experts: int, capacity: int | None) -> int:
     return num_choices if capacity is None else min(num_choices, num_experts * capacity)
 
 
-@torch.library.custom_op("sevenfold::plan_dispatch", mutates_args=())
+@operator("sevenfold::plan_dispatch")
 def plan_dispatch(
     experts: Tensor, num_experts: int, capacity: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:

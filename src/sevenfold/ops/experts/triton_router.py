@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.triton_column_sum import column_sum
 
@@ -98,7 +99,7 @@ def _experts(E: int) -> int:
     return max(_MIN_EXPERTS, next_power_of_2(E))
 
 
-@torch.library.custom_op("sevenfold::router_logits", mutates_args=())
+@operator("sevenfold::router_logits")
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """The product; arguments and result as in the public operator."""
     logits = _logits_of(x, weight)
@@ -111,7 +112,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
-@torch.library.custom_op("sevenfold::router_logits_backward", mutates_args=())
+@operator("sevenfold::router_logits_backward")
 def router_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
 
 _TILE_ELEMENTS, _WARPS = 2048, 4
@@ -78,7 +79,7 @@ def _parts(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@torch.library.custom_op("sevenfold::silu_qkv", mutates_args=())
+@operator("sevenfold::silu_qkv")
 def silu_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v; arguments and results as in the public operator."""
     q, k, v = _parts(qkv, num_heads)
@@ -92,7 +93,7 @@ def silu_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@torch.library.custom_op("sevenfold::silu_qkv_backward", mutates_args=())
+@operator("sevenfold::silu_qkv_backward")
 def silu_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor) -> Tensor:
     """The gradient of qkv."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import as_rows, cdiv, next_power_of_2
 
 # Measured on an H200, 32,768 x 1792 bf16: one row of 2,048 columns reaches 95% of the copy rate
@@ -56,7 +57,7 @@ def _grid(num_rows: int, F: int) -> tuple[int, int]:
     return cdiv(num_rows, tile["ROWS"]), cdiv(F, tile["COLUMNS"])
 
 
-@torch.library.custom_op("sevenfold::swiglu", mutates_args=())
+@operator("sevenfold::swiglu")
 def swiglu(gate_up: Tensor) -> Tensor:
     """The product; argument and result as in the public operator."""
     y = _half(gate_up)
@@ -69,7 +70,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("sevenfold::swiglu_backward", mutates_args=())
+@operator("sevenfold::swiglu_backward")
 def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of gate_up."""
     dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
