@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 # What else an operator may be given for it to be called directly.
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 # fp32 logits of a chunk, 512 MB: products of 4,096 tokens with 32,000 words are as fast as larger.
 _CHUNK_ELEMENTS = 2**27
@@ -29,6 +30,7 @@ _CHUNK_MULTIPLE = 128
 _MAX_BLOCK, _WARPS = 16_384, 32
 
 
+@launched
 @triton.jit
 def _loss_kernel(
     logits_ptr, dlogits_ptr, labels_ptr, loss_ptr, V, dlogits_stride, BLOCK: tl.constexpr

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 _TILE_ELEMENTS, _WARPS = 1024, 4
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     logits_ptr, weights_ptr, experts_ptr, num_tokens, E,
@@ -46,6 +48,7 @@ def _forward_kernel(
         left = tl.where(expert == chosen, float("-inf"), left)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     dweights_ptr, weights_ptr, experts_ptr, dlogits_ptr, num_tokens, E,

@@ -20,6 +20,7 @@ from torch import Tensor
 from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.triton_column_sum import column_sum
+from sevenfold.ops.triton_launched import launched
 
 _TOKENS, _DEPTH, _WARPS, _STAGES = 64, 128, 4, 3
 # The weight's gradient: columns of one program, and parts that share the tokens.
@@ -42,6 +43,7 @@ def _split(x, low_dtype: tl.constexpr):
     return high, middle, (rest - middle.to(tl.float32)).to(low_dtype)
 
 
+@launched
 @triton.jit
 def _logits_kernel(
     x_ptr, weight_ptr, logits_ptr, T, E, D,
@@ -59,6 +61,7 @@ def _logits_kernel(
     tl.store(logits_ptr + token * E + expert, logits, (token < T) & (expert < E))
 
 
+@launched
 @triton.jit
 def _dx_kernel(
     dlogits_ptr, weight_ptr, dx_ptr, T, E, D,
@@ -73,6 +76,7 @@ def _dx_kernel(
     tl.store(dx_ptr + token * D + column, dx, (token < T) & (column < D))
 
 
+@launched
 @triton.jit
 def _dweight_kernel(
     dlogits_ptr, x_ptr, partial_ptr, T, E, D, part_tokens,

@@ -3,7 +3,6 @@
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

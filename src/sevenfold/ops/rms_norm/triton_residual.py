@@ -24,8 +24,10 @@ from sevenfold.ops.row_launch import (
     walking_tile,
 )
 from sevenfold.ops.triton_column_sum import column_sum
+from sevenfold.ops.triton_launched import launched
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     stream_ptr, update_ptr, weight_ptr, y_ptr, x_ptr, stream_stride, update_stride,
@@ -44,6 +46,7 @@ def _forward_kernel(
     tl.store(y_ptr + row * D + column, x * r * weight, inside)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, dstream_ptr, dupdate_ptr, partial_ptr,

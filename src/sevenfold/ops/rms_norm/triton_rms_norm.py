@@ -26,9 +26,11 @@ from sevenfold.ops.row_launch import (
     walking_tile,
 )
 from sevenfold.ops.triton_column_sum import column_sum
+from sevenfold.ops.triton_launched import launched
 from sevenfold.ops.triton_overlap import wait_for_last
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, x_stride, gate_stride, num_rows, D, eps,
@@ -48,6 +50,7 @@ def _forward_kernel(
     tl.store(y_ptr + row * D + column, y, inside)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     dy_ptr, x_ptr, gate_ptr, weight_ptr, dx_ptr, dgate_ptr, partial_ptr,

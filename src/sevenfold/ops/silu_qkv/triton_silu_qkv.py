@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 _TILE_ELEMENTS, _WARPS = 2048, 4
 
@@ -32,6 +33,7 @@ def _silu_gradient(dy, x):
     return dy * share * (1 + x * (1 - share))
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, num_rows, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr
@@ -48,6 +50,7 @@ def _forward_kernel(
     tl.store(v_ptr + target, _silu(v), inside)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, dqkv_ptr, num_rows, D,
