@@ -51,7 +51,9 @@ def test_a_key_is_at_least_as_fine_as_tritons() -> None:
 
 
 def test_a_key_tells_where_one_argument_ends() -> None:
-    pairs = {launch_key((a, b))[0]: (specialised(a), specialised(b)) for a in VALUES for b in VALUES}
+    pairs = {
+        launch_key((a, b))[0]: (specialised(a), specialised(b)) for a in VALUES for b in VALUES
+    }
     for a in VALUES:
         for b in VALUES:
             assert pairs[launch_key((a, b))[0]] == (specialised(a), specialised(b))

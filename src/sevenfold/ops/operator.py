@@ -82,7 +82,8 @@ def _function(
     run: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *args: Any) -> Any:
-        output = run(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # as in torch.library: no result is a view
+            output = run(*args)
         setup_context(ctx, args, output)
         return output
 

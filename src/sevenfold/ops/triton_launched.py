@@ -21,7 +21,7 @@ _IS_KNOWN_TRITON = triton.__version__.startswith("3.6.")
 
 
 class BulkCopies(NamedTuple):
-    """A tensor of which a kernel for Hopper GPUs copies blocks; Triton's descriptor, without checks.
+    """A tensor whose blocks a kernel for Hopper GPUs copies: a descriptor that is not checked.
 
     base: on a 16-byte border; steps from one index to the next are multiples of 16 bytes but the
         last, which is one element.
@@ -104,9 +104,9 @@ def launched(kernel: Any) -> Any:
 
 
 def launch_key(args: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Any]]:
-    """Return what Triton specialises a kernel for, or finer, and the values that its launcher takes.
+    """Return what Triton specialises a kernel for, or finer, and the values for its launcher.
 
-    Dtypes; whether addresses and whole numbers are multiples of 16; the number 1; 32 or 64 bits.
+    The key holds dtypes; whether addresses and whole numbers are multiples of 16; the number 1; 32 or 64 bits.
     Each argument's part says by its first element how long it is, so that keys are equal only
     where all parts are. None where an argument is of no kind that is known.
     """
@@ -118,7 +118,8 @@ def launch_key(args: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Any]
             value = x.data_ptr()
             key += (x.dtype, x.is_cuda, not value & 15)
         elif kind is int:
-            key.append(_int_kind(x))
+            bits = 2 if -_INT32 <= x < _INT32 else 4 if -_INT64 <= x < _INT64 else 6
+            key.append(1 if x == 1 else bits + (not x & 15))
         elif x is None or kind is float:
             key.append(kind)
         elif kind is BulkCopies:
@@ -132,15 +133,7 @@ def launch_key(args: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Any]
     return tuple(key), values
 
 
-def _int_kind(n: int) -> int:
-    if n == 1:
-        return 1
-    is_small = -_INT32 <= n < _INT32
-    bits = 2 if is_small else 4 if -_INT64 <= n < _INT64 else 6
-    return bits + (not n & 15)
-
-
 def _is_watched() -> bool:
     """Whether somebody waits for launches, a profiler for one."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(hook is not None and hook.calls for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool((enter and enter.calls) or (leave and leave.calls))
