@@ -98,7 +98,10 @@ class Kernel:
         def launch(*args: Any, **constants: Any) -> Any:
             self.by_triton.append((grid, args, constants))
             number = len(self.by_triton)
-            run = lambda *given: self.direct.append((number, given))
+
+            def run(*given: Any) -> None:
+                self.direct.append((number, given))
+
             return SimpleNamespace(run=run, function=number, packed_metadata="metadata")
 
         return launch

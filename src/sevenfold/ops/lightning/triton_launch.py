@@ -313,7 +313,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _bulk_copies(x: Tensor, part: int) -> BulkCopies:
-    """[B, T, H, D] as rows [B * T, H, D] for bulk copies of parts of D, copying only where needed."""
+    """[B, T, H, D] as rows [B * T, H, D] for bulk copies of parts of D; copies where it must."""
     B, T, H, D = x.shape
     block = (_HOPPER_CHUNK, 1, part)
     if x.data_ptr() % 16 == 0 and x.is_contiguous():  # D is a multiple of 8 elements of 2 bytes
