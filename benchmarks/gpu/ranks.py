@@ -4,7 +4,8 @@ torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json           (timings,
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json checks    (layouts against one GPU)
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json longest   (1M tokens in one row)
 
-Checks and timings are runs of their own: NCCL keeps memory for each group that has been used.
+Checks and timings are runs of their own: NCCL keeps memory for each group that has been used. A
+last word `tiny` runs any of them in minutes on a CPU, over gloo, to see that all of it works.
 """
 
 import gc
@@ -40,6 +41,9 @@ from sevenfold.train.transform import narrow_stream, recompute_blocks
 
 BUDGET_S = 255
 BEGAN = time.monotonic()
+TINY = "tiny" in sys.argv[2:]
+KIND = "cpu" if TINY else "cuda"
+AUTOCAST = None if TINY else "bf16"
 
 
 @dataclass
@@ -62,54 +66,42 @@ class Rows:
         return Row(ids, labels, self.lengths)
 
 
+ONCE = {"gather_once": True}
+BY_ROWS = {
+    "data: shard": {"shard": 2, **ONCE},
+    "data: replicate": {"replicate": 2, **ONCE},
+    "expert": {"shard": 2, "expert": 2, **ONCE},
+    "expert, 2 token groups": {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
+}
+
+
+def work_by_rows(rows):
+    """As many rows of 2,048 tokens on each of two GPUs as on one."""
+    one = f"one {rows}x2048"
+    return [
+        (one, {}, (2048,), rows, 1, None),
+        *((f"{n}, {rows}x2048 each", d, (2048,), 2 * rows, 1, one) for n, d in BY_ROWS.items()),
+    ]
+
+
+def work_by_length(tokens):
+    """One document on one GPU and on two, and two of them on two."""
+    one = f"one 1x{tokens}"
+    ring, gather = ({"context": 2, "context_attention": way, **ONCE} for way in ("ring", "gather"))
+    return [
+        (one, {}, (tokens,), 1, 1, None),
+        (f"context, ring, 1x{tokens}", ring, (tokens,), 1, 1, one),
+        (f"context, gather, 1x{tokens}", gather, (tokens,), 1, 1, one),
+        (f"context, ring, 2 documents of {tokens}", ring, (tokens, tokens), 1, 1, one),
+    ]
+
+
 # name, layout, documents of a row, rows of a micro-batch, micro-batches, baseline
 WORK = [
-    ("one 8x2048", {}, (2048,), 8, 1, None),
-    ("data: shard", {"shard": 2}, (2048,), 16, 1, "one 8x2048"),
-    ("data: replicate", {"replicate": 2}, (2048,), 16, 1, "one 8x2048"),
-    ("expert", {"shard": 2, "expert": 2}, (2048,), 16, 1, "one 8x2048"),
-    (
-        "expert, 2 token groups",
-        {"shard": 2, "expert": 2, "expert_token_groups": 2},
-        (2048,),
-        16,
-        1,
-        "one 8x2048",
-    ),
-    ("one 1x16384", {}, (16384,), 1, 1, None),
-    (
-        "context, gather, 2 documents of 16384",
-        {"context": 2, "context_attention": "gather"},
-        (16384, 16384),
-        1,
-        1,
-        "one 1x16384",
-    ),
-    (
-        "context, ring, 2 documents of 16384",
-        {"context": 2, "context_attention": "ring"},
-        (16384, 16384),
-        1,
-        1,
-        "one 1x16384",
-    ),
-    ("one 1x32768", {}, (32768,), 1, 1, None),
-    (
-        "context, gather, 1x32768",
-        {"context": 2, "context_attention": "gather"},
-        (32768,),
-        1,
-        1,
-        "one 1x32768",
-    ),
-    (
-        "context, ring, 1x32768",
-        {"context": 2, "context_attention": "ring"},
-        (32768,),
-        1,
-        1,
-        "one 1x32768",
-    ),
+    *work_by_rows(32),
+    *work_by_length(65536),
+    *work_by_rows(8),
+    *work_by_length(16384),
     ("tensor", {"tensor": 2}, (2048,), 16, 1, "one 8x2048"),
     ("pipeline, 4 micro-batches", {"pipeline": 2}, (2048,), 4, 4, "one 8x2048"),
 ]
@@ -149,7 +141,7 @@ def thrifty(model):
 def built(config, degrees, device, alone, whole, between=leave):
     parallel = ParallelConfig(**degrees)
     parallel.check_model(config)
-    layout = Layout(parallel) if alone else Layout.join(parallel, "cuda")
+    layout = Layout(parallel) if alone else Layout.join(parallel, KIND)
     if whole:
         model = build_model(config, layout, seed=3, device=device, between=between)
     else:
@@ -161,82 +153,126 @@ def built(config, degrees, device, alone, whole, between=leave):
     return model, optimizer, layout, Pipeline(model, layout) if parallel.pipeline > 1 else None
 
 
+def synchronize():
+    if not TINY:
+        torch.cuda.synchronize()
+
+
+def reset_peak():
+    gc.collect()
+    if not TINY:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib():
+    """The higher of the two ranks'."""
+    peak = torch.tensor(0 if TINY else torch.cuda.max_memory_allocated())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return peak.item() / 2**30
+
+
+def seconds_of(steps, take):
+    """Seconds of each step, which all ranks begin together and end when both are done."""
+    times = []
+    for _ in range(steps):
+        synchronize()
+        dist.barrier()
+        began = time.perf_counter()
+        values = take()
+        synchronize()
+        times.append(time.perf_counter() - began)
+        # A rank that stops alone would leave the other waiting.
+        if late():
+            break
+    return times, values
+
+
 def timed(config, name, degrees, lengths, rows, micro_batches, device):
     alone = not degrees
-    if alone and dist.get_rank():
-        return None
-    model, optimizer, layout, pipeline = built(config, degrees, device, alone, whole=False)
-    torch.cuda.reset_peak_memory_stats()
-    step = read_step(
-        Rows(lengths, config.vocab_size),
-        0,
-        rows * micro_batches,
-        micro_batch_rows=rows,
-        device=device,
-        layout=layout,
-    )
-    times = []
-    for n in range(11):
-        torch.cuda.synchronize()
-        if not alone:
-            dist.barrier()
-        began = time.perf_counter()
-        loss, norm = step_once(model, optimizer, layout, pipeline, step, "bf16")
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-        if n == 3 and times[-1] > 3:
-            break
+    if TINY:
+        lengths = tuple(n // 64 for n in lengths)
+    # What the case before has left is in cycles.
+    reset_peak()
+    took = None
+    if not alone or dist.get_rank() == 0:
+        model, optimizer, layout, pipeline = built(config, degrees, device, alone, whole=False)
+        step = read_step(
+            Rows(lengths, config.vocab_size),
+            0,
+            rows * micro_batches,
+            micro_batch_rows=rows,
+            device=device,
+            layout=layout,
+        )
+
+        def took():
+            return step_once(model, optimizer, layout, pipeline, step, AUTOCAST)
+
+    reset_peak()
+    # The rank that has nothing to do counts steps, and waits.
+    times, values = seconds_of(4 if TINY else 11, took or (lambda: (0.0, 0.0)))
     seconds = statistics.median(times[min(3, len(times) - 1) :])
     tokens = rows * micro_batches * sum(lengths)
+    loss, norm = (float(x) for x in values)
     return {
         "name": name,
         "layout": degrees,
         "tokens": tokens,
         "step_s": seconds,
         "tokens_per_s": tokens / seconds,
-        "loss": float(loss),
-        "norm": float(norm),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "loss": loss,
+        "norm": norm,
+        "peak_gib": peak_gib(),
     }
 
 
-def longest(device):
-    """A step of the 1B hybrid over one row of 1,048,576 tokens, half of it on each GPU."""
-    tokens = 1_048_576
-    # Without, a fifth of what the allocator holds lay idle between others when memory ran out.
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    config = preset("1b-hybrid").model_copy(update={"max_position_embeddings": tokens})
-    degrees = {"context": 2, "context_attention": "gather"}
+# A short row compiles and connects; each of the others is one step.
+LONG_ROWS = (2**17, 2**20)
+
+
+def longest(device, result, out):
+    """Steps of the 1B hybrid over one row, half of it on each GPU, up to 1,048,576 tokens."""
+    if not TINY:
+        # Without, a fifth of what the allocator holds lay idle between others when memory ran out.
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    config = preset("nano-hybrid" if TINY else "1b-hybrid")
+    config = config.model_copy(update={"max_position_embeddings": max(LONG_ROWS)})
+    degrees = {"context": 2, "context_attention": "ring"}
     model, optimizer, layout, pipeline = built(config, degrees, device, False, False, thrifty)
-    rows = Rows((tokens,), config.vocab_size)
-    step = read_step(rows, 0, 1, micro_batch_rows=1, device=device, layout=layout)
-    times = []
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        torch.cuda.synchronize()
-        dist.barrier()
-        began = time.perf_counter()
-        loss, norm = step_once(model, optimizer, layout, pipeline, step, "bf16")
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-        if dist.get_rank() == 0:
-            print(f"1 x {tokens:,}: {times[-1]:.1f} s, loss {float(loss):.3f}", flush=True)
-        if time.monotonic() - BEGAN > BUDGET_S / 2:
-            break
-    one = training_memory(config, tokens // 2, recompute_every=1)
-    halved = one.weights + one.gradients + one.moments
-    return {
-        "name": "longest: 1b-hybrid, context 2, blocks recomputed",
-        "layout": degrees,
-        "tokens": tokens,
-        "step_s": times[-1],
-        "tokens_per_s": tokens / times[-1],
-        "loss": float(loss),
-        "norm": float(norm),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "one_gpu_of_half_the_row_gib": one.total / 2**30,
-        "with_divided_weights_gib": (one.total - halved // 2) / 2**30,
-    }
+    for number, tokens in enumerate((LONG_ROWS[0], *LONG_ROWS)):
+        if TINY:
+            tokens //= 2**10
+        rows = Rows((tokens,), config.vocab_size)
+        step = read_step(rows, 0, 1, micro_batch_rows=1, device=device, layout=layout)
+
+        def take(step=step):
+            return step_once(model, optimizer, layout, pipeline, step, "bf16")
+
+        reset_peak()
+        (seconds,), values = seconds_of(1, take)
+        predicted = training_memory(config, tokens // 2, recompute_every=1, context_ranks=2)
+        loss, norm = (float(x) for x in values)
+        row = {
+            "name": f"longest: 1b-hybrid, context 2, blocks recomputed, 1 x {tokens:,}",
+            "layout": degrees,
+            "tokens": tokens,
+            "step_s": seconds,
+            "tokens_per_s": tokens / seconds,
+            "loss": loss,
+            "norm": norm,
+            "peak_gib": peak_gib(),
+            "predicted_gib": predicted.total / 2**30,
+            "reserved_gib": 0 if TINY else torch.cuda.memory_reserved() / 2**30,
+        }
+        if dist.get_rank() == 0 and number:
+            result["rows"].append(row)
+            print(
+                f"1 x {tokens:,}: {seconds:.1f} s, loss {loss:.3f}, peak {row['peak_gib']:.2f} GiB "
+                f"(predicted {row['predicted_gib']:.2f}), {row['reserved_gib']:.1f} GiB reserved",
+                flush=True,
+            )
+            out.write_text(json.dumps(result, indent=1))
 
 
 CHECKS = [
@@ -303,24 +339,26 @@ def checks(device):
 
 def late():
     flag = torch.tensor([int(time.monotonic() - BEGAN > BUDGET_S)])
-    dist.all_reduce(flag)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
 
 
 def main():
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
+    device = torch.device("cpu")
+    if not TINY:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     # As the trainer does: with a device, NCCL would make every group of a layout at once.
-    dist.init_process_group("cpu:gloo,cuda:nccl")
+    dist.init_process_group("gloo" if TINY else "cpu:gloo,cuda:nccl")
     result = {
-        "device": torch.cuda.get_device_name(),
+        "device": "cpu" if TINY else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "rows": [],
         "errors": [],
     }
     out = Path(sys.argv[1])
     if "longest" in sys.argv[2:]:
-        result["rows"].append(longest(device))
+        longest(device, result, out)
     elif "checks" in sys.argv[2:]:
         result["checks"] = checks(device)
     else:
@@ -332,23 +370,20 @@ def main():
 
 
 def timings(device, result, out):
-    config = preset("bench-2b")
+    config = preset("bench-19m" if TINY else "bench-2b")
     rates = {}
     for work in WORK:
         if late():
             result["errors"].append(f"no time left for {work[0]}")
             continue
         row = timed(config, *work[:5], device)
-        gc.collect()
-        torch.cuda.empty_cache()
-        dist.barrier()
         if dist.get_rank() == 0:
             rates[work[0]] = row["tokens_per_s"]
             row["ratio"] = row["tokens_per_s"] / rates[work[5]] if work[5] in rates else None
             result["rows"].append(row)
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
             print(
-                f"{row['name']:<42} {row['tokens_per_s']:>10,.0f} tok/s {row['step_s']:.3f} s "
+                f"{row['name']:<46} {row['tokens_per_s']:>10,.0f} tok/s {row['step_s']:.3f} s "
                 f"{ratio:>6} peak {row['peak_gib']:.1f} GiB loss {row['loss']:.3f}",
                 flush=True,
             )

@@ -94,12 +94,14 @@ def rows(tmp_path: Path, *arguments: str) -> list[dict]:
 
 
 def test_prefill(tmp_path: Path) -> None:
-    lengths = ("--lengths", "64", "--lengths", "130", "--peer-most-tokens", "100")
-    first, second = rows(tmp_path, "prefill", *lengths)
-    assert (first["tokens"], second["tokens"]) == (64, 130)
+    lengths = ("--lengths", "64", "--lengths", "130", "--lengths", "150")
+    limits = ("--peer-most-tokens", "100", "--twin-most-tokens", "140")
+    first, second, third = rows(tmp_path, "prefill", *lengths, *limits)
+    assert (first["tokens"], second["tokens"], third["tokens"]) == (64, 130, 150)
     assert first["ratio"] == first["transformers_s"] / first["ours_s"]
     assert second["transformers_s"] is second["ratio"] is None
     assert second["softmax_twin_s"] > 0
+    assert third["softmax_twin_s"] is None
     assert second["floor_s"] > first["floor_s"]
 
 

@@ -1,5 +1,6 @@
 """`sevenfold serve`: it serves until a signal, and says in one line why it does not."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -7,13 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from cli_helpers import TinyRun, exit_code, run_cli
 from safetensors.torch import load_file, save_file
+
+from sevenfold import server
 
 FEWER_BITS = ("--states", "int8", "--snapshots", "auto", "--weights", "int8")
 
@@ -156,6 +159,28 @@ def test_weights_that_compute_nothing(
     assert exit_code("serve", broken, "--port", "0", "--memory-gib", "0.05") == 1
     said = "broken must answer a first request: the model's logits are not finite"
     assert said in capfd.readouterr().err
+
+
+def test_it_warms_up_unless_it_shall_be_ready_at_once(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def warm_up(engine: server.BatchingEngine, note: Callable[[str], None]) -> None:
+        note("half way")
+
+    def listen(app: server.ServerApp, settings: object, taken: object, first: Callable) -> None:
+        asyncio.run(first())
+        app.close()
+
+    monkeypatch.setattr(server.BatchingEngine, "warm_up", warm_up)
+    monkeypatch.setattr(server, "listen", listen)
+    said = []
+    for options in ([], ["--no-warm-up"]):
+        where = ("--port", "0", "--memory-gib", "0.05")
+        assert exit_code("serve", tiny_run.checkpoint, *where, *options) == 0
+        said.append(capfd.readouterr().out)
+    assert "warming up: half way\nfinal at http://127.0.0.1:" in said[0]
+    assert "warming up" not in said[1]
+    assert "final at http://127.0.0.1:" in said[1]
 
 
 def test_help() -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.ahead import Ahead
+from sevenfold.engine.device.staging import Staging
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.transfer import Arriving
@@ -272,7 +273,26 @@ def test_who_joins_stands_in_the_order_of_rank(build_device: Build, num_ahead: l
 
 
 def test_reading_numbers_does_not_see_what_comes_later() -> None:
-    numbers = torch.tensor([1, 2])
-    arriving = Arriving([numbers, numbers > 1])
+    numbers = torch.tensor([[1, 0], [2, 1]])
+    arriving = Arriving(numbers)
     numbers.zero_()
     assert arriving.numbers() == [[1, 2], [0, 1]]
+
+
+def test_a_step_ahead_sends_nothing_while_its_rows_keep_their_pages(
+    build_device: Build, num_ahead: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("lsf", max_position_embeddings=200)
+    engine, sent = build_device(model, headroom_tokens=0), []
+    if engine._worker.ahead.capture is None:
+        pytest.skip("each step has inputs of its own where none is recorded")
+    send = Staging.send
+    monkeypatch.setattr(Staging, "send", lambda one: sent.append(len(num_ahead)) or send(one))
+    texts = prompts(9, [20, 20])
+    for n, text in enumerate(texts):
+        submit(engine, str(n), text, 50)
+    events = run(engine)
+    assert [tokens(events[str(n)]) for n in range(2)] == [uncached(model, t, 50) for t in texts]
+    assert num_ahead == [2] * 49
+    # Pages of 16 tokens: the rows' first step, and those of the 33rd, 49th and 65th token.
+    assert sent == [0, 12, 28, 44]

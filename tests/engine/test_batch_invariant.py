@@ -41,11 +41,11 @@ def watch(engine: Engine) -> Seen:
     seen: Seen = {}
     choose = engine._choose
 
-    def watched(requests, logits, sampler):
+    def watched(requests, logits, *args):
         for request, row in zip(requests, logits, strict=True):
             if request is not None:
                 seen.setdefault(request.id, []).append(row.clone())
-        return choose(requests, logits, sampler)
+        return choose(requests, logits, *args)
 
     engine._choose = watched
     return seen

@@ -9,6 +9,7 @@ from device_helpers import Places, new_storage, prompt
 from engine_helpers import MOE, tiny_model, uncached
 from test_engine import build, prompts, run, submit, tokens
 from tokenizers import Tokenizer
+from torch.profiler import ProfilerActivity, profile
 
 from sevenfold.engine.device import CudaCapture, DeviceRunner, graph_bytes
 from sevenfold.engine.rows import Row
@@ -102,6 +103,21 @@ def test_nothing_waits_in_a_step_but_for_its_tokens(tokenizer: Tokenizer) -> Non
         for _ in range(8):
             engine.step()
             assert engine._ahead.chosen is not None
+
+
+def test_a_step_ahead_copies_nothing_but_its_tokens(tokenizer: Tokenizer) -> None:
+    engine = build(gpu_model("lsf", torch.float32), tokenizer, max_running=4)
+    for n, text in enumerate(prompts(1, [9, 20, 30])):
+        submit(engine, str(n), text, 40)
+    for _ in range(6):
+        engine.step()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(8):
+            engine.step()
+        torch.cuda.synchronize()
+    ran = [event.name for event in found.events()]
+    assert sum("DtoH" in name for name in ran) == 8
+    assert not any("HtoD" in name for name in ran)
 
 
 @pytest.mark.parametrize("mix", [*MIXES, "moe"])

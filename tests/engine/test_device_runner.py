@@ -13,13 +13,16 @@ from tokenizers import Tokenizer
 from sevenfold.config import ConfigError
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import chunk_token_bytes, decode_batch_sizes, graph_bytes
+from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs
-from sevenfold.engine.rows import Row
+from sevenfold.engine.device.staging import Staging
+from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.runner import Runner
 from sevenfold.engine.runners import is_recordable
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.transfer import fetch, upload
 from sevenfold.models import Batch, HybridModel, empty_state
+from sevenfold.ops import advance_rows
 from sevenfold.ops.testing import check_error
 
 CPU = torch.device("cpu")
@@ -153,6 +156,45 @@ def states_after(model: HybridModel, text: list[int]) -> dict[int, torch.Tensor]
     return found
 
 
+def test_a_step_leaves_what_the_next_one_would_be_sent() -> None:
+    """A row at the end of its page, one of nobody, and one that comes to the end of its table."""
+    rows = [NextRow(14, 3, [5, 6]), None, NextRow(15 * 16 + 14, None, [*range(20, 36)])]
+    size, tokens = Size(4, 16), torch.tensor([7, 0, 8])
+    inputs = DecodeInputs(size, CPU)
+    inputs.fill_ahead(rows, tokens, PAGE_TOKENS)
+    logits = torch.eye(4, 9)
+    logits[2, 5] = float("inf")
+    for step in (1, 2, 3):
+        advance_rows(logits, inputs.chosen, inputs.places, inputs.pages, page_tokens=PAGE_TOKENS)
+        sent = DecodeInputs(size, CPU)
+        later = [row and row._replace(past=row.past + step) for row in rows]
+        sent.fill_ahead(later, tokens, PAGE_TOKENS)
+        for name in ("slots", "places", "pages", "positions"):
+            assert torch.equal(getattr(inputs, name), getattr(sent, name)), name
+        assert inputs.chosen.tolist() == [[0, 1], [1, 1], [5, 0], [3, 1]]
+
+
+def test_rows_are_sent_when_one_of_them_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, send = [], Staging.send
+    monkeypatch.setattr(Staging, "send", lambda one: sent.append(one) or send(one))
+    inputs, pages = DecodeInputs(Size(2, 16), CPU), [5, 6]
+    row = NextRow(3, 1, pages)
+    inputs.fill_ahead([row], inputs.chosen[:1, 0], PAGE_TOKENS)
+    for change in ({}, {"state": 2}, {"pages": [5, 7]}, {"past": 9}):
+        inputs.fill([Row([4], row.past, row.state, row.pages, {})], PAGE_TOKENS)
+        sent.clear()
+        after = row._replace(past=row.past + 1)._replace(**change)
+        inputs.fill_ahead([after], inputs.chosen[:1, 0], PAGE_TOKENS)
+        assert len(sent) == bool(change), change
+        inputs.fill_ahead([after._replace(past=after.past + 1), after], *AHEAD)
+        assert len(sent) == bool(change) + 1, "a row more"
+        inputs.fill_ahead([None, after._replace(past=after.past + 1)], *AHEAD)
+        assert len(sent) == bool(change) + 2, "a row that has gone"
+
+
+AHEAD = (torch.tensor([1, 2]), PAGE_TOKENS)
+
+
 def test_sizes() -> None:
     assert decode_batch_sizes(1) == (1,)
     assert decode_batch_sizes(6) == (1, 2, 4, 6)
@@ -222,7 +264,7 @@ def test_bytes_of_graphs_grow_with_a_prefill_s_tokens_by_the_formula() -> None:
     # A chunk's activations, 16 bytes a head between segments, 4 x 4 numbers of 8 bytes.
     assert one - none == chunk_token_bytes(config, element_bytes=2) + 16 * 2 + 128
     # Shares of 32 for each of 512 tokens at most, where steps had them for 4 rows.
-    for tokens in (100, 512, 1000):
-        shares = (min(tokens, 512) - 4) * 4 * 32 * 18
-        found = graph_bytes(config, 4, tokens, element_bytes=2) - none
-        assert found == tokens * (one - none) + shares
+    for length in (100, 512, 1000):
+        shares = (min(length, 512) - 4) * 4 * 32 * 18
+        found = graph_bytes(config, 4, length, element_bytes=2) - none
+        assert found == length * (one - none) + shares

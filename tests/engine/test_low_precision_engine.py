@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from device_helpers import FakeCapture
 from engine_helpers import tiny_model, uncached
 from test_engine import prompts, run, submit, tokens
 from tokenizers import Tokenizer
 
 from sevenfold.engine import SamplingParams
+from sevenfold.engine import worker as worker_module
+from sevenfold.engine.device import DeviceRunner
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory import plan_memory
 from sevenfold.engine.request import Request
@@ -116,3 +119,69 @@ def test_states_of_a_ring_are_zeroed_for_the_next(model: HybridModel, tokenizer:
             assert run(engine)[f"bad{n}"][-1].finish_reason == "error"
             submit(engine, str(n), good, 20)
             assert tokens(run(engine)[str(n)]) == wanted
+
+
+def on_device(monkeypatch: pytest.MonkeyPatch, capture: FakeCapture) -> None:
+    """Engines take the runner for a GPU."""
+    monkeypatch.setattr(
+        worker_module,
+        "make_runner",
+        lambda model, storage, *_, **__: DeviceRunner(
+            model, storage, page_tokens=PAGE_TOKENS, batch_sizes=(1, 2, 4, 6), capture=capture
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        {"state_dtype": "fp16"},
+        {"state_dtype": "int8", "snapshot_dtype": "int8"},
+        {"snapshot_dtype": "auto"},
+    ],
+    ids=["fp16", "int8", "snapshots"],
+)
+def test_recorded_steps_give_the_same_tokens(
+    model: HybridModel, tokenizer: Tokenizer, dtypes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, found, capture = prompts(0, [1, 30, 3, 17, 70]), [], FakeCapture()
+    for kind in ("plain", "device"):
+        if kind == "device":
+            on_device(monkeypatch, capture)
+        engine = build(model, tokenizer, **dtypes)
+        engine.warm_up()
+        for n, text in enumerate(texts):
+            submit(engine, str(n), text, 20, temperature=1.0, seed=n + 2**63)
+        events = run(engine)
+        turn = {}
+        for n, text in enumerate(texts):
+            second = [*text, *tokens(events[str(n)]), 5]
+            submit(engine, f"{n} again", second, 6)
+            turn |= run(engine)
+        found.append({name: tokens(one) for name, one in (events | turn).items()})
+    assert found[0] == found[1]
+    assert capture.recorded == 4
+    assert engine._worker.ahead is None
+    assert engine.counters().hit_tokens > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_padding_and_what_buffers_held_change_no_bit(model: HybridModel, dtype: str) -> None:
+    plan = plan_of(model, state_dtype=dtype)
+    places, found = plan.layout.places, []
+    for crowded in (False, True):
+        storage = Storage(model.config, plan, device=model.device, dtype=model.dtype)
+        runner = DeviceRunner(
+            model, storage, page_tokens=PAGE_TOKENS, batch_sizes=(4,), capture=FakeCapture()
+        )
+        pages = [[(5 + n) * places[1]] for n in range(3)]
+        rows = [
+            Row(prompts(n, [9])[0], 0, (n + 1) * places[0], pages[n], {}, seed=n + 7)
+            for n in range(3)
+        ]
+        runner.run(rows)
+        steps = [Row([5 + n], 9, rows[n].state, pages[n], {}, seed=n + 7) for n in range(3)]
+        if crowded:  # another request passes through the same buffers
+            runner.run(steps[1:])
+        found.append(runner.run(steps[:1]).clone())
+    assert torch.equal(*found)

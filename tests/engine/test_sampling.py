@@ -395,5 +395,5 @@ def test_a_checked_choice_is_the_choice_and_tells_which_rows_are_finite(params: 
         one, other = sampler(), sampler()
         for _ in range(2):
             found = one.choose_checked(given, logits)
-            assert torch.equal(found.tokens, other.choose(given))
-            assert found.finite.tolist() == [True, False, True]
+            assert torch.equal(found[:, 0], other.choose(given))
+            assert found[:, 1].tolist() == [1, 0, 1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from model_cases import CPU, MOE, by_other_products, furthest, tiny_model, token
 from torch import Tensor
 
 from sevenfold.models import Batch, HybridModel, empty_state, select_sequences
+from sevenfold.models.block import Block
 from sevenfold.ops.testing import check_error
 
 MIXES = {
@@ -183,3 +185,29 @@ def test_sequences_of_a_cached_batch_never_see_each_other(prompts: list[Tensor])
     before, after = (cached(model, ids, 3, True).split(lengths) for ids in (prompts, other))
     same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert same == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mixed", "mixed, pre-norm", "mixed, experts"])
+def test_inference_between_norms_gives_the_bits_of_layer_by_layer(
+    name: str, dtype: torch.dtype
+) -> None:
+    model = tiny_model(dtype=dtype, **MIXES[name])
+    found = []
+    for with_grad in (False, True):  # with gradients a model goes layer by layer
+        state = empty_state(model.config, 2, 9, device=CPU, dtype=dtype)
+        with (
+            torch.set_grad_enabled(with_grad),
+            mock.patch.object(
+                Block, "forward", autospec=True, side_effect=Block.forward
+            ) as forward,
+        ):
+            batch = Batch.rows(2, 9, device=CPU)
+            hidden, after, _ = model.hidden(tokens(2, 9), batch, state)
+        assert bool(forward.call_count) == with_grad
+        found.append((hidden, *(x for value in after or () for x in vars_of(value))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def vars_of(value: object) -> list[Tensor]:
+    return [x for x in vars(value).values() if isinstance(x, Tensor)]

@@ -30,11 +30,15 @@ def storage(model: HybridModel) -> list[tuple[torch.Tensor, ...]]:
     return layers
 
 
-def values(layers: list[tuple[torch.Tensor, ...]], batch: Batch) -> tuple[LayerState, ...]:
+def values(
+    layers: list[tuple[torch.Tensor, ...]], batch: Batch, *, on_device: bool = False
+) -> tuple[LayerState, ...]:
+    """on_device: lengths lie where a GPU's operators look for them, too."""
     row = torch.repeat_interleave(torch.arange(3), torch.tensor(batch.lengths))
     position = batch.positions.flatten()
     page = PAGES[row, position // PAGE_TOKENS]
-    table = PageTable(PAGES, page, position % PAGE_TOKENS)
+    lengths = (torch.tensor(batch.totals), batch.cu_seqlens) if on_device else ()
+    table = PageTable(PAGES, page, position % PAGE_TOKENS, *lengths)
     return tuple(
         PooledState(*layer, SLOTS) if len(layer) == 1 else PagedKV(*layer, table)
         for layer in layers
@@ -65,6 +69,50 @@ def test_shared_storage_equals_states_of_one_s_own(mix: dict) -> None:
     for before, now in zip(untouched, [s for layer in layers for s in layer], strict=True):
         rest = others if len(now) == 8 else pages
         assert torch.equal(now[rest], before[rest]), "storage of others must stay as it is"
+
+
+ENDS = [
+    {"layers": "lf"},
+    {"layers": "fl", "norm_placement": "pre_norm", "linear_attn_norm_groups": 2},
+    {"layers": "fs", "norm_placement": "pre_norm"},
+    {"layers": "lff", "moe": MOE},
+]
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("mix", ENDS, ids=lambda mix: mix["layers"])
+def test_the_last_tokens_alone_are_as_among_all(mix: dict, on_device: bool) -> None:
+    model, exact_model = tiny_model(dtype=torch.float32, **mix), tiny_model(**mix)
+    models = (model, model, exact_model)
+    stored = [storage(one) for one in models]
+    past = [0, 0, 0]
+    for i, lengths in enumerate([(5, 1, 2), (3, 7, 1)]):
+        ids, batch = tokens(1, sum(lengths), seed=i), Batch.packed(lengths, past=past, device=CPU)
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        with torch.no_grad():
+            found, whole, exact = (values(layers, batch, on_device=on_device) for layers in stored)
+            found = model.hidden_at_ends(ids, batch, found, ends).hidden
+            whole, exact = (
+                one.hidden(ids, batch, state).hidden[0, ends, None]
+                for one, state in zip(models[1:], (whole, exact), strict=True)
+            )
+        check_error("hidden", found, whole, exact)
+        past = [p + n for p, n in zip(past, lengths, strict=True)]
+    # States, keys and values are of all tokens.
+    for one, other in zip(stored[0], stored[1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_mixer_whose_forward_is_replaced_runs_it() -> None:
+    model = tiny_model("lf", dtype=torch.float32)
+    mixer = model.layers[-1].self_attn
+    forward, mixer.forward = mixer.forward, lambda *args: (2 * forward(*args)[0], args[2])
+    ids, batch, ends = tokens(1, 9), Batch.packed((4, 2, 3), device=CPU), torch.tensor([3, 5, 8])
+    with torch.no_grad():
+        whole = model.hidden(ids, batch, values(storage(model), batch, on_device=True)).hidden
+        state = values(storage(model), batch, on_device=True)
+        found = model.hidden_at_ends(ids, batch, state, ends).hidden
+    check_error("hidden", found[:, 0], whole[0, ends], whole[0, ends].double())
 
 
 @pytest.mark.parametrize(

@@ -167,3 +167,28 @@ def test_a_step_is_captured_in_a_graph(N: int) -> None:
         ids.copy_(tokens(N, 1, seed=5))
         graph.replay()
         assert torch.equal(found, run())
+
+
+@pytest.mark.parametrize("layers", ["lf", "sl"])
+def test_of_a_few_rows_the_last_layer_serves_ends_alone(layers: str, by_kernels: list[str]) -> None:
+    mix, lengths = {"layers": layers, "moe": MOE}, [5, 1, 3]
+    batch, ends = Batch.packed(lengths, device=DEVICE), torch.tensor([4, 5, 8], device=DEVICE)
+    ids = tokens(1, sum(lengths)).to(DEVICE)
+
+    def run(dtype: torch.dtype, *, alone: bool) -> list[torch.Tensor]:
+        model = model_of(mix, dtype)
+        state = empty_state(model.config, 3, 12, device=DEVICE, dtype=dtype)
+        with torch.no_grad():
+            if alone:
+                found = model.hidden_at_ends(ids, batch, state, ends)
+                hidden = found.hidden[:, 0]
+            else:
+                found = model.hidden(ids, batch, state)
+                hidden = found.hidden[0, ends]
+        return [hidden, *(x for value in found.state or () for x in vars(value).values())]
+
+    found = run(DTYPE, alone=True)
+    assert by_kernels.count("experts_on_device") == 1  # of two layers
+    honest, exact = run(DTYPE, alone=False), run(torch.float64, alone=False)
+    for n, case in enumerate(zip(found, honest, exact, strict=True)):
+        check_error(f"{layers} {n}", *case)

@@ -23,6 +23,7 @@ MOE_NO_DROP = {"moe": MOE | {"capacity_factor": None}}
 CASES = (
     Case("shard", {"shard": 2}, model=MOE_NO_DROP),
     Case("tied-shard", {"shard": 2}, model=DENSE, recompute=True),
+    Case("gather-once", {"shard": 2, "gather_once": True}, model=DENSE, recompute=True),
     Case("replicate", {"replicate": 2}, model=DENSE, is_slow=True),
     Case("context", {"context": 2}, micro_batch_rows=3, model=DENSE),
     Case("context-recompute", {"context": 2}, micro_batch_rows=1, recompute=True, is_slow=True),
@@ -49,7 +50,12 @@ CASES = (
         model=MIXTURE,
         is_slow=True,
     ),
-    Case("expert-context", {"context": 2, "expert": 2}, micro_batch_rows=3, model=MIXTURE),
+    Case(
+        "expert-context",
+        {"context": 2, "expert": 2, "gather_once": True},
+        micro_batch_rows=3,
+        model=MIXTURE,
+    ),
     Case("tensor", {"tensor": 2}, model=MIXTURE),
     Case("tensor-groups", {"tensor": 2}, model={"linear_attn_norm_groups": 2}),
     Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True, is_slow=True),

@@ -185,6 +185,14 @@ def listening(engine: ServingEngine, settings: ServerSettings | None = None) -> 
             assert not thread.is_alive()
 
 
+async def settled(condition: Any) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came about")
+
+
 async def chat(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
     body = {"messages": HELLO} | fields
     return await client.post("/v1/chat/completions", json=body)

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from server_helpers import (
     streamed,
 )
 
-from sevenfold.engine import LLM, SamplingParams
+from sevenfold.engine import LLM, SamplingParams, TextModel
+from sevenfold.engine.sizing import size_engine
 from sevenfold.ops.testing import check_error
 from sevenfold.server import (
     BatchingEngine,
@@ -247,7 +250,7 @@ async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm)
-    await engine.warm_up()
+    await engine.warm_up(print)
     await outputs_of(engine, asking("next", 1))  # the cache is emptied before a step
     stats = engine.stats()
     assert stats.steps > 0
@@ -255,7 +258,7 @@ async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
     poisoned = make_llm()
     poisoned.model.embed_tokens.weight[0] = float("nan")
     with pytest.raises(RequestFailedError, match="tiny must answer a first request: the model's"):
-        await make_engine(poisoned).warm_up()
+        await make_engine(poisoned).warm_up(print)
     full = make_engine(llm)
 
     def fail() -> None:
@@ -265,8 +268,35 @@ async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
     with pytest.raises(
         EngineStoppedError, match=r"must take its first steps, got .* No space left"
     ):
-        await full.warm_up()
+        await full.warm_up(print)
     assert not full.healthy()
+    cold = make_engine(llm)
+    monkeypatch.setattr(cold._engine, "warm_up", lambda note: fail())
+    with pytest.raises(EngineStoppedError, match=r"must take its first steps, got .* No space"):
+        await cold.warm_up(print)
+
+
+async def test_it_warms_up_in_the_thread_that_takes_its_steps(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, threads = make_engine(llm), []
+    step = engine._engine.step
+
+    def warm_up(note: Callable[[str], None]) -> None:
+        threads.append(threading.current_thread())
+        note("half way")
+
+    def watched() -> list:
+        threads.append(threading.current_thread())
+        return step()
+
+    monkeypatch.setattr(engine._engine, "warm_up", warm_up)
+    monkeypatch.setattr(engine._engine, "step", watched)
+    lines: list[str] = []
+    await engine.warm_up(lines.append)
+    assert lines == ["half way"]
+    assert set(threads) == {engine._thread}
+    assert len(threads) > 1
 
 
 async def test_how_long_an_output_waited_and_which_steps_there_were(llm: LLM) -> None:
@@ -282,3 +312,35 @@ async def test_the_end_token_ends_an_answer(llm: LLM) -> None:
         made = await complete(client, prompt="a", max_tokens=9, logit_bias={str(EOS): 100})
     assert made["choices"][0]["finish_reason"] == "stop"
     assert made["usage"]["completion_tokens"] == 1
+
+
+async def test_metrics_tell_what_the_host_s_memory_gave_back(llm: LLM) -> None:
+    model = llm.model
+    plan, limits = size_engine(model, budget_bytes=1 << 16, host_bytes=1 << 20)
+    engine = BatchingEngine(TextModel(model, llm.tokenizer), "tiny", plan, limits)
+    async with client_of(engine) as client:
+        first = [n % 250 for n in range(130)]
+        await complete(client, prompt=first, max_tokens=1)
+        others = 0
+        while engine.stats().host.kept < 2:  # others push it out
+            others += 1
+            assert others < 200
+            await complete(client, prompt=[others, *first[1:]], max_tokens=1)
+        before = engine.stats().host
+        assert before.restored == 0
+        await complete(client, prompt=[*first, 3], max_tokens=1)
+        text = (await client.get("/metrics")).text
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    values = {name.removeprefix("sevenfold_host_"): float(value) for name, value in found.items()}
+    assert values["prefixes_restored_total"] == 1
+    assert values["prefixes_kept_total"] >= 2
+    assert values["restored_tokens_total"] == 128
+    pages = 2 * plan.page_bytes if plan.page_bytes else 0
+    assert values["restored_bytes_total"] >= plan.snapshot_bytes + pages
+    assert found['sevenfold_pool_total{pool="host"}'] == str(float(plan.host.num_usable_slabs))
+    assert float(found['sevenfold_pool_used{pool="host"}']) >= 1
+
+
+async def test_without_memory_of_the_host_metrics_say_nothing_of_it(llm: LLM) -> None:
+    async with client_of(make_engine(llm)) as client:
+        assert "host" not in (await client.get("/metrics")).text

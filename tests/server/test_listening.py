@@ -1,14 +1,18 @@
 """The socket's side: headers that do not arrive, a connection that goes on."""
 
+import asyncio
 import socket
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from server_helpers import KEY, ScriptedEngine
+import uvicorn
+from server_helpers import KEY, ScriptedEngine, settled
 from server_helpers import listening as serving
 
-from sevenfold.server import listening
+from sevenfold.server import ServerApp, ServerSettings, TemplateSource, bind, listening, make_server
 
 
 def test_headers_that_do_not_arrive_end_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +28,68 @@ def test_headers_that_do_not_arrive_end_the_connection(monkeypatch: pytest.Monke
             for _ in range(2):
                 assert client.post("/v1/completions", json=body).status_code == 200
                 time.sleep(0.6)  # between requests, one connection may wait longer
+
+
+class Start:
+    """A server at its start: what warms it up, and its end."""
+
+    def __init__(self, server: uvicorn.Server, client: httpx.AsyncClient) -> None:
+        self.server, self.client = server, client
+        self.goes_on, self.error = asyncio.Event(), None
+        self.whole: asyncio.Task | None = None
+
+    async def warm_up(self) -> None:
+        await self.goes_on.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def statuses(self) -> tuple[int, int]:
+        """Of /health and of /ready."""
+        return tuple([(await self.client.get(path)).status_code for path in ("/health", "/ready")])
+
+
+@asynccontextmanager
+async def starting() -> AsyncIterator[Start]:
+    settings = ServerSettings(port=0, drain_s=1.0)
+    with bind(settings) as taken:
+        app = ServerApp(ScriptedEngine(), settings, TemplateSource())
+        server = make_server(app, settings)
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url) as client:
+            start = Start(server, client)
+            listen = listening._listen(app, server, taken, start.warm_up)
+            start.whole = asyncio.create_task(listen)
+            await settled(lambda: server.started)
+            yield start
+        server.should_exit = True
+        await asyncio.wait((start.whole,))
+
+
+@pytest.mark.anyio
+async def test_it_is_healthy_at_once_and_ready_when_it_is_warm() -> None:
+    async with starting() as start:
+        assert await start.statuses() == (200, 503)
+        assert (await start.client.get("/ready")).json() == {"status": "warming_up"}
+        start.goes_on.set()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert await start.statuses() == (200, 200)
+    assert start.whole.exception() is None
+
+
+@pytest.mark.anyio
+async def test_what_fails_while_it_warms_up_ends_it() -> None:
+    async with starting() as start:
+        start.error = RuntimeError("broken weights")
+        start.goes_on.set()
+        await asyncio.wait((start.whole,))
+        with pytest.raises(RuntimeError, match="broken weights"):
+            start.whole.result()
+
+
+@pytest.mark.anyio
+async def test_a_signal_while_it_warms_up_ends_it_well() -> None:
+    async with starting() as start:
+        start.server.should_exit = True
+        await asyncio.wait((start.whole,))
+        assert start.whole.exception() is None

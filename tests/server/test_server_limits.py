@@ -16,6 +16,7 @@ from server_helpers import (
     disconnecting,
     message,
     post_scope,
+    settled,
 )
 
 from sevenfold.config import ConfigError, parse_config
@@ -37,14 +38,6 @@ EVERYWHERE = ["/", "/docs", "/openapi.json", "/v1/models", "/ready", "/metrics",
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-async def settled(condition: Any) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came about")
 
 
 async def test_keys_guard_everything_but_health() -> None:
@@ -296,6 +289,22 @@ async def test_health_turns_red_when_nothing_moves() -> None:
         engine.well = False
         assert (await client.get("/health")).status_code == 503
         assert (await client.get("/ready")).status_code == 503
+
+
+async def test_health_stays_green_while_it_warms_up() -> None:
+    engine = ScriptedEngine(stall_after=0)
+    async with client_of(engine, ServerSettings(stall_s=0.1)) as client:
+        client.app.service.desk.warming_up = True
+        waiting = asyncio.create_task(chat(client, deadline_s=0.6))
+        await settled(lambda: engine.under_way == 1)
+        await asyncio.sleep(0.3)
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/ready")).json() == {"status": "warming_up"}
+        client.app.service.desk.warming_up = False
+        assert (await client.get("/ready")).status_code == 200
+        await asyncio.sleep(0.2)
+        assert (await client.get("/health")).status_code == 503
+        await waiting
 
 
 async def test_metrics() -> None:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from train_helpers import MOE, HandLoader, hand_sample, tiny_model
@@ -5,6 +7,7 @@ from train_helpers import MOE, HandLoader, hand_sample, tiny_model
 from sevenfold.models.layers import RMSNorm
 from sevenfold.ops.testing import check_error
 from sevenfold.train.batch import read_step
+from sevenfold.train.by_pieces import by_pieces
 from sevenfold.train.step import forward_backward
 from sevenfold.train.transform import compile_parts, narrow_stream, recompute_blocks
 
@@ -25,8 +28,9 @@ def results(model, autocast=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("every_layers", [1, 2, 4])
 @pytest.mark.parametrize("autocast", [None, "bf16"])
-def test_recomputation_changes_no_bit(every_layers: int, autocast: str | None) -> None:
-    plain, recomputed = (tiny_model(moe=MOE, **FOUR) for _ in range(2))
+@pytest.mark.parametrize("moe", [MOE, None])
+def test_recomputation_changes_no_bit(every_layers: int, autocast: str | None, moe: dict) -> None:
+    plain, recomputed = (tiny_model(moe=moe, **FOUR) for _ in range(2))
     recompute_blocks(recomputed, every_layers)
     losses, gradients = results(plain, autocast)
     losses_again, gradients_again = results(recomputed, autocast)
@@ -47,6 +51,51 @@ def test_every_kth_block_runs_again_in_the_backward(every_layers: int, runs: lis
     recompute_blocks(model, every_layers)
     results(model)
     assert counts == runs  # two micro-batches
+
+
+@pytest.mark.parametrize("piece_tokens", [1, 5, 16])
+@pytest.mark.parametrize("autocast", [None, "bf16"])
+@pytest.mark.parametrize("norm_placement", ["post_norm", "pre_norm"])
+def test_a_feed_forward_by_pieces_is_the_same(
+    piece_tokens: int, autocast: str | None, norm_placement: str
+) -> None:
+    changes = {"norm_placement": norm_placement, **FOUR}
+    exact_losses, exact = results(tiny_model(dtype=torch.float64, **changes))
+    plain, pieces = tiny_model(**changes), tiny_model(**changes)
+    recompute_blocks(pieces, 1)
+    for block in pieces.layers:
+        block.feed_dense = partial(by_pieces, block.mlp, piece_tokens=piece_tokens)
+    losses, gradients = results(plain, autocast)
+    losses_again, gradients_again = results(pieces, autocast)
+    dtype = torch.float32 if autocast is None else torch.bfloat16
+    check_error("loss", losses_again[:1], losses[:1].to(dtype), exact_losses[:1])
+    for name, gradient in gradients.items():
+        check_error(name, gradients_again[name], gradient.to(dtype), exact[name])
+
+
+def test_a_recomputed_feed_forward_runs_twice_on_pieces_of_its_tokens() -> None:
+    model, shapes = tiny_model(**FOUR), []
+    recompute_blocks(model, 1)
+    first = model.layers[0]
+    first.feed_dense = partial(by_pieces, first.mlp, piece_tokens=6)
+    first.mlp.register_forward_hook(lambda _module, args, _y: shapes.append(args[0].shape[0]))
+    results(model)
+    assert shapes == [6, 6, 4, 6, 6, 4] * 2  # two micro-batches of 16 tokens
+
+
+def test_a_feed_forward_by_pieces_needs_no_gradient_and_gives_none_to_what_wants_none() -> None:
+    feed, x = tiny_model(**FOUR).layers[0].mlp, torch.randn(2, 3, 16)
+    assert torch.equal(by_pieces(feed, x, piece_tokens=4), feed(x))
+    x.requires_grad_()
+    with torch.no_grad():
+        assert not by_pieces(feed, x).requires_grad
+    feed.down_proj.weight.requires_grad_(False)
+    by_pieces(feed, x, piece_tokens=4).sum().backward()
+    assert feed.down_proj.weight.grad is None
+    found = feed.gate_up_proj.weight.grad
+    feed.gate_up_proj.weight.grad = None
+    feed(x).sum().backward()
+    torch.testing.assert_close(found, feed.gate_up_proj.weight.grad)
 
 
 def test_names_of_parameters_stay() -> None:

@@ -61,6 +61,7 @@ Dtype = Annotated[
     typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16."),
 ]
 PeerMost = Annotated[int, typer.Option(help="Longer prompts are left to our side alone.")]
+TwinMost = Annotated[int, typer.Option(help="Longer prompts are not given to the softmax twin.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each side; medians.")]
 
 
@@ -73,6 +74,7 @@ def prefill_command(
         list[int] | None, typer.Option(min=1, help="Tokens; may be given again.")
     ] = None,
     peer_most_tokens: PeerMost = 131_072,
+    twin_most_tokens: TwinMost = 262_144,
     repeats: Repeats = 3,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = _SERVING / "prefill.json",
 ) -> None:
@@ -80,7 +82,8 @@ def prefill_command(
     from sevenfold.bench.serving.prefill import run_prefill
 
     sides, checked = _sides(preset, device, dtype)
-    limits = {"peer_most_tokens": peer_most_tokens, "repeats": repeats}
+    limits = {"peer_most_tokens": peer_most_tokens, "twin_most_tokens": twin_most_tokens}
+    limits["repeats"] = repeats
     with _Record(out, f"bench prefill --preset {preset} --device {device}", checked) as record:
         run_prefill(sides, lengths or [8192, 131_072], **limits, report=record)
 

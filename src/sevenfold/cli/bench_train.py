@@ -61,11 +61,14 @@ def train_command(
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
+    path = out or _default_path(device)
+
     def report(row: Mapping[str, Any]) -> None:
         say(progress_line(row))
+        # At once: a run that is cut off loses none.
+        write_rows(path, [row], device, commit)
 
     rows = run_cases(cases, device, report)
-    path = out or _default_path(device)
     for line in (*summary(write_rows(path, rows, device, commit)), f"written to {path}"):
         say(line)
     failed = [f"{row['case']} ({row['side']})" for row in rows if row["status"] != "ok"]

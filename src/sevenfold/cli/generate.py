@@ -46,7 +46,7 @@ def generate_command(
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     options = parse_config(Precision, {"weights": weights}, "generate")
     found = None if dtype is None else DTYPES[dtype]
-    llm = LLM(checkpoint, device=device, dtype=found, weights=options.weights)
+    llm = LLM(checkpoint, device=device, dtype=found, weights=options.weights, warm_up=False)
     try:
         deltas = llm.stream(prompt, params)
     except ValueError as error:

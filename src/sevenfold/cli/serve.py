@@ -1,6 +1,5 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +73,9 @@ def serve_command(
     draft_tokens: Annotated[
         int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
     ] = 0,
+    warm_up: Annotated[
+        bool, typer.Option(help="Whether to be ready only when nothing happens for the first time.")
+    ] = True,
 ) -> None:
     """Serve a checkpoint to OpenAI's clients and, at /, to people."""
     values = {
@@ -100,7 +102,7 @@ def serve_command(
         batch_invariant=batch_invariant,
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
-    _serve(checkpoint, _settings(files, values), engine)
+    _serve(checkpoint, _settings(files, values), engine, warm_up=warm_up)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -182,18 +184,24 @@ def _speculation(draft_tokens: int) -> PromptLookupConfig | None:
     return parse_config(PromptLookupConfig, {"draft_tokens": draft_tokens}, "serve")
 
 
-def _serve(checkpoint: Path, settings: "ServerSettings", options: _EngineOptions) -> None:
+def _serve(
+    checkpoint: Path, settings: "ServerSettings", options: _EngineOptions, *, warm_up: bool
+) -> None:
     from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
         template = read_template(checkpoint)  # before what takes long
         engine = options.build(checkpoint)
         app = ServerApp(engine, settings, template)
-        asyncio.run(engine.warm_up())
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
-        typer.echo(f"{engine.model_name} at http://{shown}:{port} (chat at /, routes at /docs)")
-        listen(app, settings, taken)
+
+        async def prepare() -> None:
+            if warm_up:
+                await engine.warm_up(lambda line: typer.echo(f"warming up: {line}"))
+            typer.echo(f"{engine.model_name} at http://{shown}:{port} (chat at /, routes at /docs)")
+
+        listen(app, settings, taken, prepare)
 
 
 def _read_keys(file: Path | None, least_chars: int) -> list[str]:

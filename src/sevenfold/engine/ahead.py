@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.cache import CacheManager
-from sevenfold.engine.device import DeviceRunner
+from sevenfold.engine.device import DeviceRunner, Stepped
 from sevenfold.engine.request import Request
 from sevenfold.engine.rows import NextRow
 from sevenfold.engine.sampling import Logprobs, Sampler
@@ -49,11 +49,11 @@ class Chosen:
 
 
 class Begun(NamedTuple):
-    """A decoding step that runs: its rows, what chooses their tokens, logits [N, vocab_size]."""
+    """A decoding step that runs: its rows, what chooses their tokens, and what it computes."""
 
     requests: Requests
     sampler: Sampler
-    logits: Tensor
+    stepped: Stepped
 
 
 class Ahead:
@@ -90,7 +90,7 @@ class Ahead:
             new_sampler: of requests, by the tokens of theirs that are recorded.
 
         Returns:
-            The rows that run, and their logits [N, vocab_size]; None if nothing runs.
+            The rows that run, and what they give; None if nothing runs.
         """
         runner = self._worker.ahead
         going = [r for chosen in parts for r in chosen.requests if r and _goes_on(r)]

@@ -12,6 +12,7 @@ from sevenfold.engine.ahead import Ahead, Chosen
 from sevenfold.engine.cache import CacheCounters, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.events import TokenEvent
+from sevenfold.engine.first_use import log_progress, warm_up
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.options import check_invariant, worker_config
 from sevenfold.engine.request import Request, Status
@@ -39,7 +40,7 @@ from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.transfer import Arriving, upload
 from sevenfold.engine.underway import Underway
-from sevenfold.engine.worker import Worker
+from sevenfold.engine.worker import Note, Worker
 from sevenfold.models import HybridModel
 
 NO_TOKEN = "no token can follow in the output's grammar"
@@ -94,12 +95,16 @@ class Engine:
             grain_tokens=how.chunk_tokens,
             limits=sessions or SessionLimits(),
         )
-        self.scheduler = Scheduler(self.cache, config)
+        self.scheduler, self._limits = Scheduler(self.cache, config), config
         self._underway: dict[str, Underway] = {}
         self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         self._speculator = self._build_speculator(speculation, draft)
         self._guesses = False  # whether any request has guesses for the next step
+
+    def warm_up(self, note: Note = log_progress) -> None:
+        """Do what happens once before a request waits for it; see engine.first_use.warm_up."""
+        warm_up(self._worker, self._limits, note)
 
     def submit(
         self, request: Request, params: SamplingParams, constraint: Constraint | None = None
@@ -265,7 +270,8 @@ class Engine:
             return
         begun = self._ahead.launch(parts, self._new_sampler)
         if begun is not None:
-            self._ahead.chosen = self._choose(begun.requests, begun.logits, begun.sampler)
+            logits, best = begun.stepped
+            self._ahead.chosen = self._choose(begun.requests, logits, begun.sampler, best)
             self._sampler = None  # this one is ahead of the outputs from now on
 
     def _step(self, requests: list[Request]) -> Chosen | None:
@@ -314,13 +320,17 @@ class Engine:
         )
 
     def _choose(
-        self, requests: Sequence[Request | None], logits: Tensor, sampler: Sampler
+        self,
+        requests: Sequence[Request | None],
+        logits: Tensor,
+        sampler: Sampler,
+        best: Tensor | None = None,
     ) -> Chosen:
-        """Choose a token of each row; those of None are nobody's."""
+        """Choose a token of each row, whose best may be known; those of None are nobody's."""
         underway = [None if r is None else self._underway[r.id] for r in requests]
         constraints = [None if one is None else one.constraint for one in underway]
-        tokens, finite = sampler.choose_checked(mask_logits(logits, constraints), logits)
-        arriving = Arriving([tokens, finite])
+        checked = sampler.choose_checked(mask_logits(logits, constraints), logits, best)
+        tokens, arriving = checked[:, 0], Arriving(checked)
         asked = [None if one is None else one.output.params.logprobs for one in underway]
         logprobs = read_logprobs(logits, tokens, asked)
         return Chosen(tuple(requests), sampler, tokens, arriving, logprobs)

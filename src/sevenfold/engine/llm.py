@@ -83,8 +83,9 @@ class LLM:
         tensor_parallel: int = 1,
         host_bytes: int = 0,
         batch_invariant: bool = False,
+        warm_up: bool = True,
     ) -> None:
-        """Load a checkpoint and allocate the engine's memory.
+        """Load a checkpoint, allocate the engine's memory, and on a GPU do what happens once.
 
         Args:
             source: a checkpoint directory with its tokenizer.json, or what TextModel.load returned.
@@ -104,6 +105,8 @@ class LLM:
                 room; they come back when they are asked for. 0 keeps none.
             batch_invariant: whether an output, and the bits of its logits, must not depend on what
                 else is generated or has been; it costs speed.
+            warm_up: whether to compile kernels and record runs now, on a GPU, rather than when a
+                prompt first needs them, as pays where there is one short prompt.
 
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
@@ -134,9 +137,10 @@ class LLM:
         )
         parts = (self.model, self.tokenizer, self.plan, limits)
         self._ranks = source.ranks
-        self._driver = Driver(
-            Engine(*parts, speculation=speculation, draft=draft, ranks=source.ranks)
-        )
+        engine = Engine(*parts, speculation=speculation, draft=draft, ranks=source.ranks)
+        if warm_up:
+            engine.warm_up()
+        self._driver = Driver(engine)
         config = self.model.config
         self._grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_id)
         self._names = count()

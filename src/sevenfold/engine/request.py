@@ -98,6 +98,8 @@ class Request:
     def tokens_between(self, first: int, end: int) -> tuple[int, ...]:
         """Tokens at places first to end - 1 of prompt and output; copies no others."""
         start = len(self.prompt)
+        if end <= start:
+            return self.prompt[first:end]
         new = self.generated[max(first - start, 0) : max(end - start, 0)]
         return (*self.prompt[first:end], *new)
 

@@ -21,6 +21,10 @@ class Runner:
     def __init__(self, model: HybridModel, storage: Storage, *, page_tokens: int) -> None:
         self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
 
+    def rehearsal(self) -> "Runner":
+        """Return a runner that computes the same and records nothing: this one."""
+        return self
+
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Run new tokens of N requests, one or more, and write their snapshots.
@@ -89,9 +93,12 @@ class Runner:
 
 def noise_of(seeds: Sequence[int], seen: Sequence[int], layer: int, device: torch.device) -> Noise:
     """Return what rounds the states of a layer after so many tokens of each request."""
-    # As signed 64-bit integers, which is what tensors have.
-    signed = [seed - (seed >> 63 << 64) for seed in seeds]
-    return Noise(upload(signed, device), upload(seen, device), layer)
+    return Noise(upload([signed(seed) for seed in seeds], device), upload(seen, device), layer)
+
+
+def signed(seed: int) -> int:
+    """Return 64 bits as a signed integer, which is what tensors have."""
+    return seed - (seed >> 63 << 64)
 
 
 def page_table(

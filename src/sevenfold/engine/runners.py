@@ -66,20 +66,19 @@ def make_runner(
                 f"{list(batch_sizes)}"
             )
         return Runner(model, storage, page_tokens=page_tokens)
-    can_record = storage.is_exact and is_recordable(model)
+    can_record = is_recordable(model)
     if batch_sizes and not can_record:
         raise ConfigError(
             "decode_batch_sizes must be empty where a step waits for the host, as with experts in "
-            f"another dtype than bf16, heads above {_WIDEST_HEAD}, states or snapshots of fewer "
-            f"bits, or 8-bit weights in fp32, got {list(batch_sizes)}"
+            f"another dtype than bf16, heads above {_WIDEST_HEAD}, or 8-bit weights in fp32, got "
+            f"{list(batch_sizes)}"
         )
-    if not storage.is_exact:
-        return Runner(model, storage, page_tokens=page_tokens)
     if batch_sizes is None:
         recorded = (most_rows,) if invariant else decode_batch_sizes(most_rows)
         batch_sizes = recorded if can_record else ()
     capture = CudaCapture(model.device) if batch_sizes else None
-    can_record_prefill = capture is not None and not invariant and scans_wait_for_nothing(model)
+    is_padded = capture is not None and not invariant and storage.is_exact
+    can_record_prefill = is_padded and scans_wait_for_nothing(model)
     return DeviceRunner(
         model,
         storage,
@@ -102,7 +101,7 @@ def make_verifier(
         drafts: tokens of a draft with its root at most, and whether drafts are trees.
     """
     parts = (runner.model, runner.storage, pending)
-    if isinstance(runner, Runner):
+    if isinstance(runner, Runner) or not runner.storage.is_exact:
         return Verifier(*parts, page_tokens=runner.page_tokens)
     return DeviceVerifier(
         *parts,

@@ -144,6 +144,11 @@ class Storage:
         self._host = None if plan.host is None else _host_arena(plan.host_bytes, device)
 
     @property
+    def has_states(self) -> bool:
+        """Whether there are layers with states."""
+        return any(not isinstance(layer, KVStorage) for layer in self.layers)
+
+    @property
     def is_exact(self) -> bool:
         """Whether every state and snapshot is fp32."""
         linear = [layer for layer in self.layers if not isinstance(layer, KVStorage)]

@@ -33,25 +33,32 @@ def upload_parts(parts: Sequence[np.ndarray], device: torch.device) -> list[Tens
 
 
 class Arriving:
-    """Numbers of equally long integer or bool tensors on their way to the host, in one copy."""
+    """Columns of integers on their way to the host."""
 
-    def __init__(self, columns: Sequence[Tensor]) -> None:
-        """Begin the copy; nothing waits for it, and the tensors may change from now on."""
-        self._host, self._arrived = torch.stack([x.to(torch.int64) for x in columns]), None
-        if self._host.device.type == "cuda":
-            packed, shape = self._host, self._host.shape
-            self._host = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-            self._host.copy_(packed, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+    def __init__(self, rows: Tensor) -> None:
+        """Begin the copy of rows [N, columns] int64, contiguous.
+
+        Nothing waits for it, and the tensor may change from now on.
+        """
+        on_gpu = rows.device.type == "cuda"
+        self._host = torch.empty(rows.shape, dtype=torch.int64, pin_memory=on_gpu)
+        self._host.copy_(rows, non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
             self._arrived.record()
 
     def numbers(self) -> list[list[int]]:
-        """Wait for the copy, and for no work that came after it."""
+        """Wait for the copy, and for no work that came after it; returns the columns."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._host.tolist()
+        return self._host.T.tolist()
+
+
+def side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """Return equally long integer or bool tensors [N] as columns of one, [N, columns] int64."""
+    return torch.stack([x.to(torch.int64) for x in columns], dim=1)
 
 
 def fetch(columns: Sequence[Tensor]) -> list[list[int]]:
     """Return the numbers of equally long integer or bool tensors, by one copy and one wait."""
-    return Arriving(columns).numbers()
+    return Arriving(side_by_side(columns)).numbers()

@@ -1,24 +1,32 @@
 """A model and its memory: all that a step does to them, asked for by indices and token ids."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from sevenfold.config import StrictModel
 from sevenfold.engine.cache import Fresh
-from sevenfold.engine.device import DeviceRunner
+from sevenfold.engine.device import DeviceRunner, draft_token_sizes
 from sevenfold.engine.invariant import InvariantRunner
 from sevenfold.engine.memory import MemoryPlan
+from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import Row
+from sevenfold.engine.runner import Runner
 from sevenfold.engine.runners import make_runner, make_verifier
 from sevenfold.engine.speculation.pending import PendingDrafts
-from sevenfold.engine.speculation.verifier import Checked, DraftRow
+from sevenfold.engine.speculation.verifier import Checked, DraftRow, Verifier
 from sevenfold.engine.storage import Storage
+from sevenfold.engine.warm_up import Reach, first_drafts, first_runs
 from sevenfold.models import HybridModel
+from sevenfold.ops.compile_together import compiled_together
 
 Count = Annotated[int, Field(ge=1)]
+Note = Callable[[str], None]
 
 
 class WorkerConfig(StrictModel):
@@ -67,17 +75,75 @@ class Worker:
         invariant = config.chunk_tokens is not None
         sizes = config.decode_batch_sizes
         self.runner = make_runner(model, self.storage, limits, sizes, invariant=invariant)
-        self._run = self.runner.run
-        self.ahead = self.runner if isinstance(self.runner, DeviceRunner) else None
-        if config.chunk_tokens is not None:
-            alone = InvariantRunner(self.runner, config.chunk_tokens)
-            self._run = alone.run
-            self.ahead = self.ahead if alone.pads else None
+        self._config = config
+        alone = self._alone(self.runner)
+        self._run = alone.run
+        # What rounds a state goes by a seed that tokens on the device alone come without.
+        can_lead = alone.pads if isinstance(alone, InvariantRunner) else self.storage.is_exact
+        self.ahead = self.runner if isinstance(self.runner, DeviceRunner) and can_lead else None
         self._pending = PendingDrafts(model, self.storage)
         self._verifier = None
         if config.draft_tokens:
             drafts = (config.draft_tokens + 1, config.draft_trees)
             self._verifier = make_verifier(self.runner, self._pending, drafts)
+
+    @property
+    def has_first_times(self) -> bool:
+        """Whether something happens once, when it is first needed: on a GPU."""
+        return isinstance(self.runner, DeviceRunner) or self.model.device.type == "cuda"
+
+    def warm_up(self, most_tokens: int, chunk_tokens: int, note: Note) -> None:
+        """Compile kernels, and run and record what requests will need, on memory of nobody.
+
+        Args:
+            most_tokens: of a request.
+            chunk_tokens: of a prompt that are computed at once, at most.
+            note: told how far it is.
+        """
+        if not self.has_first_times:
+            return
+        began_s = time.monotonic()
+        reach = Reach(most_tokens, chunk_tokens, self.runner.page_tokens, self.storage.has_states)
+        runs, drafts = self._first_runs(reach), self._first_drafts(reach)
+        num_kernels = self._rehearse(runs, drafts)
+        note(f"{num_kernels} kernels compiled after {time.monotonic() - began_s:.1f} s")
+        for rows in runs:
+            self._run(rows)
+        for rows in drafts:
+            self._checked().run(rows)
+        self._pending.forget([SINK])
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+            torch.cuda.empty_cache()
+        seconds = time.monotonic() - began_s
+        note(f"{len(runs) + len(drafts)} sizes of runs ready after {seconds:.1f} s")
+
+    def _first_runs(self, reach: Reach) -> list[list[Row]]:
+        if not isinstance(self.runner, DeviceRunner):
+            return first_runs(reach, (), ())
+        sizes = self.runner.batch_sizes if self.runner.capture is not None else ()
+        return first_runs(reach, sizes, self.runner.prefill_sizes)
+
+    def _first_drafts(self, reach: Reach) -> list[list[DraftRow]]:
+        if self._verifier is None:
+            return []
+        return first_drafts(reach, draft_token_sizes(self._config.draft_tokens + 1))
+
+    def _rehearse(self, runs: list[list[Row]], drafts: list[list[DraftRow]]) -> int:
+        """Compute everything once where no kernel is launched: how many had to be compiled."""
+        on_gpu = self.model.device.type == "cuda"
+        with compiled_together() if on_gpu else nullcontext([]) as compilation:
+            for rows in runs:
+                # Each time another one, which takes what it allocates along.
+                self._alone(self.runner.rehearsal()).run(rows)
+            for rows in drafts:
+                self._checked().rehearsal().run(rows)
+        return len(compilation)
+
+    def _alone(self, runner: Runner | DeviceRunner) -> Runner | DeviceRunner | InvariantRunner:
+        """What runs rows by a runner: each for itself, where bits must not depend on company."""
+        chunk_tokens = self._config.chunk_tokens
+        return runner if chunk_tokens is None else InvariantRunner(runner, chunk_tokens)
 
     def prepare(self, fresh: Fresh) -> None:
         """Clear or fill items that were handed out, before anything reads them."""
@@ -120,7 +186,7 @@ class Worker:
         verifier.accept(accepted)
         verifier.reject(rejected)
 
-    def _checked(self):
+    def _checked(self) -> Verifier:
         if self._verifier is None:
             raise ValueError("draft_tokens must be 1 or more to check drafts, got 0")
         return self._verifier

@@ -1,5 +1,7 @@
 """One layer: a mixer and a feed-forward, each with its norm and residual."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,14 @@ from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats, SwiGLU
 from sevenfold.models.layers import RMSNorm
 from sevenfold.models.mixers import build_mixer
 from sevenfold.models.state import LayerState
-from sevenfold.ops import residual_rms_norm
+from sevenfold.ops import post_rms_norm, residual_rms_norm
+
+
+class Normed(NamedTuple):
+    """A residual stream at a norm: u, normalised, and what the next residual adds to."""
+
+    u: Tensor
+    stream: Tensor
 
 
 class Block(nn.Module):
@@ -53,13 +62,71 @@ class Block(nn.Module):
         """The block's second half: each token by itself."""
         return self._feed(x, self.post_attention_layernorm(x))
 
-    def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterStats | None]:
-        stats = None
-        if isinstance(self.mlp, MixtureOfExperts):
-            fed, stats = self.mlp(u)
+    def enter(self, x: Tensor) -> Normed:
+        """Normalise what comes to the block from no other."""
+        u = self.input_layernorm(x)
+        return Normed(u, u if self.post_norm else x)
+
+    def infer(
+        self,
+        normed: Normed,
+        following: RMSNorm,
+        batch: Batch,
+        state: LayerState,
+        ends: Tensor | None = None,
+    ) -> tuple[Normed, LayerState | None]:
+        """Run the block between norms, without a gradient: each is taken where its sum is made.
+
+        Args:
+            normed: what enters, normalised by the block's own input norm.
+            following: the norm behind the block: the next one's, or the last.
+            batch, state: as forward's.
+            ends: [N], the last token of each sequence among all B * T; only these leave, as
+                [N, 1, hidden_size]. None lets all leave.
+
+        Returns:
+            What leaves, and the state.
+        """
+        stream, norm = normed.stream, self.post_attention_layernorm
+        if ends is None:
+            mixed, after = self.self_attn(normed.u, batch, state)
         else:
-            fed = self.mlp(u)
+            mixed, after = self._mixed_ends(normed.u, batch, state, ends)
+            stream = stream.flatten(0, 1)[ends, None]
+        normed = self._joined(stream, mixed, norm, self.mixer_factors)
+        fed, _ = self._fed(normed.u)
+        return self._joined(normed.stream, fed, following, self.mlp_factors), after
+
+    def _mixed_ends(
+        self, u: Tensor, batch: Batch, state: LayerState, ends: Tensor
+    ) -> tuple[Tensor, LayerState | None]:
+        mixer = self.self_attn
+        # sevenfold.parallel replaces a mixer's forward, and knows nothing of ends.
+        if "forward" in vars(mixer):
+            mixed, after = mixer(u, batch, state)
+            return mixed.flatten(0, 1)[ends, None], after
+        return mixer.mix_ends(u, batch, state, ends)  # pyright: ignore[reportCallIssue]
+
+    def _joined(
+        self, stream: Tensor, f: Tensor, norm: RMSNorm, factors: tuple[float, float]
+    ) -> Normed:
+        alpha, beta = factors
+        if self.post_norm:
+            u = post_rms_norm(stream, f, norm.weight, norm.eps, alpha=alpha, beta=beta)
+            return Normed(u, u)
+        u, x = residual_rms_norm(stream, f, norm.weight, norm.eps, alpha=alpha, beta=beta)
+        return Normed(u, x)
+
+    def feed_dense(self, u: Tensor) -> Tensor:
+        """A dense feed-forward of u; sevenfold.train may stand in for it."""
+        return self.mlp(u)
+
+    def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterStats | None]:
+        fed, stats = self._fed(u)
         return self._residual(x, u, fed, self.mlp_factors), stats
+
+    def _fed(self, u: Tensor) -> tuple[Tensor, RouterStats | None]:
+        return self.mlp(u) if isinstance(self.mlp, MixtureOfExperts) else (self.feed_dense(u), None)
 
     def _residual(self, x: Tensor, u: Tensor, f: Tensor, factors: tuple[float, float]) -> Tensor:
         alpha, beta = factors

@@ -19,6 +19,10 @@ from sevenfold.ops import (
     swiglu,
 )
 
+# Of a recomputed dense feed-forward, which goes backward by pieces of its tokens (sevenfold.train).
+# Products of so many rows are as fast as larger: a GPU's multiprocessors have hundreds of tiles.
+PIECE_TOKENS = 32_768
+
 
 class RouterStats(NamedTuple):
     """What one layer's router did with one batch; scalars, but for load [num_local_experts].

@@ -1,5 +1,6 @@
 """The hybrid decoder: embedding, blocks, final norm, head."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -106,17 +107,18 @@ class HybridModel(nn.Module):
             shapes = (list(batch.positions.shape), list(input_ids.shape))
             raise ValueError("input_ids must have the batch's shape {}, got {}".format(*shapes))
         x = self.embed_tokens(input_ids)
+        if state is not None and not self.training:
+            if pays_by_rows(x, batch):
+                x, advanced = self._by_rows(self.layers, x, batch, state)
+                return HiddenResult(self.norm(x), advanced, ())
+            if not torch.is_grad_enabled():
+                return self._infer(x, batch, state)
         states: list[LayerState | None] = []
         router = []
         by_chunks = state is None and not self.training and pays_by_chunks(x, batch)
-        by_rows = state is not None and not self.training and pays_by_rows(x, batch)
         for i, layer in enumerate(self.layers):
             if by_chunks:
                 run_by_chunks(layer, x, self._empty_state(i, input_ids))
-                continue
-            if by_rows and state is not None:
-                x, after = run_by_rows(layer, x, batch, state[i])
-                states.append(after)
                 continue
             x, after, stats = layer(x, batch, None if state is None else state[i])
             states.append(after)
@@ -127,6 +129,60 @@ class HybridModel(nn.Module):
         for _, part in chunks(x):
             part.copy_(self.norm(part))
         return HiddenResult(x, None, ())
+
+    @torch.no_grad()
+    def hidden_at_ends(
+        self, input_ids: Tensor, batch: Batch, state: tuple[LayerState, ...], ends: Tensor
+    ) -> HiddenResult:
+        """Run the decoder, and of the last layer's tokens only those that are asked for.
+
+        The last layer's keys, values and states are of all tokens, as hidden's; of others it
+        computes no query, no expert and no product behind its mixer. In inference.
+
+        Args:
+            input_ids, batch, state: as hidden's.
+            ends: [N] int64, the place of each sequence's last token among all B * T.
+
+        Returns:
+            As hidden, with hidden vectors [N, 1, hidden_size].
+        """
+        x = self.embed_tokens(input_ids)
+        if not pays_by_rows(x, batch):
+            return self._infer(x, batch, state, ends)
+        blocks: list[Block] = list(self.layers)  # pyright: ignore[reportAssignmentType]
+        x, states = self._by_rows(blocks[:-1], x, batch, state[:-1])
+        last = blocks[-1]
+        normed, after = last.infer(last.enter(x), self.norm, batch, state[-1], ends)
+        states = (*states, state[-1] if after is None else after)
+        return HiddenResult(normed.u, states, ())
+
+    @staticmethod
+    def _by_rows(
+        layers: Iterable[nn.Module], x: Tensor, batch: Batch, state: tuple[LayerState, ...]
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """Run layers on a few tokens."""
+        states = []
+        for layer, before in zip(layers, state, strict=True):
+            x, after = run_by_rows(layer, x, batch, before)
+            states.append(after)
+        return x, tuple(states)
+
+    def _infer(
+        self,
+        x: Tensor,
+        batch: Batch,
+        state: tuple[LayerState, ...],
+        ends: Tensor | None = None,
+    ) -> HiddenResult:
+        """Run all layers and the last norm; each norm is taken where the sum before it is made."""
+        blocks: list[Block] = list(self.layers)  # pyright: ignore[reportAssignmentType]
+        following = [*(block.input_layernorm for block in blocks[1:]), self.norm]
+        normed, states = blocks[0].enter(x), []
+        for block, norm, before in zip(blocks, following, state, strict=True):
+            asked = ends if block is blocks[-1] else None
+            normed, after = block.infer(normed, norm, batch, before, asked)
+            states.append(after)
+        return HiddenResult(normed.u, tuple(s for s in states if s is not None), ())
 
     def _empty_state(self, layer: int, input_ids: Tensor) -> LayerState:
         """The state of one layer before the rows' first token."""

@@ -1,15 +1,17 @@
 """Bytes of one GPU at the highest point of a training step, as a function of the configuration.
 
 What the Triton path keeps is counted tensor by tensor: products in bf16, weights, gradients and
-moments in fp32. The highest point is in the backward of a block, where the gradient of its widest
-tensor stands beside what the block has kept. An allocator's own overhead comes on top, and is no
-part of torch.cuda.max_memory_allocated either.
+moments in fp32. The highest point is in the backward of a block: while its feed-forward goes
+backward, or softmax attention. An allocator's own overhead comes on top, as do the buffers of NCCL;
+neither is a part of torch.cuda.max_memory_allocated either.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sevenfold.models.accounting import count_parameters
-from sevenfold.models.config import LayerType, ModelConfig
+from sevenfold.models.config import ModelConfig
+from sevenfold.models.feed_forward import PIECE_TOKENS
 
 _FP32, _BF16, _INT64 = 4, 2, 8
 _MOMENTS = 2  # of AdamW
@@ -24,9 +26,11 @@ class TrainingMemory:
     Args:
         weights, gradients, moments: in fp32; gradients are those that exist at the highest point.
         cast_weights: bf16 copies that exist there.
+        gathered: weights that ranks divide, where they are whole, and gradients before they are
+            divided.
         batch: ids, labels and positions.
-        kept: what blocks keep for the backward.
-        working: what the block at the highest point holds besides.
+        kept: what blocks keep for the backward: their inputs, and what is inside of earlier ones.
+        working: what the block at the highest point holds besides its input.
         workspace: of the matrix products.
     """
 
@@ -34,6 +38,7 @@ class TrainingMemory:
     gradients: int
     moments: int
     cast_weights: int
+    gathered: int
     batch: int
     kept: int
     working: int
@@ -43,7 +48,7 @@ class TrainingMemory:
     def total(self) -> int:
         """All of it."""
         held = self.weights + self.gradients + self.moments + self.cast_weights
-        return held + self.batch + self.kept + self.working + self.workspace
+        return held + self.gathered + self.batch + self.kept + self.working + self.workspace
 
 
 def training_memory(
@@ -52,22 +57,22 @@ def training_memory(
     *,
     recompute_every: int | None = None,
     stream_bytes: int = _BF16,
+    context_ranks: int = 1,
 ) -> TrainingMemory:
     """Count what a training step of one micro-batch holds at its highest point.
 
     Args:
         config: the model.
-        num_tokens: of the micro-batch, over all its rows.
+        num_tokens: of the micro-batch, over all its rows; of context ranks, those that each holds.
         recompute_every: blocks 0, k, 2 k ... are computed again in the backward; None keeps all.
         stream_bytes: of a value of the residual stream: 2 with precision.stream = "bf16", else 4.
+        context_ranks: that divide the row, one document, and the weights; keys go by ring.
 
     Returns:
         The bytes of the layer at which they are most.
     """
-    points = [
-        _at_layer(config, num_tokens, layer, recompute_every, stream_bytes)
-        for layer in range(config.num_hidden_layers)
-    ]
+    step = _Step(config, num_tokens, recompute_every, stream_bytes, context_ranks)
+    points = [_at_layer(step, layer) for layer in range(config.num_hidden_layers)]
     return max(points, key=lambda point: point.total)
 
 
@@ -77,11 +82,19 @@ def longest_tokens(
     *,
     recompute_every: int | None = 1,
     stream_bytes: int = _BF16,
+    context_ranks: int = 1,
     multiple: int = 4096,
 ) -> int:
-    """Return the most tokens of a micro-batch that fit, a multiple of `multiple`; 0 if none do."""
+    """Return the most tokens of a micro-batch that fit, a multiple of `multiple`; 0 if none do.
+
+    Of context ranks these are the tokens of one.
+    """
     low, high = 0, 1
-    how = {"recompute_every": recompute_every, "stream_bytes": stream_bytes}
+    how = {
+        "recompute_every": recompute_every,
+        "stream_bytes": stream_bytes,
+        "context_ranks": context_ranks,
+    }
     while training_memory(config, high * multiple, **how).total <= device_bytes:
         low, high = high, 2 * high
     while high - low > 1:
@@ -91,33 +104,42 @@ def longest_tokens(
     return low * multiple
 
 
-def _at_layer(
-    config: ModelConfig, num_tokens: int, layer: int, every: int | None, stream: int
-) -> TrainingMemory:
+class _Step(NamedTuple):
+    """What training_memory was asked for."""
+
+    config: ModelConfig
+    tokens: int
+    every: int | None
+    stream: int
+    ranks: int
+
+    def recomputes(self, layer: int) -> bool:
+        """Whether a block is computed again."""
+        return self.every is not None and layer % self.every == 0
+
+
+def _at_layer(step: _Step, layer: int) -> TrainingMemory:
     """While the backward of one layer is at its widest: later layers have gradients, no tensors."""
-    parameters = count_parameters(config)
-    per_block = _block_parameters(config)
-    head = config.vocab_size * config.hidden_size
+    config, ranks = step.config, step.ranks
+    total, per_block = count_parameters(config).total, _block_parameters(config)
+    outer = total - config.num_hidden_layers * per_block
     later = config.num_hidden_layers - layer - 1
-    kept = sum(
-        _kept(config, kind, stream, recomputed=every is not None and number % every == 0)
-        for number, kind in enumerate(config.layer_types[: layer + 1])
+    kept = config.hidden_size * step.stream + sum(_kept(step, number) for number in range(layer))
+    cast = sum(
+        per_block for number in range(layer + 1) if not step.recomputes(number) or number == layer
     )
-    recomputed = every is not None and layer % every == 0
-    again = _inside(config, config.layer_types[layer], stream) if recomputed else 0
-    whole = sum(
-        per_block
-        for number in range(layer + 1)
-        if every is None or number % every or number == layer
-    )
+    # A block's weights and the next one's, its gradients and those that are on their way.
+    gathered = outer + 4 * per_block if ranks > 1 else 0
+    head = config.vocab_size * config.hidden_size
     return TrainingMemory(
-        weights=parameters.total * _FP32,
-        gradients=(head + later * per_block) * _FP32,
-        moments=_MOMENTS * parameters.total * _FP32,
-        cast_weights=whole * _BF16,
-        batch=num_tokens * _BATCH_VALUES * _INT64,
-        kept=num_tokens * kept,
-        working=num_tokens * (again + _widest(config, stream)),
+        weights=total * _FP32 // ranks,
+        gradients=(head + later * per_block // ranks) * _FP32,
+        moments=_MOMENTS * total * _FP32 // ranks,
+        cast_weights=cast * _BF16,
+        gathered=gathered * _FP32,
+        batch=step.tokens * _BATCH_VALUES * _INT64,
+        kept=step.tokens * kept,
+        working=max(_feeding(step, layer), _mixing(step, layer)),
     )
 
 
@@ -127,23 +149,60 @@ def _block_parameters(config: ModelConfig) -> int:
     return (parameters.total - outside) // config.num_hidden_layers
 
 
-def _kept(config: ModelConfig, kind: LayerType, stream: int, *, recomputed: bool) -> int:
+def _kept(step: _Step, layer: int) -> int:
     """Of one token: the block's input, and unless it is computed again what is inside."""
-    given = config.hidden_size * stream
-    return given if recomputed else given + _inside(config, kind, stream)
+    given = step.config.hidden_size * step.stream
+    if step.recomputes(layer):
+        return given
+    return given + _inside(step, layer) + _feed_forward(step.config)
 
 
-def _inside(config: ModelConfig, kind: LayerType, stream: int) -> int:
-    """Of one token in one block: both norms' results as products take them, the sum, the rest."""
-    D, I = config.hidden_size, config.num_attention_heads * config.head_dim
-    norms = D * (2 * _BF16 + stream)
-    if kind == "linear_attention":
-        mixer = 9 * I * _BF16  # qkv before and after SiLU, o, gate, what leaves the norm
-    else:
-        keys = config.num_key_value_heads * config.head_dim
-        turned = (I + keys) * _FP32 if config.rotary_dim else 0  # rotation keeps fp32
-        mixer = (2 * I + 2 * keys) * _BF16 + turned + config.num_attention_heads * _FP32
-    return norms + mixer + _feed_forward(config)
+def _inside(step: _Step, layer: int) -> int:
+    """Of one token in one block: both norms' results as products take them, the sum, the mixer."""
+    D, I, keys = _widths(step.config)
+    norms = D * (2 * _BF16 + step.stream)
+    if step.config.layer_types[layer] == "linear_attention":
+        return norms + 9 * I * _BF16  # qkv before and after SiLU, o, gate, what leaves the norm
+    return norms + (2 * I + 2 * keys) * _BF16 + step.config.num_attention_heads * _FP32
+
+
+def _widths(config: ModelConfig) -> tuple[int, int, int]:
+    """Of the stream, of all queries, of all keys."""
+    D, width = config.hidden_size, config.head_dim
+    return D, config.num_attention_heads * width, config.num_key_value_heads * width
+
+
+def _feeding(step: _Step, layer: int) -> int:
+    """While the feed-forward goes backward."""
+    config, inside = step.config, _inside(step, layer)
+    if config.moe is not None or not step.recomputes(layer):
+        widest = _widest(config, step.stream)
+        return step.tokens * (inside + _feed_forward(config) + widest)
+    D, F = config.hidden_size, config.intermediate_size
+    # What arrives, the stream's share of it, and the gradient of the input, for all tokens; of a
+    # piece gate and up, their gradients, that of what leaves SwiGLU, and the output. The weights'
+    # gradients are summed from piece to piece.
+    piece = min(step.tokens, PIECE_TOKENS) * (5 * F + D) * _BF16
+    return step.tokens * (inside + 3 * D * step.stream) + piece + 3 * D * F * _FP32
+
+
+def _mixing(step: _Step, layer: int) -> int:
+    """While softmax attention goes backward; lightning attention never holds the most."""
+    if step.config.layer_types[layer] == "linear_attention":
+        return 0
+    D, I, keys = _widths(step.config)
+    lse = step.config.num_attention_heads * _FP32
+    # What the norm gave, the stream's gradient; q, k, v, o, the gradient of o.
+    held = D * (_BF16 + step.stream) + (3 * I + 2 * keys) * _BF16 + lse
+    if step.ranks == 1:
+        # Gradients of q, k and v; FlashAttention sums that of q in fp32.
+        return step.tokens * (held + (I + 2 * keys) * _BF16 + I * _FP32)
+    # In fp32 the gradients of own queries and keys, and of the keys that have arrived. In bf16
+    # these keys, a copy that FlashAttention reads, and what it gives; of the queries half have
+    # another half's keys to meet.
+    sums = (I + 2 * keys + 2 * keys) * _FP32
+    arrived = 3 * 2 * keys * _BF16 + I * (_BF16 + _FP32) // 2
+    return step.tokens * (held + sums + arrived)
 
 
 def _feed_forward(config: ModelConfig) -> int:

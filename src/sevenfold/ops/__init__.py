@@ -40,12 +40,13 @@ from sevenfold.ops.few_rows import (
     join_lightning,
     join_softmax,
     rotate_on_device,
+    suits_device_rotation,
     suits_device_router,
     suits_device_rows,
     suits_device_weights,
     suits_few_rows,
 )
-from sevenfold.ops.greedy import Greedy, are_finite, greedy_tokens
+from sevenfold.ops.greedy import Greedy, advance_rows, are_finite, greedy_tokens
 from sevenfold.ops.lightning import (
     MAX_DRAFT_TOKENS,
     Int8ReplayPool,
@@ -94,7 +95,12 @@ from sevenfold.ops.quantised import (
     int8_linear,
     int8_mixture,
 )
-from sevenfold.ops.rms_norm import gated_rms_norm, residual_rms_norm, rms_norm
+from sevenfold.ops.rms_norm import (
+    gated_rms_norm,
+    post_rms_norm,
+    residual_rms_norm,
+    rms_norm,
+)
 from sevenfold.ops.silu_qkv import silu_qkv
 from sevenfold.ops.swiglu import swiglu
 from sevenfold.ops.types import Impl, OpResult
@@ -125,6 +131,7 @@ __all__ = [
     "ScaledFp16",
     "Snapshots",
     "Stop",
+    "advance_rows",
     "are_finite",
     "attention",
     "attention_block",
@@ -179,6 +186,7 @@ __all__ = [
     "noise_bits",
     "padded_cuts",
     "plan_dispatch",
+    "post_rms_norm",
     "quantise_rows",
     "quantise_rows_fp8",
     "residual_rms_norm",
@@ -189,6 +197,7 @@ __all__ = [
     "router_logits",
     "silu_qkv",
     "suits_chunks",
+    "suits_device_rotation",
     "suits_device_router",
     "suits_device_rows",
     "suits_device_weights",

@@ -1,10 +1,11 @@
 """Launches that begin before the kernel in front of them has ended; imports no Triton.
 
 A Hopper GPU can prepare a kernel's programs while the last ones of the kernel before still run
-(programmatic dependent launch). Every program of such a kernel waits before it reads or writes, so
-that whoever has waited for one kernel has waited for all before it. None lets the next one begin
-sooner than its own end: programs that only wait take the place of those that work, and fetching
-their weights takes the bandwidth (docs/kernels-fusions.md).
+(programmatic dependent launch). Every program of such a kernel waits before it writes, and before
+it reads anything but weights, which no kernel of a step writes: so whoever has waited for one
+kernel has waited for all before it. None lets the next one begin sooner than its own end: programs
+that only wait take the place of those that work, and fetching their weights takes the bandwidth
+(docs/kernels-fusions.md).
 """
 
 from functools import cache

@@ -31,6 +31,8 @@ class ParallelConfig(StrictModel):
             that one travels while the experts run on another.
         context_attention: how keys travel under context: "gather" or "ring"; None decides by their
             bytes.
+        gather_once: whether weights that ranks divide stay whole from a micro-batch's forward to
+            its backward, which costs their bytes, instead of being gathered for each.
     """
 
     pipeline: _Degree = 1
@@ -43,6 +45,7 @@ class ParallelConfig(StrictModel):
     expert_tensor: _Degree | None = None
     expert_token_groups: _Degree = 1
     context_attention: ContextAttention | None = None
+    gather_once: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -96,6 +99,11 @@ class ParallelConfig(StrictModel):
             raise ConfigError(
                 f"parallel.context_attention must be unset without context ranks and layers of "
                 f"full_attention, got {self.context_attention!r}"
+            )
+        if self.gather_once and self.token_ranks == 1:
+            raise ConfigError(
+                "parallel.gather_once must be unset where no ranks divide weights, got true with "
+                "replicate * shard * context = 1"
             )
         self._check_pipeline(model)
         if self.num_ranks == 1:

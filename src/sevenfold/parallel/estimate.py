@@ -64,7 +64,8 @@ class Rates:
 class RankMemory:
     """Bytes of one rank.
 
-    whole_weights: what fully_shard has gathered at once: the outermost unit, and two blocks.
+    whole_weights: what fully_shard has gathered at once: the outermost unit, and two blocks, or
+        all of them with gather_once.
     whole_gradients: of the outermost unit and one block, before they are divided.
     """
 
@@ -130,11 +131,12 @@ def _pipeline_rank_memory(
     divided = sum(unit.divided for unit in (outer, *blocks)) * _FP32_BYTES
     largest = max(unit.whole for unit in blocks)
     gathers = parallel.token_ranks > 1
+    whole = sum(unit.whole for unit in blocks) if parallel.gather_once else 2 * largest
     return RankMemory(
         weights=divided,
         gradients=divided,
         moments=_MOMENTS * divided,
-        whole_weights=(outer.whole + 2 * largest) * _FP32_BYTES if gathers else 0,
+        whole_weights=(outer.whole + whole) * _FP32_BYTES if gathers else 0,
         whole_gradients=(outer.whole + largest) * _FP32_BYTES if gathers else 0,
         activations=int(_activation_bytes(model, parallel, work, rank)),
     )
@@ -284,8 +286,8 @@ def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -
     tensor_sums = 1 if parallel.routes_tokens else 2
     stages = parallel.pipeline_stages if parallel.pipeline > 1 else 0
     return {
-        # Gathered forward and backward, and the gradients divided.
-        "weights": 3.0 * gathered,
+        # Gathered forward and, unless they stay, backward; and the gradients divided.
+        "weights": (2.0 if parallel.gather_once else 3.0) * gathered,
         "copies": 2.0 * divided * (parallel.replicate - 1) / parallel.replicate,
         "pipeline": 2.0 * stages * tokens * D * _FP32_BYTES,
         "tensor": layers * tensor_sums * (forwards + 1) * tokens * D * e * 2 * (t - 1) / t,

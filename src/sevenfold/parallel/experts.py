@@ -104,6 +104,13 @@ class _Pieces(NamedTuple):
         return found
 
 
+class _Ready(NamedTuple):
+    """A token group before it departs: its plan, and the rows unless some may be dropped."""
+
+    plan: Dispatch
+    rows: Tensor | None
+
+
 class _Underway(NamedTuple):
     """A token group on its way to the experts."""
 
@@ -118,7 +125,8 @@ class ExpertRoute:
 
     Ranks of tensor parallelism hold the same tokens, and each sends its part of them. Token groups
     follow one another: one travels while the experts run on the one before, and their results
-    travel back while they run on the next.
+    travel back while they run on the next. Once a layer the host waits for the counts of choices,
+    which the exchange needs there, while the device sorts the tokens.
     """
 
     def __init__(self, moe: MixtureOfExperts, layout: Layout) -> None:
@@ -145,14 +153,16 @@ class ExpertRoute:
                 split_tokens(x, self.copies, self.stretches) for x in (tokens, weights, experts)
             )
         pieces = self._pieces(len(tokens))
-        counts = self._counts(experts, pieces)
-        quotas = self._quotas(counts, len(tokens))
+        reading, capacity = self._counts(experts, pieces), self._capacity(len(tokens))
         groups, parts, kept = pieces.groups, [], []
-        underway = self._depart(tokens, experts, counts, quotas, groups[0])
+        ready = [self._ready(tokens[r], experts[r], capacity) for _, r in groups]
+        counts = reading.numbers()
+        quotas = self._quotas(counts, capacity)
+        underway = self._depart(tokens, ready[0], counts, quotas, groups[0])
         for n, (_, rows) in enumerate(groups):
             group = underway
             if n + 1 < len(groups):
-                underway = self._depart(tokens, experts, counts, quotas, groups[n + 1])
+                underway = self._depart(tokens, ready[n + 1], counts, quotas, groups[n + 1])
             done = self._run_experts(end_exchange(group.rows, group.flight), group.counts)
             back = Flight(group.flight.received, group.flight.sent, self.peers)
             parts.append((group.plan, begin_exchange(done, back), back, weights[rows]))
@@ -174,35 +184,43 @@ class ExpertRoute:
         of_stretch = [size + (n < rest) for n in range(self.num_groups)]
         return _Pieces(tuple(of_stretch * self.stretches), self.stretches)
 
-    def _counts(self, experts: Tensor, pieces: _Pieces) -> Tensor:
-        """[ranks, pieces, E] int64 on the host: choices. The exchange needs them there."""
+    def _counts(self, experts: Tensor, pieces: _Pieces) -> "_Reading":
+        """[ranks, pieces, E] int64: choices."""
         every = torch.arange(self.num_experts, device=experts.device)
         own = [(x.reshape(-1, 1) == every).sum(0) for x in experts.split(list(pieces.sizes))]
         gathered = experts.new_empty(len(self.order) // len(own), len(own), self.num_experts)
         dist.all_gather_into_tensor(gathered, torch.stack(own)[None], group=self.routers)
-        return gathered.cpu()
+        return _Reading(gathered)
 
-    def _quotas(self, counts: Tensor, num_tokens: int) -> Tensor:
+    def _capacity(self, num_tokens: int) -> int | None:
+        """Rows that an expert takes of all ranks' tokens; None is any number."""
+        if not self.experts.training:
+            return None
+        return self.capacity(num_tokens * self.size[0] * self.size[1])
+
+    def _quotas(self, counts: Tensor, capacity: int | None) -> Tensor:
         """[ranks, pieces, E]: choices that are kept."""
-        capacity = self.capacity(num_tokens * len(counts)) if self.experts.training else None
         if capacity is None:
             return counts
         quotas = torch.empty_like(counts).flatten(0, 1)
         quotas[self.order] = share_capacity(counts.flatten(0, 1)[self.order], capacity)
         return quotas.view_as(counts)
 
+    def _ready(self, tokens: Tensor, experts: Tensor, capacity: int | None) -> _Ready:
+        plan = plan_dispatch(experts, self.num_experts, None)
+        return _Ready(plan, gather_rows(tokens, plan) if capacity is None else None)
+
     def _depart(
         self,
         tokens: Tensor,
-        experts: Tensor,
+        ready: _Ready,
         counts: Tensor,
         quotas: Tensor,
         group: tuple[slice, slice],
     ) -> _Underway:
         """Send a token group on its way."""
         pieces, rows = group
-        plan = plan_dispatch(experts[rows], self.num_experts, None)
-        plan = limited(plan, counts[self.index, pieces], quotas[self.index, pieces])
+        plan = limited(ready.plan, counts[self.index, pieces], quotas[self.index, pieces])
         by_rank = quotas[:, pieces].sum(1).view(*self.size, self.size[0], -1)
         expert, part = self.place.expert, self.place.expert_tensor
         sent = by_rank[expert, part].sum(-1).tolist()
@@ -210,7 +228,8 @@ class ExpertRoute:
         received = own[:, part].sum(-1).tolist()
         flight = Flight(sent, received, self.peers)
         # The experts would cast them: under autocast half the bytes travel.
-        (travelling,) = autocast(gather_rows(tokens[rows], plan))
+        found = gather_rows(tokens[rows], plan) if ready.rows is None else ready.rows
+        (travelling,) = autocast(found)
         underway = begin_exchange(travelling, flight)
         return _Underway(plan, underway, flight, own.transpose(0, 1))
 
@@ -219,8 +238,9 @@ class ExpertRoute:
         sizes = counts.sum((1, 2)).tolist()
         if len(sizes) > 1:
             arrived = gather_rows_of_ranks(arrived, sizes, self.width_peers)
-        local = torch.arange(counts.shape[-1]).repeat(counts[..., 0].numel())
-        expert = torch.repeat_interleave(local, counts.flatten()).to(arrived.device)
+        local = torch.arange(counts.shape[-1], device=arrived.device)
+        local, each = local.repeat(counts[..., 0].numel()), _sent(counts.flatten(), arrived.device)
+        expert = torch.repeat_interleave(local, each, output_size=sum(sizes))
         if not len(arrived):
             # Experts without a token take a gradient of zero: their shards' reduction waits for it.
             row, expert = arrived.new_zeros(1, arrived.shape[1]), expert.new_zeros(1)
@@ -232,6 +252,31 @@ class ExpertRoute:
     def _rows_of_experts(self, rows: Tensor, expert: Tensor, num_experts: int) -> Tensor:
         plan = plan_dispatch(expert[:, None], num_experts, None)
         return self.experts(rows, rows.new_ones(len(rows), 1), plan)
+
+
+class _Reading:
+    """Numbers on their way to the host, from where the device's work stands."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.event, self.host = None, x
+        if x.device.type == "cuda":
+            self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.host.copy_(x, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def numbers(self) -> Tensor:
+        """Wait for them, and not for what the device was given since."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
+
+
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host; from pinned memory, or the copy would wait for all work before it."""
+    if device.type != "cuda":
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def order_of_pieces(config: ParallelConfig, place: Place, num_groups: int) -> list[int]:
@@ -288,8 +333,8 @@ def limited(plan: Dispatch, counts: Tensor, quota: Tensor) -> Dispatch:
     by_expert, stay = counts.t().flatten(), quota.t().flatten()
     first = torch.repeat_interleave(by_expert.cumsum(0) - by_expert, by_expert)
     stays = torch.arange(R) - first < torch.repeat_interleave(stay, by_expert)
-    choice = plan.choice[stays.to(device)]
+    choice = plan.choice[_sent(torch.nonzero(stays).flatten(), device)]
     row = torch.full((plan.row.numel(),), len(choice), device=device)
     row[choice] = torch.arange(len(choice), device=device)
-    rows_per_expert = quota.sum(0).to(torch.int32).to(device)
+    rows_per_expert = _sent(quota.sum(0).to(torch.int32), device)
     return Dispatch(choice, row.view(plan.row.shape), rows_per_expert)

@@ -1,6 +1,7 @@
 """Data parallelism: fully_shard over a plain model, whose gradients are sums."""
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
@@ -24,27 +25,41 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
         layout: of more than one rank.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    alone = _experts_of_one_rank(model, layout)
 
     def along_hidden(parameter: nn.Parameter) -> Shard:
         return Shard(parts_of(names[id(parameter)]).weights)
 
+    def shard(module: nn.Module, mesh: DeviceMesh, *, again: bool) -> None:
+        fully_shard(
+            module,
+            mesh=mesh,
+            shard_placement_fn=along_hidden,
+            reshard_after_forward=again,
+            ignored_params=alone,
+        )
+
+    again = not layout.config.gather_once
     for block in own_blocks(model):
-        if layout.config.routes_tokens and isinstance(block.mlp, MixtureOfExperts):
-            fully_shard(block.mlp.experts, mesh=layout.expert_mesh, shard_placement_fn=along_hidden)
-        fully_shard(block, mesh=layout.weight_mesh, shard_placement_fn=along_hidden)
+        if layout.config.routes_tokens and isinstance(block.mlp, MixtureOfExperts) and not alone:
+            shard(block.mlp.experts, layout.expert_mesh, again=again)
+        shard(block, layout.weight_mesh, again=again)
     # The head is read after the forward, so the outermost unit stays whole until the backward.
-    fully_shard(
-        model,
-        mesh=layout.weight_mesh,
-        shard_placement_fn=along_hidden,
-        reshard_after_forward=False,
-    )
+    shard(model, layout.weight_mesh, again=False)
     method = "hidden" if layout.config.pipeline == 1 else "run_stage"
     register_fsdp_forward_method(model, method)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         # gloo has no scaled sum, and NCCL's mean would be the wrong thing.
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def _experts_of_one_rank(model: HybridModel, layout: Layout) -> set[nn.Parameter]:
+    """Parts of experts that no other rank holds: their gradients are whole where they lie."""
+    if not layout.config.routes_tokens or layout.expert_mesh.size() > 1:
+        return set()
+    mixtures = [b.mlp for b in own_blocks(model) if isinstance(b.mlp, MixtureOfExperts)]
+    return {parameter for moe in mixtures for parameter in moe.experts.parameters()}
 
 
 def release_weights(model: nn.Module) -> None:

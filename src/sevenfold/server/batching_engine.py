@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sevenfold.engine import RequestFailedError, SamplingParams, TextModel
-from sevenfold.engine.cache import MissReason, SessionLimits
+from sevenfold.engine.cache import CacheManager, MissReason, SessionLimits
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.memory import MemoryPlan
@@ -23,6 +23,7 @@ from sevenfold.server.engine_protocol import (
     EngineStoppedError,
     Feature,
     GenerationRequest,
+    HostStats,
     Pool,
     PromptOutput,
     TokenOutput,
@@ -148,10 +149,13 @@ class BatchingEngine:
         """Whether the thread lives, and no step has failed."""
         return self._failure is None and self._thread.is_alive()
 
-    async def warm_up(self) -> None:
-        """Run two requests, one of them long, so that no client waits for what the first compiles.
+    async def warm_up(self, note: Callable[[str], None]) -> None:
+        """Do what happens once, and run two requests, one of them long: no client waits for it.
 
         Nothing of them stays cached; the counts hold them.
+
+        Args:
+            note: told in a line how far it is, from the engine's thread.
 
         Raises:
             RequestFailedError, EngineStoppedError: the model computes nothing, or the engine fails.
@@ -164,6 +168,8 @@ class BatchingEngine:
             GenerationRequest(id=f"warm-up-{length}", prompt=(0,) * length, sampling=sampling)
             for length in sorted(lengths)
         ]
+        # Before the requests, in the thread that takes the steps.
+        self._order(lambda: self._engine.warm_up(note))
         try:
             await asyncio.gather(*(self._run_through(request) for request in asked))
         except EngineStoppedError as error:
@@ -218,6 +224,7 @@ class BatchingEngine:
         finally:
             with self._wake:
                 self._closed = True
+                self._refuse()
             for job in list(self._jobs.values()):
                 _give(job, EngineStoppedError("the engine has stopped"))
 
@@ -230,10 +237,10 @@ class BatchingEngine:
                 if self._closed:
                     self._refuse()
                     return False
-                orders, self._orders = self._orders, deque()
-            for order in orders:
-                order()
-            if orders:
+                num_orders = len(self._orders)
+            for _ in range(num_orders):
+                self._orders.popleft()()
+            if num_orders:
                 self._stats = self._read_stats()
             if self._engine.has_work:
                 return True
@@ -343,7 +350,24 @@ class BatchingEngine:
             drafted_tokens=drafts.num_drafted_tokens,
             accepted_tokens=drafts.num_accepted_tokens,
             sessions=self._engine.cache.num_sessions,
+            host=_host_stats(self._engine.cache, plan),
         )
+
+
+def _host_stats(cache: CacheManager, plan: MemoryPlan) -> HostStats | None:
+    usage, counters = cache.host_usage(), cache.host_counters()
+    if plan.host is None or usage is None or counters is None:
+        return None
+    total = plan.host.num_usable_slabs
+    return HostStats(
+        slabs=Pool(total - usage.num_free_slabs, total, plan.host.slab_bytes),
+        kept=counters.num_kept,
+        refused=counters.num_refused,
+        evicted=counters.num_evicted,
+        restored=counters.num_hits,
+        restored_tokens=counters.hit_tokens,
+        restored_bytes=counters.copied_bytes,
+    )
 
 
 def _give(job: _Job, output: _Given) -> None:

@@ -106,6 +106,24 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class HostStats:
+    """Cached prefixes in the host's memory, where those go that have to make room.
+
+    slabs: of that memory, now.
+    kept, refused, evicted: prefixes, since the start: copied there, without room, dropped from it.
+    restored, restored_tokens, restored_bytes: those that came back, since the start.
+    """
+
+    slabs: Pool
+    kept: int
+    refused: int
+    evicted: int
+    restored: int
+    restored_tokens: int
+    restored_bytes: int
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """What an engine tells of itself, now and since it started.
 
@@ -125,6 +143,7 @@ class EngineStats:
     longest_context_tokens: that memory holds for one request.
     sessions: conversations that keep their prefix now.
     smallest_cacheable_prefix_tokens: None if nothing is cached.
+    host: None if no prefix goes to the host's memory.
     """
 
     running: int = 0
@@ -152,6 +171,7 @@ class EngineStats:
     longest_context_tokens: int = 0
     sessions: int = 0
     smallest_cacheable_prefix_tokens: int | None = None
+    host: HostStats | None = None
 
 
 class ServingEngine(Protocol):

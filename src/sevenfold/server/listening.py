@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import socket
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import h11
@@ -113,6 +114,41 @@ def make_server(app: ServerApp, settings: ServerSettings) -> uvicorn.Server:
     return _Server(config, app)
 
 
-def listen(app: ServerApp, settings: ServerSettings, taken: socket.socket) -> None:
-    """Serve until a signal comes and what is under way has ended."""
-    make_server(app, settings).run([taken])
+def listen(
+    app: ServerApp,
+    settings: ServerSettings,
+    taken: socket.socket,
+    warm_up: Callable[[], Awaitable[None]],
+) -> None:
+    """Serve until a signal comes and what is under way has ended.
+
+    Args:
+        app: what serves.
+        settings: how.
+        taken: the port.
+        warm_up: runs meanwhile; the server is ready when it has ended. What it raises ends all.
+    """
+    asyncio.run(_listen(app, make_server(app, settings), taken, warm_up))
+
+
+async def _listen(
+    app: ServerApp,
+    server: uvicorn.Server,
+    taken: socket.socket,
+    warm_up: Callable[[], Awaitable[None]],
+) -> None:
+    app.service.desk.warming_up = True
+    serving = asyncio.create_task(server.serve([taken]))
+    warming = asyncio.ensure_future(warm_up())
+    await asyncio.wait((serving, warming), return_when=asyncio.FIRST_COMPLETED)
+    was_stopped = server.should_exit
+    app.service.desk.warming_up = False
+    if not was_stopped and warming.exception() is not None:
+        server.should_exit = True
+    await serving
+    if was_stopped:
+        # A signal came first: what warms up ends with the engine.
+        warming.cancel()
+        await asyncio.wait((warming,))
+    else:
+        warming.result()

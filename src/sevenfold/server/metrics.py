@@ -48,6 +48,14 @@ _COUNTERS = {
     "sevenfold_drafted_tokens": ("drafted_tokens", "Tokens guessed by speculation."),
     "sevenfold_accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
 }
+_HOST_COUNTERS = {
+    "sevenfold_host_prefixes_kept": ("kept", "Evicted prefixes that the host's memory took."),
+    "sevenfold_host_prefixes_refused": ("refused", "Those that it had no room for."),
+    "sevenfold_host_prefixes_evicted": ("evicted", "Those that made room there."),
+    "sevenfold_host_prefixes_restored": ("restored", "Those that came back for a request."),
+    "sevenfold_host_restored_tokens": ("restored_tokens", "Prompt tokens found there alone."),
+    "sevenfold_host_restored_bytes": ("restored_bytes", "Copied back to the device."),
+}
 _POOLS = ("slabs", "pages", "states", "snapshots")
 
 
@@ -135,6 +143,9 @@ class _EngineCollector:
                 "Shared tokens from which the cache hits.",
                 value=stats.smallest_cacheable_prefix_tokens,
             )
+        if stats.host is not None:
+            for name, (field, what) in _HOST_COUNTERS.items():
+                yield CounterMetricFamily(name, what, value=getattr(stats.host, field))
         yield from _pools(stats)
 
 
@@ -150,8 +161,11 @@ def _misses(misses: Mapping[str, int], exact: bool) -> CounterMetricFamily:
 
 
 def _pools(stats: EngineStats) -> Iterator[Metric]:
+    pools = {name: getattr(stats, name) for name in _POOLS}
+    if stats.host is not None:
+        pools["host"] = stats.host.slabs
     for field in ("used", "total", "bytes_each"):
-        values = {pool: getattr(getattr(stats, pool), field) for pool in _POOLS}
+        values = {name: getattr(pool, field) for name, pool in pools.items()}
         yield _labelled(f"sevenfold_pool_{field}", "Places of a kind of memory.", "pool", values)
 
 

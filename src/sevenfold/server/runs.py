@@ -25,12 +25,16 @@ _GRACE_S = 2.0  # for the event that says that the deadline has passed
 
 
 class Desk:
-    """Admits requests and knows whether the engine keeps up with them."""
+    """Admits requests and knows whether the engine keeps up with them.
+
+    draining: whether no more are admitted. warming_up: whether those that are must wait for what
+    happens once.
+    """
 
     def __init__(self, engine: ServingEngine, settings: ServerSettings, metrics: Metrics) -> None:
         self._engine, self._settings, self.metrics = engine, settings, metrics
         self.max_deadline_s = settings.max_deadline_s
-        self.draining = False
+        self.draining = self.warming_up = False
         self.under_way = 0
         self._preparing = 0
         self._mean_s = 1.0
@@ -90,7 +94,7 @@ class Desk:
         seen only when somebody asks, which health checks do all the time.
         """
         steps = self._engine.stats().steps
-        if steps != self._steps:
+        if steps != self._steps or self.warming_up:
             self._steps = steps
             self.note_progress()
         stalled = time.monotonic() - self._progress_s > self._settings.stall_s

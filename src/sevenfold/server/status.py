@@ -99,9 +99,11 @@ def health_router(service: Service) -> APIRouter:
 
     @router.get("/ready", response_model=Status, responses=unwell | errors(401, 403))
     async def ready() -> Response:
-        """Say whether new requests are taken."""
+        """Say whether new requests are taken, and need not wait for the server's start."""
         if service.desk.draining:
             return _status("draining")
+        if service.desk.warming_up:
+            return _status("warming_up")
         return _status("ok" if service.desk.healthy() else "stalled")
 
     @router.get(

@@ -7,8 +7,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sevenfold.models import HybridModel
+from sevenfold.models.block import Block
 from sevenfold.models.feed_forward import SwiGLU
 from sevenfold.models.layers import RMSNorm
+from sevenfold.train.by_pieces import by_pieces
 from sevenfold.train.config import RunConfig
 
 
@@ -35,6 +37,7 @@ def narrow_stream(model: HybridModel) -> None:
 def recompute_blocks(model: HybridModel, every_layers: int) -> None:
     """Keep only the input of every k-th block, and run the block again in the backward.
 
+    A dense feed-forward runs again by pieces of tokens, so that its width exists for one of them.
     Router statistics are outputs of the first run, so recomputation does not count them twice.
 
     Args:
@@ -42,6 +45,11 @@ def recompute_blocks(model: HybridModel, every_layers: int) -> None:
         every_layers: k; blocks 0, k, 2 k ... are recomputed, so 1 is all of them.
     """
     for block in list(model.layers)[::every_layers]:
+        # A pipeline rank lacks some blocks.
+        if isinstance(block, Block) and isinstance(block.mlp, SwiGLU):
+            block.feed_dense = partial(  # pyright: ignore[reportAttributeAccessIssue]
+                by_pieces, block.mlp
+            )
         # Nothing in a block draws random numbers, so there is no generator to restore.
         block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False

@@ -81,7 +81,7 @@ def test_items_never_overlap_and_counts_are_exact(layout: ArenaLayout, calls) ->
                 del naive.pinned[key]
                 given_back.append(key)
             elif naive.pinned[key] == (call == "unpin"):
-                (arena.pin if call == "pin" else arena.unpin)(*key)
+                (arena.pin if call == "pin" else arena.unpin)(key[0], [key[1]])
                 naive.pinned[key] = call == "pin"
         naive.check_bytes()
         usage = arena.usage()
@@ -104,7 +104,7 @@ def test_suffices_says_what_taking_after_giving_back_does(layout, calls, state, 
         handles = arena.take(tenant, number % 4) or []
         if call != "take":
             for handle in handles:
-                arena.unpin(tenant, handle)
+                arena.unpin(tenant, [handle])
                 loose.append((tenant, handle))
     promised = arena.suffices((int(state), pages, 0))
     for tenant, handle in loose:
@@ -140,7 +140,7 @@ def test_a_place_given_to_another_makes_the_old_handle_stale() -> None:
     for use in (
         lambda: arena.check(Tenant.STATE, state),
         lambda: arena.release(Tenant.STATE, [state]),
-        lambda: arena.pin(Tenant.STATE, state),
+        lambda: arena.pin(Tenant.STATE, [state]),
         lambda: arena.check(Tenant.PAGE, again),
     ):
         with pytest.raises(StaleReferenceError, match="which was given back"):
@@ -151,10 +151,10 @@ def test_pins_are_not_counted() -> None:
     arena = Arena(ArenaLayout(2, SLAB, (1, 2, 0)))
     [state] = arena.take(Tenant.STATE) or []
     with pytest.raises(AssertionError, match="pinned once"):
-        arena.pin(Tenant.STATE, state)
-    arena.unpin(Tenant.STATE, state)
+        arena.pin(Tenant.STATE, [state])
+    arena.unpin(Tenant.STATE, [state])
     with pytest.raises(AssertionError, match="unpinned once"):
-        arena.unpin(Tenant.STATE, state)
+        arena.unpin(Tenant.STATE, [state])
 
 
 @pytest.mark.parametrize(

@@ -156,3 +156,32 @@ def test_sizes_of_drafts() -> None:
     bench.device.run(drafts[1:])
     sizes = [(s.rows, s.tokens, s.pages) for s in bench.device._recorder.recorded]
     assert sizes == [(2, 8, 16), (2, 2, 16)]
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_warmed_up_its_drafts_record_nothing_and_hold_nothing(
+    layers: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = FakeCapture()
+    monkeypatch.setattr(
+        worker_module,
+        "make_runner",
+        lambda model, storage, *_, **__: new_runner(model, storage, capture, (1, 2, 4)),
+    )
+    engine = build(model_of(layers), tokenizer, CHAIN, max_running=4)
+    worker = engine._worker
+    slabs = worker.storage._arena.view(-1, worker.storage.layout.slab_bytes)
+    slabs[1:] = 7
+    engine.warm_up(lambda _: None)
+    assert bool((slabs[1:] == 7).all())
+    assert not worker._pending._accepted
+    before = capture.recorded
+    assert len(worker._verifier._recorder.recorded) == 9  # 1, 2, 4 rows of 2, 4, 6 tokens
+    texts = repeating(0, [1, 70, 17, 40])
+    for n, text in enumerate(texts):
+        submit(engine, str(n), text, 24)
+    events = run(engine)
+    found = [tokens(events[str(n)]) for n in range(len(texts))]
+    assert found == [alone(layers, tuple(text), 24) for text in texts]
+    assert engine.speculation_counters().num_accepted_tokens > 0
+    assert capture.recorded == before

@@ -147,6 +147,35 @@ def test_rows_are_rotated_as_by_the_model(dtype: torch.dtype) -> None:
         check_error(name, y, rotate(x[None], turns)[0], rotate(x[None].double(), wide)[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_are_rotated_in_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sevenfold.models import Batch, ModelConfig
+    from sevenfold.models.mixers import SoftmaxAttention, softmax
+
+    B, T, by_kernel = 2, 67, [True]
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+    others = {"vocab_size": 5, "layer_types": ("full_attention",), "intermediate_size": 8}
+    config = ModelConfig(**sizes, **others, rotary_dim=8)
+    mixer = SoftmaxAttention(config, window=None).to(DEVICE).requires_grad_(False)
+    batch = Batch.rows(B, T, past=(1000, 0), device=DEVICE)
+    q, k = (random(B, T, heads, 12, seed=heads).to(dtype) for heads in (4, 2))
+    if INTERPRETED:
+        monkeypatch.setattr(softmax, "suits_device_rotation", lambda q, k: by_kernel[0])
+    with torch.no_grad():
+        x, y = q.clone(), k.clone()
+        turned = mixer._turned(x, y, batch.positions)
+        assert turned[0] is x
+        assert turned[1] is y
+        alone, _ = mixer._turned(k.clone(), k[:, :, :0], batch.positions)
+        assert torch.equal(alone, y)
+    by_kernel[0] = False
+    assert not ops.suits_device_rotation(q, k)  # now that gradients are enabled
+    honest = mixer._turned(q, k, batch.positions)
+    exact = mixer._turned(q.double(), k.double(), batch.positions)
+    for name, found, plain, wanted in zip("qk", turned, honest, exact, strict=True):
+        check_error(name, found, plain, wanted)
+
+
 def expert_layer(width: int, F: int, E: int, chosen: int, dtype: torch.dtype) -> DeviceExperts:
     return DeviceExperts(
         weight(E, width, seed=11, dtype=torch.float32),
@@ -168,7 +197,7 @@ def by_choice(u: Tensor, shares: Tensor, experts: Tensor, layer: DeviceExperts) 
 
 
 # M, k, E: more and fewer choices than experts, alone and together, tiles of 16, 32 and 64 rows.
-MIXTURES = [(1, 2, 4), (2, 1, 2), (3, 2, 8), (17, 2, 3)]
+MIXTURES = [(1, 2, 4), (1, 3, 4), (2, 1, 2), (3, 2, 8), (17, 2, 3)]
 EXPERT_WIDTHS = [(40, 24)] if INTERPRETED else [(264, 136), (2048, 1792)]
 if not INTERPRETED:
     MIXTURES += [(33, 1, 1), (8, 2, 8), (64, 2, 8), (64, 8, 32), (16, 2, 32)]
@@ -223,6 +252,16 @@ def test_dense_keeps_to_the_error_rule(
         return joined(u if residual.post_norm else x.to(dtype), f, residual)
 
     check("y", found, wanted)
+
+
+def test_one_row_in_parts_keeps_to_the_error_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no program holds a whole row: norms are kernels of their own, and products go on."""
+    parts = {"BN": 4, "BK": 64, "WK": 1, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(tiles, "best_config", lambda *_: parts)
+    dtype = torch.float32
+    test_lightning_keeps_to_the_error_rule((136, 2, 12), 1, dtype, "post")
+    test_softmax_keeps_to_the_error_rule((136, 2, 12), 1, dtype, "pre")
+    test_experts_keep_to_the_error_rule(136, 72, 1, 3, 4, dtype)
 
 
 @pytest.mark.parametrize("M", ROWS)

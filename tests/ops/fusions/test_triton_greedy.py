@@ -57,3 +57,22 @@ def test_what_is_not_finite_is_told_apart() -> None:
     negative = torch.full((1, 300), 1.0, device=DEVICE)
     negative[0, 200] = -torch.tensor(NAN, device=DEVICE)
     check(negative)
+
+
+@pytest.mark.parametrize("V", [5, 20_000])
+def test_rows_go_one_token_further(V: int) -> None:
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(V)).to(DEVICE)
+    logits[2, 3] = NAN
+    found, wanted = ([x.to(DEVICE) for x in step_rows()] for _ in range(2))
+    for _ in range(3):
+        triton_greedy.advance_rows(logits, *found, 16)
+        eager.advance_rows(logits, *wanted, 16)
+        for x, y in zip(found, wanted, strict=True):
+            assert torch.equal(x, y)
+
+
+def step_rows() -> tuple[torch.Tensor, ...]:
+    """Of a row within a page, one at its end, one at the end of its table, and one of nobody."""
+    places = [[3, 15, 47, 0], [8, 11, 16, 0], [3, 15, 15, 0], [4, 16, 48, 0]]
+    pages = [[8, 9, 10], [11, 12, 13], [14, 15, 16], [0, 0, 0]]
+    return torch.zeros(4, 2, dtype=torch.int64), torch.tensor(places), torch.tensor(pages)

@@ -66,6 +66,15 @@ def test_residual_norm_keeps_to_the_error_rule(shape: tuple[int, ...], dtype: to
     check_kernel(residual, eager_residual, [stream, update, weight], dys)
 
 
+@each
+def test_the_norm_alone_is_that_beside_the_sum(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    (stream, update), weight, _ = inputs(shape, dtype)
+    factors = (EPS, 3.5565588200778455, 0.5)
+    with poisoned_allocations():
+        found = triton_residual.post_rms_norm(stream, update, weight, *factors)
+    assert torch.equal(found, residual(stream, update, weight)[0])
+
+
 def test_an_fp32_stream_takes_a_low_update() -> None:
     (stream, update), weight, dys = inputs((7, 24), torch.float32)
     leaves = [stream, update.to(DTYPES[1]), weight]
@@ -108,6 +117,7 @@ def test_views_that_are_not_contiguous() -> None:
 
 def test_no_rows() -> None:
     (x, gate), weight, dys = inputs((0, 8), torch.float32)
+    assert triton_residual.post_rms_norm(x, gate, weight, EPS, 1.0, 1.0).shape == (0, 8)
     for run, leaves, n in ((norm, [x], 1), (gated, [x, gate], 1), (residual, [x, gate], 2)):
         found = with_grads(run, [*leaves, weight], dys[:n])
         assert [t.shape for t in found[:-1]] == [(0, 8)] * (n + len(leaves))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops import Impl, gated_rms_norm, residual_rms_norm, rms_norm
+from sevenfold.ops import Impl, gated_rms_norm, post_rms_norm, residual_rms_norm, rms_norm
 from sevenfold.ops.rms_norm import default_rms_norm_impl
 from sevenfold.ops.testing import check_error
 
@@ -56,6 +56,16 @@ def test_residual_norm_of_plain_sums_by_default() -> None:
     y, x = residual_rms_norm(stream, update, weight, EPS)
     assert torch.equal(x, stream + update)
     assert torch.equal(y, rms_norm(x, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_alone(dtype: torch.dtype) -> None:
+    low = [random(3, 8, dtype=dtype, seed=n) for n in range(2)]
+    weight = random(8, seed=2, dtype=dtype)
+    y, _ = residual_rms_norm(*low, weight, EPS, alpha=3.5, beta=0.5)
+    assert torch.equal(post_rms_norm(*low, weight, EPS, alpha=3.5, beta=0.5), y)
+    with pytest.raises(ValueError, match="update must have"):
+        post_rms_norm(low[0], low[1][:2], weight, EPS)
 
 
 def test_gradcheck() -> None:

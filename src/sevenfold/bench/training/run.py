@@ -41,12 +41,14 @@ def run_cases(cases: Sequence[Case], device: str, report: Callable[[Row], None])
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[Row], device: str, commit: str | None) -> list[Row]:
+def write_rows(
+    path: Path, rows: Sequence[Mapping[str, Any]], device: str, commit: str | None
+) -> list[Row]:
     """Put rows into a record: each takes the place of an earlier one of its case and side.
 
     Args:
         path: the JSON file.
-        rows: as run_cases returns them.
+        rows: as run_cases returns or reports them.
         device: where they ran.
         commit: of the code; None asks git.
 

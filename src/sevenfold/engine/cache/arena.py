@@ -4,7 +4,7 @@ A slab belongs to one tenant from its first item to its last, and is free in bet
 pages and snapshots share one budget at run time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sevenfold.config import SevenfoldError
@@ -84,8 +84,7 @@ class Arena:
         Raises:
             StaleReferenceError: one of them is not held; those before it are given back.
         """
-        for handle in handles:
-            slab, number, place = self._find(tenant, handle)
+        for slab, number, place in self._held(tenant, handles):
             if slab.pinned[place]:
                 self._unpin(slab, place)
             slab.serials[place] = 0
@@ -99,19 +98,20 @@ class Arena:
             else:
                 self._partial[tenant].add(number, len(slab.free))
 
-    def pin(self, tenant: Tenant, handle: int) -> None:
-        """Note that an item must stay; it must not be pinned already."""
-        slab, _, place = self._find(tenant, handle)
-        if slab.pinned[place]:
-            raise AssertionError("an item is pinned once")
-        self._pin(slab, place)
+    def pin(self, tenant: Tenant, handles: Iterable[int]) -> None:
+        """Note that items must stay; none may be pinned already."""
+        for slab, _, place in self._held(tenant, handles):
+            if slab.pinned[place]:
+                raise AssertionError("an item is pinned once")
+            slab.pinned[place] = True
+            self._count_pins(slab, 1)
 
-    def unpin(self, tenant: Tenant, handle: int) -> None:
-        """Note that an item may go; it must be pinned."""
-        slab, _, place = self._find(tenant, handle)
-        if not slab.pinned[place]:
-            raise AssertionError("an item is unpinned once")
-        self._unpin(slab, place)
+    def unpin(self, tenant: Tenant, handles: Iterable[int]) -> None:
+        """Note that items may go; all must be pinned."""
+        for slab, _, place in self._held(tenant, handles):
+            if not slab.pinned[place]:
+                raise AssertionError("an item is unpinned once")
+            self._unpin(slab, place)
 
     def check(self, tenant: Tenant, handle: int) -> int:
         """Return the index of an item that is held.
@@ -165,34 +165,39 @@ class Arena:
         # A slab fresh from the free ones was not among the partly filled.
         if len(slab.free) < places:
             self._partial[tenant].remove(number, len(slab.free))
-        count = min(wanted, len(slab.free))
-        for _ in range(count):
-            place = slab.free.pop()
-            self._serial += 1
-            slab.serials[place] = self._serial
-            self._pin(slab, place)
-            handles.append(self._serial << _INDEX_BITS | number * places + place)
+        count, first = min(wanted, len(slab.free)), number * places
+        taken = slab.free[: -count - 1 : -1]
+        del slab.free[-count:]
+        serials = range(self._serial + 1, self._serial + 1 + count)
+        self._serial += count
+        for serial, place in zip(serials, taken, strict=True):
+            slab.serials[place], slab.pinned[place] = serial, True
+            handles.append(serial << _INDEX_BITS | first + place)
+        self._count_pins(slab, count)
         self._partial[tenant].add(number, len(slab.free))
         self._num_items[tenant] += count
 
     def _find(self, tenant: Tenant, handle: int) -> tuple[_Slab, int, int]:
-        places = self.layout.places[tenant]
-        number, place = divmod(handle & _INDEX_MASK, places) if places else (0, 0)
-        slab = self._slabs[number] if number < len(self._slabs) else None
-        serial = handle >> _INDEX_BITS
-        held = slab is not None and slab.tenant is tenant and slab.serials[place] == serial
-        if slab is None or not held:
-            raise StaleReferenceError(
-                f"{tenant.name.lower()} must be held to be used, got place "
-                f"{index_of(handle)} of allocation {serial}, which was given back"
-            )
-        return slab, number, place
+        return next(self._held(tenant, (handle,)))
 
-    def _pin(self, slab: _Slab, place: int) -> None:
+    def _held(self, tenant: Tenant, handles: Iterable[int]) -> Iterator[tuple[_Slab, int, int]]:
+        """Each item's slab, the slab's number, and its place there, one after another."""
+        places, slabs = self.layout.places[tenant], self._slabs
+        for handle in handles:
+            number, place = divmod(handle & _INDEX_MASK, places) if places else (0, 0)
+            slab = slabs[number] if number < len(slabs) else None
+            serial = handle >> _INDEX_BITS
+            if slab is None or slab.tenant is not tenant or slab.serials[place] != serial:
+                raise StaleReferenceError(
+                    f"{tenant.name.lower()} must be held to be used, got place "
+                    f"{index_of(handle)} of allocation {serial}, which was given back"
+                )
+            yield slab, number, place
+
+    def _count_pins(self, slab: _Slab, count: int) -> None:
         self._pinned_slabs[slab.tenant] += slab.num_pinned == 0
-        self._pinned_items[slab.tenant] += 1
-        slab.num_pinned += 1
-        slab.pinned[place] = True
+        self._pinned_items[slab.tenant] += count
+        slab.num_pinned += count
 
     def _unpin(self, slab: _Slab, place: int) -> None:
         slab.num_pinned -= 1

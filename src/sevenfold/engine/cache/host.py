@@ -41,13 +41,17 @@ class HostEntry:
 
 @dataclass
 class HostCounters:
-    """What the host's memory has done: prefixes kept, refused, dropped, and gone on from."""
+    """What the host's memory has done: prefixes kept, refused, dropped, and gone on from.
+
+    hit_tokens: that the device had not kept. copied_bytes: from the host for them.
+    """
 
     num_kept: int = 0
     num_refused: int = 0
     num_evicted: int = 0
     num_hits: int = 0
     hit_tokens: int = 0
+    copied_bytes: int = 0
 
 
 class HostTier:
@@ -108,11 +112,15 @@ class HostTier:
         for key, page in pages.items():
             own = self._blocks[key].page
             if own is not None:
-                self._in.append(Copy(Tenant.PAGE, index_of(page), index_of(own)))
+                self._copy_in(Tenant.PAGE, page, own)
         if snapshot is not None and entry.snapshot is not None:
-            self._in.append(Copy(Tenant.SNAPSHOT, index_of(snapshot), index_of(entry.snapshot)))
+            self._copy_in(Tenant.SNAPSHOT, snapshot, entry.snapshot)
         self.pin(entry)
         self._reading.append(entry)
+
+    def _copy_in(self, tenant: Tenant, item: int, own: int) -> None:
+        self._in.append(Copy(tenant, index_of(item), index_of(own)))
+        self.counters.copied_bytes += self._arena.layout.stride_bytes(tenant)
 
     def take_copies(self) -> tuple[list[Copy], list[Copy]]:
         """Return the copies to the host and those from it, once."""

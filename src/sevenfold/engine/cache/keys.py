@@ -7,6 +7,7 @@ let one caller make another's prefix collide with his own (GHSA-rm76-4mrf-v9r8).
 """
 
 import struct
+from collections.abc import Iterator
 from hashlib import sha256
 
 from sevenfold.engine.request import Request
@@ -27,15 +28,36 @@ class KeyChain:
 
     def key(self, block: int) -> bytes:
         """Return the key of the prefix that ends with a block, all of whose tokens are known."""
-        keys = self._keys
-        while len(keys) <= block:
-            before = keys[-1] if keys else self._root
-            keys.append(sha256(before + self._block(len(keys))).digest())
-        return keys[block]
+        self._extend(block + 1)
+        return self._keys[block]
+
+    def first(self, count: int) -> Iterator[bytes]:
+        """Return the keys of so many first blocks, computed as they are asked for.
+
+        At most as many are computed in vain as were asked for.
+        """
+        given = 0
+        while given < count:
+            self._extend(min(2 * given + 1, count))
+            known = self._keys[given:count]
+            yield from known
+            given += len(known)
 
     def unsalted(self) -> bytes:
         """Return a key of the first block that does not depend on the salt."""
         return sha256(_UNSALTED_TAG + self._block(0)).digest()
+
+    def _extend(self, count: int) -> None:
+        keys, prompt, size, pack = self._keys, self._request.prompt, self._page_tokens, self._pack
+        key = keys[-1] if keys else self._root
+        # One loop without calls of our own: a long prompt has thousands of blocks.
+        inside = min(count, len(prompt) // size) * size
+        for first in range(len(keys) * size, inside, size):
+            key = sha256(key + pack(*prompt[first : first + size])).digest()
+            keys.append(key)
+        while len(keys) < count:
+            key = sha256(key + self._block(len(keys))).digest()
+            keys.append(key)
 
     def _block(self, block: int) -> bytes:
         prompt, generated = self._request.prompt, self._request.generated

@@ -102,9 +102,7 @@ class PrefixIndex:
     def match(self, chain: KeyChain, num_tokens: int) -> Match:
         """Find the longest prefix of at most num_tokens - 1 tokens that can be gone on from."""
         most = (num_tokens - 1) // self._page_tokens
-        nodes: list[Node] = []
-        while len(nodes) < most and (node := self._tree.get(chain.key(len(nodes)))):
-            nodes.append(node)
+        nodes = self._tree.along(chain.first(most))
         hit = len(nodes) // self._grain_blocks * self._grain_blocks
         while hit and not self._any_node and nodes[hit - 1].anchor is None:
             hit -= 1

@@ -319,9 +319,10 @@ class CacheManager(Opening):
                 node = self._tree.grow(path[-1] if path else None, key, page)
                 if not path:
                     self._tree.name_first_block(node, chain.unsalted())
-            self._tree.lock((node,))
+            else:
+                self._tree.lock((node,))
+                self._share(holding, block, node)
             path.append(node)
-            self._share(holding, block, node)
             if not self.plan.has_states and (block + 1) % _ANCHOR_BLOCKS == 0:
                 self._anchor(holding, node, None)
         holding.next_block_tokens = (len(path) + 1) * self.plan.page_tokens

@@ -92,7 +92,6 @@ class Opening:
             node = self._tree.grow(path[-1] if path else None, key, pages[n] if pages else None)
             if not path:
                 self._tree.name_first_block(node, chain.unsalted())
-            self._tree.lock((node,))
             path.append(node)
         if self._host is not None:
             self._host.read(entry, dict(zip(missing, pages, strict=False)), snapshot)

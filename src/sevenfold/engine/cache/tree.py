@@ -6,7 +6,7 @@ request uses, is dropped at once; so a leaf always has one or the other.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sevenfold.engine.cache.arena import Arena
 from sevenfold.engine.cache.eviction import EvictionQueue
@@ -93,16 +93,25 @@ class PrefixTree:
         """Return the node of a key, or None."""
         return self._nodes.get(key)
 
+    def along(self, keys: Iterable[bytes]) -> list[Node]:
+        """Return the nodes of keys, up to the first that has none."""
+        nodes, found = [], self._nodes
+        for key in keys:
+            node = found.get(key)
+            if node is None:
+                break
+            nodes.append(node)
+        return nodes
+
     def knows_first_block(self, unsalted: bytes) -> bool:
         """Whether any caller's tree begins with that block."""
         return unsalted in self._first_blocks
 
     def grow(self, parent: Node | None, key: bytes, page: int | None) -> Node:
-        """Add a node that is not there; it has no refs, and owns its page, which is pinned."""
+        """Add a node that is not there, locked once; it owns its page, which is pinned."""
         above = parent.num_tokens if parent else 0
         node = Node(key, parent, page, above + self._plan.page_tokens)
-        if page is not None:
-            self._arena.unpin(Tenant.PAGE, page)
+        node.refs = 1
         self._nodes[key] = node
         if parent:
             parent.num_children += 1
@@ -115,17 +124,21 @@ class PrefixTree:
 
     def lock(self, nodes: Sequence[Node]) -> None:
         """Keep nodes for a request."""
+        pages = []
         for node in nodes:
             node.refs += 1
             if node.refs == 1 and node.page is not None:
-                self._arena.pin(Tenant.PAGE, node.page)
+                pages.append(node.page)
+        self._arena.pin(Tenant.PAGE, pages)
 
     def unlock(self, path: Sequence[Node]) -> None:
         """Give back a whole path, first block first; drops what nothing can reach any more."""
+        pages = []
         for node in path:
             node.refs -= 1
             if node.refs == 0 and node.page is not None:
-                self._arena.unpin(Tenant.PAGE, node.page)
+                pages.append(node.page)
+        self._arena.unpin(Tenant.PAGE, pages)
         if path:
             self._prune(path[-1])
 
@@ -134,7 +147,7 @@ class PrefixTree:
         node.anchor = anchor = Anchor(node, snapshot)
         if snapshot is not None:
             self._owners[snapshot] = anchor
-            self._arena.unpin(Tenant.SNAPSHOT, snapshot)
+            self._arena.unpin(Tenant.SNAPSHOT, (snapshot,))
         self.queue.touch(anchor)
         return anchor
 
@@ -147,14 +160,14 @@ class PrefixTree:
         """Keep an anchor's snapshot until the request that goes on from it has read it."""
         anchor.pins += 1
         if anchor.pins == 1 and anchor.snapshot is not None:
-            self._arena.pin(Tenant.SNAPSHOT, anchor.snapshot)
+            self._arena.pin(Tenant.SNAPSHOT, (anchor.snapshot,))
             self.queue.remove(anchor)
 
     def unpin(self, anchor: Anchor) -> None:
         """Note that a request has read an anchor's snapshot, or will not."""
         anchor.pins -= 1
         if anchor.pins == 0 and anchor.snapshot is not None:
-            self._arena.unpin(Tenant.SNAPSHOT, anchor.snapshot)
+            self._arena.unpin(Tenant.SNAPSHOT, (anchor.snapshot,))
             self.queue.add(anchor)
 
     def withdraw(self, anchor: Anchor) -> int | None:
@@ -163,7 +176,7 @@ class PrefixTree:
         anchor.node.anchor = None
         if anchor.snapshot is not None:
             del self._owners[anchor.snapshot]
-            self._arena.pin(Tenant.SNAPSHOT, anchor.snapshot)
+            self._arena.pin(Tenant.SNAPSHOT, (anchor.snapshot,))
         self._prune(anchor.node)
         return anchor.snapshot
 

@@ -2,9 +2,9 @@
 
 from sevenfold.engine.device.capture import CudaCapture
 from sevenfold.engine.device.footprint import chunk_token_bytes, gathered_bytes, graph_bytes
-from sevenfold.engine.device.graphs import DecodeGraphs, decode_batch_sizes
+from sevenfold.engine.device.graphs import DecodeGraphs, decode_batch_sizes, draft_token_sizes
 from sevenfold.engine.device.prefill_graphs import prefill_sizes
-from sevenfold.engine.device.runner import DeviceRunner
+from sevenfold.engine.device.runner import DeviceRunner, Stepped
 from sevenfold.engine.device.verifier import DeviceVerifier, DraftLimits
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "DeviceRunner",
     "DeviceVerifier",
     "DraftLimits",
+    "Stepped",
     "chunk_token_bytes",
     "decode_batch_sizes",
+    "draft_token_sizes",
     "gathered_bytes",
     "graph_bytes",
     "prefill_sizes",

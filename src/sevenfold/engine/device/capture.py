@@ -24,20 +24,28 @@ class Capture(Protocol):
         ...
 
 
+def run_once(run: Callable[[], Tensor]) -> Captured:
+    """A Capture that records nothing: it runs the function now, and a replay does nothing."""
+    output = run()
+    return Captured(lambda: None, output)
+
+
 class CudaCapture:
     """Records CUDA graphs that share one memory pool: replay them one after another.
 
-    The first runs outside a graph compile kernels and let libraries allocate what they keep.
+    The first runs outside a graph compile kernels and let libraries allocate what they keep, of
+    which each stream has its own: so all go to one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], Tensor]) -> Captured:
-        """Run twice on a stream of its own, then record."""
+        """Run twice on a stream beside the current one, then record."""
+        side = self._side
         with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):

@@ -86,16 +86,16 @@ class DecodeGraphs:
         """Rows of the least step that has as many as are needed; None where none has."""
         return least_size(self._batch_sizes, needed)
 
-    def run(self, size: Size, fill: Callable[[DecodeInputs], None]) -> Tensor:
+    def run(self, size: Size, fill: Callable[[DecodeInputs], None]) -> tuple[Tensor, DecodeInputs]:
         """Run a step of a size on what `fill` writes into its inputs.
 
         Returns:
-            [size.rows, vocab_size]; the next run overwrites it.
+            [size.rows, vocab_size], and the inputs; the next run overwrites both.
         """
         inputs, captured = self._recorder.at(size)
         fill(inputs)
         captured.replay()
-        return captured.output
+        return captured.output, inputs
 
 
 def most_pages(rows: Sequence[Row | NextRow | None]) -> int:

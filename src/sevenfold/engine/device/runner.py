@@ -1,13 +1,13 @@
 """Runs the model on rows whose states and keys stay where they lie, without waiting for it."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sevenfold.config import UnsupportedError
-from sevenfold.engine.device.capture import Capture
+from sevenfold.engine.device.capture import Capture, run_once
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs, most_pages
 from sevenfold.engine.device.prefill_graphs import MOST_STOPS, PrefillGraphs, most_keys
@@ -15,10 +15,22 @@ from sevenfold.engine.device.prefill_inputs import PrefillInputs
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.prompt_logprobs import score_rows
 from sevenfold.engine.rows import NextRow, Row
-from sevenfold.engine.storage import KVStorage, LinearStorage, Storage
+from sevenfold.engine.runner import Runner
+from sevenfold.engine.storage import EncodedStorage, KVStorage, LinearStorage, Storage
 from sevenfold.engine.transfer import upload_parts
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
-from sevenfold.ops import PaddedSnapshots, Snapshots, Stop, padded_cuts
+from sevenfold.ops import Noise, PaddedSnapshots, Snapshots, Stop, advance_rows, padded_cuts
+
+
+class Stepped(NamedTuple):
+    """What a decoding step gave; the next one overwrites it.
+
+    logits: [N, vocab_size] fp32.
+    best: [N, 2] int64, the most probable token's id, and whether the row's logits are finite.
+    """
+
+    logits: Tensor
+    best: Tensor
 
 
 class DeviceRunner:
@@ -26,6 +38,7 @@ class DeviceRunner:
 
     Indices go to the device in one copy a run. Decoding advances states in the arena by their
     slots; a prefill writes snapshots on its way, in one run. A prefill of one row is recorded, too.
+    Prefills of states or snapshots in fewer bits go as engine.runner.Runner's, part by part.
     """
 
     def __init__(
@@ -43,17 +56,22 @@ class DeviceRunner:
 
         Args:
             model: in the storage's dtype, on its device.
-            storage: of states and snapshots in fp32, and pages.
+            storage: of its states, snapshots and pages.
             page_tokens: tokens of a page.
             batch_sizes: of decoding steps that are recorded; none without `capture`.
-            prefill_sizes: tokens of prefills that are recorded, rising; none without `capture`.
+            prefill_sizes: tokens of prefills that are recorded, rising; none without `capture`, and
+                none of a storage in fewer bits.
             capture: records them; None runs each step as it comes.
             cuts_change_bits: whether the bits of softmax attention may depend on how a prompt is
                 cut, as long chunks' do where they go block by block.
         """
         self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
         self.batch_sizes, self.capture = tuple(batch_sizes), capture
+        self.prefill_sizes = tuple(prefill_sizes)
         self._cuts_change_bits = cuts_change_bits
+        self._by_parts = None
+        if not storage.is_exact:
+            self._by_parts = Runner(model, storage, page_tokens=page_tokens)
         self._graphs, self._prefills = None, None
         if capture is not None:
             self._graphs = DecodeGraphs(self._step, capture, batch_sizes, device=model.device)
@@ -61,6 +79,18 @@ class DeviceRunner:
             self._prefills = PrefillGraphs(
                 self._prefill_step, capture, prefill_sizes, self._new_prefill_inputs
             )
+
+    def rehearsal(self) -> "DeviceRunner":
+        """Return a runner that computes the same, and runs once what this one records."""
+        return DeviceRunner(
+            self.model,
+            self.storage,
+            page_tokens=self.page_tokens,
+            batch_sizes=self.batch_sizes,
+            prefill_sizes=self.prefill_sizes,
+            capture=self.capture and run_once,
+            cuts_change_bits=self._cuts_change_bits,
+        )
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
@@ -72,18 +102,21 @@ class DeviceRunner:
         """
         if all(len(row.tokens) == 1 and row.scored is None for row in rows):
             return self._decode(rows)
-        return self._prefill(rows)
+        return self._prefill(rows) if self._by_parts is None else self._by_parts.run(rows)
 
     @torch.inference_mode()
-    def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Tensor:
+    def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Stepped:
         """Run the next tokens of requests before they have come to the host.
+
+        Where the rows are those of the step before, and the tokens those that it gave as best, one
+        launch does it.
 
         Args:
             rows: N, not all None; None leaves its place in the step to nobody.
             tokens: [N] int64, their ids on the device.
 
         Returns:
-            [N, vocab_size] fp32, as run; no snapshot is written.
+            Logits as run's, and the choice; no snapshot is written.
         """
         return self._decoded(rows, lambda at: at.fill_ahead(rows, tokens, self.page_tokens))
 
@@ -93,27 +126,32 @@ class DeviceRunner:
         return recorded or needed
 
     def _decode(self, rows: Sequence[Row]) -> Tensor:
-        logits = self._decoded(rows, lambda at: at.fill(rows, self.page_tokens))
+        logits = self._decoded(rows, lambda at: at.fill(rows, self.page_tokens)).logits
         kept = [(row.state, at) for row in rows for at in row.snapshots.values()]
         self.storage.snapshot([s for s, _ in kept if s is not None], [at for _, at in kept])
         return logits
 
     def _decoded(
         self, rows: Sequence[Row | NextRow | None], fill: Callable[[DecodeInputs], None]
-    ) -> Tensor:
+    ) -> Stepped:
         size = None if self._graphs is None else self._graphs.size_of(rows)
         if self._graphs is not None and size is not None:
-            return self._graphs.run(size, fill)[: len(rows)]
+            logits, inputs = self._graphs.run(size, fill)
+            return Stepped(logits[: len(rows)], inputs.chosen[: len(rows)])
         inputs = DecodeInputs(Size(len(rows), most_pages(rows)), self.model.device)
         fill(inputs)
-        return self._step(inputs)
+        return Stepped(self._step(inputs), inputs.chosen)
 
     def _step(self, inputs: DecodeInputs) -> Tensor:
         rows = inputs.size.rows
         batch = Batch((1,) * rows, (0,) * rows, inputs.positions, None)
         table = PageTable(inputs.pages, inputs.page, inputs.place, inputs.key_lengths)
-        state = self._values(inputs.slots, table, lambda pool: Snapshots(pool, ()))
-        return self.model.logits(self.model.hidden(inputs.ids, batch, state).hidden[:, 0])
+        noise = (inputs.seeds, inputs.key_lengths)
+        state = self._values(inputs.slots, table, lambda pool: Snapshots(pool, ()), noise)
+        logits = self.model.logits(self.model.hidden(inputs.ids, batch, state).hidden[:, 0])
+        where = (inputs.places, inputs.pages)
+        advance_rows(logits, inputs.chosen, *where, page_tokens=self.page_tokens)
+        return logits
 
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
         size = None if self._prefills is None else self._prefills.size_of(rows)
@@ -129,9 +167,13 @@ class DeviceRunner:
         table = PageTable(pages, page, place, key_lengths, starts, known)
         stops = _stops(rows)
         state = self._values(slots, table, lambda pool: Snapshots(pool, stops))
-        hidden = self.model.hidden(ids[None], batch, state).hidden[0]
-        score_rows(self.model, rows, hidden)
-        return self.model.logits(hidden[starts[1:] - 1])
+        ends = starts[1:] - 1
+        if any(row.scored is not None for row in rows):
+            hidden = self.model.hidden(ids[None], batch, state).hidden[0]
+            score_rows(self.model, rows, hidden)
+            return self.model.logits(hidden[ends])
+        found = self.model.hidden_at_ends(ids[None], batch, state, ends)
+        return self.model.logits(found.hidden[:, 0])
 
     def _new_prefill_inputs(self, tokens: int) -> PrefillInputs:
         pools = [layer.states for layer in self.storage.layers if isinstance(layer, LinearStorage)]
@@ -145,25 +187,37 @@ class DeviceRunner:
         table = PageTable(*where, inputs.key_lengths, inputs.borders)
         plan = inputs.plan()  # once for all layers
         state = self._values(inputs.slots, table, lambda pool: PaddedSnapshots(pool, plan))
-        hidden = self.model.hidden(inputs.ids, batch, state).hidden[0]
-        return self.model.logits(hidden[inputs.last])
+        found = self.model.hidden_at_ends(inputs.ids, batch, state, inputs.last)
+        return self.model.logits(found.hidden[:, 0])
 
     def _values(
         self,
         slots: Tensor,
         table: PageTable,
         kept: Callable[[Tensor], Snapshots | PaddedSnapshots],
+        noise: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[LayerState, ...]:
-        """Each layer's part of a state; `kept` says what to keep in a pool of snapshots."""
+        """Each layer's part of a state.
+
+        Args:
+            slots: of the rows' states.
+            table: of their pages.
+            kept: says what to keep in a pool of snapshots.
+            noise: seeds and tokens of the rows, by which states in fewer bits are rounded.
+        """
         values: list[LayerState] = []
-        for layer in self.storage.layers:
+        for n, layer in enumerate(self.storage.layers):
             if isinstance(layer, KVStorage):
                 values.append(PagedKV(layer.k, layer.v, table))
-                continue
-            pool = layer.snapshots.exact
-            if not isinstance(layer, LinearStorage) or pool is None:
-                raise UnsupportedError("states and snapshots must be fp32 for DeviceRunner")
-            values.append(PooledState(layer.states, slots, kept(pool)))
+            elif isinstance(layer, EncodedStorage):
+                if noise is None:
+                    raise AssertionError("states in fewer bits have no prefill here")
+                values.append(layer.states.at(slots, Noise(*noise, n)))
+            else:
+                pool = layer.snapshots.exact
+                # Rounded ones are not written on the way: any pool will do.
+                pool = layer.states if pool is None else pool
+                values.append(PooledState(layer.states, slots, kept(pool)))
         return tuple(values)
 
 
@@ -182,7 +236,7 @@ def _prefill_inputs(rows: Sequence[Row], page_tokens: int) -> list[np.ndarray]:
     for n, row in enumerate(rows):
         table[n, : len(row.pages)] = row.pages
     lengths = [len(row.tokens) for row in rows]
-    ids = np.concatenate([np.asarray(row.tokens) for row in rows])
+    ids = np.concatenate([np.fromiter(row.tokens, np.int64) for row in rows])
     positions = np.concatenate([np.arange(row.past, row.end) for row in rows])
     block = np.minimum(positions // page_tokens, most - 1)
     page = table[np.repeat(np.arange(len(rows)), lengths), block]

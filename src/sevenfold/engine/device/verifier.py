@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.engine.device.capture import Capture
+from sevenfold.engine.device.capture import Capture, run_once
 from sevenfold.engine.device.draft_inputs import Draft, DraftInputs, DraftSize
 from sevenfold.engine.device.graphs import Recorder, draft_token_sizes, least_size, page_room
 from sevenfold.engine.rows import Row
@@ -67,12 +67,24 @@ class DeviceVerifier(Verifier):
             capture: records them; None runs each as it comes.
         """
         super().__init__(model, storage, pending, page_tokens=page_tokens)
-        self._limits, self._batch_sizes = limits, tuple(batch_sizes)
+        self._limits, self._batch_sizes, self._capture = limits, tuple(batch_sizes), capture
         self._recorder: Recorder[DraftSize, DraftInputs] | None = None
         if capture is not None:
             self._recorder = Recorder(
                 self._step, capture, lambda size: DraftInputs(size, model.device), {}
             )
+
+    def rehearsal(self) -> "DeviceVerifier":
+        """Return a verifier that computes the same, and runs once what this one records."""
+        return DeviceVerifier(
+            self._model,
+            self._storage,
+            self._pending,
+            self._limits,
+            page_tokens=self._page_tokens,
+            batch_sizes=self._batch_sizes,
+            capture=self._capture and run_once,
+        )
 
     def _run(self, rows: list[Row], trees: list[DraftTree]) -> Checked:
         has_states = rows[0].state is not None

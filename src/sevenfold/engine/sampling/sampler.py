@@ -13,8 +13,8 @@ from sevenfold.engine.sampling.draws import uniform
 from sevenfold.engine.sampling.params import SamplingParams
 from sevenfold.engine.sampling.penalties import Penalties
 from sevenfold.engine.sampling.rules import build_rules, choose_tokens
-from sevenfold.engine.transfer import send
-from sevenfold.ops import Greedy, are_finite, greedy_tokens
+from sevenfold.engine.transfer import send, side_by_side
+from sevenfold.ops import are_finite, greedy_tokens
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Sampler:
         seeds = [o.seed - (1 << 64) if o.seed >= 1 << 63 else o.seed for o in outputs]
         self._seeds = send(seeds, torch.int64, device)
         self._places = send([len(t) for t in tokens], torch.int64, device)
+        self._num_followed = 0
 
     def choose(self, logits: Tensor) -> Tensor:
         """Choose each request's next token, [N] int64, from logits [N, vocab_size] fp32.
@@ -57,32 +58,39 @@ class Sampler:
         """
         return self._chosen(self._without(self._penalties.apply(logits)))
 
-    def choose_checked(self, logits: Tensor, computed: Tensor) -> Greedy:
+    def choose_checked(
+        self, logits: Tensor, computed: Tensor, best: Tensor | None = None
+    ) -> Tensor:
         """Choose as `choose` does, and tell which rows of `computed` are finite.
 
         Args:
             logits: [N, vocab_size] fp32.
             computed: [N, vocab_size], what the model gave: logits, before some were forbidden.
+            best: [N, 2] int64, what this gives of `computed` where all are greedy, if it is known.
+
+        Returns:
+            [N, 2] int64: token ids, and 1 where a row of `computed` is finite.
         """
         logits = self._without(self._penalties.apply(logits))
         if logits is not computed or not self._rules.all_greedy:
-            return Greedy(self._chosen(logits), are_finite(computed))
-        chosen = greedy_tokens(logits)
-        self.follow(chosen.tokens)
-        return chosen
+            return side_by_side([self._chosen(logits), are_finite(computed)])
+        checked = side_by_side(greedy_tokens(logits)) if best is None else best
+        self.follow(checked[:, 0])
+        return checked
 
     def _chosen(self, logits: Tensor) -> Tensor:
         if self._rules.all_greedy:
             tokens = logits.argmax(-1)
         else:
-            tokens = choose_tokens(logits, self._rules, uniform(self._seeds, self._places))
+            places = self._places + self._num_followed
+            tokens = choose_tokens(logits, self._rules, uniform(self._seeds, places))
         self.follow(tokens)
         return tokens
 
     def follow(self, tokens: Tensor) -> None:
         """Take each output one token further, [N] int64, before the host knows these tokens."""
         self._penalties.record(tokens)
-        self._places = self._places + 1
+        self._num_followed += 1
 
     def _without(self, logits: Tensor) -> Tensor:
         """Forbid ends that come too early, and what would complete a bad word."""

@@ -70,6 +70,10 @@ class Verifier:
         self._model, self._storage, self._pending = model.eval(), storage, pending
         self._page_tokens = page_tokens
 
+    def rehearsal(self) -> "Verifier":
+        """Return a verifier that computes the same and records nothing: this one."""
+        return self
+
     @torch.inference_mode()
     def run(self, drafts: Sequence[DraftRow]) -> Checked:
         """Check drafts of N requests, one or more: the logits after each node of each tree."""

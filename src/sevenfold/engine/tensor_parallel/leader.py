@@ -10,7 +10,7 @@ from sevenfold.engine.rows import Row
 from sevenfold.engine.speculation.verifier import Checked, DraftRow
 from sevenfold.engine.tensor_parallel.channel import Channel
 from sevenfold.engine.tensor_parallel.messages import Orders
-from sevenfold.engine.worker import Worker, WorkerConfig
+from sevenfold.engine.worker import Note, Worker, WorkerConfig
 from sevenfold.models import HybridModel
 
 
@@ -27,6 +27,12 @@ class LeadingWorker(Worker):
         super().__init__(model, plan, config)
         self._channel, self._orders = channel, Orders()
         self.ahead = None  # the other ranks are told ids
+
+    def warm_up(self, most_tokens: int, chunk_tokens: int, note: Note) -> None:
+        """As Worker.warm_up, on all ranks."""
+        self._orders.warm_up(most_tokens, chunk_tokens)
+        self._channel.send(self._orders.take())
+        super().warm_up(most_tokens, chunk_tokens, note)
 
     def prepare(self, fresh: Fresh) -> None:
         """As Worker.prepare, on all ranks."""

@@ -22,6 +22,7 @@ class _Order(IntEnum):
     RUN = 3
     CHECK = 4
     ACCEPT = 5
+    WARM_UP = 6
 
 
 class Orders:
@@ -33,6 +34,10 @@ class Orders:
     def stop(self) -> None:
         """End the follower."""
         self._numbers(_Order.STOP)
+
+    def warm_up(self, most_tokens: int, chunk_tokens: int) -> None:
+        """As Worker.warm_up; followers say nothing of it."""
+        self._numbers(_Order.WARM_UP, most_tokens, chunk_tokens)
 
     def prepare(self, fresh: Fresh) -> None:
         """As Worker.prepare."""
@@ -150,6 +155,11 @@ def _stop(reader: _Reader) -> None:
     return None
 
 
+def _warm_up(reader: _Reader) -> Callable[[Worker], object]:
+    most_tokens, chunk_tokens = reader.number(), reader.number()
+    return lambda worker: worker.warm_up(most_tokens, chunk_tokens, lambda _: None)
+
+
 def _prepare(reader: _Reader) -> Callable[[Worker], object]:
     fresh = Fresh(reader.numbers(), reader.numbers(), reader.copies(), reader.copies())
     return lambda worker: worker.prepare(fresh)
@@ -184,4 +194,5 @@ _READ: dict[_Order, Callable[[_Reader], Callable[[Worker], object] | None]] = {
     _Order.RUN: _run,
     _Order.CHECK: _check,
     _Order.ACCEPT: _accept,
+    _Order.WARM_UP: _warm_up,
 }

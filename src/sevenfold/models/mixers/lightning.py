@@ -74,6 +74,16 @@ class LightningAttention(nn.Module):
         o, gate = o.reshape(B, T, -1), self.output_gate(x)
         return self.out_proj(gated_group_norm(o, gate, self.norm, self.norm_groups)), state
 
+    def mix_ends(
+        self, x: Tensor, batch: Batch, state: LightningState, ends: Tensor
+    ) -> tuple[Tensor, LightningState | None]:
+        """As forward, but of tokens `ends` [N] of all B * T alone: [N, 1, hidden_size]."""
+        q, k, v = self.project(x)
+        o, after = self.attend(q, k, v, batch, state)
+        o, x = (y.flatten(0, 1)[ends, None] for y in (o.flatten(2), x))
+        o = gated_group_norm(o, self.output_gate(x), self.norm, self.norm_groups)
+        return self.out_proj(o), after
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, T, H, D] of x [B, T, hidden_size]."""
         return silu_qkv(self.qkv_proj(x), self.num_heads)

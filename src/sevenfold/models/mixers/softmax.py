@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
-from sevenfold.models.layers import Linear, rotate, rotation
+from sevenfold.models.layers import Linear, frequency, rotate, rotation
 from sevenfold.models.state import KVState, PagedKV, PagedTree
 from sevenfold.ops import (
     attention,
@@ -15,7 +15,9 @@ from sevenfold.ops import (
     attention_paged_tree,
     attention_pages,
     autocast,
+    rotate_on_device,
     suits_chunks,
+    suits_device_rotation,
     write_pages,
 )
 
@@ -46,11 +48,43 @@ class SoftmaxAttention(nn.Module):
         (x,) = autocast(x)
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
-        turns = rotation(batch.positions, self.rotary_dim, self.rope_theta, dtype=x.dtype)
-        q, k = rotate(q, turns), rotate(k, turns)
+        q, k = self._turned(q, k, batch.positions)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
         o = self.attend(q, k, v, batch, state)
         return self.o_proj(o.reshape(B, T, -1)), state
+
+    def mix_ends(
+        self, x: Tensor, batch: Batch, state: KVState | PagedKV | PagedTree, ends: Tensor
+    ) -> tuple[Tensor, KVState | PagedKV | PagedTree | None]:
+        """As forward, but of tokens `ends` [N] of all B * T alone: [N, 1, hidden_size].
+
+        They are the last of each sequence: over pages they attend as in a decoding step.
+        """
+        keys = state.table.key_lengths if isinstance(state, PagedKV) else None
+        if keys is None or not isinstance(state, PagedKV):
+            y, after = self(x, batch, state)
+            return y.flatten(0, 1)[ends, None], after
+        (B, T, _), table, positions = x.shape, state.table, batch.positions
+        k, v = (
+            project(x).view(B, T, self.num_kv_heads, -1) for project in (self.k_proj, self.v_proj)
+        )
+        k, _ = self._turned(k, k[:, :, :0], positions)
+        q = self.q_proj(x.flatten(0, 1)[ends, None]).unflatten(-1, (self.num_heads, -1))
+        q, _ = self._turned(q, q[:, :, :0], positions.flatten()[ends, None])
+        write_pages(k.flatten(0, 1), v.flatten(0, 1), state.k, state.v, table.page, table.place)
+        how = {"scale": self.scale, "window": self.window}
+        o = attention_pages(q, state.k, state.v, table.pages, keys, **how)
+        return self.o_proj(o.flatten(2)), state
+
+    def _turned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, T, H, D] as their positions turn them."""
+        if not self.rotary_dim or not suits_device_rotation(q, k):
+            turns = rotation(positions, self.rotary_dim, self.rope_theta, dtype=q.dtype)
+            return rotate(q, turns), rotate(k, turns)
+        how = {"device": q.device, "dtype": torch.float32}
+        turn = frequency(self.rotary_dim, self.rope_theta, **how)
+        rotate_on_device(q.flatten(0, 1), k.flatten(0, 1), positions.flatten(), turn)
+        return q, k
 
     def attend(
         self,

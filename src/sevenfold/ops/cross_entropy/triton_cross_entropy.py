@@ -115,6 +115,8 @@ def linear_cross_entropy(
             torch.mm(dlogits, weight, out=dhidden[part])
         if wants_weight:
             _add_product(dweight, dlogits, hidden[part])
+        # Or the next chunk's would be made beside them.
+        del logits, dlogits
     return losses.sum().view_as(loss), dhidden, dweight
 
 

@@ -65,6 +65,21 @@ def suits_device_router(router: Tensor, num_chosen: int) -> bool:
     return len(router) <= _MAX_EXPERTS and num_chosen * FEW_ROWS <= _MAX_CHOICES
 
 
+def suits_device_rotation(q: Tensor, k: Tensor) -> bool:
+    """Whether rotate_on_device takes queries and keys of any number of rows, and may change them.
+
+    bf16, fp16 or fp32 on a GPU, contiguous, where nobody needs a gradient.
+    """
+    return (
+        runs_on_gpu(q)
+        and q.is_contiguous()
+        and k.is_contiguous()
+        and q.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
 def feed_lightning(x: Tensor, norm: Norm, weights: LightningWeights, residual: Residual) -> Fed:
     """Norm, projections and SiLU before lightning attention.
 
@@ -80,8 +95,7 @@ def feed_lightning(x: Tensor, norm: Norm, weights: LightningWeights, residual: R
 
     H, pair = len(weights.log_decay), (weights.qkv, weights.gate)
     tile = linear_tile(len(x), weights.qkv, sum(map(len, pair)))
-    u = _normed(x, None, norm)
-    qkv, gate = triton_linear.project_lightning(u, pair, H, tile)
+    qkv, gate, u = triton_linear.project_lightning(x, norm, pair, H, tile)
     q, k, v = qkv.unbind(0)
     return Fed((q, k, v), gate, u if residual.post_norm else x)
 
@@ -100,8 +114,11 @@ def join_lightning(o: Tensor, fed: Fed, weights: LightningWeights, residual: Res
     Returns:
         [M, D].
     """
-    o = _normed(o, fed.gate, weights.norm)
-    return _join(o, weights.out, fed.stream, residual)
+    from sevenfold.ops.few_rows import triton_linear
+
+    tile = linear_tile(len(o), weights.out, len(weights.out))
+    by = triton_linear.GatedNorm(weights.norm, fed.gate)
+    return triton_linear.join(o, weights.out, fed.stream, residual, tile, by)
 
 
 def feed_softmax(
@@ -120,8 +137,9 @@ def feed_softmax(
     """
     from sevenfold.ops.few_rows import triton_linear
 
-    tile, u = linear_tile(len(x), weights[0], sum(map(len, weights))), _normed(x, None, norm)
-    return triton_linear.project(u, weights, tile), u if residual.post_norm else x
+    tile = linear_tile(len(x), weights[0], sum(map(len, weights)))
+    rows, u = triton_linear.project(x, norm, weights, tile)
+    return rows, u if residual.post_norm else x
 
 
 def join_softmax(o: Tensor, weight: Tensor, stream: Tensor, residual: Residual) -> Tensor:
@@ -180,8 +198,9 @@ def dense_on_device(
         [M, D].
     """
     from sevenfold.ops.few_rows import triton_experts
+    from sevenfold.ops.rms_norm import triton_rms_norm
 
-    u = _normed(x, None, norm)
+    u = triton_rms_norm.normed(x, None, *norm)
     tile = gate_up_tile(len(x), gate_up.unsqueeze(0))
     hidden = triton_experts.dense_gate_up(u, gate_up, tile)
     return _join(hidden, down, u if residual.post_norm else x, residual)
@@ -213,12 +232,6 @@ def rotate_on_device(q: Tensor, k: Tensor, positions: Tensor, frequency: Tensor)
     from sevenfold.ops.few_rows import triton_rotate
 
     triton_rotate.rotate_rows(q, k, positions, frequency)
-
-
-def _normed(x: Tensor, gate: Tensor | None, norm: Norm) -> Tensor:
-    from sevenfold.ops.rms_norm import triton_rms_norm
-
-    return triton_rms_norm.normed(x, gate, norm.weight, norm.eps)
 
 
 def _join(x: Tensor, weight: Tensor, stream: Tensor, residual: Residual) -> Tensor:

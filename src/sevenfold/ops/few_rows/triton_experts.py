@@ -6,8 +6,8 @@
 A program owns some output channels of one expert and finds its expert's rows among the M * k
 choices by itself. A tile holds twice an expert's even share of rows; an expert with more takes
 another round, over a weight that the cache has just seen. Choices weigh the hidden rows, so that a
-token's sum is plain: in one program where one or two tokens read their own experts (their weights
-are read once a token), else by a last kernel, always in the order of the choices.
+token's sum is plain: by a last kernel, in the order of the choices. One or two tokens go another
+way, by triton_alone.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.few_rows import triton_alone
 from sevenfold.ops.few_rows.tiles import Tile, alone_tiles, down_tile, gate_up_tile
 from sevenfold.ops.few_rows.triton_linear import constants
 from sevenfold.ops.few_rows.triton_product import multiply
@@ -132,29 +133,6 @@ def _down_kernel(
 
 
 @triton.jit
-def _down_alone_kernel(
-    x, w, experts, stream, y, N, alpha, beta,
-    CHOSEN: tl.constexpr,
-    K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    """One token's experts, one after another, and its residual."""
-    wait_for_last(OVERLAPS)
-    first, token, m = tl.program_id(0) * BN, tl.program_id(1), tl.arange(0, BM)
-    left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
-    total = tl.zeros([BN, BM], tl.float32)
-    for j in tl.static_range(CHOSEN):
-        c = token * CHOSEN + j
-        one = w + (tl.load(experts + c).to(tl.int64) * N + first) * K
-        total += multiply(one, left, x, c * K + 0 * m, m < 1, K, BN, BM, BK, WK, STAGES)
-    at = token * N + n[:, None] + 0 * m[None, :]
-    inside = (m < 1)[None, :] & (n < N)[:, None]
-    joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
-    total = alpha * joined + beta * total
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _total_kernel(
     rows, stream, y, N, alpha, beta,
     CHOSEN: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -194,19 +172,6 @@ def down(hidden: Tensor, choice: Choice, weight: Tensor, tile: Tile) -> Tensor:
     return rows
 
 
-def down_alone(
-    hidden: Tensor, choice: Choice, weight: Tensor, stream: Tensor, residual: Residual, tile: Tile
-) -> Tensor:
-    """The experts' second product, sum and residual [M, N], each token by itself."""
-    (_, N, K), (M, chosen) = weight.shape, choice.experts.shape
-    y = torch.empty_like(stream)
-    _down_alone_kernel[(cdiv(N, tile.BN), M)](
-        hidden, weight, choice.experts, stream, y, N, float(residual.alpha),
-        float(residual.beta), CHOSEN=chosen, K=K, **constants(tile), **overlapping(hidden),
-    )  # fmt: skip
-    return y
-
-
 def total(rows: Tensor, stream: Tensor, residual: Residual) -> Tensor:
     """Sum each token's rows [M k, N], and join the stream [M, N]."""
     (M, N), y = stream.shape, torch.empty_like(stream)
@@ -224,8 +189,8 @@ def feed(
     M, R = len(stream), choice.experts.numel()
     if M <= _ALONE:
         first, second = alone_tiles(gate_up_proj, down_proj)
-        hidden = gate_up(choice, gate_up_proj, first)
-        return down_alone(hidden, choice, down_proj, stream, residual, second)
+        hidden = triton_alone.gate_up(choice, gate_up_proj, first)
+        return triton_alone.down(hidden, choice, down_proj, stream, residual, second)
     hidden = gate_up(choice, gate_up_proj, gate_up_tile(R, gate_up_proj))
     rows = down(hidden, choice, down_proj, down_tile(R, down_proj))
     return total(rows, stream, residual)

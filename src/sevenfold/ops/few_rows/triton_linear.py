@@ -1,9 +1,10 @@
 """Products of a few rows with up to three weights, or before a residual.
 
-    project    y_i = W_i x, SiLU on y_0 where lightning attention is fed
-    join       y = alpha * stream + beta * W x
+    project    y_i = W_i RMSNorm(x), SiLU on y_0 where lightning attention is fed
+    join       y = alpha * stream + beta * W x, or W (RMSNorm(x) * sigmoid(gate))
 
-All weights of `project` stream in one launch. Its SiLU parts q, k and v as it writes them.
+All weights of `project` stream in one launch. Its SiLU parts q, k and v as it writes them. A norm
+is part of the launch where a program holds one whole row, else a kernel before it.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -11,6 +12,7 @@ All weights of `project` stream in one launch. Its SiLU parts q, k and v as it w
 # pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,16 +20,23 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.ops.few_rows.tiles import Tile, linear_tile
-from sevenfold.ops.few_rows.triton_product import multiply
-from sevenfold.ops.few_rows.types import Residual
+from sevenfold.ops.few_rows.triton_product import (
+    held_row,
+    held_rows,
+    multiply,
+    norm_factor,
+    times_row,
+)
+from sevenfold.ops.few_rows.types import Norm, Residual
 from sevenfold.ops.overlap import overlapping
+from sevenfold.ops.rms_norm.triton_rms_norm import normed
 from sevenfold.ops.row_launch import cdiv
 from sevenfold.ops.triton_overlap import wait_for_last
 
 
 @triton.jit(do_not_specialize=["M"])
 def _project_kernel(
-    x, w0, w1, w2, y0, y1, y2, M, N0, N1, N2,
+    x, norm, u, w0, w1, w2, y0, y1, y2, M, N0, N1, N2, eps,
     D: tl.constexpr, LIGHTNING: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -42,10 +51,20 @@ def _project_kernel(
         w, y, N = w2, y2, N2
     first = (tile - tl.where(part > 0, tiles0, 0) - tl.where(part > 1, tiles1, 0)) * BN
     w = tl.multiple_of(w, 16) + first.to(tl.int64) * K
-    wait_for_last(OVERLAPS)
     # Columns of nobody read the last one.
     left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
-    got = multiply(w, left, x, m * K, m < M, K, BN, BM, BK, WK, STAGES)
+    if norm is None:
+        wait_for_last(OVERLAPS)
+        got = multiply(w, left, x, m * K, m < M, K, BN, BM, BK, WK, STAGES)
+    else:
+        rows, scale = held_rows(w, left, K, BK), held_row(norm, K, BK)
+        wait_for_last(OVERLAPS)
+        row = held_row(x, K, BK)
+        row = (row * norm_factor(row, eps, K) * scale).to(u.dtype.element_ty)
+        got = times_row(rows, row)
+        if tile == 0:
+            k = tl.arange(0, BK)[None, :]
+            tl.store(u + k, row, mask=k < K)
     at = m[None, :] * N + n[:, None]
     if LIGHTNING:
         if part == 0:  # [H, (q, k, v), D] to [(q, k, v), M, H, D]
@@ -56,16 +75,41 @@ def _project_kernel(
     tl.store(y + at, got.to(y.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
+class GatedNorm(NamedTuple):
+    """RMSNorm(x) * sigmoid(gate), gate [M, K]."""
+
+    norm: Norm
+    gate: Tensor
+
+
+def _holds_row(tile: Tile, x: Tensor) -> bool:
+    """Whether a program that multiplies x [M, K] has all of its one row."""
+    return tile.BM == 1 and x.shape[1] <= tile.BK
+
+
 def _project(
-    x: Tensor, weights: Sequence[Tensor], ys: Sequence[Tensor], head_dim: int, tile: Tile
-) -> None:
-    """head_dim: of lightning attention, else 0."""
+    x: Tensor,
+    norm: Norm | None,
+    weights: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    head_dim: int,
+    tile: Tile,
+) -> Tensor:
+    """The products into ys, of x's norm if there is one; returns what was multiplied.
+
+    head_dim: of lightning attention, else 0.
+    """
+    if norm is not None and not _holds_row(tile, x):
+        x, norm = normed(x, None, *norm), None
+    u = x if norm is None else torch.empty_like(x)
+    by, eps = norm or (None, 0.0)
     w, y = [*weights, *[weights[0]] * (3 - len(weights))], [*ys, *[ys[0]] * (3 - len(ys))]
     sizes = [*map(len, weights), 0, 0][:3]
     _project_kernel[(sum(cdiv(size, tile.BN) for size in sizes),)](
-        x, *w, *y, len(x), *sizes, D=max(1, head_dim), LIGHTNING=head_dim > 0,
+        x, by, u, *w, *y, len(x), *sizes, eps, D=max(1, head_dim), LIGHTNING=head_dim > 0,
         K=x.shape[1], **constants(tile), **overlapping(x),
     )  # fmt: skip
+    return u
 
 
 def constants(tile: Tile) -> dict[str, int]:
@@ -75,53 +119,71 @@ def constants(tile: Tile) -> dict[str, int]:
     return {**named, "STAGES": stages}
 
 
-def project(x: Tensor, weights: Sequence[Tensor], tile: Tile) -> list[Tensor]:
-    """W_i x of one to three weights [N_i, K]: [M, N_i] each."""
+def project(
+    x: Tensor, norm: Norm, weights: Sequence[Tensor], tile: Tile
+) -> tuple[list[Tensor], Tensor]:
+    """W_i u of one to three weights [N_i, K], u = RMSNorm(x): [M, N_i] each, and u."""
     ys = [x.new_empty(len(x), len(w)) for w in weights]
-    _project(x, weights, ys, 0, tile)
-    return ys
+    return ys, _project(x, norm, weights, ys, 0, tile)
 
 
 def product(x: Tensor, weight: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
     """W x [M, N] in another dtype than x's."""
     y = torch.empty(len(x), len(weight), dtype=dtype, device=x.device)
-    _project(x, [weight], [y], 0, tile or linear_tile(len(x), weight, len(weight)))
+    _project(x, None, [weight], [y], 0, tile or linear_tile(len(x), weight, len(weight)))
     return y
 
 
 def project_lightning(
-    x: Tensor, weights: tuple[Tensor, Tensor], num_heads: int, tile: Tile
-) -> tuple[Tensor, Tensor]:
-    """silu(W_qkv x) and W_gate x: qkv [3, M, H, D], gate [M, H D]."""
+    x: Tensor, norm: Norm, weights: tuple[Tensor, Tensor], num_heads: int, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(W_qkv u) and W_gate u, u = RMSNorm(x): qkv [3, M, H, D], gate [M, H D], and u."""
     M, (qkv, gate) = len(x), weights
     D = len(qkv) // 3 // num_heads
     ys = (x.new_empty(3, M, num_heads, D), x.new_empty(M, len(gate)))
-    _project(x, weights, ys, D, tile)
-    return ys
+    return *ys, _project(x, norm, weights, ys, D, tile)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _join_kernel(
-    x, w, stream, y, M, N, alpha, beta,
+    x, norm, gate, w, stream, y, M, N, eps, alpha, beta,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     first, m = tl.program_id(0) * BN, tl.arange(0, BM)
     w += first.to(tl.int64) * K
-    wait_for_last(OVERLAPS)
     left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
-    got = multiply(w, left, x, m * K, m < M, K, BN, BM, BK, WK, STAGES)
     at, inside = m[None, :] * N + n[:, None], (m < M)[None, :] & (n < N)[:, None]
-    joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
+    if norm is None:
+        wait_for_last(OVERLAPS)
+        joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
+        got = multiply(w, left, x, m * K, m < M, K, BN, BM, BK, WK, STAGES)
+    else:
+        rows, scale = held_rows(w, left, K, BK), held_row(norm, K, BK)
+        wait_for_last(OVERLAPS)
+        joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
+        row, opened = held_row(x, K, BK), tl.sigmoid(held_row(gate, K, BK))
+        row = (row * norm_factor(row, eps, K) * (scale * opened)).to(x.dtype.element_ty)
+        got = times_row(rows, row)
     got = alpha * joined + beta * got
     tl.store(y + at, got.to(y.dtype.element_ty), mask=inside)
 
 
-def join(x: Tensor, weight: Tensor, stream: Tensor, residual: Residual, tile: Tile) -> Tensor:
-    """alpha * stream + beta * W x: [M, N]; x is [M, K]."""
+def join(
+    x: Tensor,
+    weight: Tensor,
+    stream: Tensor,
+    residual: Residual,
+    tile: Tile,
+    by: GatedNorm | None = None,
+) -> Tensor:
+    """alpha * stream + beta * W x: [M, N]; x is [M, K], first normalised and gated `by` this."""
+    if by is not None and not _holds_row(tile, x):
+        x, by = normed(x, by.gate, *by.norm), None
+    (norm, eps), gate = by or ((None, 0.0), None)
     y, N = torch.empty_like(stream), len(weight)
     _join_kernel[(cdiv(N, tile.BN),)](
-        x, weight, stream, y, len(x), N, float(residual.alpha), float(residual.beta),
-        K=x.shape[1], **constants(tile), **overlapping(x),
+        x, norm, gate, weight, stream, y, len(x), N, eps, float(residual.alpha),
+        float(residual.beta), K=x.shape[1], **constants(tile), **overlapping(x),
     )  # fmt: skip
     return y

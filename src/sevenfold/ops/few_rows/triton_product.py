@@ -5,7 +5,9 @@ WK > 1 the warps share K: part p of a step's K goes to the p-th share, and share
 fixed order at the end, so that the same call gives the same bits.
 
 One row alone needs no matrix unit, for which it would be padded to 16: every thread multiplies what
-it loads, and a program has BN x BK numbers of the weight on their way at once.
+it loads, and a program has BN x BK numbers of the weight on their way at once. Where that is all of
+K, a program can take the row's norm itself. A barrier stands between the weight's loads and the
+row's: without one the compiler puts some of them off until others have come, to save registers.
 """
 
 # pyright reads a kernel as the Python function that it is not.
@@ -27,9 +29,10 @@ def multiply(
         products = tl.zeros([BN, BK], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             k = start + tl.arange(0, BK)[None, :]
-            left = _load(w + n[:, None] * K + k, None, k, K, even).to(tl.float32)
+            left = _load(w + n[:, None] * K + k, None, k, K, even)
+            tl.debug_barrier()
             row = _load(x + at[:, None] + k, in_m[:, None], k, K, even).to(tl.float32)
-            products += left * row
+            products += left.to(tl.float32) * row
         got = tl.sum(products, axis=1, keep_dims=True)
     elif WK == 1:
         got = tl.zeros([BN, BM], tl.float32)
@@ -48,6 +51,32 @@ def multiply(
             shares = _add_product(left, xs, shares)
         got = tl.sum(shares, axis=0)
     return got
+
+
+@triton.jit
+def held_rows(w, n, K: tl.constexpr, BK: tl.constexpr):
+    """[BN, BK] rows n of w [., K], all of each: BK >= K."""
+    k = tl.arange(0, BK)[None, :]
+    return _load(w + n[:, None] * K + k, None, k, K, K == BK)
+
+
+@triton.jit
+def held_row(x, K: tl.constexpr, BK: tl.constexpr):
+    """[1, BK] fp32: all of one row x [K]."""
+    k = tl.arange(0, BK)[None, :]
+    return _load(x + k, None, k, K, K == BK).to(tl.float32)
+
+
+@triton.jit
+def norm_factor(row, eps, K: tl.constexpr):
+    """What RMSNorm multiplies a row [1, BK] of K numbers by."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(row * row, axis=1, keep_dims=True) / K + eps))
+
+
+@triton.jit
+def times_row(rows, row):
+    """[BN, 1] fp32: rows [BN, BK] times a row [1, BK]."""
+    return tl.sum(rows.to(tl.float32) * row.to(tl.float32), axis=1, keep_dims=True)
 
 
 @triton.jit

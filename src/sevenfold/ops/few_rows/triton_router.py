@@ -7,6 +7,7 @@ A program has one row, whose products with an fp32 weight are fp32's, as a route
 
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -33,39 +34,56 @@ class Choice(NamedTuple):
 
 
 @triton.jit
+def _router_part(router, norm, E, k, K, EXPERTS: tl.constexpr):
+    """Some columns k of the router [EXPERTS, BK], and of the norm's weight."""
+    e = tl.arange(0, EXPERTS)
+    at = router + e[:, None] * K + k[None, :]
+    w = tl.load(at, mask=(e < E)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    return w, tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _choose_kernel(
     x, norm, router, u, experts, weights, E, eps,
     K: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, BK: tl.constexpr,
     CHOSEN: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    wait_for_last(OVERLAPS)
     row, e = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS)
     column = tl.arange(0, COLUMNS)
-    wide = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    x += row * K
+    u += row * K
+    if BK == COLUMNS:  # all of the router at once, which no kernel before writes
+        w, scale = _router_part(router, norm, E, column, K, EXPERTS)
+    wait_for_last(OVERLAPS)
+    wide = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(wide * wide, axis=0) / K + eps))
-    logits = tl.zeros([EXPERTS], tl.float32)
-    for start in tl.range(0, K, BK, num_stages=STAGES):
-        k = start + tl.arange(0, BK)
-        part = tl.load(x + row * K + k, mask=k < K, other=0.0)
-        scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-        at = router + e[:, None] * K + k[None, :]
-        w = tl.load(at, mask=(e < E)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-        normed = (part.to(tl.float32) * r * scale).to(part.dtype)
-        tl.store(u + row * K + k, normed, mask=k < K)
-        logits += tl.sum(w * normed.to(tl.float32)[None, :], axis=1)
-    logits = tl.where(e < E, logits, float("-inf"))
-    largest, left, total = tl.max(logits, axis=0), logits, 0.0
+    if BK == COLUMNS:
+        normed = (wide * r * scale).to(x.dtype.element_ty)
+        tl.store(u + column, normed, mask=column < K)
+        logits = tl.sum(w * normed.to(tl.float32)[None, :], axis=1)
+    else:
+        logits = tl.zeros([EXPERTS], tl.float32)
+        for start in tl.range(0, K, BK, num_stages=STAGES):
+            k = start + tl.arange(0, BK)
+            part = tl.load(x + k, mask=k < K, other=0.0)
+            w, scale = _router_part(router, norm, E, k, K, EXPERTS)
+            normed = (part.to(tl.float32) * r * scale).to(part.dtype)
+            tl.store(u + k, normed, mask=k < K)
+            logits += tl.sum(w * normed.to(tl.float32)[None, :], axis=1)
+    left = tl.where(e < E, logits, float("-inf"))
+    largest, total = tl.max(left, axis=0), 0.0
+    # Of the j-th expert at place j, beyond the choices anything.
+    chosen, shares = tl.zeros([EXPERTS], tl.int32), tl.zeros([EXPERTS], tl.float32)
     for j in tl.static_range(CHOSEN):
         # Never beyond the last expert, not even where all logits are NaN.
-        chosen = tl.minimum(tl.argmax(left, axis=0), E - 1)
-        tl.store(experts + row * CHOSEN + j, chosen.to(tl.int32))
-        total += tl.exp(tl.max(left, axis=0) - largest)
-        left = tl.where(e == chosen, float("-inf"), left)
-    left = logits
-    for j in tl.static_range(CHOSEN):
-        chosen = tl.minimum(tl.argmax(left, axis=0), E - 1)
-        tl.store(weights + row * CHOSEN + j, tl.exp(tl.max(left, axis=0) - largest) / total)
-        left = tl.where(e == chosen, float("-inf"), left)
+        expert = tl.minimum(tl.argmax(left, axis=0), E - 1)
+        share = tl.exp(tl.max(left, axis=0) - largest)
+        chosen, shares = tl.where(e == j, expert, chosen), tl.where(e == j, share, shares)
+        total += share
+        left = tl.where(e == expert, float("-inf"), left)
+    at = row * CHOSEN + e
+    tl.store(experts + at, chosen, mask=e < CHOSEN)
+    tl.store(weights + at, shares / total, mask=e < CHOSEN)
 
 
 def choose(x: Tensor, norm: Norm, router: Tensor, num_chosen: int) -> Choice:

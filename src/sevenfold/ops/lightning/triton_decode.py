@@ -35,18 +35,21 @@ def _decode_kernel(
     slot = tl.load(slots + b).to(tl.int64)
     ik, iv = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     in_k, in_v = ik < K, iv < V
+    # All loads before the first is used: a layout that changes between them would wait for each.
+    query = tl.load(q + b * q_row + h * q_head + ik, mask=in_k, other=0.0)
+    key = tl.load(k + b * k_row + h * k_head + ik, mask=in_k, other=0.0)
+    value = tl.load(v + b * v_row + h * v_head + iv, mask=in_v, other=0.0)
+    rate = load_log_decay(log_decay, h)
     if slot < 0:
         tl.store(o + bh.to(tl.int64) * V + iv, tl.zeros([BV], o.dtype.element_ty), mask=in_v)
         return
     at = slot * pool_slot + h * K * V + ik[:, None] * V + iv[None, :]
     inside = in_k[:, None] & in_v[None, :]
     state = tl.load(pool + at, mask=inside, other=0.0)
-    query = tl.load(q + b * q_row + h * q_head + ik, mask=in_k, other=0.0).to(tl.float32)
-    key = tl.load(k + b * k_row + h * k_head + ik, mask=in_k, other=0.0).to(tl.float32)
-    value = tl.load(v + b * v_row + h * v_head + iv, mask=in_v, other=0.0).to(tl.float32)
-    state = power(load_log_decay(log_decay, h), 1.0) * state + key[:, None] * value[None, :]
+    added = key.to(tl.float32)[:, None] * value.to(tl.float32)[None, :]
+    state = power(rate, 1.0) * state + added
     tl.store(into + at, state, mask=inside)
-    out = scale * tl.sum(query[:, None] * state, axis=0)
+    out = scale * tl.sum(query.to(tl.float32)[:, None] * state, axis=0)
     tl.store(o + bh.to(tl.int64) * V + iv, out.to(o.dtype.element_ty), mask=in_v)
 
 

@@ -3,8 +3,15 @@
 from sevenfold.ops.rms_norm.api import (
     default_rms_norm_impl,
     gated_rms_norm,
+    post_rms_norm,
     residual_rms_norm,
     rms_norm,
 )
 
-__all__ = ["default_rms_norm_impl", "gated_rms_norm", "residual_rms_norm", "rms_norm"]
+__all__ = [
+    "default_rms_norm_impl",
+    "gated_rms_norm",
+    "post_rms_norm",
+    "residual_rms_norm",
+    "rms_norm",
+]

@@ -142,6 +142,47 @@ def residual_rms_norm(
     return triton_residual.residual_rms_norm(stream, update, weight, eps, alpha, beta)
 
 
+def post_rms_norm(
+    stream: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    impl: Impl | str | None = None,
+) -> Tensor:
+    """Normalise the sum of a stream and an update that nobody else reads; in inference.
+
+        y = x * r * weight        x = alpha * stream + beta * update
+
+    The y of residual_rms_norm; its x is written nowhere. It takes no gradient.
+
+    Args:
+        stream, update, weight, eps, alpha, beta: as residual_rms_norm's.
+        impl: "eager", "numba" or "triton" (one pass); None takes default_rms_norm_impl. A named one
+            never falls back.
+
+    Returns:
+        [..., D], in the wider dtype of stream and update.
+
+    Raises:
+        ValueError: a shape breaks the rules.
+        UnsupportedError: as in rms_norm.
+
+    Source: arXiv 2203.00555 (DeepNorm).
+    """
+    chosen = _choose("post_rms_norm", stream, weight, impl)
+    if chosen is not Impl.TRITON:
+        how = {"alpha": alpha, "beta": beta, "impl": chosen}
+        return residual_rms_norm(stream, update, weight, eps, **how)[0]
+    check_shape("update", update, stream.shape, "stream's")
+    check_on_gpu("update", update)
+    from sevenfold.ops.rms_norm import triton_residual
+
+    return triton_residual.post_rms_norm(stream, update, weight, eps, alpha, beta)
+
+
 def _choose(op: str, x: Tensor, weight: Tensor, impl: Impl | str | None) -> Impl:
     check_shape("weight", weight, x.shape[-1:], "[D]")
     chosen = choose_impl(op, impl, default_rms_norm_impl(x), _KNOWN)

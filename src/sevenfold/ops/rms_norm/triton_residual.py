@@ -39,8 +39,9 @@ def _forward_kernel(
     stream = tl.load(stream_ptr + row * stream_stride + column, inside, 0.0).to(tl.float32)
     update = tl.load(update_ptr + row * update_stride + column, inside, 0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, column < D, 0.0).to(tl.float32)
-    rounded = (alpha * stream + beta * update).to(x_ptr.dtype.element_ty)
-    tl.store(x_ptr + row * D + column, rounded, inside)
+    rounded = (alpha * stream + beta * update).to(y_ptr.dtype.element_ty)
+    if x_ptr is not None:
+        tl.store(x_ptr + row * D + column, rounded, inside)
     x = rounded.to(tl.float32)
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + eps))
     tl.store(y_ptr + row * D + column, x * r * weight, inside)
@@ -81,18 +82,38 @@ def residual_rms_norm(
     stream: Tensor, update: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:
     """The norm and the sum; arguments and results as in the public operator."""
+    y, x = _room(stream, update), _room(stream, update)
+    _forward(stream, update, weight, (eps, alpha, beta), y, x)
+    return y, x
+
+
+def post_rms_norm(
+    stream: Tensor, update: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
+) -> Tensor:
+    """The norm alone, past torch.library: for inference."""
+    y = _room(stream, update)
+    _forward(stream, update, weight, (eps, alpha, beta), y, None)
+    return y
+
+
+def _room(stream: Tensor, update: Tensor) -> Tensor:
     dtype = torch.promote_types(stream.dtype, update.dtype)
-    x = torch.empty(stream.shape, dtype=dtype, device=stream.device)
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y, x
-    streams, updates, tile = as_rows(stream), as_rows(update), row_tile(x.shape[-1])
+    return torch.empty(stream.shape, dtype=dtype, device=stream.device)
+
+
+def _forward(
+    stream: Tensor, update: Tensor, weight: Tensor, factors: tuple[float, float, float],
+    y: Tensor, x: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the norm into y, and the sum into x if there is one; both contiguous."""
+    if y.numel() == 0:
+        return
+    streams, updates, tile = as_rows(stream), as_rows(update), row_tile(y.shape[-1])
     _forward_kernel[(cdiv(len(streams), tile.rows),)](
         streams, updates, weight.contiguous(), y, x, streams.stride(0), updates.stride(0),
-        *streams.shape, eps, alpha, beta,
+        *streams.shape, *factors,
         ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    return y, x
 
 
 @operator("sevenfold::residual_rms_norm_backward")
@@ -119,9 +140,7 @@ def residual_rms_norm_backward(
 
 @residual_rms_norm.register_fake
 def _(stream, update, weight, eps, alpha, beta):
-    dtype = torch.promote_types(stream.dtype, update.dtype)
-    x = torch.empty(stream.shape, dtype=dtype, device=stream.device)
-    return torch.empty_like(x), x
+    return _room(stream, update), _room(stream, update)
 
 
 @residual_rms_norm_backward.register_fake

@@ -82,7 +82,7 @@ class ContextSoftmax:
         """The last keys before each first piece lie beside its own; one call for each piece."""
         (step,) = plan_keys(own.cut, own.rank, self.window, in_turn=False)
         sizes = _sizes(step.sent), _sizes(step.received)
-        fetched = exchange_rows(_outgoing(torch.cat([k[0], v[0]], -1), step), *sizes, self.group)
+        fetched = exchange_rows(_outgoing((k[0], v[0]), step), *sizes, self.group)
         fetched = in_order(fetched, step)
         starts = {own.first_pieces[slot].start: read for slot, read in enumerate(step.reads)}
         parts, at = [], 0
@@ -108,6 +108,10 @@ class ContextSoftmax:
         return _Tied.apply(torch.cat(parts, 1), fetched)
 
 
+# Keys and values [T, G, D].
+_Pair = tuple[Tensor, Tensor]
+
+
 class _Underway(NamedTuple):
     rows: Tensor
     work: dist.Work | None
@@ -125,9 +129,9 @@ class Exchange:
         self.group, self.in_turn = group, in_turn
         self.steps = plan_keys(own.cut, own.rank, None, in_turn=in_turn)
 
-    def start(self, keys: Tensor, step: Step) -> _Underway:
+    def start(self, pair: _Pair, step: Step) -> _Underway:
         """Begin one exchange; its rows lie in the plan's order of ranks."""
-        outgoing = _outgoing(keys, step)
+        outgoing = _outgoing(pair, step)
         if step.is_local:
             return _Underway(outgoing, None)
         return self._send(outgoing, _sizes(step.sent), _sizes(step.received))
@@ -154,9 +158,10 @@ class Exchange:
         return _Underway(rows, work)
 
 
-def _outgoing(keys: Tensor, step: Step) -> Tensor:
-    own = [keys[_tokens(part)] for parts in step.sent for part in parts]
-    return torch.cat(own) if own else keys[:0]
+def _outgoing(pair: _Pair, step: Step) -> Tensor:
+    own = [_tokens(part) for parts in step.sent for part in parts]
+    joined = [torch.cat([x[tokens] for x in pair], -1) for tokens in own or (slice(0),)]
+    return torch.cat(joined) if len(joined) > 1 else joined[0]
 
 
 def _tokens(part: Part) -> slice:
@@ -211,50 +216,72 @@ class _BlockAttention(torch.autograd.Function):
         exchange: Exchange,
         scale: float,
     ) -> Tensor:
-        keys = torch.cat([k, v], -1)
-        underway = exchange.start(keys, exchange.steps[0])
+        underway = exchange.start((k, v), exchange.steps[0])
         first, lse = attention_block(q, k, v, Block(own.lengths, own.lengths, scale, causal=True))
         o = first.to(lse.dtype)
         kept = []
-        for step, rows in _arrivals(exchange, keys, underway):
-            kept.append(rows)
+        for step, rows in _arrivals(exchange, (k, v), underway):
+            kept += [] if exchange.in_turn else [rows]
             for read in _reads(own, step):
                 block_k, block_v = rows[read.keys].chunk(2, -1)
                 found = attention_block(q[read.tokens], block_k, block_v, read.block(scale))
                 join_blocks(o[read.tokens], lse[:, read.tokens], *found)
         o = o.to(v.dtype)
         ctx.own, ctx.exchange, ctx.scale = own, exchange, scale
-        ctx.save_for_backward(q, k, v, o, lse, *([] if exchange.in_turn else kept))
+        ctx.save_for_backward(q, k, v, o, lse, *kept)
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, *kept = ctx.saved_tensors
         own, exchange, scale, (do,) = ctx.own, ctx.exchange, ctx.scale, grads
-        keys = torch.cat([k, v], -1)
-        underway = _Underway(q, None) if kept else exchange.start(keys, exchange.steps[0])
+        if kept:
+            arrivals = zip(exchange.steps, kept, strict=True)
+        else:
+            arrivals = _arrivals(exchange, (k, v), exchange.start((k, v), exchange.steps[0]))
         whole = Block(own.lengths, own.lengths, scale, causal=True)
-        found = attention_block_backward(do, (q, k, v), o, lse, whole)
-        dq, dk, dv = (x.to(lse.dtype) for x in found)
-        dkeys, returns = torch.cat([dk, dv], -1), []
-        again = zip(exchange.steps, kept, strict=True)
-        for step, rows in again if kept else _arrivals(exchange, keys, underway):
+        dq, dkeys = _gradients(do, (q, k, v), o, lse, whole)
+        returning = None
+        for step, rows in arrivals:
             drows = torch.zeros_like(rows, dtype=lse.dtype)
             for read in _reads(own, step):
-                at, block = read.tokens, read.block(scale)
-                tokens = (q[at], *rows[read.keys].chunk(2, -1))
-                found = attention_block_backward(do[at], tokens, o[at], lse[:, at], block)
-                for total, more in zip(
-                    (dq[at], *drows[read.keys].chunk(2, -1)), found, strict=True
-                ):
-                    total += more
-            returns.append((step, exchange.start_back(as_received(drows, step), step)))
+                at = read.tokens
+                queries, keys = (do[at], q[at], o[at], lse[:, at]), rows[read.keys]
+                _add_gradients(dq[at], drows[read.keys], queries, keys, read.block(scale))
             # The one before has had this step's products to return in.
-            if len(returns) > 1:
-                exchange.add(dkeys, *returns.pop(0))
-        exchange.add(dkeys, *returns.pop())
+            if returning is not None:
+                exchange.add(dkeys, *returning)
+            returning = step, exchange.start_back(as_received(drows, step), step)
+            if step.is_local:
+                exchange.add(dkeys, *returning)
+                returning = None
+            del rows, drows
+        if returning is not None:
+            exchange.add(dkeys, *returning)
         dk, dv = dkeys.chunk(2, -1)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _add_gradients(
+    dq: Tensor, dkeys: Tensor, queries: tuple[Tensor, ...], keys: Tensor, block: Block
+) -> None:
+    """Add in place what a block gives its queries (do, q, o, lse) and its keys."""
+    do, q, o, lse = queries
+    k, v = keys.chunk(2, -1)
+    found = attention_block_backward(do, (q, k, v), o, lse, block)
+    for total, more in zip((dq, *dkeys.chunk(2, -1)), found, strict=True):
+        total += more
+
+
+def _gradients(
+    do: Tensor, tokens: tuple[Tensor, Tensor, Tensor], o: Tensor, lse: Tensor, block: Block
+) -> tuple[Tensor, Tensor]:
+    """Of a block's queries and keys, in lse's dtype, for others to add to; dk and dv as one."""
+    dq, dk, dv = attention_block_backward(do, tokens, o, lse, block)
+    dkeys = dk.new_empty(*dk.shape[:-1], 2 * dk.shape[-1], dtype=lse.dtype)
+    for total, found in zip(dkeys.chunk(2, -1), (dk, dv), strict=True):
+        total.copy_(found)
+    return dq.to(lse.dtype), dkeys
 
 
 class _Read(NamedTuple):
@@ -273,11 +300,11 @@ def _reads(own: ContextBatch, step: Step) -> list[_Read]:
     return [_Read(piece.tokens, slice(*read)) for piece, read in reads if read is not None]
 
 
-def _arrivals(exchange: Exchange, keys: Tensor, underway: _Underway):
+def _arrivals(exchange: Exchange, pair: _Pair, underway: _Underway):
     """Each step with its rows in the tokens' order; the next exchange begins before it is used."""
     steps = exchange.steps
     for n, step in enumerate(steps):
         rows = underway.wait()
         if n + 1 < len(steps):
-            underway = exchange.start(keys, steps[n + 1])
+            underway = exchange.start(pair, steps[n + 1])
         yield step, in_order(rows, step)

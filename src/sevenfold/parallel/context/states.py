@@ -1,7 +1,10 @@
-"""What tokens add to a state, and what they read of one, by blocks of tokens; both in fp32.
+"""What tokens add to a state, and what they read of one, by blocks of tokens.
 
     added    S = sum_i decay^(n - 1 - i) k_i v_i^T            i = 0 ... n - 1
     read     o_i = decay^(i + 1) q_i^T S
+
+Powers, states and all sums are fp32. Operands of products have the tokens' dtype, as in the kernels
+of the recurrence: a decayed row is rounded to it, and so is a state that is read.
 
 Of each block only the heads count whose power is a number in fp32: fast heads reach some hundred
 tokens, so most blocks have a few slow heads.
@@ -19,7 +22,7 @@ from sevenfold.parallel.context.batch import Piece
 
 # What has decayed by more is 0: the smallest number that fp32 holds with all its digits.
 LEAST = torch.finfo(torch.float32).tiny
-# Channels of a block that exist in fp32 at once.
+# Channels of a block's decayed rows.
 _BLOCK_ELEMENTS = 2**25
 
 
@@ -90,27 +93,20 @@ class _AddedStates(torch.autograd.Function):
         with full_precision(k.device):
             for state, piece in zip(states, pieces, strict=True):
                 for tokens, head, power in _blocks(piece, decay, K, from_end=True):
-                    faded = k[tokens, head:].to(dtype) * power
-                    values = v[tokens, head:].to(dtype)
-                    state[head:] += torch.einsum("nhk,nhv->hkv", faded, values)
+                    faded = _faded(k[tokens, head:], power)
+                    state[head:] += _summed(faded, v[tokens, head:])
         return states
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         k, v = ctx.saved_tensors
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        dtype = grads[0].dtype
         with full_precision(k.device):
             for dstate, piece in zip(grads[0], ctx.pieces, strict=True):
                 for tokens, head, power in _blocks(piece, ctx.decay, k.shape[2], from_end=True):
-                    faded = v[tokens, head:].to(dtype) * power
-                    dk[tokens, head:] = torch.einsum("nhv,hkv->nhk", faded, dstate[head:]).to(
-                        dk.dtype
-                    )
-                    faded = k[tokens, head:].to(dtype) * power
-                    dv[tokens, head:] = torch.einsum("nhk,hkv->nhv", faded, dstate[head:]).to(
-                        dv.dtype
-                    )
+                    own = dstate[head:].to(k.dtype)
+                    _read(dk[tokens, head:], _faded(v[tokens, head:], power), own.mT)
+                    _read(dv[tokens, head:], _faded(k[tokens, head:], power), own)
         return dk, dv, None, None
 
 
@@ -127,13 +123,11 @@ class _AddRead(torch.autograd.Function):
         ctx.save_for_backward(q, states)
         ctx.decay, ctx.pieces = decay, pieces
         ctx.mark_dirty(o)
-        dtype, rows = states.dtype, o[0]
         with full_precision(q.device):
             for state, piece in zip(states, pieces, strict=True):
                 for tokens, head, power in _blocks(piece, decay, q.shape[2], from_end=False):
-                    faded = q[tokens, head:].to(dtype) * power
-                    read = torch.einsum("nhk,hkv->nhv", faded, state[head:])
-                    rows[tokens, head:] = (rows[tokens, head:] + read).to(o.dtype)
+                    faded = _faded(q[tokens, head:], power)
+                    _read(o[0, tokens, head:], faded, state[head:].to(q.dtype))
         return o
 
     @staticmethod
@@ -141,18 +135,32 @@ class _AddRead(torch.autograd.Function):
         q, states = ctx.saved_tensors
         (do,) = grads
         dq, dstates = torch.zeros_like(q), torch.zeros_like(states)
-        dtype = states.dtype
         with full_precision(q.device):
             for n, piece in enumerate(ctx.pieces):
                 for tokens, head, power in _blocks(piece, ctx.decay, q.shape[2], from_end=False):
-                    faded = do[0, tokens, head:].to(dtype) * power
-                    dstates[n, head:] += torch.einsum(
-                        "nhk,nhv->hkv", q[tokens, head:].to(dtype), faded
-                    )
-                    dq[tokens, head:] = torch.einsum("nhv,hkv->nhk", faded, states[n, head:]).to(
-                        dq.dtype
-                    )
+                    faded = _faded(do[0, tokens, head:], power)
+                    dstates[n, head:] += _summed(q[tokens, head:], faded)
+                    _read(dq[tokens, head:], faded, states[n, head:].to(q.dtype).mT)
         return do, dq, dstates, None, None
+
+
+def _faded(x: Tensor, power: Tensor) -> Tensor:
+    """x [n, H, D] times power [n, H, 1], rounded to x's dtype once."""
+    return torch.mul(x, power, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def _summed(a: Tensor, b: Tensor) -> Tensor:
+    """sum_n a_n b_n^T of a [n, H, K] and b [n, H, V]: [H, K, V], in fp32 at least."""
+    a, b = a.permute(1, 2, 0), b.transpose(0, 1)
+    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return torch.bmm(a.to(dtype), b.to(dtype))
+
+
+def _read(y: Tensor, x: Tensor, states: Tensor) -> None:
+    """y_n += x_n^T S in place, rounded once; y [n, H, V], x [n, H, K], states [H, K, V]."""
+    y.transpose(0, 1).baddbmm_(x.transpose(0, 1), states)
 
 
 def _blocks(
