@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompiledKernel
 
 from sevenfold.ops import triton_launched
 from sevenfold.ops.triton_launched import BulkCopies, Launched, launch_key
@@ -102,7 +103,10 @@ class Kernel:
             def run(*given: Any) -> None:
                 self.direct.append((number, given))
 
-            return SimpleNamespace(run=run, function=number, packed_metadata="metadata")
+            compiled = object.__new__(CompiledKernel)
+            compiled._run, compiled.module = run, object()
+            compiled.function, compiled.packed_metadata = number, "metadata"
+            return compiled
 
         return launch
 
@@ -198,3 +202,20 @@ def test_hooks_of_launches_are_called(active: Driver, monkeypatch: pytest.Monkey
     launches[(1,)](MEMORY, 32)
     assert len(kernel.by_triton) == 2
     assert not kernel.direct
+
+
+def test_kernels_that_are_compiled_together_are_not_launched(
+    active: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = Kernel()
+    launches: Any = Launched(kernel)  # pyright: ignore[reportArgumentType]
+    launches[(1,)](MEMORY, 32)
+    mode = SimpleNamespace(get=object)
+    monkeypatch.setattr(triton_launched, "active_mode", mode)
+    launches[(1,)](MEMORY, 32)  # known, and left to Triton all the same
+    launches[(1,)](MEMORY, 33)  # compiled, and not yet known
+    mode.get = lambda: None
+    launches[(1,)](MEMORY, 33)
+    assert len(kernel.by_triton) == 4
+    launches[(1,)](MEMORY, 33)
+    assert [number for number, _ in kernel.direct] == [4]

@@ -15,7 +15,9 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.runtime._async_compile import active_mode
 
 _INT32, _INT64 = 2**31, 2**63
 # A kernel of another version may be called otherwise.
@@ -57,10 +59,12 @@ class Launched:
     """A kernel whose launches cost less from the second of their kind on; called as Triton's.
 
     Arguments are positional, constants and options are named.
+
+    kernel: Triton's.
     """
 
     def __init__(self, kernel: triton.JITFunction) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -89,12 +93,14 @@ class Launched:
         self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
     ) -> _Compiled | None:
         given = [x.checked() if type(x) is BulkCopies else x for x in args]
-        found = self._kernel[grid](*given, **constants)
-        params = self._kernel.params
+        found = self.kernel[grid](*given, **constants)
+        params = self.kernel.params
         unnamed, named = params[: len(args)], params[len(args) :]
         # The key holds the values of what is named alone.
         is_split = all(p.is_constexpr for p in named) and not any(p.is_constexpr for p in unnamed)
-        if found is None or not is_split or not _IS_KNOWN_TRITON:
+        # Who compiles several kernels together launches none.
+        is_launched = isinstance(found, CompiledKernel) and active_mode.get() is None
+        if not is_launched or not is_split or not _IS_KNOWN_TRITON:
             return None
         rest = tuple(constants.get(p.name, p.default) for p in named)
         return _Compiled(found.run, found.function, found.packed_metadata, rest)
@@ -136,6 +142,7 @@ def launch_key(args: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Any]
 
 
 def _is_watched() -> bool:
-    """Whether somebody waits for launches, a profiler for one."""
+    """Whether somebody waits for launches, a profiler for one, or wants kernels compiled alone."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool((enter and enter.calls) or (leave and leave.calls))
+    has_hooks = (enter and enter.calls) or (leave and leave.calls)
+    return bool(has_hooks) or active_mode.get() is not None
