@@ -44,7 +44,7 @@ class BulkCopies(NamedTuple):
 
         element = gl.bfloat16 if self.base.dtype == torch.bfloat16 else gl.float16
         block = list(self.block_shape)
-        layout = gl.NVMMASharedLayout.get_default_for(block, element)
+        layout: Any = gl.NVMMASharedLayout.get_default_for(block, element)
         return TensorDescriptor(self.base, list(self.shape), list(self.strides), block, layout)
 
 
@@ -71,7 +71,7 @@ class Launched:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        active = driver.active
+        active: Any = driver.active
         device = active.get_current_device()
         kinds, values = launch_key(args)
         # With their types: True equals 1, and is another constant to Triton.
@@ -93,13 +93,13 @@ class Launched:
         self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
     ) -> _Compiled | None:
         given = [x.checked() if type(x) is BulkCopies else x for x in args]
-        found = self.kernel[grid](*given, **constants)
+        found: Any = self.kernel[grid](*given, **constants)
         params = self.kernel.params
         unnamed, named = params[: len(args)], params[len(args) :]
         # The key holds the values of what is named alone.
         is_split = all(p.is_constexpr for p in named) and not any(p.is_constexpr for p in unnamed)
         # Who compiles several kernels together launches none.
-        is_launched = isinstance(found, CompiledKernel) and active_mode.get() is None
+        is_launched = type(found) is CompiledKernel and active_mode.get() is None
         if not is_launched or not is_split or not _IS_KNOWN_TRITON:
             return None
         rest = tuple(constants.get(p.name, p.default) for p in named)

@@ -48,7 +48,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tenso
     grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     alike = [grad for grad in grads if grad.dtype is scale.dtype]
     if alike:
-        torch._foreach_mul_(alike, scale)
+        torch._foreach_mul_(alike, scale)  # pyright: ignore[reportPrivateImportUsage]
     for grad in grads:
         if grad.dtype is not scale.dtype:
             grad.mul_(scale)

@@ -13,7 +13,7 @@ from sevenfold.ops.lightning.segments import Plan, Room, Stop, plan_segments
 from sevenfold.ops.lightning.triton_hopper import hopper_scan_kernel
 from sevenfold.ops.lightning.triton_padding import clear_behind
 from sevenfold.ops.lightning.triton_scan import chain_kernel, scan_kernel
-from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2, num_sms
 from sevenfold.ops.triton_launched import BulkCopies
 from sevenfold.ops.tuning import best_config
 
@@ -149,14 +149,6 @@ def plan_room(scan: Scan) -> Room:
 @cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@cache
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the interpreter."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _keep_states(scan: Scan, o: Tensor) -> Tensor:
