@@ -49,8 +49,8 @@ class BulkCopies(NamedTuple):
 
 
 class _Compiled(NamedTuple):
-    run: Callable[..., None]
-    function: int
+    run: Any
+    function: Any
     metadata: Any
     constants: tuple[Any, ...]
 
