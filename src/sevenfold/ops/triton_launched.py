@@ -2,9 +2,8 @@
 
 Triton (3.6) binds, specialises and looks up the arguments of every launch anew, and calls hooks
 that are seldom there. Here a kernel is found by a key that is at least as fine as Triton's, and
-gets plain addresses, about which its launcher need not ask the driver. On an AMD EPYC host, the
-driver left out, a launch with 9 arguments takes 5.1 us and not 8.5, one of the scan on Hopper
-GPUs with its 4 descriptors 41 us and not 84.
+gets plain addresses, about which its launcher need not ask the driver. On a core of an AMD EPYC,
+without the driver's time, a launch with 9 arguments takes 5.9 us and not 11.0.
 """
 
 from collections.abc import Callable
