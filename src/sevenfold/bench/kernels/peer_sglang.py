@@ -17,7 +17,7 @@ _seg_la = import_module("sglang.kernels.ops.attention.linear.seg_la")
 
 def build(case: Case, inputs: Any) -> Work:
     """Its one entry, which picks the kernel by the tokens of a sequence; it has no backward."""
-    if isinstance(inputs, Inputs) and case.task is not Task.FORWARD:
+    if case.task in (Task.BACKWARD, Task.MEMORY):
         raise UnsupportedError(f"task must be forward, decode or verify, got {case.task}")
     if case.task is Task.FORWARD:
         return _prefill(case, inputs)
