@@ -36,7 +36,7 @@ def _no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", NoGpu())
     yield
-    triton_rms_norm._forward_kernel.device_caches.clear()
+    triton_rms_norm._forward_kernel.kernel.device_caches.clear()
 
 
 def norm(width: int, rows: int = 3) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_kernels_are_compiled_once_and_give_zeros() -> None:
             assert not found.any()
         assert len(compilation) == 2
         compilation.settle()
-    kept = triton_rms_norm._forward_kernel.device_caches[0][0]
+    kept = triton_rms_norm._forward_kernel.kernel.device_caches[0][0]
     assert [type(kernel) for kernel in kept.values()] == [CompiledKernel] * 2
     # Whoever launches one now finds it.
     with compiled_together() as compilation:
@@ -82,7 +82,7 @@ def test_a_kernel_that_cannot_be_compiled_says_so_where_it_is_launched(
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no such instruction")
 
-    kernel = triton_rms_norm._forward_kernel
+    kernel = triton_rms_norm._forward_kernel.kernel
     norm_caches = kernel.device_caches[0]
     monkeypatch.setattr(kernel, "compile", refuse)
     with compiled_together() as compilation:

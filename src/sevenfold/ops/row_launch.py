@@ -1,5 +1,6 @@
 """How kernels that work row by row are cut into programs; imports no Triton."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -74,8 +75,14 @@ def num_programs(device: torch.device, blocks: int, tile: RowTile) -> int:
     """
     if not is_gpu(device):
         return 1
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(blocks, sms * max(1, _WALKING_ELEMENTS // (tile.rows * tile.columns)))
+    most = max(1, _WALKING_ELEMENTS // (tile.rows * tile.columns))
+    return min(blocks, num_sms(device) * most)
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if is_gpu(device) else 1
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 _COLUMNS, _MAX_ROWS, _WARPS = 16, 1024, 8
 
 
+@launched
 @triton.jit
 def _sum_kernel(
     parts_ptr, total_ptr, P, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr

@@ -25,12 +25,18 @@ def gradient_norm(named_parameters: Iterable[tuple[str, nn.Parameter]], layout: 
     Returns:
         A scalar on the device.
     """
-    squares: list[Tensor] = []
+    norms, holders = [], []
     for name, parameter in named_parameters:
         if parameter.grad is not None:
-            square = torch.linalg.vector_norm(local(parameter.grad)).square()
-            squares.append(square / copies(parts_of(name), layout))
-    return layout.sum_over_all(torch.stack(squares).sum()).sqrt()
+            norms.append(torch.linalg.vector_norm(local(parameter.grad)))
+            holders.append(copies(parts_of(name), layout))
+    # One operation for all: the host launches each, and there are hundreds of parameters.
+    squares = torch.stack(norms).square()
+    if len(set(holders)) == 1:
+        squares = squares / holders[0]
+    else:
+        squares = torch.stack([x / n for x, n in zip(squares, holders, strict=True)])
+    return layout.sum_over_all(squares.sum()).sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
@@ -39,9 +45,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tenso
     g = g * min(1, limit / (norm + 1e-6))
     """
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            local(parameter.grad).mul_(scale)
+    grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    alike = [grad for grad in grads if grad.dtype is scale.dtype]
+    if alike:
+        torch._foreach_mul_(alike, scale)  # pyright: ignore[reportPrivateImportUsage]
+    for grad in grads:
+        if grad.dtype is not scale.dtype:
+            grad.mul_(scale)
 
 
 def copies(parts: ParameterParts, layout: Layout) -> int:

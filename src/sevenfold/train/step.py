@@ -98,9 +98,10 @@ def router_rows(router: Sequence[RouterStats], like: Tensor) -> Tensor:
     if not router:
         dtype = torch.promote_types(like.dtype, torch.float32)
         return like.new_zeros(0, 3, dtype=dtype)
-    scalars = [torch.stack([s.balance_loss, s.z_loss, s.dropped]) for s in router]
-    rows = [torch.cat([x, s.load]) for x, s in zip(scalars, router, strict=True)]
-    return torch.stack(rows)
+    # Joined in one operation, not in three a layer.
+    scalars = [(s.balance_loss[None], s.z_loss[None], s.dropped[None]) for s in router]
+    parts = [x for three, s in zip(scalars, router, strict=True) for x in (*three, s.load)]
+    return torch.cat(parts).view(len(router), -1)
 
 
 def router_losses(model: HybridModel, rows: Tensor) -> Tensor | float:

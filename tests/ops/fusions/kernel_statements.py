@@ -6,6 +6,7 @@ import torch
 from kernel_device import DEVICE, INTERPRETED
 from torch import Tensor
 
+from sevenfold.ops.operator import Operator
 from sevenfold.ops.testing import check_error
 
 Run = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -44,9 +45,9 @@ def check_compiled(kernel: Run, leaves: Sequence[Tensor], dys: Sequence[Tensor])
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def check_op(op: Callable, arguments: tuple) -> None:
+def check_op(op: Operator, arguments: tuple) -> None:
     """Hold an operator to torch's rules; the costly one on a GPU only."""
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not INTERPRETED:
         utils.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, arguments, test_utils=utils)
+    torch.library.opcheck(op.definition, arguments, test_utils=utils)

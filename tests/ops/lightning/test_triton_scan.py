@@ -194,7 +194,8 @@ def operator_arguments() -> tuple:
 
 def test_torch_accepts_the_operator() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(triton_op.lightning_scan, operator_arguments(), test_utils=tests)
+    definition = triton_op.lightning_scan.definition
+    torch.library.opcheck(definition, operator_arguments(), test_utils=tests)
 
 
 def test_compiled_in_one_graph_forward_and_backward() -> None:

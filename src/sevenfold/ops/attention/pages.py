@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sevenfold.ops.attention import pages_eager, pages_reference
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
+from sevenfold.ops.operator import operator
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl
 
@@ -131,7 +132,7 @@ def _check_tree(q: Tensor, cu_seqlens: Tensor | None, ancestors: Tensor | None) 
     check_device("ancestors", ancestors, q.device)
 
 
-@torch.library.custom_op("sevenfold::attention_pages", mutates_args=())
+@operator("sevenfold::attention_pages")
 def _attend(
     q: Tensor,
     k_pages: Tensor,

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 # fp32 logits of a chunk, 512 MB: products of 4,096 tokens with 32,000 words are as fast as larger.
 _CHUNK_ELEMENTS = 2**27
@@ -28,6 +30,7 @@ _CHUNK_MULTIPLE = 128
 _MAX_BLOCK, _WARPS = 16_384, 32
 
 
+@launched
 @triton.jit
 def _loss_kernel(
     logits_ptr, dlogits_ptr, labels_ptr, loss_ptr, V, dlogits_stride, BLOCK: tl.constexpr
@@ -92,7 +95,7 @@ def _add_product(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         dweight.addmm_(dlogits.float().t(), hidden.float())
 
 
-@torch.library.custom_op("sevenfold::linear_cross_entropy", mutates_args=())
+@operator("sevenfold::linear_cross_entropy")
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +130,7 @@ def _results(
     return loss, dhidden, torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
 
-@torch.library.custom_op("sevenfold::scaled", mutates_args=())
+@operator("sevenfold::scaled")
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x times a scalar, rounded to dtype in the same pass."""
     return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 # Choices times experts that a block compares at once.
 _TILE_ELEMENTS = 8192
@@ -30,6 +32,7 @@ def _chosen(experts_ptr, num_choices, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
     return choice, (expert[:, None] == tl.arange(0, EXPERTS)[None, :]).to(tl.int32)
 
 
+@launched
 @triton.jit
 def _count_kernel(experts_ptr, counts_ptr, num_choices, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     _, chosen = _chosen(experts_ptr, num_choices, BLOCK, EXPERTS)
@@ -37,6 +40,7 @@ def _count_kernel(experts_ptr, counts_ptr, num_choices, BLOCK: tl.constexpr, EXP
     tl.store(target, tl.sum(chosen, 0))
 
 
+@launched
 @triton.jit
 def _scan_kernel(
     counts_ptr, first_ptr, rows_per_expert_ptr, num_blocks, num_experts, capacity,
@@ -56,6 +60,7 @@ def _scan_kernel(
     tl.store(rows_per_expert_ptr + expert, kept, expert < num_experts)
 
 
+@launched
 @triton.jit
 def _place_kernel(
     experts_ptr, counts_ptr, first_ptr, choice_ptr, row_ptr, num_choices, num_rows, capacity,
@@ -77,7 +82,7 @@ def max_rows(num_choices: int, num_experts: int, capacity: int | None) -> int:
     return num_choices if capacity is None else min(num_choices, num_experts * capacity)
 
 
-@torch.library.custom_op("sevenfold::plan_dispatch", mutates_args=())
+@operator("sevenfold::plan_dispatch")
 def plan_dispatch(
     experts: Tensor, num_experts: int, capacity: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:

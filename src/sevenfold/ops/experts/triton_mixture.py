@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sevenfold.ops.experts.triton_glu import weighted_swiglu, weighted_swiglu_backward
 from sevenfold.ops.experts.triton_rows import spread, total
+from sevenfold.ops.operator import operator
 
 
 class _Plan(NamedTuple):
@@ -32,7 +33,7 @@ class _Plan(NamedTuple):
         return rows
 
 
-@torch.library.custom_op("sevenfold::mixture", mutates_args=())
+@operator("sevenfold::mixture")
 def mixture(
     x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
     choice: Tensor, row: Tensor, rows_per_expert: Tensor,
@@ -45,7 +46,7 @@ def mixture(
     return total(out, None, row), gate_up
 
 
-@torch.library.custom_op("sevenfold::mixture_backward", mutates_args=())
+@operator("sevenfold::mixture_backward")
 def mixture_backward(
     dy: Tensor, gate_up: Tensor, x: Tensor, weights: Tensor, gate_up_proj: Tensor,
     down_proj: Tensor, choice: Tensor, row: Tensor, rows_per_expert: Tensor,

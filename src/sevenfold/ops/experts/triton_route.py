@@ -14,11 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 _TILE_ELEMENTS, _WARPS = 1024, 4
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     logits_ptr, weights_ptr, experts_ptr, num_tokens, E,
@@ -45,6 +48,7 @@ def _forward_kernel(
         left = tl.where(expert == chosen, float("-inf"), left)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     dweights_ptr, weights_ptr, experts_ptr, dlogits_ptr, num_tokens, E,
@@ -71,7 +75,7 @@ def _tile(E: int) -> tuple[int, int]:
     return max(1, _TILE_ELEMENTS // experts), experts
 
 
-@torch.library.custom_op("sevenfold::route", mutates_args=())
+@operator("sevenfold::route")
 def route(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
     """Weights and experts; arguments and results as in the public operator."""
     weights, experts = _results(logits, num_chosen)
@@ -85,7 +89,7 @@ def route(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
     return weights, experts
 
 
-@torch.library.custom_op("sevenfold::route_backward", mutates_args=())
+@operator("sevenfold::route_backward")
 def route_backward(dweights: Tensor, weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     """The gradient of the logits."""
     T, k = weights.shape

@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.triton_column_sum import column_sum
+from sevenfold.ops.triton_launched import launched
 
 _TOKENS, _DEPTH, _WARPS, _STAGES = 64, 128, 4, 3
 # The weight's gradient: columns of one program, and parts that share the tokens.
@@ -41,6 +43,7 @@ def _split(x, low_dtype: tl.constexpr):
     return high, middle, (rest - middle.to(tl.float32)).to(low_dtype)
 
 
+@launched
 @triton.jit
 def _logits_kernel(
     x_ptr, weight_ptr, logits_ptr, T, E, D,
@@ -58,6 +61,7 @@ def _logits_kernel(
     tl.store(logits_ptr + token * E + expert, logits, (token < T) & (expert < E))
 
 
+@launched
 @triton.jit
 def _dx_kernel(
     dlogits_ptr, weight_ptr, dx_ptr, T, E, D,
@@ -72,6 +76,7 @@ def _dx_kernel(
     tl.store(dx_ptr + token * D + column, dx, (token < T) & (column < D))
 
 
+@launched
 @triton.jit
 def _dweight_kernel(
     dlogits_ptr, x_ptr, partial_ptr, T, E, D, part_tokens,
@@ -98,7 +103,7 @@ def _experts(E: int) -> int:
     return max(_MIN_EXPERTS, next_power_of_2(E))
 
 
-@torch.library.custom_op("sevenfold::router_logits", mutates_args=())
+@operator("sevenfold::router_logits")
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """The product; arguments and result as in the public operator."""
     logits = _logits_of(x, weight)
@@ -111,7 +116,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
-@torch.library.custom_op("sevenfold::router_logits_backward", mutates_args=())
+@operator("sevenfold::router_logits_backward")
 def router_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -43,6 +43,7 @@ from sevenfold.ops.lightning.triton_hopper_chunk import (
 from sevenfold.ops.lightning.triton_hopper_load import load_all, next_stop, place, turns, work_at
 from sevenfold.ops.lightning.triton_hopper_wide import compute_wide, weight_buffers
 from sevenfold.ops.lightning.triton_scan import decayed, forgotten, rate
+from sevenfold.ops.triton_launched import launched
 
 
 @gluon.jit
@@ -209,6 +210,7 @@ def _compute_all(
     tma.store_wait(0)
 
 
+@launched
 @gluon.jit
 def hopper_scan_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, horizon, state_in, state_between,

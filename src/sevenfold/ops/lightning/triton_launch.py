@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sevenfold.ops.lightning.segments import Plan, Room, Stop, plan_segments
 from sevenfold.ops.lightning.triton_hopper import hopper_scan_kernel
 from sevenfold.ops.lightning.triton_padding import clear_behind
 from sevenfold.ops.lightning.triton_scan import chain_kernel, scan_kernel
-from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.row_launch import cdiv, next_power_of_2, num_sms
+from sevenfold.ops.triton_launched import BulkCopies
 from sevenfold.ops.tuning import best_config
 
 # A token whose weight is below 2^-horizon is left out of the state between two segments: well below
@@ -63,7 +62,7 @@ class Scan(NamedTuple):
         """Whether the kernel for Hopper GPUs serves this scan."""
         q, widths = self.q, (self.q.shape[3], self.v.shape[3])
         fits = q.itemsize == 2 and all(w <= _HOPPER_WIDTH and w % 8 == 0 for w in widths)
-        return fits and q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+        return fits and q.is_cuda and _is_hopper(q.device)
 
 
 def run_scan(scan: Scan, between: Tensor | None = None) -> Tensor:
@@ -77,7 +76,7 @@ def run_scan(scan: Scan, between: Tensor | None = None) -> Tensor:
     if o.numel() == 0:
         return _keep_states(scan, o)
     plan = plan_scan(scan)
-    if between is None:
+    if between is None and plan.num_slots:
         between = states_between(scan)
     _launch(scan, plan, plan.segments, o, between, output=True)
     return o
@@ -147,11 +146,9 @@ def plan_room(scan: Scan) -> Room:
     return Room(H * tiles, H * own_tiles, programs, chunk, most_slots)
 
 
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the interpreter."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _keep_states(scan: Scan, o: Tensor) -> Tensor:
@@ -215,13 +212,11 @@ def _launch_hopper(
 ) -> None:
     H, K, V = scan.q.shape[2], scan.q.shape[3], scan.v.shape[3]
     plan, table = work
-    rows = [_copyable_rows(x) for x in (scan.q, scan.k, scan.v)]
+    parts = (_part(K), _part(K), _hopper_tile(K, V))
+    read = [_bulk_copies(x, part) for x, part in zip(scan[:3], parts, strict=True)]
     # Its loads wait for nothing: tokens that were copied just now may not be in memory yet.
-    is_copied = any(row.data_ptr() != x.data_ptr() for row, x in zip(rows, scan[:3], strict=True))
-    rows.append(o.flatten(0, 1) if flags["OUTPUT"] else rows[2])
-    is_wide = K > _HOPPER_PART
-    v_part = _HOPPER_PART if is_wide else _part(V)
-    parts = (_part(K), _part(K), v_part, v_part)
+    is_copied = any(x.base.data_ptr() != y.data_ptr() for x, y in zip(read, scan[:3], strict=True))
+    written = _bulk_copies(o, parts[2]) if flags["OUTPUT"] else read[2]
     heads = H * _value_tiles(scan)
     works = len(table) * heads
     most = num_sms(o.device)
@@ -230,8 +225,9 @@ def _launch_hopper(
     if flags["OUTPUT"] and deal is None:
         programs = _num_programs(works, heads, most)
     hopper_scan_kernel[(programs,)](
-        *(_descriptor(x, part) for x, part in zip(rows, parts, strict=True)),
-        rows[3],
+        *read,
+        written,
+        written.base,
         scan.log_decay,
         float(scan.scale),
         _HORIZONS[scan.q.dtype],
@@ -241,20 +237,34 @@ def _launch_hopper(
         plan.stops,
         works,
         H,
-        *rows[3].stride()[:2],
+        *written.strides[:2],
         *states[5:],
-        K=K,
-        V=V,
-        BK=2 * _HOPPER_PART if is_wide else _part(K),
-        BV=v_part,
-        C=_HOPPER_CHUNK,
-        TILES=_value_tiles(scan),
+        **_hopper_sizes(K, V, flags["OUTPUT"]),
         **flags,
         IS_EVEN=deal is None,
-        STAGES=_num_stages(is_wide, flags["OUTPUT"]),
-        num_warps=v_part // 16,
         **_overlapping(flags["OUTPUT"] and flags["HAS_BETWEEN"] and not is_copied),
     )
+
+
+@cache
+def _hopper_sizes(K: int, V: int, output: bool) -> dict[str, int]:
+    """Constants of the kernel for Hopper GPUs."""
+    is_wide, tile = K > _HOPPER_PART, _hopper_tile(K, V)
+    return {
+        "K": K,
+        "V": V,
+        "BK": 2 * _HOPPER_PART if is_wide else _part(K),
+        "BV": tile,
+        "C": _HOPPER_CHUNK,
+        "TILES": cdiv(V, _HOPPER_PART),
+        "STAGES": _num_stages(is_wide, output),
+        "num_warps": tile // 16,
+    }
+
+
+def _hopper_tile(K: int, V: int) -> int:
+    """Columns of a tile of values."""
+    return _HOPPER_PART if K > _HOPPER_PART else _part(V)
 
 
 def _overlapping(wanted: bool) -> dict[str, bool]:
@@ -294,17 +304,22 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def _bulk_copies(x: Tensor, part: int) -> BulkCopies:
+    """[B, T, H, D] as rows [B * T, H, D] for bulk copies of parts of D; copies where it must."""
+    B, T, H, D = x.shape
+    block = (_HOPPER_CHUNK, 1, part)
+    if x.data_ptr() % 16 == 0 and x.is_contiguous():  # D is a multiple of 8 elements of 2 bytes
+        return BulkCopies(x, (B * T, H, D), (H * D, D, 1), block)
+    rows = _copyable_rows(x)
+    return BulkCopies(rows, tuple(rows.shape), rows.stride(), block)
+
+
 def _copyable_rows(x: Tensor) -> Tensor:
     """As _rows, with what bulk tensor copies need: 16-byte steps from token to token and head."""
     rows = _rows(x)
     steps = [rows.data_ptr()] + [stride * rows.itemsize for stride in rows.stride()[:2]]
     fits = all(step % 16 == 0 for step in steps) and rows.stride(1) > 0
     return rows if fits else rows.contiguous()
-
-
-def _descriptor(rows: Tensor, part: int) -> TensorDescriptor:
-    block, layout = [_HOPPER_CHUNK, 1, part], _shared_layout(part, rows.dtype)
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block, layout)
 
 
 def _part(width: int) -> int:
@@ -322,13 +337,6 @@ def _num_stages(is_wide: bool, output: bool) -> int:
     if is_wide:
         return 2 if output else 4
     return 3 if output else 5
-
-
-@cache
-def _shared_layout(width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Of a chunk in shared memory; Gluon takes 15 us to find it."""
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([_HOPPER_CHUNK, 1, width], element)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

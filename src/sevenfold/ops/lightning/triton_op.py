@@ -12,6 +12,7 @@ from sevenfold.config import UnsupportedError
 from sevenfold.ops.lightning.lengths import read_lengths
 from sevenfold.ops.lightning.segments import Plan, Room, Stop
 from sevenfold.ops.lightning.snapshots import Snapshots, check_stops
+from sevenfold.ops.operator import operator
 
 MAX_WIDTH = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -92,7 +93,7 @@ def check_supported(q: Tensor, v: Tensor) -> None:
             )
 
 
-@torch.library.custom_op("sevenfold::lightning_scan", mutates_args=())
+@operator("sevenfold::lightning_scan")
 def lightning_scan(
     q: Tensor,
     k: Tensor,
@@ -180,7 +181,7 @@ def _(q, k, v, log_decay, scale, initial_state, pool, segments, pieces, chains, 
     return v.new_empty(v.shape), _states(q, v, 1)
 
 
-@torch.library.custom_op("sevenfold::lightning_step", mutates_args=())
+@operator("sevenfold::lightning_step")
 def lightning_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -195,7 +196,7 @@ def _(q, k, v, log_decay, state, scale):
     return v.new_empty(v.shape), state.new_empty(state.shape)
 
 
-@torch.library.custom_op("sevenfold::lightning_scan_backward", mutates_args=())
+@operator("sevenfold::lightning_scan_backward")
 def lightning_scan_backward(
     do: Tensor,
     dfinal: Tensor | None,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.ops.row_launch import next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 
 @triton.jit
@@ -17,6 +18,7 @@ def _clear(x, row, head, x_token, x_head, x_column, D: tl.constexpr, BD: tl.cons
     tl.store(x + at, tl.zeros([BD], x.dtype.element_ty), i < D)
 
 
+@launched
 @triton.jit
 def _clear_kernel(
     q, k, v, segments, num_segments, T, q_token, q_head, q_column, k_token, k_head, k_column,

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sevenfold.ops.triton_launched import launched
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -146,6 +148,7 @@ def _scan(
     return S
 
 
+@launched
 @triton.jit
 def scan_kernel(
     q, k, v, o, log_decay, scale, horizon, state_in, state_between, state_out, pool, pool_slot,
@@ -214,6 +217,7 @@ def _added(state_between, slot, first, last, pieces, kept, head, H, cell, CELLS:
     return tl.load(state_between + at, (cell < CELLS) & counts, other=0.0)
 
 
+@launched
 @triton.jit
 def chain_kernel(
     state_in, state_between, log_decay, horizon, chains,

@@ -3,12 +3,12 @@
 # pyright reads a kernel as the Python function that it is not.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.quantised.rule import Tile, linear_tile, product_path
 from sevenfold.ops.quantised.triton_product import multiply
 from sevenfold.ops.quantised.triton_widen import rounded_to_fp8, widened
@@ -33,7 +33,7 @@ def _linear_kernel(
     tl.store(at, got.to(y.dtype.element_ty), mask=in_m[None, :] & in_n[:, None])
 
 
-@torch.library.custom_op("sevenfold::int8_linear", mutates_args=())
+@operator("sevenfold::int8_linear")
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The product [M, N] of rows x [M, K]; the rest as in the public operator."""
     if product_path(len(x)) == "scratch":
@@ -41,7 +41,7 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return _product(x, None, codes, scale)
 
 
-@torch.library.custom_op("sevenfold::fp8_linear", mutates_args=())
+@operator("sevenfold::fp8_linear")
 def fp8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The product [M, N] of rows x [M, K]; the rest as in the public operator."""
     rounded, x_scale = rounded_to_fp8(x, x.dtype)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sevenfold.ops.experts import triton_mixture, triton_rows
+from sevenfold.ops.operator import operator
 from sevenfold.ops.quantised.rule import Tile, expert_tiles, product_path
 from sevenfold.ops.quantised.triton_product import multiply
 from sevenfold.ops.quantised.triton_widen import rounded_to_fp8, widened
@@ -96,7 +97,7 @@ def _down_kernel(
     tl.store(at, got.to(out.dtype.element_ty), mask=used[None, :] & in_n[:, None])
 
 
-@torch.library.custom_op("sevenfold::int8_mixture", mutates_args=())
+@operator("sevenfold::int8_mixture")
 def int8_mixture(
     x: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor,
     down_scale: Tensor, choice: Tensor, row: Tensor, rows_per_expert: Tensor,
@@ -112,7 +113,7 @@ def int8_mixture(
     return triton_rows.total(rows, weights.contiguous(), row)
 
 
-@torch.library.custom_op("sevenfold::fp8_mixture", mutates_args=())
+@operator("sevenfold::fp8_mixture")
 def fp8_mixture(
     x: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor,
     down_scale: Tensor, choice: Tensor, row: Tensor, rows_per_expert: Tensor,

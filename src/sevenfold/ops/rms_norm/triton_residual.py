@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import (
     as_rows,
     cdiv,
@@ -23,8 +24,10 @@ from sevenfold.ops.row_launch import (
     walking_tile,
 )
 from sevenfold.ops.triton_column_sum import column_sum
+from sevenfold.ops.triton_launched import launched
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     stream_ptr, update_ptr, weight_ptr, y_ptr, x_ptr, stream_stride, update_stride,
@@ -44,6 +47,7 @@ def _forward_kernel(
     tl.store(y_ptr + row * D + column, x * r * weight, inside)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, dstream_ptr, dupdate_ptr, partial_ptr,
@@ -73,7 +77,7 @@ def _backward_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, column < D)
 
 
-@torch.library.custom_op("sevenfold::residual_rms_norm", mutates_args=())
+@operator("sevenfold::residual_rms_norm")
 def residual_rms_norm(
     stream: Tensor, update: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:
@@ -112,13 +116,13 @@ def _forward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("sevenfold::residual_rms_norm_backward", mutates_args=())
+@operator("sevenfold::residual_rms_norm_backward")
 def residual_rms_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, like: list[Tensor],
-    eps: float, alpha: float, beta: float,
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor,
+    stream_dtype: torch.dtype, update_dtype: torch.dtype, eps: float, alpha: float, beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of stream, update and weight; like is (stream, update), empty, for dtypes."""
-    dstream, dupdate = (torch.empty(x.shape, dtype=t.dtype, device=x.device) for t in like)
+    """The gradients of stream, update and weight."""
+    dstream, dupdate = _pair(x, stream_dtype, update_dtype)
     if x.numel() == 0:
         return dstream, dupdate, torch.zeros_like(weight)
     tile, rows, dys = walking_tile(x.shape[-1]), as_rows(x), as_rows(dy)
@@ -140,23 +144,26 @@ def _(stream, update, weight, eps, alpha, beta):
 
 
 @residual_rms_norm_backward.register_fake
-def _(dy, dsum, x, weight, like, eps, alpha, beta):
-    grads = (torch.empty(x.shape, dtype=t.dtype, device=x.device) for t in like)
-    return *grads, torch.empty_like(weight)
+def _(dy, dsum, x, weight, stream_dtype, update_dtype, eps, alpha, beta):
+    return *_pair(x, stream_dtype, update_dtype), torch.empty_like(weight)
+
+
+def _pair(x: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in dtypes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     stream, update, weight, *ctx.factors = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], weight)
-    ctx.like = [stream.new_empty(0), update.new_empty(0)]
+    ctx.dtypes = stream.dtype, update.dtype
 
 
 def _grads(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    grads = residual_rms_norm_backward(dy, dsum, x, weight, ctx.like, *ctx.factors)
+    grads = residual_rms_norm_backward(dy, dsum, x, weight, *ctx.dtypes, *ctx.factors)
     return *grads, None, None, None
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.overlap import overlapping
 from sevenfold.ops.row_launch import (
     as_rows,
@@ -25,9 +26,11 @@ from sevenfold.ops.row_launch import (
     walking_tile,
 )
 from sevenfold.ops.triton_column_sum import column_sum
+from sevenfold.ops.triton_launched import launched
 from sevenfold.ops.triton_overlap import wait_for_last
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, x_stride, gate_stride, num_rows, D, eps,
@@ -47,6 +50,7 @@ def _forward_kernel(
     tl.store(y_ptr + row * D + column, y, inside)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     dy_ptr, x_ptr, gate_ptr, weight_ptr, dx_ptr, dgate_ptr, partial_ptr,
@@ -115,26 +119,26 @@ def _backward(
     return dx, dgate, column_sum(partial, weight.dtype)
 
 
-@torch.library.custom_op("sevenfold::rms_norm", mutates_args=())
+@operator("sevenfold::rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm; arguments and result as in the public operator."""
     return normed(x, None, weight, eps)
 
 
-@torch.library.custom_op("sevenfold::rms_norm_backward", mutates_args=())
+@operator("sevenfold::rms_norm_backward")
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight."""
     dx, _, dweight = _backward(dy, x, None, weight, eps)
     return dx, dweight
 
 
-@torch.library.custom_op("sevenfold::gated_rms_norm", mutates_args=())
+@operator("sevenfold::gated_rms_norm")
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The gated norm; arguments and result as in the public operator."""
     return normed(x, gate, weight, eps)
 
 
-@torch.library.custom_op("sevenfold::gated_rms_norm_backward", mutates_args=())
+@operator("sevenfold::gated_rms_norm_backward")
 def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
+from sevenfold.ops.triton_launched import launched
 
 _TILE_ELEMENTS, _WARPS = 2048, 4
 
@@ -31,6 +33,7 @@ def _silu_gradient(dy, x):
     return dy * share * (1 + x * (1 - share))
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, num_rows, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr
@@ -47,6 +50,7 @@ def _forward_kernel(
     tl.store(v_ptr + target, _silu(v), inside)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, dqkv_ptr, num_rows, D,
@@ -78,7 +82,7 @@ def _parts(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@torch.library.custom_op("sevenfold::silu_qkv", mutates_args=())
+@operator("sevenfold::silu_qkv")
 def silu_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v; arguments and results as in the public operator."""
     q, k, v = _parts(qkv, num_heads)
@@ -92,7 +96,7 @@ def silu_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@torch.library.custom_op("sevenfold::silu_qkv_backward", mutates_args=())
+@operator("sevenfold::silu_qkv_backward")
 def silu_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor) -> Tensor:
     """The gradient of qkv."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
