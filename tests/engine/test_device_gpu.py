@@ -105,6 +105,7 @@ def test_nothing_waits_in_a_step_but_for_its_tokens(tokenizer: Tokenizer) -> Non
             assert engine._ahead.chosen is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_a_step_ahead_copies_nothing_but_its_tokens(tokenizer: Tokenizer) -> None:
     engine = build(gpu_model("lsf", torch.float32), tokenizer, max_running=4)
     for n, text in enumerate(prompts(1, [9, 20, 30])):

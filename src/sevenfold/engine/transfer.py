@@ -12,18 +12,21 @@ from torch import Tensor
 
 def upload(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
     """Return integers as an int64 tensor on the device; nothing waits for the copy."""
-    host = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    return _sent(torch.from_numpy(np.asarray(numbers, dtype=np.int64)), device)
 
 
 def send(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers as a tensor of a dtype on the device; nothing waits for the copy."""
-    host = torch.tensor(values, dtype=dtype)
+    return _sent(torch.tensor(values, dtype=dtype), device)
+
+
+def _sent(host: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    pinned = torch.empty_like(host, pin_memory=True)
+    # By NumPy: PyTorch copies 32,768 numbers by all threads, which took 6 to 14 ms to wake.
+    pinned.numpy()[...] = host.numpy()
+    return pinned.to(device, non_blocking=True)
 
 
 def upload_parts(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
