@@ -132,10 +132,10 @@ class Arena:
             if serial and other != place
         ]
 
-    def suffices(self, needs: tuple[int, int, int]) -> bool:
-        """Whether the items could be taken (states first, pages, snapshots last) once all that is
-        not pinned were given back."""
-        slabs = self.layout.num_usable_slabs - sum(self._pinned_slabs)
+    def suffices(self, needs: tuple[int, int, int], *, whole_slabs: int = 0) -> bool:
+        """Whether the items could be taken (states first, pages, snapshots last), and whole slabs
+        besides, once all that is not pinned were given back."""
+        slabs = self.layout.num_usable_slabs - sum(self._pinned_slabs) - whole_slabs
         for tenant in Tenant:
             places = self.layout.places[tenant]
             spare = self._pinned_slabs[tenant] * places - self._pinned_items[tenant]

@@ -69,8 +69,10 @@ class Opening:
             path.append(node)
         self._tree.lock(path)
         pages = self._num_opening_pages(request) - len(path)
-        needs = (int(self.plan.has_states), pages, int(entry.snapshot is not None))
-        if not self._arena.suffices(needs):
+        # The snapshot may come to lie in a slab of its own: in the one that others must keep its
+        # place may be held by what need not stay.
+        whole = int(entry.snapshot is not None)
+        if not self._arena.suffices((int(self.plan.has_states), pages, 0), whole_slabs=whole):
             self._tree.unlock(path)
             return None
         self._host.pin(entry)
