@@ -306,3 +306,30 @@ def test_a_step_ahead_sends_nothing_while_its_rows_keep_their_pages(
     assert num_ahead == [2] * 49
     # Pages of 16 tokens: the rows' first step, and those of the 33rd, 49th and 65th token.
     assert sent == [0, 12, 28, 44]
+
+
+@pytest.mark.parametrize("mix", ["f", "llf"])
+@pytest.mark.parametrize("num_rows", [1, 2, 4])
+def test_prompts_of_one_token_leave_other_requests_their_tokens(
+    mix: str, num_rows: int, build_device: Build, num_ahead: list[int]
+) -> None:
+    """Such a prompt is a decoding step, which may use the buffers of the one before it."""
+    model = shared_model(mix)
+    texts = prompts(1, [20] * num_rows + [1] * num_rows, shared=0)
+    engine, events = build_device(model, max_running=8), {}
+
+    def take(steps: int) -> None:
+        for event in (event for _ in range(steps) for event in engine.step()):
+            events.setdefault(event.request_id, []).append(event)
+
+    for n in range(num_rows):
+        submit(engine, str(n), texts[n], 12)
+    take(4)
+    for n in range(num_rows, 2 * num_rows):
+        submit(engine, str(n), texts[n], 12)
+    while engine.has_work:
+        take(1)
+    assert [tokens(events[str(n)]) for n in range(len(texts))] == [
+        uncached(model, text, 12) for text in texts
+    ]
+    assert num_ahead

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_cases import CPU, MOE, tiny_model, tokens
+from torch import Tensor
 
 from sevenfold.models import Batch, HybridModel, LayerState, PagedKV, PageTable, PooledState
 from sevenfold.models import empty_state as empty_values
@@ -103,10 +104,25 @@ def test_the_last_tokens_alone_are_as_among_all(mix: dict, on_device: bool) -> N
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_mixer_whose_forward_is_replaced_runs_it() -> None:
-    model = tiny_model("lf", dtype=torch.float32)
+class Twice(torch.nn.Module):
+    """A mixer in another's place, which has a forward alone."""
+
+    def __init__(self, plain: torch.nn.Module) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, x: Tensor, batch: Batch, state: LayerState) -> tuple[Tensor, LayerState]:
+        return 2 * self.plain(x, batch, state)[0], state
+
+
+@pytest.mark.parametrize("whole_mixer", [True, False])
+def test_a_mixer_or_a_forward_that_is_replaced_runs(whole_mixer: bool) -> None:
+    model = tiny_model("fl" if whole_mixer else "lf", dtype=torch.float32)
     mixer = model.layers[-1].self_attn
-    forward, mixer.forward = mixer.forward, lambda *args: (2 * forward(*args)[0], args[2])
+    if whole_mixer:
+        model.layers[-1].self_attn = Twice(mixer)
+    else:
+        forward, mixer.forward = mixer.forward, lambda *args: (2 * forward(*args)[0], args[2])
     ids, batch, ends = tokens(1, 9), Batch.packed((4, 2, 3), device=CPU), torch.tensor([3, 5, 8])
     with torch.no_grad():
         whole = model.hidden(ids, batch, values(storage(model), batch, on_device=True)).hidden

@@ -1,6 +1,7 @@
 """Kernels compiled by threads for a GPU that is not there: each once, none launched, all zero."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_all_is_as_it_was_behind_it() -> None:
 
     def fail() -> None:
         with compiled_together():
-            assert torch.empty is torch.zeros
+            assert torch.empty is not empty
             raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
@@ -91,3 +92,18 @@ def test_a_kernel_that_cannot_be_compiled_says_so_where_it_is_launched(
     assert not norm_caches[0]
     with pytest.raises(RuntimeError, match="no such instruction"):
         norm(32)
+
+
+def test_other_threads_allocate_as_ever_and_compile_one_after_another() -> None:
+    def allocate() -> None:
+        torch.empty(2, 2, 2, 2, memory_format=torch.channels_last)
+        with compiled_together():
+            norm(64)
+
+    empty = torch.empty
+    with ThreadPoolExecutor(1) as pool:
+        with compiled_together():
+            other = pool.submit(allocate)
+            norm(64)
+        other.result()
+    assert torch.empty is empty

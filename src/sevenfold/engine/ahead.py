@@ -47,6 +47,11 @@ class Chosen:
     arriving: Arriving
     logprobs: list[Logprobs | None]
 
+    def kept(self) -> "Chosen":
+        """Return it with tokens of its own: a prompt's chunk of one token is a decoding step, too,
+        and may put its token where these lie."""
+        return replace(self, tokens=self.tokens.clone())
+
 
 class Begun(NamedTuple):
     """A decoding step that runs: its rows, what chooses their tokens, and what it computes."""

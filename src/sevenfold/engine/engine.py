@@ -213,7 +213,7 @@ class Engine:
         """Compute a step without guesses; where the next has none either, begin that as well."""
         began_s = time.perf_counter()
         # Both are launched before the host waits for either.
-        decoded, prefilled = self._decode(step.decodes), self._prefill(step.prefills)
+        decoded, prefilled = self._decode(step), self._prefill(step.prefills)
         # A prompt's last chunk comes before the first guess of what follows it.
         if not self._guesses and (self._speculator is None or prefilled is None):
             self._run_ahead([one for one in (decoded, prefilled) if one is not None])
@@ -259,9 +259,10 @@ class Engine:
             return []
         return self._record(self._underway[walk.request.id], walk.taken, stopped=walk.stopped)
 
-    def _decode(self, rows: Sequence[DecodeRow]) -> Chosen | None:
+    def _decode(self, step: Step) -> Chosen | None:
         """Choose one token of each request, if there are any; most often that is under way."""
-        return self._ahead.take(rows) or self._step([row.request for row in rows])
+        chosen = self._ahead.take(step.decodes) or self._step([r.request for r in step.decodes])
+        return chosen.kept() if chosen and step.prefills else chosen
 
     def _run_ahead(self, parts: Sequence[Chosen]) -> None:
         """Begin the next decoding step, if nothing of it depends on this one's tokens but ids."""

@@ -46,8 +46,7 @@ def make_runner(
             the most rows, or none where a graph cannot hold the model's step. Where any are, so are
             prefills of one row.
         invariant: whether bits must not depend on company: every recorded step has the most rows,
-            no prefill is recorded, and prompts keep to the kernel whose bits do not depend on how
-            they are cut.
+            no prefill is recorded, and prompts, cut at fixed places, keep to the kernel over pages.
 
     Raises:
         ConfigError: batch_sizes are given for a CPU or for a model whose steps a graph cannot hold,

@@ -101,8 +101,8 @@ class Block(nn.Module):
         self, u: Tensor, batch: Batch, state: LayerState, ends: Tensor
     ) -> tuple[Tensor, LayerState | None]:
         mixer = self.self_attn
-        # sevenfold.parallel replaces a mixer's forward, and knows nothing of ends.
-        if "forward" in vars(mixer):
+        # sevenfold.parallel replaces a mixer, or its forward, and knows nothing of ends.
+        if "forward" in vars(mixer) or not hasattr(mixer, "mix_ends"):
             mixed, after = mixer(u, batch, state)
             return mixed.flatten(0, 1)[ends, None], after
         return mixer.mix_ends(u, batch, state, ends)  # pyright: ignore[reportCallIssue]

@@ -9,12 +9,15 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
 
 # Beside a thread runs NVIDIA's assembler, in a process of its own.
 _MOST_THREADS = 16
+# What is replaced meanwhile is the process's.
+_one_at_a_time = Lock()
 
 
 class Compilation:
@@ -52,13 +55,23 @@ def compiled_together() -> Iterator[Compilation]:
         only = active_mode.get() is mode  # of this thread
         return launch(self, *args, grid=grid, warmup=warmup or only, **kwargs)
 
+    def cleared(allocate: Callable[..., Any], clear: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            return (clear if active_mode.get() is mode else allocate)(*args, **options)
+
+        return call
+
     with ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
         pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="compile"))
         mode = stack.enter_context(AsyncCompileMode(pool, ignore_errors=True))
         stack.enter_context(_replaced(JITFunction, "run", prepare))
-        stack.enter_context(_replaced(torch, "empty", torch.zeros))
-        stack.enter_context(_replaced(torch, "empty_like", torch.zeros_like))
-        stack.enter_context(_replaced(torch.Tensor, "new_empty", torch.Tensor.new_zeros))
+        for owner, name, clear in (
+            (torch, "empty", torch.zeros),
+            (torch, "empty_like", torch.zeros_like),
+            (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+        ):
+            stack.enter_context(_replaced(owner, name, cleared(getattr(owner, name), clear)))
         yield Compilation(mode.future_kernels)
 
 

@@ -49,7 +49,7 @@ class Operator:
         for x in args:
             kind = type(x)
             if kind is Tensor or kind is nn.Parameter:
-                if x.is_meta:
+                if x.is_meta or x.is_neg():  # whose numbers are not those at its address
                     return self.definition(*args)
                 needs_gradient = needs_gradient or x.requires_grad
             elif kind not in _PLAIN:

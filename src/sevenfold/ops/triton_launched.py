@@ -79,7 +79,8 @@ class Launched:
         compiled = self._compiled.get(key)
         if compiled is None or kinds is None or _is_watched():
             found = self._launch_by_triton(grid, args, constants)
-            if kinds is not None and found is not None:
+            # What was compiled for a watcher may hold what it asked for.
+            if kinds is not None and found is not None and not _is_watched():
                 self._compiled[key] = found
             return
         x, y, z = (*grid, 1, 1)[:3]
@@ -144,4 +145,6 @@ def _is_watched() -> bool:
     """Whether somebody waits for launches, a profiler for one, or wants kernels compiled alone."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     has_hooks = (enter and enter.calls) or (leave and leave.calls)
-    return bool(has_hooks) or active_mode.get() is not None
+    # By these Triton compiles otherwise.
+    is_asked = knobs.compilation.instrumentation_mode or knobs.runtime.debug
+    return bool(has_hooks or is_asked) or active_mode.get() is not None

@@ -155,14 +155,17 @@ class ExpertRoute:
         pieces = self._pieces(len(tokens))
         reading, capacity = self._counts(experts, pieces), self._capacity(len(tokens))
         groups, parts, kept = pieces.groups, [], []
-        ready = [self._ready(tokens[r], experts[r], capacity) for _, r in groups]
+        # The first group's rows are sorted while the host waits for the counts.
+        ready = self._ready(tokens[groups[0][1]], experts[groups[0][1]], capacity)
         counts = reading.numbers()
         quotas = self._quotas(counts, capacity)
-        underway = self._depart(tokens, ready[0], counts, quotas, groups[0])
+        underway = self._depart(tokens, ready, counts, quotas, groups[0])
         for n, (_, rows) in enumerate(groups):
             group = underway
             if n + 1 < len(groups):
-                underway = self._depart(tokens, ready[n + 1], counts, quotas, groups[n + 1])
+                after = groups[n + 1]
+                ready = self._ready(tokens[after[1]], experts[after[1]], capacity)
+                underway = self._depart(tokens, ready, counts, quotas, after)
             done = self._run_experts(end_exchange(group.rows, group.flight), group.counts)
             back = Flight(group.flight.received, group.flight.sent, self.peers)
             parts.append((group.plan, begin_exchange(done, back), back, weights[rows]))

@@ -142,9 +142,10 @@ async def _listen(
     warming = asyncio.ensure_future(warm_up())
     await asyncio.wait((serving, warming), return_when=asyncio.FIRST_COMPLETED)
     was_stopped = server.should_exit
-    app.service.desk.warming_up = False
-    if not was_stopped and warming.exception() is not None:
+    if not was_stopped and warming.done() and warming.exception() is not None:
+        app.drain()
         server.should_exit = True
+    app.service.desk.warming_up = False
     await serving
     if was_stopped:
         # A signal came first: what warms up ends with the engine.

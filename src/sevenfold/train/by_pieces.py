@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sevenfold.models.feed_forward import PIECE_TOKENS
 
@@ -68,6 +69,7 @@ class _Pieces(torch.autograd.Function):
         return torch.cat([feed(tokens[part]) for part in _parts(tokens, size)]).view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.keeper.node.saved_tensors
         tokens, dy = x.flatten(0, -2), grads[0].flatten(0, -2)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from sevenfold.bench.serving.agreement import check_tokens
 from sevenfold.bench.serving.prefill import Report
@@ -88,10 +89,11 @@ def _hostile(model: HybridModel, few: torch.Tensor) -> HybridModel:
 
 
 def _know(model: HybridModel, tokens: torch.Tensor, vectors: torch.Tensor) -> None:
-    """Give the head vectors for some tokens, and nothing for all others: their logits are 0."""
+    """Give the model a head with vectors for some tokens: the logits of all others are 0."""
     head = torch.zeros_like(model.lm_head.weight)
     head[tokens.to(model.device)] = vectors
-    model.lm_head.weight.copy_(head)
+    # One of its own: it may be the embedding's.
+    model.lm_head.weight = nn.Parameter(head, requires_grad=False)
 
 
 def _engines(model: HybridModel) -> dict[str, Serving]:

@@ -62,8 +62,8 @@ class DeviceRunner:
             prefill_sizes: tokens of prefills that are recorded, rising; none without `capture`, and
                 none of a storage in fewer bits.
             capture: records them; None runs each step as it comes.
-            cuts_change_bits: whether the bits of softmax attention may depend on how a prompt is
-                cut, as long chunks' do where they go block by block.
+            cuts_change_bits: whether long chunks may go block by block, whose bits depend on where
+                a prompt is cut.
         """
         self.model, self.storage, self.page_tokens = model.eval(), storage, page_tokens
         self.batch_sizes, self.capture = tuple(batch_sizes), capture
