@@ -81,6 +81,12 @@ def run_config(**sections: dict) -> RunConfig:
             {},
             r"shard \* context \* tensor must divide num_attention_heads \* head_dim = 16, got 32",
         ),
+        ({"shard": 2, "gather_once": True}, {}, None),
+        (
+            {"tensor": 2, "gather_once": True},
+            {},
+            "gather_once must be unset where no ranks divide weights, got true",
+        ),
     ],
 )
 def test_degrees_that_do_not_suit_the_model(
