@@ -11,7 +11,8 @@ from torch import nn
 
 from sevenfold.bench.serving.agreement import check_tokens
 from sevenfold.bench.serving.prefill import Report
-from sevenfold.bench.serving.sides import Serving, Sides, random_ids
+from sevenfold.bench.serving.sides import Serving, Sides
+from sevenfold.config import ConfigError
 from sevenfold.engine import SamplingParams
 from sevenfold.engine.request import Request
 from sevenfold.engine.speculation import PromptLookupConfig
@@ -20,8 +21,6 @@ from sevenfold.models import HybridModel
 # Of a GPU's free memory, each of two engines.
 _SHARE = 0.3
 _CIRCLE = 64  # tokens that the copying text goes round
-# Of so few tokens a hostile text is that every two of them have stood together before.
-_FEW = 16
 # What is left of a block's outputs where the stream shall keep its token: next to nothing.
 _FAINT = 0.01
 _WRITERS = ("out_proj.weight", "o_proj.weight", "down_proj", "down_proj.weight")
@@ -32,34 +31,40 @@ def run_speculation(
 ) -> list[dict[str, Any]]:
     """Time one request's greedy decoding with prompt lookup and without, first token to last.
 
-    Random weights copy nothing, so each text has a copy of the model that writes it, whose steps
-    compute as much. Copying: 64 tokens over and over; the head reads a token's vector, which blocks
-    hardly change, as the next one's, so that guesses from the second round on are right. Hostile:
-    the head knows 16 tokens alone, which follow one another without a rule, so that the last two
-    have always stood together before and what followed then says next to nothing.
+    Random weights follow no text, so each is written by a copy of the model that goes round a
+    circle of tokens, whose steps compute as much: its head reads a token's vector, which blocks
+    hardly change, as the next one's. Copying: 64 tokens over and over; guesses are right. Hostile:
+    a circle that is longer than the text, whose every two tokens stand together in the prompt with
+    another one behind them; there is always a guess, and it is wrong.
 
     Args:
         sides: checked; transformers' takes no part.
-        prompt_tokens: of either text's tokens, before it: the circle, or at random.
+        prompt_tokens: of the copying text, before it.
         new_tokens: of each text, 2 or more.
         repeats: timed runs of each engine; medians.
         report: called with each row as it is done.
 
     Returns:
         One row a text: seconds a token of both engines, their ratio, guesses made and accepted.
+
+    Raises:
+        ConfigError: the vocabulary is too small for so long a text.
     """
-    num_known = min(_CIRCLE, sides.config.vocab_size // 2)
-    known = torch.randperm(sides.config.vocab_size, generator=torch.Generator().manual_seed(0))
-    circle, few = known[:num_known], known[:_FEW]
-    draws = random_ids(sides.config, prompt_tokens) % _FEW
+    size = sides.config.vocab_size
+    if new_tokens + 2 > size:
+        raise ConfigError(
+            f"new_tokens must be at most vocab_size - 2 = {size - 2}, got {new_tokens}"
+        )
+    known = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    small, large = known[: min(_CIRCLE, size // 2)], known[: new_tokens + 2]
     texts = {
-        "copying": (_copying(sides.model, circle), circle.repeat(-(-prompt_tokens // num_known))),
-        "hostile": (_hostile(sides.model, few), few[draws]),
+        "copying": (small, small.repeat(-(-prompt_tokens // len(small)))[:prompt_tokens]),
+        "hostile": (large, _misleading(large)),
     }
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
     rows = []
-    for name, (model, start) in texts.items():
-        prompt = start[:prompt_tokens].tolist()
+    for name, (circle, start) in texts.items():
+        model, prompt = _circling(sides.model, circle), start.tolist()
         row = {"case": f"speculation, {name} text", "new_tokens": new_tokens}
         row |= _compare(_engines(model), prompt, params, repeats)
         check_tokens(model, prompt, row.pop("tokens"))
@@ -69,31 +74,25 @@ def run_speculation(
 
 
 @torch.inference_mode()
-def _copying(model: HybridModel, circle: torch.Tensor) -> HybridModel:
+def _circling(model: HybridModel, circle: torch.Tensor) -> HybridModel:
     """A copy that says the next token of a circle after each of them."""
     twin = copy.deepcopy(model)
     for name, parameter in twin.named_parameters():
         if name.endswith(_WRITERS):
             parameter.mul_(_FAINT)
     own = twin.embed_tokens.weight[circle.to(model.device)]
-    _know(twin, circle.roll(-1), own / own.norm(dim=-1, keepdim=True))
+    # A head of its own, as it may be the embedding's: logits of all other tokens are 0.
+    head = torch.zeros_like(twin.lm_head.weight)
+    head[circle.roll(-1).to(model.device)] = own / own.norm(dim=-1, keepdim=True)
+    twin.lm_head.weight = nn.Parameter(head, requires_grad=False)
     return twin
 
 
-@torch.inference_mode()
-def _hostile(model: HybridModel, few: torch.Tensor) -> HybridModel:
-    """A copy that knows a few tokens alone."""
-    twin = copy.deepcopy(model)
-    _know(twin, few, twin.lm_head.weight[few.to(model.device)])
-    return twin
-
-
-def _know(model: HybridModel, tokens: torch.Tensor, vectors: torch.Tensor) -> None:
-    """Give the model a head with vectors for some tokens: the logits of all others are 0."""
-    head = torch.zeros_like(model.lm_head.weight)
-    head[tokens.to(model.device)] = vectors
-    # One of its own: it may be the embedding's.
-    model.lm_head.weight = nn.Parameter(head, requires_grad=False)
+def _misleading(circle: torch.Tensor) -> torch.Tensor:
+    """Every two tokens of a circle, in any order; its first two end the text."""
+    pairs = torch.stack([circle, circle.roll(-1)], dim=1)
+    order = 1 + torch.randperm(len(pairs) - 1, generator=torch.Generator().manual_seed(1))
+    return torch.cat([pairs[order], pairs[:1]]).flatten()
 
 
 def _engines(model: HybridModel) -> dict[str, Serving]:
