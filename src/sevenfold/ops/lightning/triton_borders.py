@@ -136,7 +136,7 @@ def added(
     a, b = _rows(a), _rows(b)
     states = a.new_empty(N, H, K, V, dtype=torch.float32)
     parts = a.new_empty(N, H, _PARTS, K, V, dtype=torch.float32)
-    BK, BV = _tile(K, V)
+    BK, BV = _tile(a, V)
     where = (log_decay, HORIZONS[a.dtype], _on_device(tuple(spans), a.device))
     added_kernel[(_PARTS * cdiv(V, BV), H, N)](
         a, b, parts, *where, *a.stride()[:2], *b.stride()[:2],
@@ -163,7 +163,7 @@ def add_read(
         states = states.contiguous()
     if longest == 0:
         return
-    BK, BV = _tile(K, V)
+    BK, BV = _tile(x, V)
     add_read_kernel[(cdiv(longest, _CHUNK) * cdiv(V, BV), H, N)](
         y, x, states, log_decay, HORIZONS[x.dtype], _on_device(tuple(spans), x.device),
         *y.stride()[:2], *x.stride()[:2], *states.stride()[2:],
@@ -175,10 +175,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _tile(K: int, V: int) -> tuple[int, int]:
-    """Columns of keys, and of the values of one program: at most 16,384 sums."""
-    BK = max(16, next_power_of_2(K))
-    return BK, max(16, min(next_power_of_2(V), 128, 2**14 // BK))
+def _tile(x: Tensor, V: int) -> tuple[int, int]:
+    """Columns of keys [T, H, K], and of the values of one program: what registers hold."""
+    BK, most = max(16, next_power_of_2(x.shape[2])), 2**14 if x.itemsize == 2 else 2**11
+    return BK, max(16, min(next_power_of_2(V), 128, most // BK))
 
 
 @lru_cache(maxsize=64)
