@@ -220,10 +220,25 @@ def timed(config, name, degrees, lengths, rows, micro_batches, device):
         "layout": degrees,
         "tokens": tokens,
         "step_s": seconds,
+        # Each of them, and what memory was like: both tell a slow case from a disturbed one.
+        "steps_s": times,
         "tokens_per_s": tokens / seconds,
         "loss": loss,
         "norm": norm,
         "peak_gib": peak_gib(),
+        **memory(),
+    }
+
+
+def memory():
+    """What this rank's allocator took, what was left, and how often it gave all back in need."""
+    if TINY:
+        return {}
+    stats = torch.cuda.memory_stats()
+    return {
+        "reserved_gib": stats["reserved_bytes.all.peak"] / 2**30,
+        "free_gib": torch.cuda.mem_get_info()[0] / 2**30,
+        "alloc_retries": stats["num_alloc_retries"],
     }
 
 
