@@ -6,7 +6,7 @@ from kernel_device import DEVICE, DTYPES, INTERPRETED
 from torch import Tensor
 
 from sevenfold.ops import Span
-from sevenfold.ops.lightning import borders_eager, triton_borders
+from sevenfold.ops.lightning import borders, borders_eager
 from sevenfold.ops.testing import check_error, poisoned_allocations
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -21,6 +21,17 @@ else:
         "none and one": (Span(3, 0), Span(199, 1)),
         "long": (Span(7, 9000), Span(9007, 20_000)),
     }
+
+
+def added(a, b, log_decay, spans, from_end):
+    return borders._added_on_gpu(a, b, log_decay, borders._numbers(spans), from_end)
+
+
+def add_read(y, x, states, log_decay, spans, from_end):
+    borders._add_read_on_gpu(y, x, states, log_decay, borders._numbers(spans), from_end)
+
+
+KERNELS, PRODUCTS = (added, add_read), (borders_eager.added, borders_eager.add_read)
 
 
 def inputs(name: str, widths: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
@@ -43,14 +54,14 @@ def test_kernels_give_what_products_do(
     tokens, spans, log_decay = inputs(name, widths, dtype), SPANS[name], RATES.to(DEVICE)
     for transposed in (False, True):
         results = []
-        for module, kind in ((triton_borders, None), (borders_eager, None), (borders_eager, 64)):
-            a, b, states = (x.double() if kind else x for x in tokens)
+        for functions, is_exact in ((KERNELS, False), (PRODUCTS, False), (PRODUCTS, True)):
+            a, b, states = (x.double() if is_exact else x for x in tokens)
             x, y = (b, a.clone()) if transposed else (a, b.clone())
             matrices = states.mT if transposed else states
             with poisoned_allocations():
-                added = module.added(a, b, log_decay, spans, from_end)
-                module.add_read(y, x, matrices, log_decay, spans, from_end)
-            results.append((added, y))
+                sums = functions[0](a, b, log_decay, spans, from_end)
+                functions[1](y, x, matrices, log_decay, spans, from_end)
+            results.append((sums, y))
         for what, *found in zip(("added", "read"), *results, strict=True):
             ours, eager, exact = found
             check_error(what, ours.to(dtype), eager.to(dtype), exact)
@@ -61,10 +72,10 @@ def test_a_fast_head_reads_only_what_it_reaches() -> None:
     log_decay = torch.full((2,), -1.0, device=DEVICE)
     a, b = torch.randn(2, 200, 2, 16, device=DEVICE)
     a[:100], b[:100] = float("nan"), float("nan")
-    states = triton_borders.added(a, b, log_decay, (Span(0, 200),), True)
+    states = added(a, b, log_decay, (Span(0, 200),), True)
     assert states.isfinite().all()
     y = b.clone()
-    triton_borders.add_read(y, a, states, log_decay, (Span(0, 200),), True)
+    add_read(y, a, states, log_decay, (Span(0, 200),), True)
     assert y[100:].isfinite().all()
     assert not torch.equal(y[199], b[199])
     assert torch.equal(y[100:150], b[100:150])

@@ -65,7 +65,9 @@ def lightning_added(
     """
     _check("b", a, b, log_decay, spans)
     with torch.no_grad(), full_precision(a.device):
-        return _module(impl, a, b).added(a, b, log_decay, tuple(spans), from_end)
+        if _chosen(impl, a, b) is Impl.TRITON:
+            return _added_on_gpu(a, b, log_decay, _numbers(spans), from_end)
+        return borders_eager.added(a, b, log_decay, spans, from_end)
 
 
 def lightning_add_read(
@@ -95,23 +97,60 @@ def lightning_add_read(
     check_shape("states", states, (len(spans), *x.shape[1:], y.shape[2]), "[N, H, K, V]")
     check_dtype("states", states, (torch.promote_types(x.dtype, torch.float32),))
     with torch.no_grad(), full_precision(x.device):
-        _module(impl, x, y).add_read(y, x, states, log_decay, tuple(spans), from_end)
+        if _chosen(impl, x, y) is Impl.TRITON:
+            _add_read_on_gpu(y, x, states, log_decay, _numbers(spans), from_end)
+        else:
+            borders_eager.add_read(y, x, states, log_decay, spans, from_end)
 
 
-def _module(impl: Impl | str | None, x: Tensor, y: Tensor):
+def _chosen(impl: Impl | str | None, x: Tensor, y: Tensor) -> Impl:
     widths = (("K", x.shape[2]), ("V", y.shape[2]))
     serves = runs_on_gpu(x) and all(width <= _MAX_WIDTH for _, width in widths)
     default = Impl.TRITON if serves else Impl.EAGER
     chosen = choose_impl("the operators at borders", impl, default, _IMPLS)
-    if chosen is Impl.EAGER:
-        return borders_eager
-    check_on_gpu("tokens", x)
-    for name, width in widths:
-        check_width(name, width, _MAX_WIDTH)
-    # Triton takes a while to import: only who needs it waits for it.
+    if chosen is Impl.TRITON:
+        check_on_gpu("tokens", x)
+        for name, width in widths:
+            check_width(name, width, _MAX_WIDTH)
+    return chosen
+
+
+# Triton takes a while to import: only who needs it waits for it. Spans come as plain numbers.
+@torch.library.custom_op("sevenfold::lightning_added", mutates_args=())
+def _added_on_gpu(
+    a: Tensor, b: Tensor, log_decay: Tensor, spans: list[int], from_end: bool
+) -> Tensor:
     from sevenfold.ops.lightning import triton_borders
 
-    return triton_borders
+    return triton_borders.added(a, b, log_decay, _pairs(spans), from_end)
+
+
+@_added_on_gpu.register_fake
+def _(a, b, log_decay, spans, from_end):
+    shape = (len(spans) // 2, *a.shape[1:], b.shape[2])
+    return a.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("sevenfold::lightning_add_read", mutates_args=("y",))
+def _add_read_on_gpu(
+    y: Tensor, x: Tensor, states: Tensor, log_decay: Tensor, spans: list[int], from_end: bool
+) -> None:
+    from sevenfold.ops.lightning import triton_borders
+
+    triton_borders.add_read(y, x, states, log_decay, _pairs(spans), from_end)
+
+
+@_add_read_on_gpu.register_fake
+def _(y, x, states, log_decay, spans, from_end):
+    return None
+
+
+def _numbers(spans: Sequence[Span]) -> list[int]:
+    return [number for span in spans for number in span]
+
+
+def _pairs(spans: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(spans[::2], spans[1::2], strict=True))
 
 
 def _check(name: str, x: Tensor, y: Tensor, log_decay: Tensor, spans: Sequence[Span]) -> None:
