@@ -318,7 +318,8 @@ def main():
     config, collections = preset("bench-19m" if TINY else "bench-2b"), Collections()
     kernels = {}
     for case in chosen_cases():
-        for found, kernels[case.name] in measured(config, case, device, collections):
+        for found, sums in measured(config, case, device, collections):
+            kernels[case.name] = sums
             if dist.get_rank() == 0:
                 rows = {row["name"]: row for row in result["rows"]}
                 rows[case.name] = described(case, found, kernels)

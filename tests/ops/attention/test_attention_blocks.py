@@ -250,7 +250,9 @@ def test_blocks_of_cudnn_join_like_those_of_products(causal: bool) -> None:
     """The backward of one block takes o and lse of all of a query's keys."""
     if torch.cuda.get_device_capability() != cudnn.CAPABILITY:
         pytest.skip("the kernel is for compute capability 9.0")
-    tokens = [random(n, h, 128, dtype=torch.bfloat16, seed=h + n) for n, h in ((1024, 8), (3072, 2))]
+    tokens = [
+        random(n, h, 128, dtype=torch.bfloat16, seed=h + n) for n, h in ((1024, 8), (3072, 2))
+    ]
     q, k, v, do = (x.cuda() for x in (*tokens, tokens[1] + 1, tokens[0] - 1))
     blocks = [
         (slice(2048, 3072), Block([1024], [1024], 128**-0.5, causal=causal)),
@@ -267,6 +269,10 @@ def test_blocks_of_cudnn_join_like_those_of_products(causal: bool) -> None:
             found += attention_block_backward(g, (x, y[at], z[at]), o, lse, b, impl=impl)
         return [o, lse, *found]
 
-    found = (run(torch.bfloat16, "cudnn"), run(torch.bfloat16, "eager"), run(torch.float64, "eager"))
+    found = (
+        run(torch.bfloat16, "cudnn"),
+        run(torch.bfloat16, "eager"),
+        run(torch.float64, "eager"),
+    )
     for n, (ours, eager, exact) in enumerate(zip(*found, strict=True)):
         check_error(str(n), ours, eager.to(torch.bfloat16), exact)

@@ -50,7 +50,9 @@ def test_sums_over_spans(
         found = lightning_added(a, b, RATES, spans, from_end=from_end)
         y = b.clone()
         lightning_add_read(y, a, states, RATES, spans, from_end=from_end)
-    check_error("added", found, added.to(torch.promote_types(dtype, torch.float32)).to(dtype), added)
+    check_error(
+        "added", found, added.to(torch.promote_types(dtype, torch.float32)).to(dtype), added
+    )
     check_error("read", y, read.to(dtype), read)
 
 

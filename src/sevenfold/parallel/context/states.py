@@ -105,9 +105,7 @@ def states_before(arrived: Tensor, plan: StatePlan, log_decay: tuple[float, ...]
     return before
 
 
-def gradients_of_arrived(
-    dbefore: Tensor, plan: StatePlan, log_decay: tuple[float, ...]
-) -> Tensor:
+def gradients_of_arrived(dbefore: Tensor, plan: StatePlan, log_decay: tuple[float, ...]) -> Tensor:
     """[heads, K, V], the transpose of states_before."""
     darrived = dbefore.new_zeros(sum(plan.sizes[1]), *dbefore.shape[2:])
     for slot, head, heads, power in _uses(plan, log_decay, dbefore):
