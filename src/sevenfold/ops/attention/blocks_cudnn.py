@@ -13,6 +13,8 @@ from sevenfold.ops.attention.block import Block
 
 # cuDNN builds a plan for every shape that a thread has not met: of lengths there must be few.
 _UNIT_TOKENS, _MOST_ODD = 1024, 15
+# Of all heads' queries or keys: in fp32 they take 2^31 bytes, beyond which nobody has tried.
+_MOST_ELEMENTS = 2**29
 
 
 def refusal(q: Tensor, v: Tensor, block: Block) -> str | None:
@@ -23,6 +25,9 @@ def refusal(q: Tensor, v: Tensor, block: Block) -> str | None:
                 f"{name} must all be one product of {_UNIT_TOKENS}, a power of two and at most "
                 f"{_MOST_ODD} for impl cudnn, got {list(lengths)}"
             )
+    elements = max(sum(block.lengths), sum(block.key_lengths)) * q.shape[1] * q.shape[2]
+    if elements > _MOST_ELEMENTS:
+        return f"tokens * H * D must be at most {_MOST_ELEMENTS} for impl cudnn, got {elements}"
     return cudnn.refusal(q, v)
 
 
