@@ -99,7 +99,7 @@ async def test_a_failed_start_is_neither_ready_nor_well() -> None:
         await settled(lambda: start.server.should_exit)
         # The socket closes meanwhile: the application is asked by itself.
         inside = httpx.ASGITransport(start.server.config.app)
-        async with httpx.AsyncClient(transport=inside, base_url="http://inside") as start.client:
+        async with httpx.AsyncClient(transport=inside, base_url="http://127.0.0.1") as start.client:
             assert await start.statuses() == (503, 503)
             assert (await start.client.get("/ready")).json() == {"status": "draining"}
 
