@@ -201,7 +201,7 @@ class BatchingEngine:
         self._order(self._engine.cache.clear, refuse=False)
 
     def stop(self) -> None:
-        """Stop after the step under way, without waiting for it; outputs that have not ended fail."""
+        """Stop after the step under way, and wait for nothing; outputs that have not ended fail."""
         self._engine.stop_warm_up()
         with self._wake:
             self._closed = True

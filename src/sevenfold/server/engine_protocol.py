@@ -210,7 +210,7 @@ class ServingEngine(Protocol):
         ...
 
     def stop(self) -> None:
-        """Begin to stop, as a signal's handler may: outputs under way end with EngineStoppedError."""
+        """Begin to stop, as a signal's handler may: outputs end with EngineStoppedError."""
         ...
 
     def close(self) -> None:
