@@ -124,7 +124,7 @@ class Worker:
         note(f"{len(runs) + len(drafts)} sizes of runs ready after {seconds:.1f} s")
 
     def stop_warm_up(self) -> None:
-        """End a warm-up before its next run, now or later; from any thread, or a signal's handler."""
+        """End a warm-up before its next run; called by any thread, or by a signal's handler."""
         self._stopping = True
 
     def _check_wanted(self) -> None:
