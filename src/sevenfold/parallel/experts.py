@@ -10,7 +10,6 @@ with all its tokens would.
 Source: arXiv 2501.08313 section 2.2.2 (global router), 3.1 (groups, overlap).
 """
 
-from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats
+from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.ops import Dispatch, autocast, combine, gather_rows, plan_dispatch
 from sevenfold.parallel.collectives import (
     Flight,
@@ -49,43 +48,6 @@ def divide_experts(moe: MixtureOfExperts, layout: Layout) -> None:
         own = tensor_slice(own, parts, place.expert_tensor, config.expert_width)
         weight.data = own.clone(memory_format=torch.contiguous_format)
     moe.routed = ExpertRoute(moe, layout)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def share_statistics(moe: MixtureOfExperts, layout: Layout) -> None:
-    """Take a router's statistics over all ranks' tokens, each rank its share of the losses.
-
-    Args:
-        moe: changed in place.
-        layout: of more than one rank.
-    """
-    moe.stats = partial(  # pyright: ignore[reportAttributeAccessIssue]
-        shared_stats, layout=layout
-    )
-
-
-def shared_stats(logits: Tensor, experts: Tensor, kept: Tensor, *, layout: Layout) -> RouterStats:
-    """Return this rank's share of the statistics of all ranks' tokens: shares sum to the whole.
-
-        balance_r = E * sum_i f_i (sum over own tokens of p_i) / T      f_i and T over all ranks
-
-    f takes no gradient, so no collective has one, and the sum of the ranks' gradients is the whole
-    micro-batch's.
-
-    Args:
-        logits: [T_r, E] of the rank's tokens, as many on each rank.
-        experts: [T_r, k] chosen, before drops.
-        kept: [E] or fewer; choices of this rank's tokens that were not dropped.
-        layout: of the run.
-    """
-    E, num_tokens = logits.shape[1], len(logits) * layout.config.token_ranks
-    chosen = (experts.flatten()[:, None] == torch.arange(E, device=experts.device)).sum(0)
-    own = chosen.to(logits.dtype) / num_tokens
-    load = layout.sum_over_tokens(own)
-    balance = E * (load * logits.softmax(-1).sum(0)).sum() / num_tokens
-    z_loss = torch.logsumexp(logits, dim=-1).square().sum() / num_tokens
-    lost = experts.numel() - kept.sum().to(logits.dtype)
-    dropped = lost / (num_tokens * experts.shape[1])
-    return RouterStats(balance, z_loss, own, dropped)
 
 
 class _Pieces(NamedTuple):
