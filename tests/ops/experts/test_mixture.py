@@ -83,7 +83,7 @@ def test_routing_is_the_softmax_of_the_chosen(k: int) -> None:
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_totals_are_sums_over_the_tokens(k: int) -> None:
     logits = random(7, 5)
-    weights, experts, totals = route_and_count(logits, k)
+    weights, experts, _ = route_and_count(logits, k)
     assert all(map(torch.equal, (weights, experts), route(logits, k)))
     (total,) = route_and_count(logits.float(), k)[2]
     chosen = torch.bincount(experts.flatten(), minlength=5).double()

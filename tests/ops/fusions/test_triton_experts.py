@@ -189,9 +189,7 @@ def test_a_layer_counts_without_an_operation_of_its_own() -> None:
         weights, _, totals = triton_route.route_and_count(logits, 2)
     with Names() as backward:
         torch.autograd.grad((weights, totals), logits, (weights.detach(), totals.detach()))
-    assert [n for n in forward.names if "detach" not in n] == [
-        "sevenfold.route_and_count.default"
-    ]
+    assert [n for n in forward.names if "detach" not in n] == ["sevenfold.route_and_count.default"]
     assert [n for n in backward.names if "detach" not in n] == [
         "sevenfold.route_and_count_backward.default"
     ]
