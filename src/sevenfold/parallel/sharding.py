@@ -8,7 +8,7 @@ from torch.distributed.tensor import Shard
 from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.parallel.layout import Layout
-from sevenfold.parallel.parts import parts_of
+from sevenfold.parallel.parts import parts_of, weights_dimension
 from sevenfold.parallel.pipeline import own_blocks
 
 
@@ -27,14 +27,18 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     alone = _experts_of_one_rank(model, layout)
 
-    def along_hidden(parameter: nn.Parameter) -> Shard:
-        return Shard(parts_of(names[id(parameter)]).weights)
+    def along(parameter: nn.Parameter) -> Shard:
+        parts, config = parts_of(names[id(parameter)]), layout.config
+        shards, width = config.weight_shards, config.tensor
+        if parts.is_expert:
+            shards, width = config.expert_shards, config.expert_width
+        return Shard(weights_dimension(parts, len(parameter), shards, width))
 
     def shard(module: nn.Module, mesh: DeviceMesh, *, again: bool) -> None:
         fully_shard(
             module,
             mesh=mesh,
-            shard_placement_fn=along_hidden,
+            shard_placement_fn=along,
             reshard_after_forward=again,
             ignored_params=alone,
         )
