@@ -76,10 +76,9 @@ def route_and_count(
     weights, experts = _route(probabilities, num_chosen)
     # A comparison, for torch.bincount makes the host wait for a GPU.
     every = torch.arange(logits.shape[1], device=logits.device)
-    chosen = (experts.flatten()[:, None] == every).sum(0).to(logits.dtype)
-    squares = torch.logsumexp(logits, dim=-1).square().sum()
-    totals = torch.cat([probabilities.sum(0), chosen, squares[None]])
-    return weights, experts, totals[None]
+    chosen = (experts.flatten()[:, None] == every).sum(0, keepdim=True).to(logits.dtype)
+    squares = torch.logsumexp(logits, dim=-1, keepdim=True).square().sum(0, keepdim=True)
+    return weights, experts, torch.cat([probabilities.sum(0, keepdim=True), chosen, squares], 1)
 
 
 def _route(probabilities: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
