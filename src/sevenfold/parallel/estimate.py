@@ -132,11 +132,12 @@ def _pipeline_rank_memory(
     largest = max(unit.whole for unit in blocks)
     gathers = parallel.token_ranks > 1
     whole = sum(unit.whole for unit in blocks) if parallel.gather_once else 2 * largest
+    gathered = outer.whole * _FP32_BYTES + whole * _element_bytes(parallel)
     return RankMemory(
         weights=divided,
         gradients=divided,
         moments=_MOMENTS * divided,
-        whole_weights=outer.whole * _FP32_BYTES + whole * _element_bytes(parallel) if gathers else 0,
+        whole_weights=gathered if gathers else 0,
         whole_gradients=(outer.whole + largest) * _FP32_BYTES if gathers else 0,
         activations=int(_activation_bytes(model, parallel, work, rank)),
     )
