@@ -183,7 +183,7 @@ class Names(TorchDispatchMode):
 
 
 def test_a_layer_counts_without_an_operation_of_its_own() -> None:
-    """Beside the choice itself: a step's statistics cost 500 operations once."""
+    """Beside the choice itself; each layer's own statistics took 448 in a forward of 16 layers."""
     logits = random(40, 8).requires_grad_()
     with Names() as forward:
         weights, _, totals = triton_route.route_and_count(logits, 2)
