@@ -23,6 +23,7 @@ from sevenfold.ops.experts import (
     mixture,
     plan_dispatch,
     route,
+    route_and_count,
     router_logits,
 )
 from sevenfold.ops.few_rows import (
@@ -200,6 +201,7 @@ __all__ = [
     "room_for_logits",
     "rotate_on_device",
     "route",
+    "route_and_count",
     "router_logits",
     "silu_qkv",
     "suits_chunks",
