@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sevenfold.engine.cache import CacheManager, trails
+from sevenfold.engine.cache.arena import index_of
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
 
@@ -171,6 +172,21 @@ class Sessions(RuleBasedStateMachine):
         kept = sum(anchor.snapshot is not None for anchor in anchors)
         assert self.runner.manager.usage().num_items[Tenant.SNAPSHOT] == pending + kept
         self.host_is_sound()
+        self.trails_are_sound()
+
+    def trails_are_sound(self) -> None:
+        """Each is listed in both places; what is left of it is a path of the tree, and its own."""
+        held, tree = self.runner.manager._trails, self.runner.manager._tree
+        listed = [trail for some in held._by_first.values() for trail in some.values()]
+        assert sorted(map(id, listed)) == sorted(map(id, held._trails.values()))
+        assert held._num_blocks == sum(map(len, listed)) <= trails._MOST_BLOCKS
+        for trail in listed:
+            nodes, pages, indices = trail.path
+            assert [node.key for node in nodes] == trail.keys
+            assert pages == [node.page for node in nodes if node.page is not None]
+            assert list(indices) == [index_of(page) for page in pages]
+            alive = [tree.holds(node) for node in nodes]
+            assert alive == sorted(alive, reverse=True)
 
     def pins_are_sound(self, owned: int) -> None:
         """What a request uses is pinned; what none uses may be, until that matters."""

@@ -73,11 +73,12 @@ class Trails:
         first, end = nodes[0].key, nodes[-1].key
         for trail in list(self._by_first.get(first, {}).values()):
             shared = min(len(trail), num_blocks)
-            if trail.path.nodes[shared - 1] is nodes[shared - 1]:
-                if shared == num_blocks:
-                    self._trails.move_to_end(trail.keys[-1])
-                    return
-                self._drop(trail)
+            if trail.keys[shared - 1] != nodes[shared - 1].key:
+                continue
+            if shared == num_blocks and self._tree.holds(trail.path.nodes[shared - 1]):
+                self._trails.move_to_end(trail.keys[-1])
+                return
+            self._drop(trail)
         trail = Trail(path.first(num_blocks), chain.keys(num_blocks), chain.packed(num_blocks))
         self._trails[end] = self._by_first.setdefault(first, {})[end] = trail
         self._num_blocks += num_blocks
@@ -99,9 +100,9 @@ class Trails:
         if found is None:
             return Path([], [], array("q"))
         self._trails.move_to_end(found.keys[-1])
+        chain.adopt(found.keys[:best])
         while best and not self._tree.holds(found.path.nodes[best - 1]):
             best -= 1
-        chain.adopt(found.keys[:best])
         return found.path.first(best)
 
     def clear(self) -> None:

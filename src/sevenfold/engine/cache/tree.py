@@ -93,7 +93,7 @@ class PrefixTree:
         self._nodes: dict[bytes, Node] = {}
         self._first_blocks: Counter[bytes] = Counter()
         self._owners: dict[int, Anchor] = {}
-        # Pinned nodes that nothing below or on them needs to be.
+        # Where relax begins: pinned nodes that were the ends of what needed to be.
         self._loose: dict[Node, None] = {}
 
     def __len__(self) -> int:
@@ -153,7 +153,6 @@ class PrefixTree:
             return
         node: Node | None = path[-1]
         path[-1].refs += 1
-        self._loose.pop(path[-1], None)
         pages = []
         while node and not node.pinned:
             node.pinned = True
