@@ -260,7 +260,7 @@ def test_pages_of_a_prompt_have_room() -> None:
     assert inputs.pages[0].tolist() == pages[:-2]
     assert inputs.page.tolist() == [pages[-3]] * 3 + [SINK] * 5
     assert inputs.place.tolist() == [13, 14, 15, 0, 0, 0, 0, 0]
-    assert inputs.ids[0].tolist() == [5, 6, 7, 0, 0, 0, 0, 0]
+    assert inputs.ids[0].tolist() == [5, 6, 7, 5, 6, 7, 5, 6]
     assert inputs.positions[0, :3].tolist() == [keys - 3, keys - 2, keys - 1]
     assert [x.tolist() for x in (inputs.slots, inputs.key_lengths)] == [[4], [keys]]
     assert (inputs.borders.tolist(), inputs.last.tolist()) == ([0, 3], [2])

@@ -18,7 +18,7 @@ from sevenfold.engine.cache.tree import Node, PrefixTree
 
 # Shorter paths are as soon hashed.
 _LEAST_BLOCKS = 8
-# Some 24 MB of the host's memory: 256 + 40 bytes for each block of 64 tokens.
+# Some 24 MB of the host's memory: 256 + 32 bytes for each block of 64 tokens.
 _MOST_TRAILS, _MOST_BLOCKS = 256, 80_000
 
 
