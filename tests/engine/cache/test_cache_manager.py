@@ -206,7 +206,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule()
     def relax(self) -> None:
-        """Pins must be exact when they have to be, which it is not for the invariant to bring on."""
+        """Pins are exact once they have to be, which it is not for an invariant to bring on."""
         tree = self.runner.manager._tree
         pinned = self.runner.manager.num_pinned_items()
         used = {n for end in tree._nodes.values() if end.refs for n in path_of(end)}

@@ -1,4 +1,4 @@
-"""What the last requests left is found by comparing tokens, and only as far as it is still there."""
+"""What the last requests left is found by comparing tokens, as far as it is still there."""
 
 from hashlib import sha256
 
@@ -57,7 +57,9 @@ def test_another_salt_meets_no_trail(hashed: list[bytes]) -> None:
 
 
 @settings(deadline=None)
-@given(shared=LETTERS, own=LETTERS, others=LETTERS, tail=st.integers(0, P - 1), most=st.integers(0, 13))
+@given(
+    shared=LETTERS, own=LETTERS, others=LETTERS, tail=st.integers(0, P - 1), most=st.integers(0, 13)
+)
 def test_common_blocks_are_counted(shared, own, others, tail, most) -> None:
     chain = KeyChain(Request("r", (*blocks(shared + own), *[5] * tail, 7), 1), P)
     other = KeyChain(Request("s", (*blocks(shared + others), 7), 1), P)
@@ -78,7 +80,8 @@ def test_blocks_that_have_been_dropped_do_not_count() -> None:
     prompt = (*blocks(chat(30)), 1)
     run.serve(prompt, marks=(20 * P,))
     nodes = [run.manager._tree.get(key) for key in KeyChain(run.request(prompt), P).keys(30)]
-    assert nodes[29] is not None and nodes[29].anchor is not None
+    assert nodes[29] is not None
+    assert nodes[29].anchor is not None
     run.manager._tree.drop(nodes[29].anchor)
     request = run.request(prompt)
     assert len(run.manager._trails.along(KeyChain(request, P), 30).nodes) == 20

@@ -60,7 +60,7 @@ class KeyChain:
         return b"".join((self._view(inside), *blocks))
 
     def num_common(self, packed: bytes, least: int, most: int) -> int:
-        """Return how many first blocks of the prompt, at most so many, another's packed tokens have.
+        """Return how many first blocks of the prompt, at most so many, are another's packed tokens.
 
         0 if they are no more than least, which is seen at once.
         """

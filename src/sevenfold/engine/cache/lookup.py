@@ -1,6 +1,5 @@
 """Finding the longest prefix that a request need not compute, and why there is none."""
 
-from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
@@ -74,7 +73,7 @@ class Match:
 
     def without_path(self) -> "Match":
         """Return the match of a request for which nothing of what it found can be kept."""
-        return Match(Lookup(0, self.lookup.seen_tokens, MissReason.NO_MEMORY), Path([], [], array("q")))
+        return Match(Lookup(0, self.lookup.seen_tokens, MissReason.NO_MEMORY), Path.empty())
 
 
 class PrefixIndex:

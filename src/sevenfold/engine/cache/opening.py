@@ -66,7 +66,7 @@ class Opening:
         entry = None if self._host is None else self._host.find(chain, most, least)
         if self._host is None or entry is None:
             return None
-        path = Path([], [], array("q"))
+        path = Path.empty()
         path.extend(self._tree.along(entry.keys))
         self._tree.lock(path.nodes)
         pages = self._num_opening_pages(request) - len(path.nodes)

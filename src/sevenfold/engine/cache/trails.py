@@ -29,9 +29,14 @@ class Path(NamedTuple):
     pages: list[int]
     indices: array
 
+    @classmethod
+    def empty(cls) -> "Path":
+        """Return the path of no blocks."""
+        return cls([], [], array("q"))
+
     def first(self, num_blocks: int) -> "Path":
         """Return the path of so many first blocks."""
-        return Path(*(part[:num_blocks] for part in self))
+        return Path(self.nodes[:num_blocks], self.pages[:num_blocks], self.indices[:num_blocks])
 
     def extend(self, nodes: Sequence[Node]) -> None:
         """Let it go on to further nodes."""
@@ -91,14 +96,14 @@ class Trails:
         The keys of its blocks are the chain's from now on.
         """
         if most_blocks < _LEAST_BLOCKS:
-            return Path([], [], array("q"))
+            return Path.empty()
         best, found = 0, None
         for trail in self._by_first.get(chain.key(0), {}).values():
             num_blocks = chain.num_common(trail.tokens, best, most_blocks)
             if num_blocks:
                 best, found = num_blocks, trail
         if found is None:
-            return Path([], [], array("q"))
+            return Path.empty()
         self._trails.move_to_end(found.keys[-1])
         chain.adopt(found.keys[:best])
         while best and not self._tree.holds(found.path.nodes[best - 1]):
