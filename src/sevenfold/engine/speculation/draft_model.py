@@ -13,6 +13,7 @@ from sevenfold.engine.cache import Fresh
 from sevenfold.engine.cache.arena import Arena, index_of
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.request import Request
 from sevenfold.engine.rows import Row
 from sevenfold.engine.runner import Runner
 from sevenfold.engine.sampling import Output, Sampler
@@ -68,6 +69,8 @@ class ModelDrafter:
     of known tokens, where the next ones go. So a rejection costs nothing to undo.
     """
 
+    is_free = False
+
     def __init__(self, config: DraftModelConfig, draft: DraftModel) -> None:
         """Allocate the smaller model's memory.
 
@@ -81,6 +84,9 @@ class ModelDrafter:
         self._storage = Storage(draft.model.config, self._plan, **where)
         self._runner = Runner(draft.model, self._storage, page_tokens=_PAGE_TOKENS)
         self._sequences: dict[str, _Sequence] = {}
+
+    def read(self, request: Request) -> None:
+        """Nothing: a prompt takes the device's time, and memory that others may need now."""
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:
         """Decode guesses for the requests that there is memory for and that are caught up with."""

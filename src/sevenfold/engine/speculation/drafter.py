@@ -26,7 +26,16 @@ class Ask:
 
 
 class Drafter(Protocol):
-    """A way to guess what follows."""
+    """A way to guess what follows.
+
+    is_free: whether guessing takes none of the device's time.
+    """
+
+    is_free: bool
+
+    def read(self, request: Request) -> None:
+        """Look at more of a prompt that is being computed, if that helps to guess later."""
+        ...
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:
         """Return continuations for each request, the likeliest first; none where none is known."""

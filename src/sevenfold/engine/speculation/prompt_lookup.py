@@ -30,9 +30,15 @@ class PromptLookup:
     Source: A. Saxena, "Prompt lookup decoding", 2023.
     """
 
+    is_free = True
+
     def __init__(self, config: PromptLookupConfig) -> None:
         self._config = config
         self._indexed: dict[str, _Indexed] = {}
+
+    def read(self, request: Request) -> None:
+        """Add more of a prompt to its index."""
+        self._extended(request)
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:
         """Return what followed the longest matches of each request's last tokens."""
