@@ -33,6 +33,10 @@ class Drafter(Protocol):
 
     is_free: bool
 
+    def warm_up(self) -> None:
+        """Do what happens once, on a GPU, before a request waits for it."""
+        ...
+
     def read(self, request: Request) -> None:
         """Look at more of a prompt that is being computed, if that helps to guess later."""
         ...

@@ -36,6 +36,9 @@ class PromptLookup:
         self._config = config
         self._indexed: dict[str, _Indexed] = {}
 
+    def warm_up(self) -> None:
+        """Nothing: it runs no model."""
+
     def read(self, request: Request) -> None:
         """Add more of a prompt to its index."""
         self._extended(request)

@@ -130,6 +130,10 @@ class Speculator:
         self._owes |= has_guesses
         return has_guesses
 
+    def warm_up(self) -> None:
+        """Do what happens once, on a GPU, before a request waits for it."""
+        self._drafter.warm_up()
+
     def read(self, prefilling: Sequence[Request]) -> None:
         """Look at the prompts that are being computed, while the device does that."""
         for request in prefilling:
