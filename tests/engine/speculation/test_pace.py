@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,8 +13,10 @@ from sevenfold.engine.speculation.pace import (
     FIRST_RUN,
     LONGEST_RUN,
     MOST_AGE,
+    MOST_COST,
     MOST_CREDIT,
     MOST_MISSES,
+    MOST_TIMES,
     PRIOR_COST,
     Allowance,
     Pace,
@@ -27,7 +30,9 @@ def test_costs_are_measured_for_each_size_of_batch() -> None:
     times = StepTimes()
     assert times.wants_plain(1)
     assert times.cost(1, 5) == PRIOR_COST
+    times.note_plain(1, 5.0)  # the first may compile
     for _ in range(FEWEST_SAMPLES):
+        assert times.wants_plain(1)
         times.note_plain(1, 0.010)
     assert not times.wants_plain(1)
     assert times.note_drafted(1, 5, 9.0) is None, "the first of a size may be recorded, compiled"
@@ -38,9 +43,11 @@ def test_costs_are_measured_for_each_size_of_batch() -> None:
     assert abs(times.cost(1, 15) - 1.5) < 1e-9, "a larger one costs as much or more"
     assert times.cost(1, 3) == PRIOR_COST
     assert times.wants_plain(9), "a batch of another size has costs of its own"
-    # One pause of the machine does not count as it is.
-    times.note_drafted(1, 5, 100.0)
+    # One pause of the machine does not count as it is, the first time neither.
+    assert times.note_drafted(1, 5, 100.0) == pytest.approx(1.5 * MOST_TIMES)
     assert times.cost(1, 5) < 3
+    times.note_drafted(1, 15, 100.0)
+    assert times.note_drafted(1, 15, 100.0) == pytest.approx(MOST_COST)
     for _ in range(MOST_AGE):
         times.note_drafted(1, 5, 0.015)
     assert times.wants_plain(1), "the cost without drafts is measured anew"

@@ -8,8 +8,9 @@ STEP_WEIGHT, GAIN_WEIGHT = 0.1, 0.3
 MOST_TIMES = 4.0
 # Steps without drafts that are timed before any is drafted, and after how many with drafts again.
 FEWEST_SAMPLES, MOST_AGE = 2, 64
-# What a step with drafts costs before one has been timed, in steps without.
-PRIOR_COST = 1.25
+# What a step with drafts costs before one has been timed, in steps without; and what the first
+# that is timed counts as at most, as much as the longest draft can give.
+PRIOR_COST, MOST_COST = 1.25, 16.0
 # Guesses that must have been right in a row before any is paid for: at first, and at most after
 # drafts that did not pay, each of which doubles it.
 FIRST_RUN, LONGEST_RUN = 2, 32
@@ -27,20 +28,20 @@ class _Mean:
     value: float = 0.0
     num_samples: int = 0
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float) -> float:
+        """Add a sample; returns what it counted as."""
         if self.num_samples:
             seconds = min(seconds, MOST_TIMES * self.value)
-            self.value += max(STEP_WEIGHT, 1 / (self.num_samples + 1)) * (seconds - self.value)
-        else:
-            self.value = seconds
         self.num_samples += 1
+        self.value += max(STEP_WEIGHT, 1 / self.num_samples) * (seconds - self.value)
+        return seconds
 
 
 @dataclass
 class _Timed:
     """Steps of one number of rows, and those with drafts by their tokens.
 
-    warmed: sizes of drafts of which one was taken: what happens once happened then.
+    warmed: sizes of drafts of which one was taken, 0 for none: what happens once happened then.
     """
 
     plain: _Mean = field(default_factory=_Mean)
@@ -59,24 +60,28 @@ class StepTimes:
         self._timed: dict[int, _Timed] = {}
 
     def note_plain(self, num_rows: int, seconds: float) -> None:
-        """Add a step of so many rows without drafts."""
+        """Add a step of so many rows without drafts, but the first."""
         timed = self._of(num_rows)
-        timed.plain.add(seconds)
-        timed.plain_age = 0
+        if 0 in timed.warmed:
+            timed.plain.add(seconds)
+            timed.plain_age = 0
+        timed.warmed.add(0)
 
     def note_drafted(self, num_rows: int, num_guesses: int, seconds: float) -> float | None:
         """Add a step with drafts, but the first of its size, in which things may happen once.
 
         Returns:
-            What it cost, in steps without drafts; None where that is not known.
+            What it counts as, in steps without drafts; None where that is not known.
         """
         timed, size = self._of(num_rows), num_guesses.bit_length()
         timed.plain_age += 1
         if size not in timed.warmed:
             timed.warmed.add(size)
             return None
-        timed.drafted.setdefault(size, _Mean()).add(seconds)
-        return self.in_steps(num_rows, seconds)
+        drafted = timed.drafted.setdefault(size, _Mean())
+        if not drafted.num_samples and timed.plain.value:
+            seconds = min(seconds, MOST_COST * timed.plain.value)
+        return self.in_steps(num_rows, drafted.add(seconds))
 
     def in_steps(self, num_rows: int, seconds: float) -> float | None:
         """Return seconds in steps of so many rows without drafts, if their time is known."""
