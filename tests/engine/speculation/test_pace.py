@@ -1,4 +1,4 @@
-"""When drafting pays: costs that are measured, what a text shows by itself, and what may be lost."""
+"""When drafting pays: measured costs, what a text shows by itself, and what may be lost."""
 
 import random
 

@@ -108,7 +108,9 @@ def test_hostile_text_takes_the_steps_of_plain_decoding(
 
 
 def test_a_prompt_is_read_while_it_is_computed(tokenizer: Tokenizer) -> None:
-    engine = build(shared_model("lsf"), tokenizer, CHAIN, max_step_tokens=34, max_running=2, max_prefills=2)
+    engine = build(
+        shared_model("lsf"), tokenizer, CHAIN, max_step_tokens=34, max_running=2, max_prefills=2
+    )
     submit(engine, "a", list(range(100)), 5)
     index = engine._speculator._drafter._indexed
     engine.step()

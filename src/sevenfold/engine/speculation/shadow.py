@@ -26,7 +26,7 @@ class Shadow:
     is_over: bool = False
 
     def follow(self, generated: Sequence[int], pace: Pace) -> None:
-        """Compare the guesses with the tokens that have come, and note at the pace what is right."""
+        """Compare the guesses with the tokens that have come, and note what is right."""
         while not self.is_over and self.num_seen < len(generated):
             child = self.tree.child(self.node, generated[self.num_seen])
             self.num_seen += 1

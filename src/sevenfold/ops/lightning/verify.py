@@ -171,9 +171,9 @@ def _verify(
             case Impl.EAGER:
                 run = replay_eager.verify
             case Impl.NUMBA:
-                from sevenfold.ops.lightning import replay_compiled
+                from sevenfold.ops.lightning import compiled_replay
 
-                run = replay_compiled.verify
+                run = compiled_replay.verify
             case _:
                 from sevenfold.ops.lightning import triton_verify
 
@@ -211,9 +211,9 @@ def _commit(
         case Impl.EAGER:
             run = replay_eager.commit
         case Impl.NUMBA:
-            from sevenfold.ops.lightning import replay_compiled
+            from sevenfold.ops.lightning import compiled_replay
 
-            run = replay_compiled.commit
+            run = compiled_replay.commit
         case _:
             from sevenfold.ops.lightning import triton_verify
 

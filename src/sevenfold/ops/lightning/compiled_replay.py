@@ -37,7 +37,9 @@ def verify(
     use_torch_threads()
     tokens = [x.detach().contiguous().numpy() for x in (q, k, v)]
     held = [x.numpy() for x in pool]
-    _verify(*tokens, log_decay.numpy(), *held, *_rows(slots, accepted, B), sees, _F(scale), o.numpy())
+    _verify(
+        *tokens, log_decay.numpy(), *held, *_rows(slots, accepted, B), sees, _F(scale), o.numpy()
+    )
     return o
 
 
@@ -92,9 +94,7 @@ def _fold(state, ring_k, ring_v, pending, log_decay):
 
 
 @compiled
-def _verify(
-    q, k, v, log_decay, state, ring_k, ring_v, count, slots, accepted, sees, scale, o
-):
+def _verify(q, k, v, log_decay, state, ring_k, ring_v, count, slots, accepted, sees, scale, o):
     """o [B, T, H, V] of drafts q, k, v, which go into the rings; sees [1 or B, T, T]."""
     B, T, H, _ = q.shape
     V, R = v.shape[3], ring_k.shape[2]
