@@ -220,7 +220,8 @@ class Engine:
         if not self._guesses and not (is_guessed and prefilled):
             self._run_ahead([one for one in (decoded, prefilled) if one is not None])
         if self._speculator is not None:
-            self._speculator.read([chunk.request for chunk in step.prefills])
+            for chunk in step.prefills:
+                self._speculator.read(chunk.request, chunk.end - chunk.first)
         events = self._take(decoded) + self._take(prefilled)
         if not self.scheduler.num_decoding:
             self._ahead.forget()

@@ -113,8 +113,10 @@ def test_a_prompt_is_read_while_it_is_computed(tokenizer: Tokenizer) -> None:
     )
     submit(engine, "a", list(range(100)), 5)
     index = engine._speculator._drafter._indexed
-    engine.step()
-    assert index["a"].num_tokens == 100
+    for _ in range(4):
+        engine.step()
+        request = engine._underway["a"].request
+        assert index["a"].num_tokens >= request.num_computed_tokens
     assert engine.speculation_counters().num_drafts == 0
     run(engine)
     assert not index

@@ -100,7 +100,7 @@ class ModelDrafter:
         for rows in runs:
             self._runner.run(rows)
 
-    def read(self, request: Request) -> None:
+    def read(self, request: Request, num_tokens: int) -> None:
         """Nothing: a prompt takes the device's time, and memory that others may need now."""
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:

@@ -37,8 +37,8 @@ class Drafter(Protocol):
         """Do what happens once, on a GPU, before a request waits for it."""
         ...
 
-    def read(self, request: Request) -> None:
-        """Look at more of a prompt that is being computed, if that helps to guess later."""
+    def read(self, request: Request, num_tokens: int) -> None:
+        """Look at more of a prompt, of which so many tokens are being computed."""
         ...
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:

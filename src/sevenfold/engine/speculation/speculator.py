@@ -134,10 +134,9 @@ class Speculator:
         """Do what happens once, on a GPU, before a request waits for it."""
         self._drafter.warm_up()
 
-    def read(self, prefilling: Sequence[Request]) -> None:
-        """Look at the prompts that are being computed, while the device does that."""
-        for request in prefilling:
-            self._drafter.read(request)
+    def read(self, request: Request, num_tokens: int) -> None:
+        """Look at more of a prompt while the device computes so many of its tokens."""
+        self._drafter.read(request, num_tokens)
 
     def check(self, drafted: Sequence[Drafted], num_rows: int) -> list[Walk]:
         """Check the drafts of some requests, one or more, in one run of the model.
@@ -191,8 +190,10 @@ class Speculator:
         """Note a step of so many rows with drafts: it took what it took for what was accepted."""
         most = max(len(walk.tree) for walk in walks)
         steps = self._times.note_drafted(num_rows, most, seconds)
+        if steps is None:
+            steps = self._times.cost(num_rows, most)
         saved = sum(len(walk.path) - 1 for walk in walks) / num_rows
-        self._allowance.spend(0.0 if steps is None else steps - 1 - saved)
+        self._allowance.spend(steps - 1 - saved)
         self._allowance.earn()
 
     def forget(self, requests: Sequence[Request], *, ended: bool) -> None:
