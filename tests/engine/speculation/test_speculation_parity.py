@@ -351,7 +351,8 @@ def test_a_poisoned_guess_spoils_nothing(tokenizer: Tokenizer, layers: str, mode
     events = run(engine)
     assert [tokens(events[str(n)]) for n in range(3)] == wanted
     assert events["bad"][-1].finish_reason == "error"
-    assert engine.speculation_counters().num_spoilt_drafts > 0
+    # Compiled loops of lightning layers never read a guess that a token does not see.
+    assert (engine.speculation_counters().num_spoilt_drafts > 0) == (layers != "ll")
     assert is_idle(engine, idle)
 
 
