@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from sevenfold.engine.device import CudaCapture, DeviceRunner, decode_batch_sizes, graph_bytes
 from sevenfold.engine.rows import Row
 from sevenfold.engine.runner import Runner
-from sevenfold.engine.transfer import fetch, upload
+from sevenfold.engine.transfer import Arriving, side_by_side, upload
 from sevenfold.models import HybridModel
 
 pytestmark = [
@@ -220,7 +220,7 @@ def test_graphs_take_no_more_than_was_set_aside() -> None:
 def test_the_choice_of_a_batch_comes_back_with_one_wait() -> None:
     with no_waiting():
         ids = upload([4, 5, 6], GPU)
-    assert fetch([ids, ids > 4]) == [[4, 5, 6], [0, 1, 1]]
+    assert Arriving(side_by_side([ids, ids > 4])).numbers() == [[4, 5, 6], [0, 1, 1]]
 
 
 def test_recorded_outputs_of_many_sizes_share_their_memory() -> None:

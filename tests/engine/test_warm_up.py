@@ -165,6 +165,10 @@ def test_drafts_are_chains_of_every_size() -> None:
         (2, 6),
     ]
     assert all(draft.tree.is_chain for rows in drafts for draft in rows)
+    pages = [(len(rows[0].row.tokens), len(rows[0].row.pages)) for rows in drafts if len(rows) == 1]
+    assert pages == [(6, 128), (6, 16), (4, 128), (4, 16), (2, 128), (2, 16)]
+    short = first_drafts(REACH._replace(most_tokens=1000), (2, 4, 6))
+    assert len(short) == 9
 
 
 def test_other_ranks_are_told() -> None:

@@ -94,8 +94,10 @@ def first_drafts(reach: Reach, token_sizes: Sequence[int]) -> list[list[DraftRow
     for rows in reversed(_DRAFTED_ROWS):
         for tokens in reversed(token_sizes):
             tree = DraftTree((0,) * (tokens - 1), tuple(range(tokens - 1)))
-            root = reach.row(1, num_pages=-(-tokens // reach.page_tokens))
-            runs.append([DraftRow.of(root, tree)] * rows)
+            # Alone also with more room, as steps have.
+            for num_pages in _rooms(reach, 1) if rows == 1 else (1,):
+                root = reach.row(1, num_pages=max(num_pages, -(-tokens // reach.page_tokens)))
+                runs.append([DraftRow.of(root, tree)] * rows)
     return runs
 
 
