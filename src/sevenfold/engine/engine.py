@@ -105,7 +105,7 @@ class Engine:
     def warm_up(self, note: Note = log_progress) -> None:
         """Do what happens once before a request waits for it; see engine.first_use.warm_up."""
         if self._speculator is not None and self._worker.has_first_times:
-            self._speculator.warm_up()
+            self._speculator.warm_up(lambda: self._worker.is_stopping)
         warm_up(self._worker, self._limits, note)
 
     def stop_warm_up(self) -> None:
