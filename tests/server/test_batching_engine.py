@@ -17,6 +17,7 @@ from server_helpers import (
     make_engine,
     make_llm,
     message,
+    settled,
     streamed,
 )
 
@@ -305,6 +306,29 @@ async def test_how_long_an_output_waited_and_which_steps_there_were(llm: LLM) ->
     outputs = await outputs_of(engine, asking("a", 3))
     assert 0 <= outputs[0].prompt.queue_s < 60
     assert engine.stats().steps >= before + 3
+
+
+async def test_health_turns_red_whether_clients_wait_or_leave(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, goes_on = make_engine(llm), threading.Event()
+    step = engine._engine.step
+
+    def hanging() -> list:
+        goes_on.wait()
+        return step()
+
+    monkeypatch.setattr(engine._engine, "step", hanging)
+    async with client_of(engine, ServerSettings(stall_s=0.5)) as client:
+        assert engine.stalled_s() == 0.0
+        for _ in range(4):  # each gives up long before the engine counts as stalled
+            assert (await chat(client, deadline_s=0.3)).status_code == 504
+        assert (await client.get("/health")).json() == {"status": "stalled"}
+        assert (await client.get("/ready")).status_code == 503
+        goes_on.set()
+        assert (await chat(client, max_tokens=3)).status_code == 200
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        await settled(lambda: engine.stalled_s() == 0.0)
 
 
 async def test_the_end_token_ends_an_answer(llm: LLM) -> None:

@@ -110,6 +110,7 @@ class BatchingEngine:
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}
         self._steps = 0
+        self._moved_s: float | None = None  # when it last computed; None while it has no work
         self._failure: Exception | None = None
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -148,6 +149,15 @@ class BatchingEngine:
     def healthy(self) -> bool:
         """Whether the thread lives, and no step has failed."""
         return self._failure is None and self._thread.is_alive()
+
+    def stalled_s(self) -> float:
+        """Seconds since a step last computed something, or work came; 0.0 while there is none.
+
+        Orders that wait are work, and taking them is not enough: cancelled requests do not hide a
+        step that never ends.
+        """
+        moved_s = self._moved_s
+        return 0.0 if moved_s is None else time.monotonic() - moved_s
 
     async def warm_up(self, note: Callable[[str], None]) -> None:
         """Do what happens once, and run two requests, one of them long: no client waits for it.
@@ -205,6 +215,8 @@ class BatchingEngine:
                     raise EngineStoppedError("the engine has stopped")
                 return
             self._orders.append(run)
+            if self._moved_s is None:
+                self._moved_s = time.monotonic()
             self._wake.notify()
 
     def _work(self) -> None:
@@ -213,7 +225,9 @@ class BatchingEngine:
                 began_s = time.monotonic()
                 events = self._engine.step()
                 scheduler = self._engine.scheduler
-                self._steps += bool(events or scheduler.num_prefilling or scheduler.num_decoding)
+                if events or scheduler.num_prefilling or scheduler.num_decoding:
+                    self._steps += 1
+                    self._moved_s = time.monotonic()
                 self._note_opened(began_s)
                 # First: whoever gets a token finds it in the stats.
                 self._stats = self._read_stats()
@@ -233,6 +247,7 @@ class BatchingEngine:
         while True:
             with self._wake:
                 while not (self._orders or self._closed or self._engine.has_work):
+                    self._moved_s = None
                     self._wake.wait()
                 if self._closed:
                     self._refuse()

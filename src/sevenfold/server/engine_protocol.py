@@ -202,7 +202,11 @@ class ServingEngine(Protocol):
         ...
 
     def healthy(self) -> bool:
-        """Whether requests make progress, or could."""
+        """Whether it can compute: it has not stopped."""
+        ...
+
+    def stalled_s(self) -> float:
+        """Seconds since it last computed something or found work; 0.0 while it has none."""
         ...
 
     def forget(self) -> None:

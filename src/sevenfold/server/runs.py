@@ -38,7 +38,6 @@ class Desk:
         self.under_way = 0
         self._preparing = 0
         self._mean_s = 1.0
-        self._progress_s, self._steps = time.monotonic(), 0
         metrics.most.set(settings.max_requests)
         metrics.under_way.set_function(lambda: self.under_way)
 
@@ -63,8 +62,6 @@ class Desk:
             ApiError: there is no room, or the server is about to stop.
         """
         self._check_room(len(requests))
-        if self.under_way == 0:
-            self.note_progress()
         self.under_way += len(requests)
         return Run(self, self._engine, requests)
 
@@ -83,22 +80,13 @@ class Desk:
         self._mean_s += _SMOOTHING * (took_s - self._mean_s)
         self.metrics.whole.observe(took_s)
 
-    def note_progress(self) -> None:
-        """Take note that a token came."""
-        self._progress_s = time.monotonic()
-
     def healthy(self) -> bool:
-        """Whether the engine is well, and computes while somebody waits for tokens.
+        """Whether the engine is well, and computes while it has something to do.
 
-        A long prompt brings no token for minutes, so a step of the engine counts as well; it is
-        seen only when somebody asks, which health checks do all the time.
+        Who waits for it does not count: clients that give up early hide nothing.
         """
-        steps = self._engine.stats().steps
-        if steps != self._steps or self.warming_up:
-            self._steps = steps
-            self.note_progress()
-        stalled = time.monotonic() - self._progress_s > self._settings.stall_s
-        return self._engine.healthy() and not (self.under_way and stalled)
+        stalled = self._engine.stalled_s() > self._settings.stall_s
+        return self._engine.healthy() and (self.warming_up or not stalled)
 
 
 @dataclass
@@ -212,7 +200,6 @@ class Run:
             ) from error
 
     def _note(self, index: int, output: TokenOutput) -> None:
-        self._desk.note_progress()
         metrics, one = self._desk.metrics, self._progress[index]
         now = time.monotonic()
         (metrics.next_token if one.tokens else metrics.first_token).observe(now - one.last_s)
