@@ -227,6 +227,36 @@ async def test_the_second_turn_hits_and_another_salt_does_not(llm: LLM) -> None:
     assert engine.stats().cached_tokens >= 128
 
 
+async def test_marks_of_callers_are_where_other_requests_go_on_from(llm: LLM) -> None:
+    document = [n % 250 for n in range(200)]
+    text = "".join(chr(65 + n % 26) for n in range(200))
+    for marks, mark, least in (([200], {"cache_control": {"type": "ephemeral"}}, 192), ([], {}, 0)):
+
+        def about(question: str, mark: dict = mark) -> list[dict]:
+            parts = [{"text": text} | mark, {"text": question}]
+            return [{"role": "user", "content": [{"type": "text"} | part for part in parts]}]
+
+        async with client_of(make_engine(llm)) as client:
+            for question in (3, 4):
+                fields = {"prompt": [*document, *[question] * 100], "cache_marks": marks}
+                said = await complete(client, **fields, max_tokens=1)
+            asked = [await chat(client, messages=about(q * 99), max_tokens=1) for q in "ab"]
+        for usage in (said["usage"], asked[1].json()["usage"]):
+            assert usage["prompt_tokens_details"]["cached_tokens"] == least
+
+
+async def test_a_conversation_goes_on_from_the_end_of_an_earlier_turn(llm: LLM) -> None:
+    roles = ("user", "assistant")
+    first = [{"role": roles[n % 2], "content": f"say {n}"} for n in range(26)]
+    second = [*first[:18], {"role": "user", "content": "something else"}]
+    async with client_of(make_engine(llm)) as client:
+        await chat(client, messages=first, max_tokens=1)
+        told = (await chat(client, messages=second, max_tokens=1)).json()["usage"]
+        ends = (await client.post("/tokenize", json={"messages": first})).json()["marks"]
+    shared = ends[1]  # all but 8 messages; those before are all but 16
+    assert told["prompt_tokens_details"]["cached_tokens"] == shared // 64 * 64 > 0
+
+
 async def test_a_deadline_and_a_request_that_cannot_fit(llm: LLM) -> None:
     engine = make_engine(llm)
     with pytest.raises(RequestFailedError, match="the output ended: deadline"):

@@ -16,11 +16,18 @@ ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
+class CacheControl(ApiRequest):
+    """A mark at the end of a message or part: other requests will share the prompt up to it."""
+
+    type: Literal["ephemeral"]
+
+
 class TextPart(ApiRequest):
     """A part of a message; text is all that there is, so nothing is ever fetched."""
 
     type: Literal["text"]
     text: str
+    cache_control: CacheControl | None = None
 
 
 class CalledFunction(ApiRequest):
@@ -49,6 +56,7 @@ class Message(ApiRequest):
     reasoning: str | None = None
     tool_calls: list[PastToolCall] | None = None
     tool_call_id: str | None = None
+    cache_control: CacheControl | None = None
     # OpenAI's client sends these back with an answer's message, empty.
     refusal: None = None
     audio: None = None

@@ -52,7 +52,8 @@ class GenerationRequest:
     priority: the greater, the sooner; other than 0 needs the feature "priority".
     deadline_s: seconds from submission after which nobody waits for the output.
     salt: outputs share cached tokens only under one salt.
-    marks: rising token counts where a turn of the conversation ends: places for snapshots.
+    marks: rising token counts where a turn of the conversation ends, or what other requests share:
+        places for snapshots.
     session: a conversation that wants its snapshot pinned; needs the feature "session".
     """
 
