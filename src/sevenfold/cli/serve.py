@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
+from sevenfold.cli.guessing import Guessing
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine import TextModel
 from sevenfold.engine.cache import SessionLimits
 from sevenfold.engine.memory_report import plan_report
 from sevenfold.engine.precision import Precision
 from sevenfold.engine.sizing import size_engine
-from sevenfold.engine.speculation import PromptLookupConfig
+from sevenfold.engine.speculation import SpeculationConfig
 
 if TYPE_CHECKING:
     from sevenfold.server import BatchingEngine, ServerSettings
@@ -71,8 +72,19 @@ def serve_command(
         bool, typer.Option(help="Outputs do not depend on others, to the bit; slower.")
     ] = False,
     draft_tokens: Annotated[
-        int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
-    ] = 0,
+        int | None,
+        typer.Option(help="Guesses a step; none if left, 5 with a draft model."),
+    ] = None,
+    draft_model: Annotated[
+        Path | None,
+        typer.Option(help="A smaller checkpoint that guesses; else the text so far is copied."),
+    ] = None,
+    draft_memory_gib: Annotated[
+        float | None, typer.Option(help="Of the memory, for its states and keys; 0.5 if left.")
+    ] = None,
+    draft_branches: Annotated[
+        int | None, typer.Option(help="Continuations guessed side by side; 1 if left.")
+    ] = None,
     warm_up: Annotated[
         bool, typer.Option(help="Whether to be ready only when nothing happens for the first time.")
     ] = True,
@@ -88,6 +100,7 @@ def serve_command(
     }
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
+    guessing = Guessing(draft_tokens, draft_branches, draft_model, draft_memory_gib)
     engine = _EngineOptions(
         model_name=model_name or checkpoint.resolve().name,
         device=_device(device),
@@ -97,7 +110,8 @@ def serve_command(
         context_tokens=max_context,
         sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
-        speculation=_speculation(draft_tokens),
+        speculation=guessing.config(),
+        guessing=guessing,
         tensor_parallel=tensor_parallel,
         batch_invariant=batch_invariant,
     )
@@ -140,7 +154,8 @@ class _EngineOptions:
     context_tokens: int | None
     sessions: SessionLimits
     precision: Precision
-    speculation: PromptLookupConfig | None
+    speculation: SpeculationConfig | None
+    guessing: Guessing
     tensor_parallel: int
     batch_invariant: bool
 
@@ -156,6 +171,9 @@ class _EngineOptions:
             weights=bits.weights,
             tensor_parallel=self.tensor_parallel,
         )
+        draft = self.guessing.load(self.device, self.dtype)
+        if draft is not None:
+            draft.check_serves(source.model, source.tokenizer)
         plan, limits = size_engine(
             source.model,
             budget_bytes=self.memory_bytes,
@@ -175,13 +193,8 @@ class _EngineOptions:
             limits,
             sessions=self.sessions,
             speculation=self.speculation,
+            draft=draft,
         )
-
-
-def _speculation(draft_tokens: int) -> PromptLookupConfig | None:
-    if draft_tokens == 0:
-        return None
-    return parse_config(PromptLookupConfig, {"draft_tokens": draft_tokens}, "serve")
 
 
 def _serve(

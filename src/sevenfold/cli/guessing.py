@@ -1,0 +1,58 @@
+"""How `sevenfold serve` guesses tokens: what it was asked, and the smaller model that does it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sevenfold.config import ConfigError, parse_config
+from sevenfold.engine import TextModel
+from sevenfold.engine.speculation import (
+    DraftModel,
+    DraftModelConfig,
+    PromptLookupConfig,
+    SpeculationConfig,
+)
+
+_DRAFT_MEMORY_GIB = 0.5
+
+
+@dataclass(frozen=True)
+class Guessing:
+    """Options of the command line; None where one was left out."""
+
+    draft_tokens: int | None
+    draft_branches: int | None
+    draft_model: Path | None
+    draft_memory_gib: float | None
+
+    def config(self) -> SpeculationConfig | None:
+        """Return what the engine may do; None for no guesses.
+
+        Raises:
+            ConfigError: an option breaks its rule, or has no effect beside the others.
+        """
+        values: dict[str, Any] = {
+            "draft_tokens": self.draft_tokens,
+            "branches": self.draft_branches,
+        }
+        values = {name: value for name, value in values.items() if value is not None}
+        if self.draft_model is not None:
+            gib = _DRAFT_MEMORY_GIB if self.draft_memory_gib is None else self.draft_memory_gib
+            values["memory_bytes"] = int(gib * 2**30)
+            return parse_config(DraftModelConfig, values, "serve")
+        if self.draft_memory_gib is not None:
+            raise ConfigError("serve: draft_memory_gib must be left out without draft_model")
+        if self.draft_tokens:
+            return parse_config(PromptLookupConfig, values, "serve")
+        if self.draft_branches is not None:
+            raise ConfigError("serve: draft_branches must be left out without drafts")
+        return None
+
+    def load(self, device: str, dtype: torch.dtype | None) -> DraftModel | None:
+        """Load the smaller model beside the one that it guesses for; None if there is none."""
+        if self.draft_model is None:
+            return None
+        source = TextModel.load(self.draft_model, device=device, dtype=dtype)
+        return DraftModel(source.model, source.tokenizer)
