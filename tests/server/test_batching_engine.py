@@ -156,6 +156,25 @@ async def test_grammars_that_are_refused(llm: LLM, form: dict, said: str) -> Non
         assert said in message(response)
 
 
+MANY = {"type": "object", "properties": {f"at_{n}": {"type": "integer"} for n in range(1500)}}
+LATER = {"type": "object", "properties": {"a": MANY}, "required": ["a"],
+    "additionalProperties": False}  # fmt: skip
+
+
+async def test_a_grammar_beyond_a_limit_is_refused_with_it_or_fails_with_it(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    limit = "Parser Error: Current row has 6007 items; max is 2000"
+    begins = "response_format.json_schema.schema must be one whose masks can be computed"
+    fails = "the output's grammar has failed"
+    async with client_of(make_engine(llm)) as client:
+        for schema, status, said in ((MANY, 400, begins), (LATER, 500, fails)):
+            form = {"type": "json_schema", "json_schema": {"schema": schema}}
+            for seed in range(3):
+                response = await chat(client, response_format=form, max_tokens=60, seed=seed)
+                assert response.status_code == status, response.text
+                assert f"{said}: {limit}" in message(response)
+
+
 async def test_a_grammar_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
     engine = ScriptedEngine(features=frozenset({"constraint"}))

@@ -43,8 +43,6 @@ from sevenfold.engine.underway import Underway
 from sevenfold.engine.worker import Note, Worker
 from sevenfold.models import HybridModel
 
-NO_TOKEN = "no token can follow in the output's grammar"
-
 
 class Engine:
     """A model, its memory and its scheduler; single-threaded, one step after another.
@@ -255,7 +253,7 @@ class Engine:
 
     def _take_walk(self, walk: Walk) -> list[TokenEvent | None]:
         if walk.is_refused:
-            self.scheduler.fail(walk.request, NO_TOKEN)
+            self.scheduler.fail(walk.request, self._underway[walk.request.id].refusal)
             return []
         return self._record(self._underway[walk.request.id], walk.taken, stopped=walk.stopped)
 
@@ -351,7 +349,7 @@ class Engine:
                     one.request, "the model's logits are not finite for this request"
                 )
             elif not one.accepts(token):
-                self.scheduler.fail(one.request, NO_TOKEN)
+                self.scheduler.fail(one.request, one.refusal)
             else:
                 text, stopped = one.push(token)
                 taken = [Taken(token, text, chosen.logprobs[n])]

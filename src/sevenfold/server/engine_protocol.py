@@ -39,6 +39,10 @@ class TokenConstraint(Protocol):
         """Whether nothing more can follow, so that the output ends with "stop"."""
         ...
 
+    def problem(self) -> str | None:
+        """What keeps it from knowing what may come next, for the caller; None if nothing does."""
+        ...
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
