@@ -134,6 +134,7 @@ class ScriptedEngine:
             running=self.under_way,
             waiting={"memory": 2},
             memory_bytes={"kv": 7},
+            nonfinite_outputs=4,
             misses={"other_salt": 2, "no_kv": 3},
         )
 

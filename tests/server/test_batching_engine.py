@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from server_helpers import (
+    CONTEXT,
     EOS,
     ScriptedEngine,
     chat,
@@ -291,6 +292,7 @@ async def test_a_model_that_computes_nothing_fails_its_request_alone(llm: LLM) -
     async with client_of(make_engine(poisoned)) as client:
         both = [complete(client, prompt=[token], max_tokens=2) for token in (70, 71)]
         failed, served = await asyncio.gather(*both)
+        assert "sevenfold_nonfinite_outputs_total 1.0" in (await client.get("/metrics")).text
     assert failed["error"]["code"] == "request_failed"
     assert "logits are not finite" in failed["error"]["message"]
     assert len(served["choices"]) == 1
@@ -378,6 +380,25 @@ async def test_health_turns_red_whether_clients_wait_or_leave(
         assert (await chat(client, max_tokens=3)).status_code == 200
         assert (await client.get("/health")).json() == {"status": "ok"}
         await settled(lambda: engine.stalled_s() == 0.0)
+
+
+async def test_metrics_tell_what_requests_wait_for(llm: LLM) -> None:
+    plan, limits = size_engine(llm.model, budget_bytes=1 << 20)
+    # The sink, states, and pages of one request of full length.
+    budget = (2 + CONTEXT // plan.page_tokens) * plan.layout.slab_bytes
+    plan, limits = size_engine(llm.model, budget_bytes=budget)
+    engine = BatchingEngine(TextModel(llm.model, llm.tokenizer), "tiny", plan, limits)
+    async with client_of(engine) as client:
+        first = engine.submit(asking("a", 500))
+        await anext(first)
+        second = asyncio.create_task(outputs_of(engine, asking("b", 300)))
+        await settled(lambda: engine.stats().waiting.get("memory"))
+        text = (await client.get("/metrics")).text
+        await first.aclose()
+        assert len(await second) == 300
+    waiting = re.findall(r'^sevenfold_requests_waiting\{reason="(\w+)"\} (\S+)', text, re.M)
+    assert dict(waiting) == {"turn": "0.0", "memory": "1.0", "max_running": "0.0",
+        "max_prefills": "0.0", "max_step_tokens": "0.0"}  # fmt: skip
 
 
 async def test_the_end_token_ends_an_answer(llm: LLM) -> None:

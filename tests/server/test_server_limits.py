@@ -312,6 +312,8 @@ async def test_metrics() -> None:
         'sevenfold_cache_misses_total{reason="no_state"} 1.0',
         "sevenfold_time_to_first_token_seconds_count 1.0",
         "sevenfold_inter_token_seconds_count 10.0",
+        "sevenfold_decode_seconds_count 1.0",
+        "sevenfold_nonfinite_outputs_total 4.0",
         'sevenfold_requests_waiting{reason="memory"} 2.0',
         'sevenfold_memory_bytes{tenant="kv"} 7.0',
         "sevenfold_effective_concurrency 1.0",

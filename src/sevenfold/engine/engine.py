@@ -98,6 +98,7 @@ class Engine:
         self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         self._speculator = self._build_speculator(speculation, draft)
+        self.num_nonfinite = 0  # requests that failed because their logits were not finite
         self._guesses = False  # whether any request has guesses for the next step
 
     def warm_up(self, note: Note = log_progress) -> None:
@@ -345,6 +346,7 @@ class Engine:
                 continue
             one = self._underway[request.id]
             if not finite[n]:
+                self.num_nonfinite += 1
                 self.scheduler.fail(
                     one.request, "the model's logits are not finite for this request"
                 )

@@ -15,7 +15,7 @@ from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request, Status
-from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig
+from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig, WaitReason
 from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
 from sevenfold.server.engine_protocol import (
     EngineFullError,
@@ -344,7 +344,10 @@ class BatchingEngine:
         return replace(
             self._fixed_stats,
             running=scheduler.num_prefilling + scheduler.num_decoding,
-            waiting={"memory_or_turn": scheduler.num_waiting},
+            waiting={
+                reason.value: scheduler.num_waiting * (reason is scheduler.waits_for)
+                for reason in WaitReason
+            },
             steps=self._steps,
             slabs=Pool(taken, layout.num_usable_slabs, layout.slab_bytes),
             pages=pages,
@@ -361,6 +364,7 @@ class BatchingEngine:
             snapshots_evicted=counters.num_evicted,
             pages_dropped=counters.num_dropped_pages,
             preemptions=scheduler.num_preemptions,
+            nonfinite_outputs=self._engine.num_nonfinite,
             drafts=drafts.num_drafts,
             drafted_tokens=drafts.num_drafted_tokens,
             accepted_tokens=drafts.num_accepted_tokens,

@@ -132,7 +132,7 @@ class HostStats:
 class EngineStats:
     """What an engine tells of itself, now and since it started.
 
-    running, waiting: requests now; those that wait by the reason why.
+    running, waiting: requests now; those that wait by what keeps the first of them, 0 for the rest.
     steps: that computed something; while it rises, requests make progress.
     slabs, pages, states, snapshots: memory now.
     memory_bytes: bytes now by what holds them ("weights", "kv", "states", ...).
@@ -144,6 +144,7 @@ class EngineStats:
         not worth their memory, and that made room.
     pages_dropped: cached keys and values that no snapshot reached any more.
     drafts, drafted_tokens, accepted_tokens: checks of guesses, guesses, and those that were right.
+    nonfinite_outputs: that failed because their logits were not finite.
     effective_concurrency: requests of full length that memory holds at a time.
     longest_context_tokens: that memory holds for one request.
     sessions: conversations that keep their prefix now.
@@ -169,6 +170,7 @@ class EngineStats:
     snapshots_evicted: int = 0
     pages_dropped: int = 0
     preemptions: int = 0
+    nonfinite_outputs: int = 0
     drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0

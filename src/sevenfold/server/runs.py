@@ -94,6 +94,7 @@ class _Progress:
     """How far one output has come."""
 
     last_s: float
+    first_s: float = 0.0
     tokens: int = 0
     prompt: PromptOutput = field(default_factory=PromptOutput)
     ended: bool = False
@@ -140,8 +141,7 @@ class Run:
 
     async def stop(self, index: int, reason: str) -> None:
         """End one output before its time; it is not heard of again."""
-        self._progress[index].ended = True
-        self._desk.metrics.outputs.labels(reason).inc()
+        self._end(self._progress[index], reason)
         await _cancelled(self._tasks[index : index + 1])
 
     async def close(self) -> None:
@@ -203,6 +203,7 @@ class Run:
         metrics, one = self._desk.metrics, self._progress[index]
         now = time.monotonic()
         (metrics.next_token if one.tokens else metrics.first_token).observe(now - one.last_s)
+        one.first_s = one.first_s if one.tokens else now
         one.last_s = now
         one.tokens += 1
         metrics.new_tokens.inc()
@@ -216,8 +217,13 @@ class Run:
             if output.prompt.miss_reason is not None:
                 metrics.misses.labels(output.prompt.miss_reason).inc()
         if output.finish_reason is not None:
-            one.ended = True
-            metrics.outputs.labels(output.finish_reason).inc()
+            self._end(one, output.finish_reason)
+
+    def _end(self, one: _Progress, reason: str) -> None:
+        """Note that an output has come to an end of its own."""
+        one.ended = True
+        self._desk.metrics.outputs.labels(reason).inc()
+        self._desk.metrics.decode.observe(one.last_s - one.first_s)
 
     def _count_rest(self, reason: str) -> None:
         for one in self._progress:
