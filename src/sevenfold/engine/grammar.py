@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 # Without a bound an unsure model may write white space for ever.
-_WHITE_SPACE = r"[ \n]{0,20}"
+WHITE_SPACE = r"[ \n]{0,20}"
 _MOST_TRIED = 64  # tokens of a beginning that has no choice, before an output needs them
 
 
@@ -34,7 +34,7 @@ class Grammar:
         """
         return cls(
             _matcher().grammar_from_json_schema(
-                json.dumps(schema), defaults={"whitespace_pattern": _WHITE_SPACE}
+                json.dumps(schema), defaults={"whitespace_pattern": WHITE_SPACE}
             )
         )
 

@@ -65,7 +65,7 @@ class Message(ApiRequest):
 
 
 class ToolFunction(ApiRequest):
-    """What an answer may call; parameters is a JSON schema."""
+    """What an answer may call; parameters is a JSON schema, which strict makes arguments follow."""
 
     name: ToolName
     description: str | None = None
@@ -93,6 +93,20 @@ class NamedTool(ApiRequest):
     function: NamedFunction
 
 
+class AllowedTools(ApiRequest):
+    """Which of the tools may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
+
+
+class AllowedToolChoice(ApiRequest):
+    """A choice among some of the tools; the prompt shows all of them."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(SamplingFields):
     """A conversation to answer."""
 
@@ -101,7 +115,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # As ForeignFields: an answer begins a turn, and its reasoning comes apart and as a stream.
     continue_final_message: Literal[False] | None = None
