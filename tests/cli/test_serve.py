@@ -217,6 +217,16 @@ def test_what_guesses(tiny_run: TinyRun, started: list[dict]) -> None:
     assert decoded["draft"].model.config.hidden_size == 16
 
 
+def test_the_report_keeps_to_the_model_s_context(
+    tiny_run: TinyRun, started: list[dict], capfd: pytest.CaptureFixture[str]
+) -> None:
+    memory = ("--port", "0", "--memory-gib", "0.05")
+    assert exit_code("serve", tiny_run.checkpoint, *memory, "--batch-invariant") == 0
+    said = capfd.readouterr().out
+    assert "longest context     256 tokens\nat 256 tokens" in said
+    assert "cacheable prefix    from 128 tokens" in said
+
+
 def test_a_draft_model_that_does_not_suit(
     tiny_run: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

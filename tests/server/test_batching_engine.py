@@ -401,6 +401,21 @@ async def test_metrics_tell_what_requests_wait_for(llm: LLM) -> None:
         "max_prefills": "0.0", "max_step_tokens": "0.0"}  # fmt: skip
 
 
+async def test_the_smallest_cacheable_prefix_is_the_smallest_that_hits(llm: LLM) -> None:
+    for batch_invariant in (False, True):
+        plan, limits = size_engine(
+            llm.model, budget_bytes=1 << 20, batch_invariant=batch_invariant
+        )
+        engine = BatchingEngine(TextModel(llm.model, llm.tokenizer), "tiny", plan, limits)
+        least = engine.stats().smallest_cacheable_prefix_tokens
+        for shared, hit in ((least - 1, 0), (least, least)):
+            for last in (1, 2, 3):
+                prompt = (shared,) * shared + (last,) * 200
+                [output] = await outputs_of(engine, asking(f"{shared} {last}", 1, prompt=prompt))
+            assert output.prompt.cached_tokens == hit
+        engine.close()
+
+
 async def test_the_end_token_ends_an_answer(llm: LLM) -> None:
     async with client_of(make_engine(llm)) as client:
         made = await complete(client, prompt="a", max_tokens=9, logit_bias={str(EOS): 100})

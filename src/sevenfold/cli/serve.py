@@ -185,7 +185,7 @@ class _EngineOptions:
             host_bytes=self.host_bytes,
             batch_invariant=self.batch_invariant,
         )
-        typer.echo(plan_report(plan))
+        typer.echo(plan_report(plan, limits))
         return BatchingEngine(
             source,
             self.model_name,

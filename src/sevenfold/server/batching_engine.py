@@ -121,7 +121,7 @@ class BatchingEngine:
             longest_context_tokens=min(
                 self.max_context_tokens, plan.longest_context_tokens or self.max_context_tokens
             ),
-            smallest_cacheable_prefix_tokens=plan.smallest_cacheable_prefix_tokens,
+            smallest_cacheable_prefix_tokens=config.grain_tokens,
         )
         self._stats = self._fixed_stats
         self._thread = threading.Thread(target=self._work, name="sevenfold-engine", daemon=True)
