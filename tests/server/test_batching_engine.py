@@ -240,6 +240,7 @@ async def test_the_second_turn_hits_and_another_salt_does_not(llm: LLM) -> None:
     turn = (*first, *(output.token_id for output in answer), 9, 9)
     second = await outputs_of(engine, asking("b", 4, prompt=turn, salt=b"k"))
     assert second[0].prompt.cached_tokens >= 128
+    assert second[0].prompt.miss_reason is None
     stranger = await outputs_of(engine, asking("c", 4, prompt=turn, salt=b"other"))
     # Not "salt": that would tell one caller what another has sent.
     assert (stranger[0].prompt.cached_tokens, stranger[0].prompt.miss_reason) == (0, "cold")

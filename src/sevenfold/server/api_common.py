@@ -104,7 +104,7 @@ class SamplingFields(ForeignFields):
 
 
 class PromptDetails(ApiAnswer):
-    """How much of the prompt was cached; if not all, why there was not more."""
+    """How much of the prompt was cached; if nothing, why."""
 
     cached_tokens: int
     cache_miss_reason: str | None

@@ -74,7 +74,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class PromptOutput:
-    """What became of the prompt: tokens found in the cache, and why there were not more.
+    """What became of the prompt: tokens found in the cache, and if there were none, why.
 
     queue_s: seconds until its first token was computed on; None if the engine does not know.
     logprobs: one entry for each prompt token but the first, if they were asked for.

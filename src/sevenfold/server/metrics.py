@@ -98,7 +98,7 @@ class Metrics:
             "sevenfold_generated_tokens", "Tokens generated.", registry=registry
         )
         self.misses = Counter(
-            "sevenfold_cache_misses", "Prompts by why no more was cached.", ["reason"],
+            "sevenfold_cache_misses", "Prompts that found nothing, as told.", ["reason"],
             registry=registry,
         )  # fmt: skip
         self.queue = self._seconds("queue", "From an output's admission to its first step.")
