@@ -404,9 +404,7 @@ async def test_metrics_tell_what_requests_wait_for(llm: LLM) -> None:
 
 async def test_the_smallest_cacheable_prefix_is_the_smallest_that_hits(llm: LLM) -> None:
     for batch_invariant in (False, True):
-        plan, limits = size_engine(
-            llm.model, budget_bytes=1 << 20, batch_invariant=batch_invariant
-        )
+        plan, limits = size_engine(llm.model, budget_bytes=1 << 20, batch_invariant=batch_invariant)
         engine = BatchingEngine(TextModel(llm.model, llm.tokenizer), "tiny", plan, limits)
         least = engine.stats().smallest_cacheable_prefix_tokens
         for shared, hit in ((least - 1, 0), (least, least)):

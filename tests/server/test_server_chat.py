@@ -387,7 +387,15 @@ async def ends_of(engine: ScriptedEngine, messages: list[dict], **of_client) -> 
 async def test_turns_are_marked_1_2_4_8_and_so_on_from_the_end() -> None:
     engine = ScriptedEngine(max_context_tokens=20_000)
     ends = await ends_of(engine, conversation(26))
-    assert [end.rpartition(" ")[2] for end in ends] == ["0.", "9.", "17.", "21.", "23.", "24.", "25."]
+    assert [end.rpartition(" ")[2] for end in ends] == [
+        "0.",
+        "9.",
+        "17.",
+        "21.",
+        "23.",
+        "24.",
+        "25.",
+    ]
     # However long it is, few prefixes are rendered.
     ends = await ends_of(engine, conversation(600))
     assert [end.rpartition(" ")[2] for end in ends] == [

@@ -36,7 +36,10 @@ LOOK = {
 }
 FREE = {"name": "say", "parameters": {"type": "object", "properties": {"a": {"const": 1}}}}
 TOOLS = [{"type": "function", "function": one} for one in (LOOK, FREE)]
-RIGHT, WRONG = '{"name": "look", "arguments": {"at": "x"}}', '{"name": "look", "arguments": {"at": "z'
+RIGHT, WRONG = (
+    '{"name": "look", "arguments": {"at": "x"}}',
+    '{"name": "look", "arguments": {"at": "z',
+)
 ANY = '{"name": "say", "arguments": {"a": [2], "b": null}}'
 
 
@@ -87,7 +90,7 @@ def test_what_an_answer_may_be(text: str) -> None:
         (f"<tool_call>{RIGHT}</tool_call><tool_call>{WRONG}", "z"),
         (WRONG, "z"),
         (f"<think></think>{WRONG}", "z"),
-        ('<tool_calls>{"name": "other', 'other'),
+        ('<tool_calls>{"name": "other', "other"),
         ('<tool_calls>{"name": "look", "arguments": {}', "}"),
         ("<tool_calls>none", "none"),
     ],
@@ -112,7 +115,10 @@ class ObedientEngine(ScriptedEngine):
 
     async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         self.asked.append(request)
-        ids, ruled = self.tokenizer.encode(self.text, add_special_tokens=False).ids, request.constraint
+        ids, ruled = (
+            self.tokenizer.encode(self.text, add_special_tokens=False).ids,
+            request.constraint,
+        )
         for n in range(request.sampling.max_tokens):
             token = ids[n] if n < len(ids) else EOS
             if ruled is not None:
@@ -127,7 +133,7 @@ class ObedientEngine(ScriptedEngine):
 
 
 async def test_strict_arguments_follow_their_schema() -> None:
-    said = f"so\n<tool_calls>\n{WRONG}\"}}}}\n</tool_calls>"
+    said = f'so\n<tool_calls>\n{WRONG}"}}}}\n</tool_calls>'
     for strict, at in ((True, ("x", "y")), (False, ("z",))):
         tools = [{"type": "function", "function": LOOK | {"strict": strict}}]
         async with client_of(ObedientEngine(said)) as client:

@@ -68,7 +68,7 @@ async def _prepared(service: Service, body: ChatRequest, salt: bytes) -> "_Chat"
         grammar = strict_grammar(tools, service.settings, thinking=thinking)
     elif not forced and any(tool.strict for tool in tools):
         raise bad_request(
-            "strict must be left out, or false, beside a response_format that is the whole answer's",
+            "strict must be left out, or false, beside a response_format for the whole answer",
             "tools",
         )
     if grammar is not None:

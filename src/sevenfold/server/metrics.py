@@ -138,7 +138,9 @@ class _EngineCollector:
         for name, (field, what) in _COUNTERS.items():
             yield CounterMetricFamily(name, what, value=getattr(stats, field))
         yield _misses(stats.misses, self._exact_misses)
-        yield _labelled("sevenfold_requests_waiting", "By what keeps the first.", "reason", stats.waiting)
+        yield _labelled(
+            "sevenfold_requests_waiting", "By what keeps the first.", "reason", stats.waiting
+        )
         yield _labelled(
             "sevenfold_memory_bytes", "By what holds them.", "tenant", stats.memory_bytes
         )

@@ -15,7 +15,6 @@ from sevenfold.server.errors import bad_request
 from sevenfold.server.output_parser import OPEN
 from sevenfold.server.settings import ServerSettings
 
-
 _SYSTEM = ("system", "developer")
 _MOST_TURN_ENDS = 8  # each is rendered
 
@@ -177,7 +176,7 @@ def _arguments(text: str, index: int) -> dict[str, Any]:
 
 
 def _turn_ends(messages: Sequence[Message]) -> list[int]:
-    """Messages after which a mark pays: the system prompt, all of them, and all but 1, 2, 4, 8..."""
+    """Messages after which a mark pays: the system prompt, all, and all but 1, 2, 4, 8, ..."""
     roles = [message.role for message in messages]
     num_system = next((n for n, role in enumerate(roles) if role not in _SYSTEM), 0)
     back = [0, *(2**n for n in range(_MOST_TURN_ENDS - 1))]

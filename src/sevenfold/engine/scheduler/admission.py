@@ -60,7 +60,7 @@ class Admission:
             self._count()
 
     def _full(self) -> tuple[WaitReason | None, tuple[Ranked[Entry], ...]]:
-        """Return the limit that is reached, and the requests of which one has to go for one more."""
+        """Return the limit that is reached, and those of whom one has to go for one more."""
         if self._num_long >= self._config.max_prefills:
             return WaitReason.MAX_PREFILLS, (self._roster.prefilling,)
         if self._roster.num_open >= self._config.max_running:
