@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine import TextModel
@@ -16,6 +17,20 @@ from sevenfold.engine.speculation import (
 )
 
 _DRAFT_MEMORY_GIB = 0.5
+
+DraftTokens = Annotated[
+    int | None, typer.Option(help="Guesses a step; none if left, 5 with a draft model.")
+]
+DraftCheckpoint = Annotated[
+    Path | None,
+    typer.Option(help="A smaller checkpoint that guesses; else the text so far is copied."),
+]
+DraftMemory = Annotated[
+    float | None, typer.Option(help="Of the memory, for its states and keys; 0.5 if left.")
+]
+DraftBranches = Annotated[
+    int | None, typer.Option(help="Continuations guessed side by side; 1 if left.")
+]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
-from sevenfold.cli.guessing import Guessing
+from sevenfold.cli.guessing import (
+    DraftBranches,
+    DraftCheckpoint,
+    DraftMemory,
+    DraftTokens,
+    Guessing,
+)
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine import TextModel
 from sevenfold.engine.cache import SessionLimits
@@ -27,6 +33,10 @@ ApiKeys = Annotated[Path | None, typer.Option(help="Keys that may ask, one a lin
 AdminKeys = Annotated[
     Path | None, typer.Option(help="Keys that alone may read /metrics, one a line.")
 ]
+Memory = Annotated[
+    float | None,
+    typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
+]
 
 
 def serve_command(
@@ -44,10 +54,7 @@ def serve_command(
     ] = 256,
     max_deadline: Annotated[float, typer.Option(help="Seconds for a request at most.")] = 3600.0,
     drain: Annotated[float, typer.Option(help="Seconds to end requests after SIGTERM.")] = 30.0,
-    memory_gib: Annotated[
-        float | None,
-        typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
-    ] = None,
+    memory_gib: Memory = None,
     host_memory_gib: Annotated[
         float, typer.Option(help="Of the host's memory, for cached prefixes that must make room.")
     ] = 0.0,
@@ -71,20 +78,10 @@ def serve_command(
     batch_invariant: Annotated[
         bool, typer.Option(help="Outputs do not depend on others, to the bit; slower.")
     ] = False,
-    draft_tokens: Annotated[
-        int | None,
-        typer.Option(help="Guesses a step; none if left, 5 with a draft model."),
-    ] = None,
-    draft_model: Annotated[
-        Path | None,
-        typer.Option(help="A smaller checkpoint that guesses; else the text so far is copied."),
-    ] = None,
-    draft_memory_gib: Annotated[
-        float | None, typer.Option(help="Of the memory, for its states and keys; 0.5 if left.")
-    ] = None,
-    draft_branches: Annotated[
-        int | None, typer.Option(help="Continuations guessed side by side; 1 if left.")
-    ] = None,
+    draft_tokens: DraftTokens = None,
+    draft_model: DraftCheckpoint = None,
+    draft_memory_gib: DraftMemory = None,
+    draft_branches: DraftBranches = None,
     warm_up: Annotated[
         bool, typer.Option(help="Whether to be ready only when nothing happens for the first time.")
     ] = True,

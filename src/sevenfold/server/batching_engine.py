@@ -6,29 +6,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sevenfold.engine import RequestFailedError, SamplingParams, TextModel
-from sevenfold.engine.cache import CacheManager, MissReason, SessionLimits
+from sevenfold.engine.cache import MissReason, SessionLimits
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request, Status
-from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig, WaitReason
-from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
+from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig
+from sevenfold.engine.speculation import DraftModel, SpeculationConfig
 from sevenfold.server.engine_protocol import (
     EngineFullError,
     EngineStats,
     EngineStoppedError,
     Feature,
     GenerationRequest,
-    HostStats,
-    Pool,
     PromptOutput,
     TokenOutput,
 )
 from sevenfold.server.engine_protocol import MissReason as PublicReason
+from sevenfold.server.engine_stats import read_stats
 
 _WARM_PROMPT, _WARM_TOKENS = 600, 4
 _JOIN_S = 10.0  # a long prefill does not keep the program from ending
@@ -95,8 +93,6 @@ class BatchingEngine:
         self.max_context_tokens = min(n for n in limits if n is not None)
         self.vocab_size = source.model.config.vocab_size
         self.eos_token_id = source.model.config.eos_token_id
-        self._plan = plan
-        self._weight_bytes = sum(p.numel() * p.element_size() for p in source.model.parameters())
         self._engine = Engine(
             source.model,
             source.tokenizer,
@@ -116,7 +112,9 @@ class BatchingEngine:
         self._wake = threading.Condition()
         self._closed = False
         # What every reading of the stats begins from: it does not change.
+        weights = sum(p.numel() * p.element_size() for p in source.model.parameters())
         self._fixed_stats = EngineStats(
+            memory_bytes={"weights": weights},
             effective_concurrency=plan.concurrency(self.max_context_tokens),
             longest_context_tokens=min(
                 self.max_context_tokens, plan.longest_context_tokens or self.max_context_tokens
@@ -230,7 +228,7 @@ class BatchingEngine:
                     self._moved_s = time.monotonic()
                 self._note_opened(began_s)
                 # First: whoever gets a token finds it in the stats.
-                self._stats = self._read_stats()
+                self._stats = read_stats(self._engine, self._fixed_stats, self._steps)
                 self._tell(events)
         except Exception as error:  # whatever it is, nobody may wait for this thread any more
             self._failure = error
@@ -256,7 +254,7 @@ class BatchingEngine:
             for _ in range(num_orders):
                 self._orders.popleft()()
             if num_orders:
-                self._stats = self._read_stats()
+                self._stats = read_stats(self._engine, self._fixed_stats, self._steps)
             if self._engine.has_work:
                 return True
 
@@ -327,66 +325,6 @@ class BatchingEngine:
             missed = None if public is None else _REASONS[public]
             prompt = PromptOutput(found.hit_tokens, missed, job.queue_s, event.prompt_logprobs)
         return TokenOutput(event.token_id, event.text, reason, event.logprobs, prompt)
-
-    def _read_stats(self) -> EngineStats:
-        scheduler, counters = self._engine.scheduler, self._engine.counters()
-        usage, plan = self._engine.cache.usage(), self._plan
-        drafts = self._engine.speculation_counters() or SpeculationCounters()
-        layout = plan.layout
-        sizes = (plan.state_bytes, plan.page_bytes, plan.snapshot_bytes)
-        states, pages, snapshots = (
-            Pool(usage.num_items[t], layout.num_usable_slabs * layout.places[t], sizes[t])
-            for t in Tenant
-        )
-        taken = layout.num_usable_slabs - usage.num_free_slabs
-        held = {"states": states, "kv": pages, "snapshots": snapshots}
-        memory = {name: pool.used * pool.bytes_each for name, pool in held.items()}
-        return replace(
-            self._fixed_stats,
-            running=scheduler.num_prefilling + scheduler.num_decoding,
-            waiting={
-                reason.value: scheduler.num_waiting * (reason is scheduler.waits_for)
-                for reason in WaitReason
-            },
-            steps=self._steps,
-            slabs=Pool(taken, layout.num_usable_slabs, layout.slab_bytes),
-            pages=pages,
-            states=states,
-            snapshots=snapshots,
-            memory_bytes={"weights": self._weight_bytes} | memory,
-            prompt_tokens=counters.query_tokens,
-            cached_tokens=counters.hit_tokens,
-            potential_tokens=counters.missed_tokens,
-            misses=counters.misses,
-            recomputed_tokens=scheduler.num_recomputed_tokens,
-            snapshots_taken=counters.num_snapshots,
-            snapshots_refused=counters.num_refused_snapshots,
-            snapshots_evicted=counters.num_evicted,
-            pages_dropped=counters.num_dropped_pages,
-            preemptions=scheduler.num_preemptions,
-            nonfinite_outputs=self._engine.num_nonfinite,
-            drafts=drafts.num_drafts,
-            drafted_tokens=drafts.num_drafted_tokens,
-            accepted_tokens=drafts.num_accepted_tokens,
-            sessions=self._engine.cache.num_sessions,
-            host=_host_stats(self._engine.cache, plan),
-        )
-
-
-def _host_stats(cache: CacheManager, plan: MemoryPlan) -> HostStats | None:
-    usage, counters = cache.host_usage(), cache.host_counters()
-    if plan.host is None or usage is None or counters is None:
-        return None
-    total = plan.host.num_usable_slabs
-    return HostStats(
-        slabs=Pool(total - usage.num_free_slabs, total, plan.host.slab_bytes),
-        kept=counters.num_kept,
-        refused=counters.num_refused,
-        evicted=counters.num_evicted,
-        restored=counters.num_hits,
-        restored_tokens=counters.hit_tokens,
-        restored_bytes=counters.copied_bytes,
-    )
 
 
 def _give(job: _Job, output: _Given) -> None:
