@@ -13,7 +13,7 @@ from sevenfold.engine.device.decode_inputs import Size
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.tensor_parallel.messages import Orders, read_orders
-from sevenfold.engine.warm_up import Reach, first_drafts, first_runs
+from sevenfold.engine.warm_up import Reach, WarmUpStoppedError, first_drafts, first_runs
 
 BATCH_SIZES, PREFILL_SIZES = (1, 2, 4), (8, 64, 128)
 REACH = Reach(most_tokens=100_000, chunk_tokens=32_768, page_tokens=64, has_states=True)
@@ -102,6 +102,28 @@ def test_a_cpu_has_nothing_to_do(tokenizer: Tokenizer, monkeypatch: pytest.Monke
     engine = build(tiny_model("lf"), tokenizer)
     monkeypatch.setattr(engine._worker, "_run", None)
     assert warmed(engine) == []
+
+
+def test_a_stop_ends_it_before_its_next_run(
+    tokenizer: Tokenizer, capture: FakeCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(tiny_model("lf", max_position_embeddings=200), tokenizer, max_running=4)
+    run, runs = engine._worker._run, []
+
+    def stopping(rows: list) -> object:
+        runs.append(rows)
+        engine.stop_warm_up()
+        return run(rows)
+
+    monkeypatch.setattr(engine._worker, "_run", stopping)
+    with pytest.raises(WarmUpStoppedError, match="told to stop before it was warm"):
+        warmed(engine)
+    assert len(runs) == 1
+    # And once more: not even a rehearsal.
+    monkeypatch.setattr(engine._worker.runner, "rehearsal", None)
+    with pytest.raises(WarmUpStoppedError):
+        warmed(engine)
+    assert len(runs) == 1
 
 
 def test_the_largest_of_each_kind_comes_first() -> None:

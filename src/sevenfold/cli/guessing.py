@@ -16,7 +16,7 @@ from sevenfold.engine.speculation import (
     SpeculationConfig,
 )
 
-_DRAFT_MEMORY_GIB = 0.5
+_DRAFT_MEMORY_BYTES = 1 << 29
 
 DraftTokens = Annotated[
     int | None, typer.Option(help="Guesses a step; none if left, 5 with a draft model.")
@@ -40,7 +40,7 @@ class Guessing:
     draft_tokens: int | None
     draft_branches: int | None
     draft_model: Path | None
-    draft_memory_gib: float | None
+    draft_memory_bytes: int | None
 
     def config(self) -> SpeculationConfig | None:
         """Return what the engine may do; None for no guesses.
@@ -54,10 +54,10 @@ class Guessing:
         }
         values = {name: value for name, value in values.items() if value is not None}
         if self.draft_model is not None:
-            gib = _DRAFT_MEMORY_GIB if self.draft_memory_gib is None else self.draft_memory_gib
-            values["memory_bytes"] = int(gib * 2**30)
+            given = self.draft_memory_bytes
+            values["memory_bytes"] = _DRAFT_MEMORY_BYTES if given is None else given
             return parse_config(DraftModelConfig, values, "serve")
-        if self.draft_memory_gib is not None:
+        if self.draft_memory_bytes is not None:
             raise ConfigError("serve: draft_memory_gib must be left out without draft_model")
         if self.draft_tokens:
             return parse_config(PromptLookupConfig, values, "serve")

@@ -105,6 +105,10 @@ class Engine:
         """Do what happens once before a request waits for it; see engine.first_use.warm_up."""
         warm_up(self._worker, self._limits, note)
 
+    def stop_warm_up(self) -> None:
+        """End warm_up, which another thread runs, before its next run: WarmUpStoppedError there."""
+        self._worker.stop_warm_up()
+
     def submit(
         self, request: Request, params: SamplingParams, constraint: Constraint | None = None
     ) -> None:

@@ -6,6 +6,7 @@ Every row's state, pages and snapshots are the sink's, which nobody is ever give
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from sevenfold.config import SevenfoldError
 from sevenfold.engine.device.graphs import page_room
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import Row
@@ -23,6 +24,10 @@ _DRAFTED_ROWS = (1, 2, 4)
 _ALONE = ((9,), (64,), (500,), (512,), (1000,), (1024,))
 _TOGETHER = ((9, 9), (20, 12), (515, 9), (500, 12), (1000, 5), (1000, 24))
 _UNIT_TOKENS = 1024  # long chunks meet their keys in powers of two of these
+
+
+class WarmUpStoppedError(SevenfoldError, RuntimeError):
+    """What happens once was given up, because the engine was told to stop."""
 
 
 class Reach(NamedTuple):
