@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
+from sevenfold.cli.guessing import (
+    DraftBranches,
+    DraftCheckpoint,
+    DraftMemory,
+    DraftTokens,
+    Guessing,
+)
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine import TextModel
 from sevenfold.engine.cache import SessionLimits
 from sevenfold.engine.memory_report import plan_report
 from sevenfold.engine.precision import Precision
 from sevenfold.engine.sizing import size_engine
-from sevenfold.engine.speculation import PromptLookupConfig
+from sevenfold.engine.speculation import SpeculationConfig
 
 if TYPE_CHECKING:
     from sevenfold.server import BatchingEngine, ServerSettings
@@ -26,6 +33,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ApiKeys = Annotated[Path | None, typer.Option(help="Keys that may ask, one a line.")]
 AdminKeys = Annotated[
     Path | None, typer.Option(help="Keys that alone may read /metrics, one a line.")
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
 ]
 
 
@@ -44,10 +55,7 @@ def serve_command(
     ] = 256,
     max_deadline: Annotated[float, typer.Option(help="Seconds for a request at most.")] = 3600.0,
     drain: Annotated[float, typer.Option(help="Seconds to end requests after SIGTERM.")] = 30.0,
-    memory_gib: Annotated[
-        float | None,
-        typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
-    ] = None,
+    memory_gib: Memory = None,
     host_memory_gib: Annotated[
         float, typer.Option(help="Of the host's memory, for cached prefixes that must make room.")
     ] = 0.0,
@@ -71,9 +79,10 @@ def serve_command(
     batch_invariant: Annotated[
         bool, typer.Option(help="Outputs do not depend on others, to the bit; slower.")
     ] = False,
-    draft_tokens: Annotated[
-        int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
-    ] = 0,
+    draft_tokens: DraftTokens = None,
+    draft_model: DraftCheckpoint = None,
+    draft_memory_gib: DraftMemory = None,
+    draft_branches: DraftBranches = None,
     warm_up: Annotated[
         bool, typer.Option(help="Whether to be ready only when nothing happens for the first time.")
     ] = True,
@@ -89,6 +98,8 @@ def serve_command(
     }
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
+    draft_bytes = None if draft_memory_gib is None else _bytes("draft_memory_gib", draft_memory_gib)
+    guessing = Guessing(draft_tokens, draft_branches, draft_model, draft_bytes)
     engine = _EngineOptions(
         model_name=checkpoint.resolve().name if model_name is None else _name(model_name),
         device=_device(device),
@@ -98,7 +109,8 @@ def serve_command(
         context_tokens=max_context,
         sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
-        speculation=_speculation(draft_tokens),
+        speculation=guessing.config(),
+        guessing=guessing,
         tensor_parallel=tensor_parallel,
         batch_invariant=batch_invariant,
     )
@@ -153,7 +165,8 @@ class _EngineOptions:
     context_tokens: int | None
     sessions: SessionLimits
     precision: Precision
-    speculation: PromptLookupConfig | None
+    speculation: SpeculationConfig | None
+    guessing: Guessing
     tensor_parallel: int
     batch_invariant: bool
 
@@ -169,6 +182,9 @@ class _EngineOptions:
             weights=bits.weights,
             tensor_parallel=self.tensor_parallel,
         )
+        draft = self.guessing.load(self.device, self.dtype)
+        if draft is not None:
+            draft.check_serves(source.model, source.tokenizer)
         plan, limits = size_engine(
             source.model,
             budget_bytes=self.memory_bytes,
@@ -180,21 +196,22 @@ class _EngineOptions:
             host_bytes=self.host_bytes,
             batch_invariant=self.batch_invariant,
         )
-        typer.echo(plan_report(plan))
-        kept = {"sessions": self.sessions, "speculation": self.speculation}
+        typer.echo(plan_report(plan, limits))
         try:
-            return BatchingEngine(source, self.model_name, plan, limits, **kept)
+            return BatchingEngine(
+                source,
+                self.model_name,
+                plan,
+                limits,
+                sessions=self.sessions,
+                speculation=self.speculation,
+                draft=draft,
+            )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(
                 "memory_gib and host_memory_gib must fit into free memory, got "
                 f"{plan.layout.num_slabs * plan.layout.slab_bytes:,} and {plan.host_bytes:,} bytes"
             ) from error
-
-
-def _speculation(draft_tokens: int) -> PromptLookupConfig | None:
-    if draft_tokens == 0:
-        return None
-    return parse_config(PromptLookupConfig, {"draft_tokens": draft_tokens}, "serve")
 
 
 def _serve(
