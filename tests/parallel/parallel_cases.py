@@ -19,6 +19,7 @@ DENSE = {"tie_word_embeddings": True}
 DENSE_APART = {"tie_word_embeddings": False}
 MIXTURE = {"moe": MOE}
 MOE_NO_DROP = {"moe": MOE | {"capacity_factor": None}}
+STREAM = {"autocast": "bf16", "stream": "bf16"}
 
 CASES = (
     Case("shard", {"shard": 2}, model=MOE_NO_DROP),
@@ -44,6 +45,10 @@ CASES = (
     ),
     Case("context-bf16", {"context": 2}, micro_batch_rows=3, autocast="bf16"),
     Case("tensor-bf16", {"tensor": 2}, autocast="bf16"),
+    Case("shard-stream", {"shard": 2}, model=DENSE, recompute=True, **STREAM),
+    Case("context-stream", {"context": 2}, micro_batch_rows=3, **STREAM),
+    Case("tensor-stream", {"tensor": 2}, **STREAM),
+    Case("pipeline-stream", {"pipeline": 2}, num_micro_batches=3, model=MOE_NO_DROP, **STREAM),
     Case(
         "expert",
         {"shard": 2, "expert": 2, "expert_token_groups": 2},

@@ -49,7 +49,7 @@ def ran(cases: list[Case], num_ranks: int, folder: Path) -> Path:
 
 
 def one_process(case: Case, dtype: torch.dtype) -> dict:
-    case = replace(case, autocast=None) if dtype is torch.float64 else case
+    case = replace(case, autocast=None, stream=None) if dtype is torch.float64 else case
     return take_step(case, *build(case, ALONE, dtype), ALONE)
 
 

@@ -39,7 +39,7 @@ from sevenfold.train.speed import FlopsCounter, known_peak_flops
 from sevenfold.train.stages import Start, find_start, first_rows, write_start
 from sevenfold.train.tensorboard import tensorboard_listener
 from sevenfold.train.trackio_sink import trackio_listener
-from sevenfold.train.transform import compile_parts, transform_blocks
+from sevenfold.train.transform import compile_parts, stream_dtype, transform_blocks
 from sevenfold.train.validation import ValidationResult, validate
 from sevenfold.train.whole_matrices import GATHERED
 
@@ -146,7 +146,9 @@ def _build(
         model.named_parameters(), config.optimizer, by_mesh=groups_by_mesh, parts=GATHERED
     )
     loader = training_loader(data, first_rows)
-    pipeline = Pipeline(model, layout) if config.parallel.pipeline > 1 else None
+    pipeline = None
+    if config.parallel.pipeline > 1:
+        pipeline = Pipeline(model, layout, stream=stream_dtype(model, config.precision.stream))
     return Trainer(config, model, optimizer, loader, layout, pipeline)
 
 
