@@ -255,11 +255,6 @@ class RunConfig(StrictModel):
                 f"compile.enabled must be false with {self.parallel.num_ranks} ranks, whose "
                 f"exchanges it does not compile, got true"
             )
-        if self.optimizer.kind == "muon" and self.parallel.tensor > 1:
-            raise ValueError(
-                f"optimizer.kind must be 'adamw' with parallel.tensor = {self.parallel.tensor}, "
-                f"whose ranks hold parts of a matrix that none gathers, got 'muon'"
-            )
         self.parallel.check_model(self.model)
         for size in sizes:
             rows = size // seq_len
