@@ -27,7 +27,7 @@ from sevenfold.train.config import RunConfig
 from sevenfold.train.loop import Trainer, UnreadError, train_steps
 from sevenfold.train.metrics import METRICS_FILE, MetricsFile, truncate_metrics
 from sevenfold.train.progress import Progress
-from sevenfold.train.pulse import watched
+from sevenfold.train.pulse import remove_signs, watched
 from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
 from sevenfold.train.run_data import RunData, open_data, training_loader, validation_loader
@@ -110,6 +110,7 @@ def _prepare_folder(config: RunConfig, data: RunData, start: Start | None) -> No
     open_run_folder(config, data.fingerprint)
     write_start(config, start)
     remove_unfinished(config.run.out / CHECKPOINTS)
+    remove_signs(config.run.out)
 
 
 def _find_newest(config: RunConfig) -> tuple[Path | None, int | None]:
