@@ -18,6 +18,7 @@ from sevenfold.train.batch import ALONE
 from sevenfold.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
+    newest_for_all,
     read_progress,
     read_weights,
     remove_unfinished,
@@ -32,7 +33,7 @@ from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
 from sevenfold.train.run_data import RunData, open_data, training_loader, validation_loader
 from sevenfold.train.run_folder import CHECKPOINTS, FINAL, open_run_folder
-from sevenfold.train.saving import open_saver
+from sevenfold.train.saving import Saver, open_saver
 from sevenfold.train.setting import run_setting
 from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.speed import FlopsCounter, known_peak_flops
@@ -41,7 +42,7 @@ from sevenfold.train.tensorboard import tensorboard_listener
 from sevenfold.train.trackio_sink import trackio_listener
 from sevenfold.train.transform import compile_parts, stream_dtype, transform_blocks
 from sevenfold.train.validation import ValidationResult, validate
-from sevenfold.train.whole_matrices import GATHERED
+from sevenfold.train.whole_matrices import gathered
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,10 @@ def _build(
     if config.compile.enabled:
         compile_parts(model, autocast=config.precision.autocast)
     optimizer = build_optimizer(
-        model.named_parameters(), config.optimizer, by_mesh=groups_by_mesh, parts=GATHERED
+        model.named_parameters(),
+        config.optimizer,
+        by_mesh=groups_by_mesh,
+        parts=gathered(model, layout),
     )
     loader = training_loader(data, first_rows)
     pipeline = None
@@ -202,7 +206,11 @@ def _continue(
         )
         try:
             progress = train_steps(
-                trainer, progress, after_step=recorder, stop=stop, rewind=partial(_rewind, trainer)
+                trainer,
+                progress,
+                after_step=recorder,
+                stop=stop,
+                rewind=partial(_rewind, trainer, saver),
             )
         except UnreadError as error:
             recorder.save(error.progress)
@@ -211,9 +219,11 @@ def _continue(
     return progress
 
 
-def _rewind(trainer: Trainer) -> Progress | None:
+def _rewind(trainer: Trainer, saver: Saver) -> Progress | None:
     """Put the newest checkpoint's weights and moments back; its counters, None without one."""
-    newest = next(reversed(list_checkpoints(trainer.config.run.out / CHECKPOINTS)), None)
+    # One in flight is the newest: left alone, it would get its name when the run comes there again.
+    saver.finish()
+    newest = newest_for_all(saver.folder, trainer.layout)
     if newest is None:
         return None
     tensors = run_tensors(trainer.model, trainer.optimizer, trainer.layout)
