@@ -16,6 +16,7 @@ from pathlib import Path
 import parallel_cases
 import parallel_failures
 import parallel_generation
+import parallel_validation
 import torch
 from numba.core.registry import cpu_target
 from parallel_helpers import build, take_step
@@ -61,6 +62,14 @@ def failing(folder: Path, rank: int, *pairs: str) -> None:
         (folder / f"{Path(run_file).stem}.{rank}.json").write_text(json.dumps(ended))
 
 
+def validation(folder: Path, rank: int) -> None:
+    """Validate every case of parallel_validation.py."""
+    for case in parallel_validation.CASES:
+        layout = Layout.join(case.config, "cpu")
+        found = parallel_validation.validated(case, layout, torch.float64)
+        torch.save(found, folder / f"{case.name}.{rank}.pt")
+
+
 def decoding(folder: Path, rank: int, layers: str) -> None:
     """Greedy tokens of the decoder on a divided mixture of experts."""
     model = parallel_generation.model_of(layers, True)
@@ -90,7 +99,7 @@ def serving(folder: Path, rank: int, layers: str) -> None:
             torch.save(found, folder / f"{layers}-{experts}.pt")
 
 
-JOBS = {job.__name__: job for job in (steps, runs, failing, decoding, generation, serving)}
+JOBS = {job.__name__: job for job in (steps, runs, failing, validation, decoding, generation, serving)}
 
 
 TIMEOUT_S = 280
