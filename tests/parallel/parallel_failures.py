@@ -16,7 +16,7 @@ from sevenfold.data import PackedLoader
 from sevenfold.models.block import Block
 from sevenfold.train.checkpoint import load_checkpoint
 from sevenfold.train.loop import fault_in
-from sevenfold.train.pulse import STALLS_FILE
+from sevenfold.train.pulse import STALLS_FILE, Heart
 from sevenfold.train.saving import AsyncSaver, Saver
 
 # Of a run whose steps have four rows: while one step computes, the next one's are read.
@@ -139,8 +139,12 @@ def killed(run: Run) -> Iterator[None]:
 
 @contextmanager
 def stuck(run: Run) -> Iterator[None]:
-    """Rank 1 hangs in the forward of its fourth step, until both ranks have told of it."""
-    forward, calls = Block.forward, []
+    """Rank 1 hangs in a forward of its fourth step, until both ranks have told of it."""
+    forward, beat, steps = Block.forward, Heart.beat, [0]
+
+    def noted(self: Heart, doing: str, step: int | None = None) -> None:
+        steps.append(steps[-1] if step is None else step)
+        beat(self, doing, step)
 
     def told() -> set[int]:
         file = run.out / STALLS_FILE
@@ -148,15 +152,14 @@ def stuck(run: Run) -> Iterator[None]:
         return {line["rank"] for line in map(json.loads, lines) if line["step"] == 3}
 
     def hanging(self: Block, *arguments: object) -> object:
-        calls.append("forward")
         until = time.monotonic() + 120
-        while run.rank == 1 and len(calls) == 4 and time.monotonic() < until:
+        while run.rank == 1 and steps[-1] == 3 and time.monotonic() < until:
             if told() == {0, 1}:
                 break
             time.sleep(0.02)
         return forward(self, *arguments)  # pyright: ignore
 
-    with patch.object(Block, "forward", hanging):
+    with patch.object(Block, "forward", hanging), patch.object(Heart, "beat", noted):
         yield
 
 

@@ -24,7 +24,13 @@ RUNS = {
 }
 
 
-def config_of(folder: Path, name: str, data: Path, **run: object) -> RunConfig:  # noqa: F811
+def config_of(
+    folder: Path,
+    name: str,
+    data: Path,  # noqa: F811
+    parallel: dict | None = None,
+    **run: object,
+) -> RunConfig:
     table = {
         "run": {
             "out": str(folder / name),
@@ -34,18 +40,29 @@ def config_of(folder: Path, name: str, data: Path, **run: object) -> RunConfig: 
             **run,
         },
         "data": {"path": str(data), "seq_len": 24},
-        "model": MODEL | {"vocab_size": 304, "layer_types": ["full_attention"], "sliding_window": None},
+        "model": MODEL
+        | {
+            "vocab_size": 304,
+            "layer_types": ["linear_attention", "full_attention"],
+            "sliding_window": None,
+        },
         "optimizer": {"lr": 0.01},
-        "batch": {"tokens_per_step": 4 * 24},
+        "batch": {"tokens_per_step": 4 * 24, "micro_batch_rows": 2},
         "guard": {"max_skipped_steps": 2, "rewind_after_skips": 2, "stall_s": 1.0},
-        "parallel": {"shard": 2},
+        "parallel": parallel or {"shard": 2},
     }
     return parse_config(RunConfig, table, "test")
 
 
-def run_file(folder: Path, name: str, data: Path, **run: object) -> str:  # noqa: F811
+def run_file(
+    folder: Path,
+    name: str,
+    data: Path,  # noqa: F811
+    parallel: dict | None = None,
+    **run: object,
+) -> str:
     file = folder / f"{name}.toml"
-    config = config_of(folder, name, data, **run)
+    config = config_of(folder, name, data, parallel, **run)
     file.write_text(to_toml(config.model_dump(mode="json")), encoding="utf-8")
     return str(file)
 
@@ -108,13 +125,29 @@ def test_all_ranks_go_back_to_one_checkpoint_that_was_in_flight(folder: Path) ->
 
 def test_all_ranks_name_the_one_that_hangs_in_a_forward(folder: Path) -> None:
     assert [rank["step"] for rank in ended(folder, "stuck")] == [8, 8]
-    stalls = [
-        json.loads(line) for line in (folder / "stuck" / "stalls.jsonl").read_text().splitlines()
-    ]
-    last = {line["rank"]: line["waits_for"] for line in stalls if line["step"] == 3}
+    assert_all_name_rank_one(folder / "stuck")
+
+
+def assert_all_name_rank_one(out: Path) -> None:
+    lines = [json.loads(line) for line in (out / "stalls.jsonl").read_text().splitlines()]
+    last = {line["rank"]: line["waits_for"] for line in lines if line["step"] == 3}
     assert last.keys() == {0, 1}
     for named in last.values():
         assert [(one["rank"], one["in_exchange"]) for one in named] == [(1, False)]
+
+
+@pytest.mark.slow
+def test_so_they_do_in_exchanges_of_every_kind(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    layouts = {
+        "tensor": {"tensor": 2},
+        "context": {"context": 2},
+        "ring": {"context": 2, "context_attention": "ring"},
+        "pipeline": {"pipeline": 2},
+    }
+    files = [run_file(tmp_path, name, data, parallel) for name, parallel in layouts.items()]
+    run_ranks("failing", 2, tmp_path, *(part for file in files for part in ("stuck", file)))
+    for name in layouts:
+        assert_all_name_rank_one(tmp_path / name)
 
 
 @pytest.mark.slow

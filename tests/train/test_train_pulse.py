@@ -84,10 +84,11 @@ def test_a_run_that_moves_is_not_reported_and_one_without_the_guard_writes_nothi
         assert pulse is SILENT
 
 
-def frame_in(*files: str) -> FrameType:
-    """A frame in the last file, called from those before."""
+def frame_in(*files: str, name: str = "call") -> FrameType:
+    """A frame of a function of that name in the last file, called from those before."""
     names: dict = {"sys": sys}
-    exec(compile("def call(inner): return sys._getframe()", f"/lib/{files[-1]}", "exec"), names)
+    exec(compile(f"def {name}(_): return sys._getframe()", f"/lib/{files[-1]}", "exec"), names)
+    names["call"] = names[name]
     for file in reversed(files[:-1]):
         inner, names = names["call"], {}
         names["inner"] = inner
@@ -101,7 +102,7 @@ def frame_in(*files: str) -> FrameType:
         (("sevenfold/parallel/layout.py", "torch/distributed/distributed_c10d.py"), True),
         (("torch/distributed/_functional_collectives.py", "torch/_ops.py"), True),
         (("torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py",), True),
-        (("sevenfold/parallel/collectives.py",), True),
+        (("sevenfold/parallel/context/softmax.py",), False),
         (("torch/distributed/fsdp/_fully_shard/_fsdp_state.py", "sevenfold/models/block.py"), False),
         (("torch/distributed/checkpoint/filesystem.py",), False),
         (("sevenfold/ops/linear/api.py", "torch/_ops.py"), False),
@@ -111,6 +112,12 @@ def test_a_thread_waits_where_it_stands_in_an_exchange(
     files: tuple[str, ...], waits: bool
 ) -> None:
     assert in_exchange(frame_in(*files)) == waits
+
+
+def test_the_package_waits_where_it_says_so() -> None:
+    assert in_exchange(frame_in("sevenfold/parallel/collectives.py", name="finish"))
+    assert in_exchange(frame_in("sevenfold/parallel/context/softmax.py", name="wait"))
+    assert not in_exchange(frame_in("sevenfold/train/saving.py", name="finish"))
 
 
 def test_signs_of_an_earlier_start_are_removed(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ _EXCHANGES = (
     "torch/distributed/_functional_collectives.py",
     "torch/distributed/fsdp/_fully_shard/",
     "torch/distributed/pipelining/schedules.py",
-    "sevenfold/parallel/collectives.py",
 )
+# Of the package's own, functions of these names.
+_OWN_EXCHANGES, _OWN_WAITS = "sevenfold/parallel/", ("finish", "wait")
 
 
 class Pulse(Protocol):
@@ -118,7 +119,11 @@ def in_exchange(frame: FrameType) -> bool:
     # An operator's wait is called through torch's own wrapper.
     while at is not None and at.f_code.co_filename.endswith("torch/_ops.py"):
         at = at.f_back
-    return at is not None and any(part in at.f_code.co_filename for part in _EXCHANGES)
+    if at is None:
+        return False
+    file = at.f_code.co_filename
+    is_own = _OWN_EXCHANGES in file and at.f_code.co_name in _OWN_WAITS
+    return is_own or any(part in file for part in _EXCHANGES)
 
 
 def missing_ranks(signs: Sequence[Sign]) -> list[Sign]:
