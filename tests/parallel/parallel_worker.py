@@ -99,7 +99,9 @@ def serving(folder: Path, rank: int, layers: str) -> None:
             torch.save(found, folder / f"{layers}-{experts}.pt")
 
 
-JOBS = {job.__name__: job for job in (steps, runs, failing, validation, decoding, generation, serving)}
+JOBS = {
+    job.__name__: job for job in (steps, runs, failing, validation, decoding, generation, serving)
+}
 
 
 TIMEOUT_S = 280

@@ -103,14 +103,12 @@ def frame_in(*files: str, name: str = "call") -> FrameType:
         (("torch/distributed/_functional_collectives.py", "torch/_ops.py"), True),
         (("torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py",), True),
         (("sevenfold/parallel/context/softmax.py",), False),
-        (("torch/distributed/fsdp/_fully_shard/_fsdp_state.py", "sevenfold/models/block.py"), False),
+        (("torch/distributed/fsdp/_fully_shard/_fsdp_state.py", "sevenfold/models/x.py"), False),
         (("torch/distributed/checkpoint/filesystem.py",), False),
         (("sevenfold/ops/linear/api.py", "torch/_ops.py"), False),
     ],
 )
-def test_a_thread_waits_where_it_stands_in_an_exchange(
-    files: tuple[str, ...], waits: bool
-) -> None:
+def test_a_thread_waits_where_it_stands_in_an_exchange(files: tuple[str, ...], waits: bool) -> None:
     assert in_exchange(frame_in(*files)) == waits
 
 
