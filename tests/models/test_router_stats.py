@@ -88,4 +88,5 @@ def test_shares_of_ranks_sum_to_the_whole_with_one_collective() -> None:
     found, exact = (
         torch.autograd.grad((rows[:, :2] * weights).sum(), layers) for rows in (total, whole.rows)
     )
-    assert all(torch.allclose(a, b, rtol=ROUNDING, atol=0) for a, b in zip(found, exact, strict=True))
+    for one, other in zip(found, exact, strict=True):
+        assert torch.allclose(one, other, rtol=ROUNDING, atol=0)
