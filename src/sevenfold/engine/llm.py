@@ -17,6 +17,7 @@ from sevenfold.engine.driving import Driver
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
+from sevenfold.engine.prompts import Prompt, prompt_tokens
 from sevenfold.engine.request import Request, RequestFailedError
 from sevenfold.engine.sampling import Logprobs, SamplingParams
 from sevenfold.engine.sizing import size_engine
@@ -24,8 +25,6 @@ from sevenfold.engine.speculation import DraftModel, SpeculationConfig, Speculat
 from sevenfold.engine.text_model import TextModel
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import WeightFormat
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -256,18 +255,9 @@ class LLM:
         return _Output(request, params, constraint)
 
     def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=False).ids)
-        else:
-            ids = tuple(prompt)
-        limit, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        if not ids:
-            raise ValueError(f"prompt must have at least one token, got {prompt!r}")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            raise ValueError(
-                f"prompt must hold tokens from 0 to below vocab_size = {vocab_size}, got "
-                f"{min(ids)} to {max(ids)}"
-            )
+        config = self.model.config
+        ids = prompt_tokens(prompt, self.tokenizer, config.vocab_size)
+        limit = config.max_position_embeddings
         if len(ids) + params.max_tokens > limit:
             raise ValueError(
                 f"prompt and max_tokens must fit into max_position_embeddings = {limit} tokens, "

@@ -39,7 +39,8 @@ def build_rules(params: Sequence[SamplingParams], vocab_size: int, device: torch
     return Rules(
         greedy=send(greedy, torch.bool, device),
         temperature=column([p.temperature or 1.0 for p in params], torch.float32),
-        top_k=column([p.top_k or vocab_size for p in params], torch.int64),
+        # More than all is all; a request may name a number that no int64 holds.
+        top_k=column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.int64),
         # Above 1, so that rounding in the cumulative sum drops nothing.
         top_p=column([2.0 if p.top_p is None else p.top_p for p in params], torch.float32),
         min_p=column([p.min_p or 0.0 for p in params], torch.float32),

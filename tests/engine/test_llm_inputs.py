@@ -1,0 +1,96 @@
+"""What callers may hand to sf.LLM: wrong inputs are refused, by name, and hurt nobody else."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import VOCAB_SIZE, tiny_model
+from tokenizers import Tokenizer
+
+from sevenfold.engine import LLM, SamplingParams, TextModel
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
+GOOD = (3, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def llm(tokenizer: Tokenizer) -> LLM:
+    return LLM(TextModel(tiny_model(), tokenizer), memory_bytes=1 << 22)
+
+
+def among_others(
+    llm: LLM, prompt: Any, params: SamplingParams = GREEDY, **asked: Any
+) -> tuple[int, ...] | BaseException:
+    """One output's tokens, or its error, while two neighbours get what they get alone."""
+
+    async def tokens(prompt: Any, params: SamplingParams, **asked: Any) -> tuple[int, ...]:
+        deltas = llm.stream_async(prompt, params, **asked)
+        return tuple([delta.token_id async for delta in deltas])
+
+    async def all_of_them() -> list[tuple[int, ...] | BaseException]:
+        runs = (tokens(GOOD, GREEDY), tokens(prompt, params, **asked), tokens(GOOD, GREEDY))
+        return await asyncio.gather(*runs, return_exceptions=True)
+
+    before, found, behind = asyncio.run(all_of_them())
+    [alone] = llm.generate([GOOD], GREEDY)
+    assert before == behind == alone.token_ids
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "rule"),
+    [
+        ([1.5], TypeError, "token ids, which are integers, got 1.5 at place 0"),
+        ([2, True], TypeError, "token ids, which are integers, got True at place 1"),
+        ([np.True_], TypeError, r"token ids, which are integers, got np.True_ at place 0"),
+        (np.array([1.0]), TypeError, "token ids, which are integers, got 1.0 at place 0"),
+        (torch.tensor([True]), TypeError, "token ids, which are integers, got True at place 0"),
+        ([[1]], TypeError, r"token ids, which are integers, got \[1\] at place 0"),
+        (["a"], TypeError, "token ids, which are integers, got 'a' at place 0"),
+        ([None], TypeError, "token ids, which are integers, got None at place 0"),
+        (None, TypeError, "prompt must be a text or a list of token ids, got None"),
+        (b"ab", TypeError, "prompt must be a text or a list of token ids, got b'ab'"),
+        ([], ValueError, r"prompt must have at least one token, got \[\]"),
+        ([-1], ValueError, "prompt must hold tokens from 0 to below vocab_size = 300, got -1"),
+        ([VOCAB_SIZE], ValueError, "to below vocab_size = 300, got 300 to 300"),
+        ("\ud800", ValueError, r"prompt must be valid Unicode text, got '\\ud800'"),
+    ],
+)
+def test_a_malformed_prompt_is_refused_alone(
+    llm: LLM, prompt: Any, error: type[Exception], rule: str
+) -> None:
+    found = among_others(llm, prompt)
+    with pytest.raises(error, match=rule):
+        raise found if isinstance(found, BaseException) else AssertionError(found)
+    with pytest.raises(error, match=rule):
+        llm.stream(prompt, GREEDY)  # at once, not with the first token
+
+
+@pytest.mark.parametrize(
+    "prompt", [np.array(GOOD), list(np.array(GOOD, dtype=np.int32)), torch.tensor(GOOD)]
+)
+def test_integers_of_other_libraries_are_token_ids(llm: LLM, prompt: Any) -> None:
+    [done] = llm.generate([prompt], GREEDY)
+    assert done == llm.generate([GOOD], GREEDY)[0]
+    assert set(map(type, done.prompt_token_ids)) == {int}
+    assert among_others(llm, prompt) == done.token_ids
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=3, top_k=2**70, seed=1),
+        SamplingParams(max_tokens=3, top_p=1e-320, min_p=1e-320, seed=2**64 - 1),
+        SamplingParams(max_tokens=3, seed=5, logprobs=20, prompt_logprobs=20),
+        SamplingParams(max_tokens=3, seed=5, logit_bias=dict.fromkeys(range(VOCAB_SIZE), -100.0)),
+    ],
+)
+def test_the_far_ends_of_what_may_be_asked(llm: LLM, params: SamplingParams) -> None:
+    """Each computes; none makes a step fail that others share."""
+    found = among_others(llm, GOOD, params)
+    assert isinstance(found, tuple), found
+    assert len(found) == 3
+    if params.top_k is not None:  # more than all is all
+        assert found == among_others(llm, GOOD, SamplingParams(max_tokens=3, seed=1))
