@@ -1,7 +1,6 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +8,10 @@ import torch
 import typer
 
 from sevenfold.config import ConfigError, parse_config
-from sevenfold.engine import TextModel
+from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.cache import SessionLimits
 from sevenfold.engine.memory_report import plan_report
 from sevenfold.engine.precision import Precision
-from sevenfold.engine.sizing import size_engine
 from sevenfold.engine.speculation import PromptLookupConfig
 
 if TYPE_CHECKING:
@@ -88,21 +86,26 @@ def serve_command(
     }
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
-    engine = _EngineOptions(
-        model_name=model_name or checkpoint.resolve().name,
+    options = EngineOptions(
         device=_device(device),
         dtype=_dtype(dtype),
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         host_bytes=int(host_memory_gib * 2**30),
         context_tokens=max_context,
-        sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
         speculation=_speculation(draft_tokens),
         tensor_parallel=tensor_parallel,
         batch_invariant=batch_invariant,
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
-    _serve(checkpoint, _settings(files, values), engine, warm_up=warm_up)
+    settings = _settings(files, values)
+    sessions = parse_config(SessionLimits, kept, "serve")
+    name = model_name or checkpoint.resolve().name
+
+    def start() -> "BatchingEngine":
+        return _engine(checkpoint, name, options, sessions)
+
+    _serve(checkpoint, settings, start, warm_up=warm_up)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -128,70 +131,38 @@ def _settings(key_files: Mapping[str, Path | None], values: dict[str, object]) -
     return parse_config(ServerSettings, values | keys, "serve")
 
 
-@dataclass(frozen=True)
-class _EngineOptions:
-    """What is asked of the engine; None leaves the choice to it."""
-
-    model_name: str
-    device: str
-    dtype: torch.dtype | None
-    memory_bytes: int | None
-    host_bytes: int
-    context_tokens: int | None
-    sessions: SessionLimits
-    precision: Precision
-    speculation: PromptLookupConfig | None
-    tensor_parallel: int
-    batch_invariant: bool
-
-    def build(self, checkpoint: Path) -> "BatchingEngine":
-        """Load the checkpoint, say what the memory gives, and start."""
-        from sevenfold.server import BatchingEngine
-
-        bits = self.precision
-        source = TextModel.load(
-            checkpoint,
-            device=self.device,
-            dtype=self.dtype,
-            weights=bits.weights,
-            tensor_parallel=self.tensor_parallel,
-        )
-        plan, limits = size_engine(
-            source.model,
-            budget_bytes=self.memory_bytes,
-            context_tokens=self.context_tokens,
-            state_dtype=bits.states,
-            snapshot_dtype=bits.snapshots,
-            speculation=self.speculation,
-            num_ranks=self.tensor_parallel,
-            host_bytes=self.host_bytes,
-            batch_invariant=self.batch_invariant,
-        )
-        typer.echo(plan_report(plan))
-        return BatchingEngine(
-            source,
-            self.model_name,
-            plan,
-            limits,
-            sessions=self.sessions,
-            speculation=self.speculation,
-        )
-
-
 def _speculation(draft_tokens: int) -> PromptLookupConfig | None:
     if draft_tokens == 0:
         return None
     return parse_config(PromptLookupConfig, {"draft_tokens": draft_tokens}, "serve")
 
 
+def _engine(
+    checkpoint: Path, name: str, options: EngineOptions, sessions: SessionLimits
+) -> "BatchingEngine":
+    """Load the checkpoint, say what the memory gives, and start."""
+    from sevenfold.server import BatchingEngine
+
+    source = options.load(checkpoint)
+    plan, limits = options.size(source)
+    typer.echo(plan_report(plan))
+    return BatchingEngine(
+        source, name, plan, limits, sessions=sessions, speculation=options.speculation
+    )
+
+
 def _serve(
-    checkpoint: Path, settings: "ServerSettings", options: _EngineOptions, *, warm_up: bool
+    checkpoint: Path,
+    settings: "ServerSettings",
+    start: Callable[[], "BatchingEngine"],
+    *,
+    warm_up: bool,
 ) -> None:
     from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
         template = read_template(checkpoint)  # before what takes long
-        engine = options.build(checkpoint)
+        engine = start()
         app = ServerApp(engine, settings, template)
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown

@@ -13,14 +13,17 @@ from typing import Literal
 import torch
 from tokenizers import Tokenizer
 
+from sevenfold.config import parse_config
+from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.driving import Driver
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
+from sevenfold.engine.precision import Precision, SnapshotDtype, StateDtype
 from sevenfold.engine.prompts import Prompt, prompt_tokens
 from sevenfold.engine.request import Request, RequestFailedError
+from sevenfold.engine.request_options import RequestOptions
 from sevenfold.engine.sampling import Logprobs, SamplingParams
-from sevenfold.engine.sizing import size_engine
 from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
 from sevenfold.engine.text_model import TextModel
 from sevenfold.models import HybridModel
@@ -75,6 +78,8 @@ class LLM:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         weights: WeightFormat | None = None,
+        states: StateDtype = "fp32",
+        snapshots: SnapshotDtype = "fp32",
         memory_bytes: int | None = None,
         context_tokens: int | None = None,
         speculation: SpeculationConfig | None = None,
@@ -90,7 +95,11 @@ class LLM:
             source: a checkpoint directory with its tokenizer.json, or what TextModel.load returned.
             device: where to run a directory's model; None is "cpu".
             dtype: of a directory's weights; None keeps the file's.
-            weights: which matrices to quantise to int8 as they are read; None none.
+            weights: which matrices to quantise as they are read, and to what: "int8" or "fp8" all
+                of the layers', "int8-experts" or "fp8-experts" the experts'; None none.
+            states: bits of running requests' states. "fp16" rounds stochastically, "int8" goes
+                through a ring of tokens, "bf16" rounds to nearest.
+            snapshots: bits of cached states; "auto" keeps more of heads that remember longer.
             memory_bytes: of each rank, for states, keys and values, and cached prefixes, beside the
                 weights; None takes a share of what is free. A CPU's memory is taken as it is used.
             context_tokens: what one request must be able to reach; None takes what the model
@@ -110,14 +119,26 @@ class LLM:
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
             ConfigError: the memory cannot hold one request of context_tokens, weights has no effect
-                on the model, draft does not suit speculation, or tensor_parallel the model.
+                on the model, states would erase what a head remembers, draft does not suit
+                speculation, or tensor_parallel the model.
             UnsupportedError: the model's dtype cannot be served.
             ValueError: device, dtype, weights or tensor_parallel stands beside a model that is
                 loaded.
         """
+        bits = {"weights": weights, "states": states, "snapshots": snapshots}
+        options = EngineOptions(
+            device=device,
+            dtype=dtype,
+            precision=parse_config(Precision, bits, "LLM"),
+            memory_bytes=memory_bytes,
+            host_bytes=host_bytes,
+            context_tokens=context_tokens,
+            speculation=speculation,
+            tensor_parallel=tensor_parallel,
+            batch_invariant=batch_invariant,
+        )
         if not isinstance(source, TextModel):
-            how = {"dtype": dtype, "weights": weights, "tensor_parallel": tensor_parallel}
-            source = TextModel.load(source, device=device or "cpu", **how)
+            source = options.load(source)
         elif (device, dtype, weights, tensor_parallel) != (None, None, None, 1):
             raise ValueError(
                 "device, dtype, weights and tensor_parallel must be left out for a model that is "
@@ -125,15 +146,7 @@ class LLM:
             )
         self.model: HybridModel = source.model
         self.tokenizer: Tokenizer = source.tokenizer
-        self.plan, limits = size_engine(
-            self.model,
-            budget_bytes=memory_bytes,
-            context_tokens=context_tokens,
-            speculation=speculation,
-            num_ranks=1 if source.ranks is None else source.ranks.size,
-            host_bytes=host_bytes,
-            batch_invariant=batch_invariant,
-        )
+        self.plan, limits = options.size(source)
         parts = (self.model, self.tokenizer, self.plan, limits)
         self._ranks = source.ranks
         engine = Engine(*parts, speculation=speculation, draft=draft, ranks=source.ranks)
@@ -159,6 +172,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        options: RequestOptions | None = None,
     ) -> list[Completion]:
         """Complete prompts of any lengths together; each as if it were alone.
 
@@ -166,17 +180,18 @@ class LLM:
             prompts: texts or token ids.
             params: what to ask of the sampler; None takes its defaults.
             grammar: what each output must match; None is any text.
+            options: priority, deadline, cache salt, session and marks; None takes their defaults.
 
         Returns:
             One completion for each prompt, in order.
 
         Raises:
-            ValueError: a prompt has no token, does not fit with max_tokens, or the grammar is
-                wrong.
-            RequestFailedError: the model's logits are not finite, or nothing can follow in the
-                grammar.
+            ValueError: a prompt has no token, does not fit with max_tokens, marks or a session are
+                asked for several prompts, or the grammar is wrong.
+            RequestFailedError: the model's logits are not finite, nothing can follow in the
+                grammar, or the deadline has passed.
         """
-        outputs = [self._output(prompt, params, grammar) for prompt in prompts]
+        outputs = self._outputs(prompts, params, grammar, options)
         try:
             for output in outputs:
                 self._submit(output)
@@ -191,6 +206,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        options: RequestOptions | None = None,
     ) -> Generator[Delta, None, None]:
         """Complete one prompt, giving its text as it comes, in whole characters.
 
@@ -200,7 +216,7 @@ class LLM:
         Yields:
             One delta for each token; joined, their texts are the completion's text.
         """
-        return self._streamed(self._output(prompt, params, grammar))
+        return self._streamed(self._output(prompt, params, grammar, options))
 
     async def stream_async(
         self,
@@ -208,6 +224,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        options: RequestOptions | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Complete one prompt as stream does, without blocking the event loop.
 
@@ -216,7 +233,8 @@ class LLM:
         Yields:
             One delta for each token.
         """
-        async with aclosing(self._deltas_async(self._output(prompt, params, grammar))) as deltas:
+        output = self._output(prompt, params, grammar, options)
+        async with aclosing(self._deltas_async(output)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -226,6 +244,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        options: RequestOptions | None = None,
     ) -> list[Completion]:
         """Complete prompts as generate does, without blocking the event loop."""
 
@@ -233,7 +252,7 @@ class LLM:
             deltas = [delta async for delta in self._deltas_async(output)]
             return _completion(output.request.prompt, deltas)
 
-        outputs = [self._output(prompt, params, grammar) for prompt in prompts]
+        outputs = self._outputs(prompts, params, grammar, options)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(output)) for output in outputs]
@@ -241,18 +260,36 @@ class LLM:
             raise errors.exceptions[0] from errors
         return [task.result() for task in tasks]
 
+    def _outputs(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None,
+        grammar: Grammar | None,
+        options: RequestOptions | None,
+    ) -> "list[_Output]":
+        if options is not None and len(prompts) > 1:
+            own = {"marks": options.marks, "session": options.session}
+            for name, value in own.items():
+                if value:
+                    raise ValueError(
+                        f"{name} must be left out for more than one prompt, got {value!r} for "
+                        f"{len(prompts)}"
+                    )
+        return [self._output(prompt, params, grammar, options) for prompt in prompts]
+
     def _output(
-        self, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        grammar: Grammar | None,
+        options: RequestOptions | None,
     ) -> "_Output":
-        params = params or SamplingParams()
+        params, options = params or SamplingParams(), options or RequestOptions()
         self._check(params)
-        request = Request(
-            id=str(next(self._names)),
-            prompt=self._encode(prompt, params),
-            max_tokens=params.max_tokens,
-        )
+        ids = self._encode(prompt, params)
+        request = options.request(str(next(self._names)), ids, params.max_tokens)
         constraint = None if grammar is None else self._grammars.compile(grammar)
-        return _Output(request, params, constraint)
+        return _Output(request, params, constraint, options)
 
     def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
         config = self.model.config
@@ -323,6 +360,7 @@ class _Output:
     request: Request
     params: SamplingParams
     constraint: GrammarConstraint | None
+    options: RequestOptions
 
     def delta(self, event: TokenEvent) -> Delta:
         """What an event gave.
@@ -330,6 +368,11 @@ class _Output:
         Raises:
             RequestFailedError: the output ended without coming to its end.
         """
+        if event.finish_reason == "deadline":
+            raise RequestFailedError(
+                f"the output must end within its deadline of {self.options.deadline_s:g} s, and "
+                "did not"
+            )
         if event.token_id is None:
             raise RequestFailedError(event.error or f"the output ended: {event.finish_reason}")
         reason = event.finish_reason and ("stop" if event.finish_reason == "stop" else "length")

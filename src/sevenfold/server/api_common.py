@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sevenfold.engine.request_options import Priority
+
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
@@ -92,7 +94,7 @@ class SamplingFields(ForeignFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    priority: Priority = 0
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
