@@ -94,3 +94,28 @@ def test_the_far_ends_of_what_may_be_asked(llm: LLM, params: SamplingParams) -> 
     assert len(found) == 3
     if params.top_k is not None:  # more than all is all
         assert found == among_others(llm, GOOD, SamplingParams(max_tokens=3, seed=1))
+
+
+def test_a_text_alone_is_one_prompt(llm: LLM) -> None:
+    done = llm.generate("hello", GREEDY)
+    assert done == llm.generate(["hello"], GREEDY)
+    assert asyncio.run(llm.generate_async("hello", GREEDY)) == done
+    assert len(done) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rule"),
+    [
+        (None, "prompts must be a text, or a list of texts and of lists of token ids, got None"),
+        (b"hello", "prompts must be a text, or a list .*, got b'hello'"),
+        ({"prompt": "hello"}, "prompts must be a text, or a list .*, got {'prompt': 'hello'}"),
+        ([1, 2], "prompts must hold texts and lists of token ids, got 1; token ids of one prompt"),
+        ([None], "prompt must be a text or a list of token ids, got None"),
+        ([["a"]], "prompt must hold token ids, which are integers, got 'a' at place 0"),
+    ],
+)
+def test_what_is_no_list_of_prompts(llm: LLM, prompts: Any, rule: str) -> None:
+    with pytest.raises(TypeError, match=rule):
+        llm.generate(prompts, GREEDY)
+    with pytest.raises(TypeError, match=rule):
+        asyncio.run(llm.generate_async(prompts, GREEDY))

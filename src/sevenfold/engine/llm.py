@@ -1,7 +1,7 @@
 """Text in, text out: a checkpoint on the engine, offline and asynchronous."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from sevenfold.engine.engine import Engine
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
 from sevenfold.engine.precision import Precision, SnapshotDtype, StateDtype
-from sevenfold.engine.prompts import Prompt, prompt_tokens
+from sevenfold.engine.prompts import Prompt, prompt_list, prompt_tokens
 from sevenfold.engine.request import Request, RequestFailedError
 from sevenfold.engine.request_options import RequestOptions
 from sevenfold.engine.sampling import Logprobs, SamplingParams
@@ -168,7 +168,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Iterable[Prompt],
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
@@ -177,7 +177,7 @@ class LLM:
         """Complete prompts of any lengths together; each as if it were alone.
 
         Args:
-            prompts: texts or token ids.
+            prompts: texts or lists of token ids; a text alone is one prompt.
             params: what to ask of the sampler; None takes its defaults.
             grammar: what each output must match; None is any text.
             options: priority, deadline, cache salt, session and marks; None takes their defaults.
@@ -186,6 +186,7 @@ class LLM:
             One completion for each prompt, in order.
 
         Raises:
+            TypeError: an argument is of another type, a prompt's token ids among them.
             ValueError: a prompt has no token, does not fit with max_tokens, marks or a session are
                 asked for several prompts, or the grammar is wrong.
             RequestFailedError: the model's logits are not finite, nothing can follow in the
@@ -240,7 +241,7 @@ class LLM:
 
     async def generate_async(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Iterable[Prompt],
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
@@ -262,11 +263,12 @@ class LLM:
 
     def _outputs(
         self,
-        prompts: Sequence[Prompt],
+        asked: str | Iterable[Prompt],
         params: SamplingParams | None,
         grammar: Grammar | None,
         options: RequestOptions | None,
     ) -> "list[_Output]":
+        prompts = prompt_list(asked)
         if options is not None and len(prompts) > 1:
             own = {"marks": options.marks, "session": options.session}
             for name, value in own.items():

@@ -1,6 +1,6 @@
 """Prompts as callers give them, and the token ids that the engine computes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -8,6 +8,27 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 Prompt = str | Sequence[int]
+
+
+def prompt_list(prompts: str | Iterable[Prompt]) -> list[Prompt]:
+    """Return prompts one by one; a text is one prompt, not a prompt for each of its characters.
+
+    Raises:
+        TypeError: they are no prompts, or the token ids of one.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise TypeError(
+            f"prompts must be a text, or a list of texts and of lists of token ids, got {prompts!r}"
+        )
+    found = list(prompts)
+    if found and isinstance(found[0], Integral):
+        raise TypeError(
+            f"prompts must hold texts and lists of token ids, got {found[0]!r}; token ids of one "
+            "prompt are a list in this list"
+        )
+    return found
 
 
 def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
