@@ -83,6 +83,8 @@ def test_integers_of_other_libraries_are_token_ids(llm: LLM, prompt: Any) -> Non
     [
         SamplingParams(max_tokens=3, top_k=2**70, seed=1),
         SamplingParams(max_tokens=3, top_p=1e-320, min_p=1e-320, seed=2**64 - 1),
+        SamplingParams(max_tokens=3, temperature=0.01, repetition_penalty=100.0, seed=1),
+        SamplingParams(max_tokens=3, temperature=100.0, repetition_penalty=0.01, seed=1),
         SamplingParams(max_tokens=3, seed=5, logprobs=20, prompt_logprobs=20),
         SamplingParams(max_tokens=3, seed=5, logit_bias=dict.fromkeys(range(VOCAB_SIZE), -100.0)),
     ],
@@ -119,3 +121,9 @@ def test_what_is_no_list_of_prompts(llm: LLM, prompts: Any, rule: str) -> None:
         llm.generate(prompts, GREEDY)
     with pytest.raises(TypeError, match=rule):
         asyncio.run(llm.generate_async(prompts, GREEDY))
+
+
+def test_the_least_temperature_takes_the_most_probable_token(llm: LLM) -> None:
+    least = SamplingParams(max_tokens=6, temperature=0.01, seed=1)
+    [done], [greedy] = llm.generate([GOOD], least), llm.generate([GOOD], GREEDY)
+    assert done.token_ids == greedy.token_ids

@@ -192,12 +192,19 @@ def test_what_temperature_zero_would_ignore_is_refused(name: str, value: float) 
         ("max_tokens", 0),
         ("temperature", -0.1),
         ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", 100.5),
+        ("temperature", 1e-40),
+        ("temperature", 0.0099),
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", 0.0),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", math.nan),
         ("stop", ("a", "")),
         ("max_tokens", 1.5),
         ("seed", "1"),
@@ -214,6 +221,9 @@ def test_the_limits_of_the_ranges_hold() -> None:
     params = SamplingParams(max_tokens=1, top_k=1, top_p=1.0, min_p=1.0, seed=2**64 - 1)
     assert (params.max_tokens, params.top_k, params.top_p, params.min_p) == (1, 1, 1.0, 1.0)
     assert torch.Generator().manual_seed(2**64 - 1).initial_seed() == params.seed
+    for end in (0.01, 100.0):
+        params = SamplingParams(temperature=end, repetition_penalty=end)
+        assert (params.temperature, params.repetition_penalty) == (end, end)
 
 
 def test_an_unknown_key_names_the_nearest() -> None:

@@ -135,7 +135,7 @@ def _fault(cls: type[BaseModel], fault: Any) -> str:
         return f"{where} must be given"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        return message if message.startswith(where) else f"{where}: {message}"
     return f"{where} must be valid: {message}, got {fault['input']!r}"
 
 
