@@ -3,9 +3,9 @@
 import time
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from sevenfold.config import StrictModel
+from sevenfold.config import StrictModel, as_tuple
 from sevenfold.engine.request import Request
 
 Priority = Annotated[int, Field(ge=-100, le=100)]
@@ -27,7 +27,7 @@ class RequestOptions(StrictModel):
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    marks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    marks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(as_tuple)] = ()
 
     def request(self, name: str, prompt: tuple[int, ...], max_tokens: int) -> Request:
         """Make a request that asks for them.

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from sevenfold.config import StrictModel
+from sevenfold.config import StrictModel, as_tuple
 
 # Below this, logits over temperature leave the range of fp32.
 LEAST_TEMPERATURE = 0.01
@@ -18,6 +18,13 @@ def _no_less(temperature: float) -> float:
     return temperature
 
 
+def _texts(value: object) -> object:
+    """A text alone is one of them."""
+    return (value,) if isinstance(value, str) else as_tuple(value)
+
+
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)]
+Tokens = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
 Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_no_less)]
 Repetition = Annotated[float, Field(ge=0.01, le=100)]
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -42,7 +49,8 @@ class SamplingParams(StrictModel):
     logit_bias: added to the logits of tokens, by their ids.
     bad_words: words that the output shall not have: the last token of a word's tokens is not chosen
         after the others, with and without a space before the word.
-    stop: strings that end the output, and are not part of it.
+    stop: strings that end the output, and are not part of it; here and for bad_words one string,
+        a list or a tuple.
     stop_token_ids: tokens that end the output, beside the end-of-sequence token.
     min_tokens: new tokens before one may end the output.
     seed: makes the choice reproducible, whatever else is in the batch; None draws one.
@@ -61,9 +69,9 @@ class SamplingParams(StrictModel):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = Field(default_factory=dict)
-    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    bad_words: Texts = ()
+    stop: Texts = ()
+    stop_token_ids: Tokens = ()
     min_tokens: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     ignore_eos: bool = False
