@@ -9,7 +9,7 @@ import torch
 from engine_helpers import VOCAB_SIZE, tiny_model
 from tokenizers import Tokenizer
 
-from sevenfold.engine import LLM, SamplingParams, TextModel
+from sevenfold.engine import LLM, Grammar, SamplingParams, TextModel
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
 GOOD = (3, 1, 4)
@@ -127,3 +127,52 @@ def test_the_least_temperature_takes_the_most_probable_token(llm: LLM) -> None:
     least = SamplingParams(max_tokens=6, temperature=0.01, seed=1)
     [done], [greedy] = llm.generate([GOOD], least), llm.generate([GOOD], GREEDY)
     assert done.token_ids == greedy.token_ids
+
+
+@pytest.mark.parametrize(
+    ("asked", "rule"),
+    [
+        ({"params": {"max_tokens": 4}}, "params must be one SamplingParams or None, got {'max_tok"),
+        ({"params": [GREEDY]}, r"params must be one SamplingParams or None, got \[SamplingParams"),
+        ({"grammar": "[0-9]"}, "grammar must be a Grammar, of .* or None, got '\\[0-9\\]'"),
+        ({"options": {"priority": 1}}, "options must be a RequestOptions or None, got {'priority"),
+    ],
+)
+def test_what_is_no_argument_of_a_call(llm: LLM, asked: dict[str, Any], rule: str) -> None:
+    for run in (llm.generate, llm.stream):
+        with pytest.raises(TypeError, match=rule):
+            run("hello", **asked)
+    with pytest.raises(TypeError, match=rule):
+        asyncio.run(llm.generate_async(["hello", "x"], **asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "rule"),
+    [
+        ({"speculation": "ngram"}, "speculation must be a PromptLookupConfig, .*, got 'ngram'"),
+        ({"speculation": 5}, "speculation must be a PromptLookupConfig, .* or None, got 5"),
+        ({"draft": 5}, "draft must be a DraftModel or None, got 5"),
+        ({"memory_bytes": "1g"}, "memory_bytes must be an integer or None, got '1g'"),
+        ({"memory_bytes": 1e9}, "memory_bytes must be an integer or None, got 1000000000.0"),
+        ({"context_tokens": True}, "context_tokens must be an integer or None, got True"),
+        ({"host_bytes": None}, "host_bytes must be an integer, got None"),
+        ({"tensor_parallel": "2"}, "tensor_parallel must be an integer, got '2'"),
+        ({"dtype": "bfloat16"}, "dtype must be a dtype of torch, .*, got 'bfloat16'"),
+    ],
+)
+def test_what_is_no_argument_of_an_llm(llm: LLM, asked: dict[str, Any], rule: str) -> None:
+    with pytest.raises(TypeError, match=rule):
+        LLM(TextModel(llm.model, llm.tokenizer), **asked)
+
+
+def test_what_is_no_source(llm: LLM) -> None:
+    rule = "source must be a checkpoint's folder, or a TextModel of model and tokenizer, got Hybrid"
+    model: Any = llm.model
+    with pytest.raises(TypeError, match=rule):
+        LLM(model)
+
+
+def test_a_grammar_is_a_text() -> None:
+    source: Any = 5
+    with pytest.raises(TypeError, match="source must be a text, got 5"):
+        Grammar(source)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from sevenfold.config import check_type
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.precision import Precision
 from sevenfold.engine.scheduler import SchedulerConfig
@@ -32,6 +33,16 @@ class EngineOptions:
     speculation: SpeculationConfig | None
     tensor_parallel: int
     batch_invariant: bool
+
+    def __post_init__(self) -> None:
+        dtypes = torch.dtype | None
+        check_type("dtype", self.dtype, dtypes, "a dtype of torch, as torch.bfloat16, or None")
+        for name in ("memory_bytes", "context_tokens"):
+            check_type(name, getattr(self, name), int | None, "an integer or None")
+        for name in ("host_bytes", "tensor_parallel"):
+            check_type(name, getattr(self, name), int, "an integer")
+        rule = "a PromptLookupConfig, a DraftModelConfig or None"
+        check_type("speculation", self.speculation, SpeculationConfig | None, rule)
 
     def load(self, checkpoint: str | Path) -> TextModel:
         """Load a checkpoint as asked; errors as TextModel.load."""

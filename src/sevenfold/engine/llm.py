@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from tokenizers import Tokenizer
 
-from sevenfold.config import parse_config
+from sevenfold.config import check_type, parse_config
 from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.driving import Driver
 from sevenfold.engine.engine import Engine
@@ -117,6 +117,7 @@ class LLM:
                 prompt first needs them, as pays where there is one short prompt.
 
         Raises:
+            TypeError: an argument is of another type.
             CheckpointError: the checkpoint or its tokenizer cannot be read.
             ConfigError: the memory cannot hold one request of context_tokens, weights has no effect
                 on the model, states would erase what a head remembers, draft does not suit
@@ -125,6 +126,10 @@ class LLM:
             ValueError: device, dtype, weights or tensor_parallel stands beside a model that is
                 loaded.
         """
+        kinds = str | Path | TextModel
+        rule = "a checkpoint's folder, or a TextModel of model and tokenizer"
+        check_type("source", source, kinds, rule)
+        check_type("draft", draft, DraftModel | None, "a DraftModel or None")
         bits = {"weights": weights, "states": states, "snapshots": snapshots}
         options = EngineOptions(
             device=device,
@@ -269,7 +274,7 @@ class LLM:
         options: RequestOptions | None,
     ) -> "list[_Output]":
         prompts = prompt_list(asked)
-        if options is not None and len(prompts) > 1:
+        if isinstance(options, RequestOptions) and len(prompts) > 1:
             own = {"marks": options.marks, "session": options.session}
             for name, value in own.items():
                 if value:
@@ -286,7 +291,12 @@ class LLM:
         grammar: Grammar | None,
         options: RequestOptions | None,
     ) -> "_Output":
-        params, options = params or SamplingParams(), options or RequestOptions()
+        rule = "a Grammar, of Grammar.json_schema, .regex or .lark, or None"
+        check_type("grammar", grammar, Grammar | None, rule)
+        check_type("params", params, SamplingParams | None, "one SamplingParams or None")
+        check_type("options", options, RequestOptions | None, "a RequestOptions or None")
+        params = SamplingParams() if params is None else params
+        options = RequestOptions() if options is None else options
         self._check(params)
         ids = self._encode(prompt, params)
         request = options.request(str(next(self._names)), ids, params.max_tokens)
