@@ -1,6 +1,7 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,12 +100,8 @@ def serve_command(
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
     settings = _settings(files, values)
-    sessions = parse_config(SessionLimits, kept, "serve")
     name = model_name or checkpoint.resolve().name
-
-    def start() -> "BatchingEngine":
-        return _engine(checkpoint, name, options, sessions)
-
+    start = partial(_engine, checkpoint, name, options, parse_config(SessionLimits, kept, "serve"))
     _serve(checkpoint, settings, start, warm_up=warm_up)
 
 

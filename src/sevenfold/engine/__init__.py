@@ -2,7 +2,8 @@
 
 from sevenfold.engine.decoding import Decoder
 from sevenfold.engine.grammar import Grammar
-from sevenfold.engine.llm import LLM, Completion, Delta
+from sevenfold.engine.llm import LLM
+from sevenfold.engine.llm_output import Completion, Delta
 from sevenfold.engine.request import RequestFailedError
 from sevenfold.engine.request_options import RequestOptions
 from sevenfold.engine.sampling import SamplingParams

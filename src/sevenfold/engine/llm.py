@@ -1,14 +1,12 @@
 """Text in, text out: a checkpoint on the engine, offline and asynchronous."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -17,51 +15,16 @@ from sevenfold.config import check_type, parse_config
 from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.driving import Driver
 from sevenfold.engine.engine import Engine
-from sevenfold.engine.events import TokenEvent
-from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
+from sevenfold.engine.grammar import Grammar, GrammarCompiler
+from sevenfold.engine.llm_output import Completion, Delta, LLMOutput, join_deltas
 from sevenfold.engine.precision import Precision, SnapshotDtype, StateDtype
 from sevenfold.engine.prompts import Prompt, prompt_list, prompt_tokens
-from sevenfold.engine.request import Request, RequestFailedError
 from sevenfold.engine.request_options import RequestOptions
-from sevenfold.engine.sampling import Logprobs, SamplingParams
+from sevenfold.engine.sampling import SamplingParams
 from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
 from sevenfold.engine.text_model import TextModel
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import WeightFormat
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One prompt's output; finish_reason is "stop" for a token or string that ends it.
-
-    logprobs: one entry for each token, if they were asked for.
-    prompt_logprobs: one entry for each prompt token after the first, if they were asked for.
-    cached_tokens: of the prompt, found in the prefix cache.
-    """
-
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: Literal["stop", "length"]
-    logprobs: tuple[Logprobs, ...] | None
-    prompt_logprobs: tuple[Logprobs, ...] | None
-    cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one token added to an output; finish_reason is None until its last delta.
-
-    cached_tokens: of the prompt, found in the prefix cache.
-    prompt_logprobs: with the first delta, if they were asked for.
-    """
-
-    text: str
-    token_id: int
-    finish_reason: Literal["stop", "length"] | None
-    logprobs: Logprobs | None
-    prompt_logprobs: tuple[Logprobs, ...] | None
-    cached_tokens: int
 
 
 class LLM:
@@ -201,7 +164,7 @@ class LLM:
         try:
             for output in outputs:
                 self._submit(output)
-            return [_completion(o.request.prompt, list(self._deltas(o))) for o in outputs]
+            return [join_deltas(o.request.prompt, list(self._deltas(o))) for o in outputs]
         finally:
             for output in outputs:
                 self._driver.leave(output.request.id)
@@ -254,9 +217,9 @@ class LLM:
     ) -> list[Completion]:
         """Complete prompts as generate does, without blocking the event loop."""
 
-        async def one(output: _Output) -> Completion:
+        async def one(output: LLMOutput) -> Completion:
             deltas = [delta async for delta in self._deltas_async(output)]
-            return _completion(output.request.prompt, deltas)
+            return join_deltas(output.request.prompt, deltas)
 
         outputs = self._outputs(prompts, params, grammar, options)
         try:
@@ -272,7 +235,7 @@ class LLM:
         params: SamplingParams | None,
         grammar: Grammar | None,
         options: RequestOptions | None,
-    ) -> "list[_Output]":
+    ) -> list[LLMOutput]:
         prompts = prompt_list(asked)
         if isinstance(options, RequestOptions) and len(prompts) > 1:
             own = {"marks": options.marks, "session": options.session}
@@ -290,7 +253,7 @@ class LLM:
         params: SamplingParams | None,
         grammar: Grammar | None,
         options: RequestOptions | None,
-    ) -> "_Output":
+    ) -> LLMOutput:
         rule = "a Grammar, of Grammar.json_schema, .regex or .lark, or None"
         check_type("grammar", grammar, Grammar | None, rule)
         check_type("params", params, SamplingParams | None, "one SamplingParams or None")
@@ -301,7 +264,7 @@ class LLM:
         ids = self._encode(prompt, params)
         request = options.request(str(next(self._names)), ids, params.max_tokens)
         constraint = None if grammar is None else self._grammars.compile(grammar)
-        return _Output(request, params, constraint, options)
+        return LLMOutput(request, params, constraint, options)
 
     def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
         config = self.model.config
@@ -324,14 +287,14 @@ class LLM:
                     f"{name} must name tokens below vocab_size = {vocab_size}, got {beyond[0]}"
                 )
 
-    def _streamed(self, output: "_Output") -> Generator[Delta, None, None]:
+    def _streamed(self, output: LLMOutput) -> Generator[Delta, None, None]:
         self._submit(output)
         yield from self._deltas(output)
 
-    def _submit(self, output: "_Output") -> None:
+    def _submit(self, output: LLMOutput) -> None:
         self._driver.submit(output.request, output.params, output.constraint)
 
-    def _deltas(self, output: "_Output") -> Generator[Delta, None, None]:
+    def _deltas(self, output: LLMOutput) -> Generator[Delta, None, None]:
         """Each token of an output that was submitted; leaves the engine at the end."""
         try:
             ended = False
@@ -342,7 +305,7 @@ class LLM:
         finally:
             self._driver.leave(output.request.id)
 
-    async def _deltas_async(self, output: "_Output") -> AsyncGenerator[Delta, None]:
+    async def _deltas_async(self, output: LLMOutput) -> AsyncGenerator[Delta, None]:
         """The same for an output that was not submitted yet, without blocking the event loop."""
         loop, name = asyncio.get_running_loop(), output.request.id
         await loop.run_in_executor(self._thread, self._submit, output)
@@ -363,49 +326,3 @@ class LLM:
     def _thread(self) -> ThreadPoolExecutor:
         """Where steps run that asynchronous callers wait for: one thread, as they take turns."""
         return ThreadPoolExecutor(1, thread_name_prefix="sevenfold-llm")
-
-
-@dataclass
-class _Output:
-    """One output, before and while it is generated."""
-
-    request: Request
-    params: SamplingParams
-    constraint: GrammarConstraint | None
-    options: RequestOptions
-
-    def delta(self, event: TokenEvent) -> Delta:
-        """What an event gave.
-
-        Raises:
-            RequestFailedError: the output ended without coming to its end.
-        """
-        if event.finish_reason == "deadline":
-            raise RequestFailedError(
-                f"the output must end within its deadline of {self.options.deadline_s:g} s, and "
-                "did not"
-            )
-        if event.token_id is None:
-            raise RequestFailedError(event.error or f"the output ended: {event.finish_reason}")
-        reason = event.finish_reason and ("stop" if event.finish_reason == "stop" else "length")
-        return Delta(
-            text=event.text,
-            token_id=event.token_id,
-            finish_reason=reason,
-            logprobs=event.logprobs,
-            prompt_logprobs=event.prompt_logprobs,
-            cached_tokens=self.request.num_cached_tokens,
-        )
-
-
-def _completion(prompt: tuple[int, ...], deltas: Sequence[Delta]) -> Completion:
-    logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
-    return Completion(
-        prompt_token_ids=prompt,
-        token_ids=tuple(delta.token_id for delta in deltas),
-        text="".join(delta.text for delta in deltas),
-        finish_reason=deltas[-1].finish_reason or "length",
-        logprobs=tuple(logprobs) if logprobs else None,
-        prompt_logprobs=deltas[0].prompt_logprobs,
-        cached_tokens=deltas[-1].cached_tokens,
-    )
