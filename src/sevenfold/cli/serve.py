@@ -1,5 +1,6 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -90,8 +91,8 @@ def serve_command(
     options = EngineOptions(
         device=_device(device),
         dtype=_dtype(dtype),
-        memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
-        host_bytes=int(host_memory_gib * 2**30),
+        memory_bytes=None if memory_gib is None else _bytes("memory_gib", memory_gib),
+        host_bytes=_bytes("host_memory_gib", host_memory_gib),
         context_tokens=max_context,
         precision=parse_config(Precision, bits, "serve"),
         speculation=_speculation(draft_tokens),
@@ -100,9 +101,21 @@ def serve_command(
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
     settings = _settings(files, values)
-    name = model_name or checkpoint.resolve().name
+    name = checkpoint.resolve().name if model_name is None else _name(model_name)
     start = partial(_engine, checkpoint, name, options, parse_config(SessionLimits, kept, "serve"))
     _serve(checkpoint, settings, start, warm_up=warm_up)
+
+
+def _name(name: str) -> str:
+    if not name.strip():
+        raise ConfigError(f"model_name must not be empty, got {name!r}")
+    return name
+
+
+def _bytes(option: str, gib: float) -> int:
+    if not 0 <= gib < math.inf:
+        raise ConfigError(f"{option} must be 0 or more and finite, got {gib:g}")
+    return int(gib * 2**30)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -143,9 +156,14 @@ def _engine(
     source = options.load(checkpoint)
     plan, limits = options.size(source)
     typer.echo(plan_report(plan))
-    return BatchingEngine(
-        source, name, plan, limits, sessions=sessions, speculation=options.speculation
-    )
+    kept = {"sessions": sessions, "speculation": options.speculation}
+    try:
+        return BatchingEngine(source, name, plan, limits, **kept)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            "memory_gib and host_memory_gib must fit into free memory, got "
+            f"{plan.layout.num_slabs * plan.layout.slab_bytes:,} and {plan.host_bytes:,} bytes"
+        ) from error
 
 
 def _serve(
@@ -177,6 +195,8 @@ def _read_keys(file: Path | None, least_chars: int) -> list[str]:
         return []
     try:
         text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{file} must be a readable file, got: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} must be a text file in UTF-8, got other bytes") from error
     keys = [line.strip() for line in text.splitlines()]
