@@ -1,8 +1,8 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,12 +17,10 @@ from sevenfold.cli.guessing import (
     Guessing,
 )
 from sevenfold.config import ConfigError, parse_config
-from sevenfold.engine import TextModel
+from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.cache import SessionLimits
 from sevenfold.engine.memory_report import plan_report
 from sevenfold.engine.precision import Precision
-from sevenfold.engine.sizing import size_engine
-from sevenfold.engine.speculation import SpeculationConfig
 
 if TYPE_CHECKING:
     from sevenfold.server import BatchingEngine, ServerSettings
@@ -100,22 +98,23 @@ def serve_command(
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
     draft_bytes = None if draft_memory_gib is None else _bytes("draft_memory_gib", draft_memory_gib)
     guessing = Guessing(draft_tokens, draft_branches, draft_model, draft_bytes)
-    engine = _EngineOptions(
-        model_name=checkpoint.resolve().name if model_name is None else _name(model_name),
+    options = EngineOptions(
         device=_device(device),
         dtype=_dtype(dtype),
         memory_bytes=None if memory_gib is None else _bytes("memory_gib", memory_gib),
         host_bytes=_bytes("host_memory_gib", host_memory_gib),
         context_tokens=max_context,
-        sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
         speculation=guessing.config(),
-        guessing=guessing,
         tensor_parallel=tensor_parallel,
         batch_invariant=batch_invariant,
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
-    _serve(checkpoint, _settings(files, values), engine, warm_up=warm_up)
+    settings = _settings(files, values)
+    name = checkpoint.resolve().name if model_name is None else _name(model_name)
+    sessions = parse_config(SessionLimits, kept, "serve")
+    start = partial(_engine, checkpoint, name, options, guessing, sessions)
+    _serve(checkpoint, settings, start, warm_up=warm_up)
 
 
 def _name(name: str) -> str:
@@ -153,75 +152,44 @@ def _settings(key_files: Mapping[str, Path | None], values: dict[str, object]) -
     return parse_config(ServerSettings, values | keys, "serve")
 
 
-@dataclass(frozen=True)
-class _EngineOptions:
-    """What is asked of the engine; None leaves the choice to it."""
+def _engine(
+    checkpoint: Path,
+    name: str,
+    options: EngineOptions,
+    guessing: Guessing,
+    sessions: SessionLimits,
+) -> "BatchingEngine":
+    """Load the checkpoint, say what the memory gives, and start."""
+    from sevenfold.server import BatchingEngine
 
-    model_name: str
-    device: str
-    dtype: torch.dtype | None
-    memory_bytes: int | None
-    host_bytes: int
-    context_tokens: int | None
-    sessions: SessionLimits
-    precision: Precision
-    speculation: SpeculationConfig | None
-    guessing: Guessing
-    tensor_parallel: int
-    batch_invariant: bool
-
-    def build(self, checkpoint: Path) -> "BatchingEngine":
-        """Load the checkpoint, say what the memory gives, and start."""
-        from sevenfold.server import BatchingEngine
-
-        bits = self.precision
-        source = TextModel.load(
-            checkpoint,
-            device=self.device,
-            dtype=self.dtype,
-            weights=bits.weights,
-            tensor_parallel=self.tensor_parallel,
-        )
-        draft = self.guessing.load(self.device, self.dtype)
-        if draft is not None:
-            draft.check_serves(source.model, source.tokenizer)
-        plan, limits = size_engine(
-            source.model,
-            budget_bytes=self.memory_bytes,
-            context_tokens=self.context_tokens,
-            state_dtype=bits.states,
-            snapshot_dtype=bits.snapshots,
-            speculation=self.speculation,
-            num_ranks=self.tensor_parallel,
-            host_bytes=self.host_bytes,
-            batch_invariant=self.batch_invariant,
-        )
-        typer.echo(plan_report(plan, limits))
-        try:
-            return BatchingEngine(
-                source,
-                self.model_name,
-                plan,
-                limits,
-                sessions=self.sessions,
-                speculation=self.speculation,
-                draft=draft,
-            )
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ConfigError(
-                "memory_gib and host_memory_gib must fit into free memory, got "
-                f"{plan.layout.num_slabs * plan.layout.slab_bytes:,} and {plan.host_bytes:,} bytes"
-            ) from error
+    source = options.load(checkpoint)
+    draft = guessing.load(str(source.model.device), options.dtype)
+    if draft is not None:
+        draft.check_serves(source.model, source.tokenizer)
+    plan, limits = options.size(source)
+    typer.echo(plan_report(plan, limits))
+    kept = {"sessions": sessions, "speculation": options.speculation, "draft": draft}
+    try:
+        return BatchingEngine(source, name, plan, limits, **kept)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            "memory_gib and host_memory_gib must fit into free memory, got "
+            f"{plan.layout.num_slabs * plan.layout.slab_bytes:,} and {plan.host_bytes:,} bytes"
+        ) from error
 
 
 def _serve(
-    checkpoint: Path, settings: "ServerSettings", options: _EngineOptions, *, warm_up: bool
+    checkpoint: Path,
+    settings: "ServerSettings",
+    start: Callable[[], "BatchingEngine"],
+    *,
+    warm_up: bool,
 ) -> None:
     from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
         template = read_template(checkpoint)  # before what takes long
-        engine = options.build(checkpoint)
+        engine = start()
         app = ServerApp(engine, settings, template)
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from sevenfold.config import UnsupportedError
+from sevenfold.config import UnsupportedError, check_type
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -23,6 +23,9 @@ class Grammar:
     """What an output must match; source is in llguidance's own form."""
 
     source: str
+
+    def __post_init__(self) -> None:
+        check_type("source", self.source, str, "a text")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Self:

@@ -79,6 +79,9 @@ class Request:
             raise ValueError("id must have one character or more, got ''")
         if not self.prompt:
             raise ValueError("prompt must have at least one token, got ()")
+        # Anything else would fail inside a step, and with it all that the step computes.
+        if set(map(type, self.prompt)) != {int}:
+            raise TypeError("prompt must hold integers alone, got other types")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
         if self.deadline_s is not None and not math.isfinite(self.deadline_s):
