@@ -335,7 +335,7 @@ def compile(n):
 
 def rehearse(worker, runs, drafts):
     from triton.runtime._async_compile import active_mode
-    with compiled_together(lambda: worker._stopping):
+    with compiled_together(lambda: worker.is_stopping):
         for n in range(1000):
             active_mode.get().submit(n, lambda: compile(n), lambda kernel: None)
     worker._check_wanted()
