@@ -65,9 +65,9 @@ CASES = (
     ),
     Case("context-bf16", {"context": 2}, micro_batch_rows=3, autocast="bf16"),
     Case("tensor-bf16", {"tensor": 2}, autocast="bf16"),
-    Case("shard-stream", {"shard": 2}, model=DENSE, recompute=True, **STREAM),
+    Case("shard-stream", {"shard": 2}, model=DENSE, recompute=True, is_slow=True, **STREAM),
     Case("context-stream", {"context": 2}, micro_batch_rows=3, **STREAM),
-    Case("tensor-stream", {"tensor": 2}, **STREAM),
+    Case("tensor-stream", {"tensor": 2}, is_slow=True, **STREAM),
     Case("pipeline-stream", {"pipeline": 2}, num_micro_batches=3, model=MOE_NO_DROP, **STREAM),
     Case(
         "expert",
