@@ -17,6 +17,9 @@ TWO = [case for case in CASES if case.config.num_ranks == 2]
 QUICK = [case for case in TWO if not case.is_slow]
 SLOW = [case for case in TWO if case.is_slow]
 FOUR = [case for case in CASES if case.config.num_ranks == 4]
+# Each of experts with one more division.
+QUICK_FOUR = [c for c in FOUR if c.name in ("tensor-expert", "experts-wide", "pipeline-expert")]
+SLOW_FOUR = [case for case in FOUR if case not in QUICK_FOUR]
 EIGHT = [case for case in CASES if case.config.num_ranks == 8]
 
 
@@ -31,8 +34,13 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def quick_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran(QUICK_FOUR, 4, tmp_path_factory.mktemp("quick_four"))
+
+
+@pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ran(FOUR, 4, tmp_path_factory.mktemp("four"))
+    return ran(SLOW_FOUR, 4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def ran(cases: list[Case], num_ranks: int, folder: Path) -> Path:
 
 
 def one_process(case: Case, dtype: torch.dtype) -> dict:
-    case = replace(case, autocast=None) if dtype is torch.float64 else case
+    case = replace(case, autocast=None, stream=None) if dtype is torch.float64 else case
     return take_step(case, *build(case, ALONE, dtype), ALONE)
 
 
@@ -87,9 +95,14 @@ def test_other_layouts_of_two_ranks_do_so_too(case: Case, slow: Path) -> None:
     agrees_with_one_process(case, slow)
 
 
+@pytest.mark.parametrize("case", QUICK_FOUR, ids=lambda case: case.name)
+def test_four_ranks_take_the_step_of_one_process(case: Case, quick_four: Path) -> None:
+    agrees_with_one_process(case, quick_four)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FOUR, ids=lambda case: case.name)
-def test_four_ranks_take_the_step_of_one_process(case: Case, four: Path) -> None:
+@pytest.mark.parametrize("case", SLOW_FOUR, ids=lambda case: case.name)
+def test_other_layouts_of_four_ranks_do_so_too(case: Case, four: Path) -> None:
     agrees_with_one_process(case, four)
 
 

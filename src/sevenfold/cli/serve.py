@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
+from sevenfold.cli.guessing import (
+    DraftBranches,
+    DraftCheckpoint,
+    DraftMemory,
+    DraftTokens,
+    Guessing,
+)
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.cache import SessionLimits
 from sevenfold.engine.memory_report import plan_report
 from sevenfold.engine.precision import Precision
-from sevenfold.engine.speculation import PromptLookupConfig
 
 if TYPE_CHECKING:
     from sevenfold.server import BatchingEngine, ServerSettings
@@ -25,6 +31,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ApiKeys = Annotated[Path | None, typer.Option(help="Keys that may ask, one a line.")]
 AdminKeys = Annotated[
     Path | None, typer.Option(help="Keys that alone may read /metrics, one a line.")
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
 ]
 
 
@@ -43,10 +53,7 @@ def serve_command(
     ] = 256,
     max_deadline: Annotated[float, typer.Option(help="Seconds for a request at most.")] = 3600.0,
     drain: Annotated[float, typer.Option(help="Seconds to end requests after SIGTERM.")] = 30.0,
-    memory_gib: Annotated[
-        float | None,
-        typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
-    ] = None,
+    memory_gib: Memory = None,
     host_memory_gib: Annotated[
         float, typer.Option(help="Of the host's memory, for cached prefixes that must make room.")
     ] = 0.0,
@@ -70,9 +77,10 @@ def serve_command(
     batch_invariant: Annotated[
         bool, typer.Option(help="Outputs do not depend on others, to the bit; slower.")
     ] = False,
-    draft_tokens: Annotated[
-        int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
-    ] = 0,
+    draft_tokens: DraftTokens = None,
+    draft_model: DraftCheckpoint = None,
+    draft_memory_gib: DraftMemory = None,
+    draft_branches: DraftBranches = None,
     warm_up: Annotated[
         bool, typer.Option(help="Whether to be ready only when nothing happens for the first time.")
     ] = True,
@@ -88,6 +96,8 @@ def serve_command(
     }
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
+    draft_bytes = None if draft_memory_gib is None else _bytes("draft_memory_gib", draft_memory_gib)
+    guessing = Guessing(draft_tokens, draft_branches, draft_model, draft_bytes)
     options = EngineOptions(
         device=_device(device),
         dtype=_dtype(dtype),
@@ -95,14 +105,15 @@ def serve_command(
         host_bytes=_bytes("host_memory_gib", host_memory_gib),
         context_tokens=max_context,
         precision=parse_config(Precision, bits, "serve"),
-        speculation=_speculation(draft_tokens),
+        speculation=guessing.config(),
         tensor_parallel=tensor_parallel,
         batch_invariant=batch_invariant,
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
     settings = _settings(files, values)
     name = checkpoint.resolve().name if model_name is None else _name(model_name)
-    start = partial(_engine, checkpoint, name, options, parse_config(SessionLimits, kept, "serve"))
+    sessions = parse_config(SessionLimits, kept, "serve")
+    start = partial(_engine, checkpoint, name, options, guessing, sessions)
     _serve(checkpoint, settings, start, warm_up=warm_up)
 
 
@@ -141,22 +152,23 @@ def _settings(key_files: Mapping[str, Path | None], values: dict[str, object]) -
     return parse_config(ServerSettings, values | keys, "serve")
 
 
-def _speculation(draft_tokens: int) -> PromptLookupConfig | None:
-    if draft_tokens == 0:
-        return None
-    return parse_config(PromptLookupConfig, {"draft_tokens": draft_tokens}, "serve")
-
-
 def _engine(
-    checkpoint: Path, name: str, options: EngineOptions, sessions: SessionLimits
+    checkpoint: Path,
+    name: str,
+    options: EngineOptions,
+    guessing: Guessing,
+    sessions: SessionLimits,
 ) -> "BatchingEngine":
     """Load the checkpoint, say what the memory gives, and start."""
     from sevenfold.server import BatchingEngine
 
     source = options.load(checkpoint)
+    draft = guessing.load(options.device or "cpu", options.dtype)
+    if draft is not None:
+        draft.check_serves(source.model, source.tokenizer)
     plan, limits = options.size(source)
-    typer.echo(plan_report(plan))
-    kept = {"sessions": sessions, "speculation": options.speculation}
+    typer.echo(plan_report(plan, limits))
+    kept = {"sessions": sessions, "speculation": options.speculation, "draft": draft}
     try:
         return BatchingEngine(source, name, plan, limits, **kept)
     except (MemoryError, torch.OutOfMemoryError) as error:

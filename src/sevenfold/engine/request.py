@@ -38,8 +38,9 @@ class Request:
         max_tokens: new tokens at most, one or more.
         priority: the greater, the sooner; default 0.
         deadline_s: when to give the request up, on the scheduler's clock; None is never.
-        marks: token counts, rising, from 1 to the prompt's length, where a turn ends: places where
-            another request is likely to leave this one's path, and a snapshot pays.
+        marks: token counts, rising, from 1 to the prompt's length, where a turn ends or the caller
+            says so: places where another request is likely to leave this one's path, and a snapshot
+            pays.
         salt: requests share cached tokens only under one salt; the server derives it from the API
             key.
         draft_tokens: tokens to speculate in each decoding step at most; may be changed between

@@ -11,6 +11,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 
+MAX_CACHE_MARKS = 4  # as in the interfaces that cache_control comes from
+
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
@@ -103,7 +105,7 @@ class SamplingFields(ForeignFields):
 
 
 class PromptDetails(ApiAnswer):
-    """How much of the prompt was cached; if not all, why there was not more."""
+    """How much of the prompt was cached; if nothing, why."""
 
     cached_tokens: int
     cache_miss_reason: str | None

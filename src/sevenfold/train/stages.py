@@ -35,7 +35,7 @@ def find_start(config: RunConfig) -> Start | None:
     What the first start found stays in stage.json, whatever becomes of the run before.
 
     Raises:
-        ConfigError: run.start_from is no run with a checkpoint.
+        ConfigError: run.start_from is no run with a checkpoint, or one that is not complete.
     """
     file, before = config.run.out / STAGE_FILE, config.run.start_from
     if file.exists():
@@ -45,8 +45,14 @@ def find_start(config: RunConfig) -> Start | None:
     checkpoints = list_checkpoints(before / CHECKPOINTS)
     if not checkpoints:
         raise ConfigError(f"run.start_from must be a run with a checkpoint, got {before}")
-    progress = read_progress(checkpoints[-1])
-    tokens = tokens_read(load_run_config(before / CONFIG_FILE), progress.next_sample)
+    progress, earlier = read_progress(checkpoints[-1]), load_run_config(before / CONFIG_FILE)
+    if progress.step < earlier.run.steps:
+        raise ConfigError(
+            f"run.start_from must be a run that is complete, got {before}, which has done "
+            f"{progress.step} of its {earlier.run.steps} steps; finish it, or end it there with "
+            f"--set run.steps={progress.step}"
+        )
+    tokens = tokens_read(earlier, progress.next_sample)
     return Start(checkpoint=checkpoints[-1], step=progress.step, tokens_read=tokens)
 
 
