@@ -109,8 +109,7 @@ def serve_command(
         tensor_parallel=tensor_parallel,
         batch_invariant=batch_invariant,
     )
-    files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
-    settings = _settings(files, values)
+    settings = _settings({"api_keys": api_keys_file, "admin_keys": admin_keys_file}, values)
     name = checkpoint.resolve().name if model_name is None else _name(model_name)
     sessions = parse_config(SessionLimits, kept, "serve")
     start = partial(_engine, checkpoint, name, options, guessing, sessions)
