@@ -63,7 +63,7 @@ def long_context_stages(
     Rows grow from an eighth of the longest over a half to the whole, each stage begins with the
     weights, moments and data of the one before, and weights of the sources move linearly from the
     last stage's to its own. The rotary base is 500 and then 1,000 times the base run's. The rate
-    is the base run's last.
+    is the base run's last. Validation reads as many tokens as the base run's, but at least a row.
 
     Args:
         base: the run that the stages follow; its sources are parted by length.
@@ -133,6 +133,10 @@ def _tables(
     tables["schedule"] = {"kind": "constant"}
     tables["batch"] = {"tokens_per_step": rows * seq_len, "micro_batch_rows": base.parallel.data}
     tables["checkpointing"] = {"every_layers": 1}
+    if base.validation is not None:
+        held_out = base.validation.num_samples * base.data.seq_len // seq_len
+        held_out = max(base.parallel.data, held_out - held_out % base.parallel.data)
+        tables["validation"] |= {"num_samples": held_out}
     tables["data"] = {
         "seq_len": seq_len,
         "mixture_tokens": steps * rows * seq_len,
