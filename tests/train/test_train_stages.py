@@ -214,7 +214,7 @@ def test_the_run_files_beside_the_160m_run_are_the_recipes() -> None:
     assert {name: load_run_config(file) for name, file in files.items()} == stages
 
 
-def long_documents(folder: Path, counts: dict[int, int]) -> Path:
+def long_documents(folder: Path, counts: dict[int, int], tokenizer: Path | None = None) -> Path:
     """A dataset of so many documents of about so many tokens, a fifth of them held out."""
     (folder / "text").mkdir(parents=True)
     words = WORDS.split()
@@ -223,9 +223,9 @@ def long_documents(folder: Path, counts: dict[int, int]) -> Path:
             said = " ".join(words[(i * j + i + length) % len(words)] for j in range(1, length))
             (folder / "text" / f"{length}-{i:02}.txt").write_text(said[: 3 * length])
     out = folder / "tokens"
-    prepare(
-        PrepareConfig(sources=(folder / "text",), out=out, vocab_size=300, validation_fraction=0.2)
-    )
+    made = {"vocab_size": 300} if tokenizer is None else {"tokenizer": tokenizer}
+    text = (folder / "text",)
+    prepare(PrepareConfig(sources=text, out=out, validation_fraction=0.2, **made))
     return out
 
 
@@ -259,6 +259,48 @@ def test_the_recipes_stages_run_one_after_another(long_path: Path, tmp_path: Pat
         lines = read_metrics(config.run.out / "metrics.jsonl")
         assert all(np.isfinite(line["loss"]) for line in lines)
         assert np.isfinite(lines[-1]["validation_loss"])
+
+
+def test_stages_count_what_the_base_run_read_of_their_classes(
+    long_path: Path, tmp_path: Path
+) -> None:
+    base = long_base(long_path, tmp_path / "base")
+    train(base)
+    stages = list(long_context_stages(base, longest_tokens=8192, stage_tokens=113_000).values())
+    lengths = TokenDataset.open(long_path, "train").document_lengths()
+    read, total = 2 * 4096, lengths.sum()
+    classes = {"short": lengths < 256, "medium": (lengths >= 256) & (lengths < 1024)}
+    classes["long"] = lengths >= 1024
+    shares = {f"data-{name}": lengths[inside].sum() / total for name, inside in classes.items()}
+    start = find_start(stages[0])
+    assert start is not None
+    expected = {name: round(read * shares[name]) for name in ("data-short", "data-medium")}
+    assert start.tokens_read == {"data": read} | expected
+    assert all(rows > 0 for rows in first_rows(stages[0], start).values())
+    # The second stage has long documents too, of which the base run alone has read.
+    first = config_of(stages[0].model_dump(mode="json"), run={"steps": 1})
+    train(first)
+    start = find_start(stages[1])
+    assert start is not None
+    assert start.tokens_read["data-long"] == round(read * shares["data-long"])
+    rows = training_loader(open_data(first), first_rows(first, find_start(first))).rows_read(4)
+    assert start.tokens_read["data-short"] == 1024 * rows["data-short"]
+    assert sum(rows.values()) == 4 + sum(-(-count // 1024) for count in expected.values())
+
+
+def test_parts_of_other_data_or_wider_ones_begin_anew(long_path: Path, tmp_path: Path) -> None:
+    sources = [{"name": "middle", "path": str(long_path), "min_tokens": 60, "max_tokens": 256}]
+    table = run_table(long_path, tmp_path / "a")
+    table["data"] = {"seq_len": 32, "sources": sources}
+    train(config_of(table, run={"steps": 1}))
+    other = long_documents(tmp_path / "other", {60: 60}, tokenizer=long_path)
+    table["data"]["sources"] = [
+        {"name": "wider", "path": str(long_path), "min_tokens": 60},
+        {"name": "other", "path": str(other), "min_tokens": 60, "max_tokens": 256},
+    ]
+    start = find_start(config_of(table, run={"start_from": str(tmp_path / "a")}))
+    assert start is not None
+    assert start.tokens_read == {"middle": 96}
 
 
 def test_a_refused_class_can_be_left_out(tmp_path: Path) -> None:
