@@ -184,7 +184,7 @@ def test_the_recipe_is_the_published_table(tmp_path: Path) -> None:
     assert borders["data-medium"] == (32_768, 131_072)
     assert borders["data-long"] == (131_072, None)
     questions = [s for s in stages[0].data.sources if s.name == "questions"]
-    assert [(q.weight, q.begin_share) for q in questions] == [(0.1, 0.8)]
+    assert [(q.weight, q.begin_share, q.max_tokens) for q in questions] == [(0.1, 0.8, 2**17 + 1)]
     lr = base_run(tmp_path).optimizer.lr
     assert {s.optimizer.lr for s in stages} == {lr * (1 - 0.85 * 0.5**0.5)}
 
@@ -209,7 +209,8 @@ def test_the_command_writes_stages_that_load(tmp_path: Path) -> None:
 
 def test_the_run_files_beside_the_160m_run_are_the_recipes() -> None:
     folder = Path(__file__).parents[2] / "configs"
-    stages = long_context_stages(load_run_config(folder / "160m-gpu.toml"))
+    questions = Path("data/long-questions/tokens")
+    stages = long_context_stages(load_run_config(folder / "160m-gpu.toml"), questions=questions)
     files = {name: folder / "long-context" / f"{name}.toml" for name in stages}
     assert {name: load_run_config(file) for name, file in files.items()} == stages
 
