@@ -1,11 +1,14 @@
-"""What bounds a training step of bench-2b: the host, the GPU, or what they exchange.
+"""What bounds a training step of bench-2b on two GPUs: the host, a GPU, or what they exchange.
 
-torchrun --nproc-per-node 2 benchmarks/gpu/host_time.py OUT.json
+torchrun --nproc-per-node 2 benchmarks/gpu/host_time.py OUT.json [data] [experts] [context]
 
-Per step and layout: wall time; the host's time until its last launch, by part, and what of it the
+At 32,768 tokens a GPU: weights and experts divided, and rows of one and of two documents divided by
+ring and by gather, each beside one GPU at the same work; words choose, none is all. Per step: wall
+time, its spread, and memory; the host's time until its last launch, by part, and what of it the
 process computed; time that the garbage collector took; and from a profile of further steps the
-GPU's busy time, NCCL's kernels, and those of them that no other kernel hid. A last word `tiny`
-tries it on a CPU, over gloo, without a profile.
+GPU's busy time, NCCL's kernels, those of them that no other kernel hid, and the kernels whose sums
+differ most from one GPU's. What is measured is written at once. A last word `tiny` tries it on a
+CPU, over gloo, with a profile of the host's operators.
 """
 
 import gc
@@ -14,7 +17,8 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +43,66 @@ from sevenfold.train.step import forward_backward
 
 TINY = "tiny" in sys.argv[2:]
 KIND = "cpu" if TINY else "cuda"
-TOKENS = 32 if TINY else 2048
-ROWS = (8, 24)  # of a GPU
 WARM_UP, TIMED, PROFILED = 4, 6, 2
-LAYOUTS = {"one": {}, "data: shard": {"shard": 2}}
-if "gather_once" in ParallelConfig.model_fields:
-    LAYOUTS["data: shard, gathered once"] = {"shard": 2, "gather_once": True}
+DEVICE = DeviceType.CPU if TINY else DeviceType.CUDA
+MOST_KERNELS, NAME_CHARACTERS = 10, 110
+ONCE = {"gather_once": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """rows of documents of these lengths, beside a share of the kernels' time of another case."""
+
+    name: str
+    degrees: dict
+    lengths: tuple
+    rows: int
+    beside: str | None = None
+    share: float = 1.0
+
+
+def context(way):
+    return {"context": 2, "context_attention": way, **ONCE}
+
+
+SHORT, LONG, LONGER = "one, 16 x 2,048", "one, 1 x 32,768", "one, 1 x 65,536"
+SHORT_CASES = {
+    "data": [Case("data: shard", {"shard": 2, **ONCE}, (2048,), 32, SHORT)],
+    "experts": [
+        Case("experts", {"shard": 2, "expert": 2, **ONCE}, (2048,), 32, SHORT),
+        Case(
+            "experts, 2 token groups",
+            {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
+            (2048,),
+            32,
+            SHORT,
+        ),
+    ],
+}
+TWO = (32_768, 32_768)
+LONG_CASES = [
+    Case("context by ring, 2 documents", context("ring"), TWO, 1, LONG),
+    Case("context by gather, 2 documents", context("gather"), TWO, 1, LONG),
+    Case("context by ring, 1 document", context("ring"), (65_536,), 1, LONGER, 0.5),
+    Case("context by gather, 1 document", context("gather"), (65_536,), 1, LONGER, 0.5),
+]
+# What one GPU holds for 65,536 tokens; a smaller one compares with half of them.
+LONGER_BYTES = 115 * 2**30
+
+
+def chosen_cases():
+    words = set(sys.argv[2:]) - {"tiny"} or {*SHORT_CASES, "context"}
+    cases = []
+    if words & {*SHORT_CASES}:
+        cases.append(Case(SHORT, {}, (2048,), 16))
+    for word, some in SHORT_CASES.items():
+        cases += some if word in words else []
+    if "context" not in words:
+        return cases
+    cases.append(Case(LONG, {}, (32_768,), 1))
+    if TINY or torch.cuda.get_device_properties(0).total_memory > LONGER_BYTES:
+        return [*cases, *LONG_CASES[:2], Case(LONGER, {}, (65_536,), 1), *LONG_CASES[2:]]
+    return [*cases, *LONG_CASES[:2], *(replace(c, beside=LONG, share=1.0) for c in LONG_CASES[2:])]
 
 
 @dataclass
@@ -57,11 +115,13 @@ class Row:
 
 @dataclass
 class Rows:
+    lengths: tuple
     vocab_size: int
 
     def sample(self, index):
-        ids = np.random.default_rng(index).integers(0, self.vocab_size, (2, TOKENS))
-        return Row(*ids, (TOKENS,))
+        size = (2, sum(self.lengths))
+        ids = np.random.default_rng(index).integers(0, self.vocab_size, size)
+        return Row(*ids, self.lengths)
 
 
 class Collections:
@@ -135,8 +195,25 @@ def timed(take, collections):
         "host_computing",
         "garbage_collection",
     )
-    columns = zip(*found, strict=True)
-    return {f"{n}_ms": 1e3 * statistics.median(c) for n, c in zip(names, columns, strict=False)}
+    columns = list(zip(*found, strict=True))
+    medians = zip(names, columns, strict=False)
+    result = {f"{n}_ms": 1e3 * statistics.median(c) for n, c in medians}
+    if columns:
+        result |= {"wall_least_ms": 1e3 * min(columns[0]), "wall_most_ms": 1e3 * max(columns[0])}
+    return result
+
+
+def memory():
+    """Of the fullest moment since the last reset, and how often memory was given back in need."""
+    if TINY:
+        return {}
+    stats = torch.cuda.memory_stats()
+    return {
+        "peak_gib": stats["allocated_bytes.all.peak"] / 2**30,
+        "reserved_gib": stats["reserved_bytes.all.peak"] / 2**30,
+        "free_gib": torch.cuda.mem_get_info()[0] / 2**30,
+        "alloc_retries": stats["num_alloc_retries"],
+    }
 
 
 def union(spans):
@@ -149,18 +226,20 @@ def union(spans):
 
 
 def profiled(take):
-    """What the GPU did in a step: mean of a few, in ms."""
+    """What the GPU did in a step, mean of a few, in ms; and the sum of each kernel."""
     synchronize()
     dist.barrier()
-    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+    activity = ProfilerActivity.CPU if TINY else ProfilerActivity.CUDA
+    with profile(activities=[activity]) as watched:
         for _ in range(PROFILED):
             ends = take()
         synchronize()
     if not ends:
-        return {}
-    nccl, other, kernels = [], [], 0
+        return {}, {}
+    nccl, other, sums = [], [], Counter()
     for event in watched.profiler.kineto_results.events():
-        if event.device_type() is not DeviceType.CUDA or event.duration_ns() == 0:
+        # Not the same object: each event makes its own.
+        if event.device_type() != DEVICE or event.duration_ns() == 0:
             continue
         span = (event.start_ns(), event.start_ns() + event.duration_ns())
         name = event.name()
@@ -168,7 +247,7 @@ def profiled(take):
         if "Synchron" in name or name.startswith(("nccl:", "FSDP::", "c10d::")):
             continue
         (nccl if "nccl" in name.lower() else other).append(span)
-        kernels += 1
+        sums[name[:NAME_CHARACTERS]] += event.duration_ns() / PROFILED / 1e6
     busy, work = union(nccl + other), union(other)
     window = max(end for _, end in nccl + other) - min(start for start, _ in nccl + other)
     ns = {
@@ -179,34 +258,49 @@ def profiled(take):
         "nccl_exposed_ms": busy - work,
     }
     mean = {name: value / PROFILED / 1e6 for name, value in ns.items()}
-    return {**mean, "gpu_kernels": kernels / PROFILED}
+    return {**mean, "gpu_kernels": len(nccl + other) / PROFILED}, dict(sums)
 
 
-def measured(config, name, degrees, device, collections):
-    takes_part = bool(degrees) or dist.get_rank() == 0
-    if takes_part:
-        model, optimizer, layout = built(config, degrees, device)
-    for rows in ROWS:
-        take = list
-        if takes_part:
-            total = rows * layout.config.num_ranks
-            step = read_step(
-                Rows(config.vocab_size),
-                0,
-                total,
-                micro_batch_rows=total,
-                device=device,
-                layout=layout,
-            )
+def most_different(sums, others, share):
+    """Kernels by how much longer, or shorter, they take a step than a share of another case's."""
+    more = {name: sums.get(name, 0.0) - share * others.get(name, 0.0) for name in {*sums, *others}}
+    most = sorted(more, key=lambda name: -abs(more[name]))[:MOST_KERNELS]
+    return [
+        {
+            "kernel": name,
+            "more_ms": more[name],
+            "ms": sums.get(name, 0.0),
+            "beside_ms": share * others.get(name, 0.0),
+        }
+        for name in most
+    ]
 
-            def take(step=step):
-                return step_once(model, optimizer, layout, step)
 
-        # A rank that has nothing to do meets the other at each barrier.
-        found = timed(take, collections)
-        if not TINY:
-            found |= profiled(take)
-        yield {"name": name, "rows_per_gpu": rows, **found}
+def measured(config, case, device, collections):
+    """Numbers of a case and the sums of its kernels: the times, then those with the profile's.
+
+    Empty on a rank that takes no part.
+    """
+    take, lengths = list, case.lengths
+    if TINY:
+        lengths = tuple(n // 256 for n in lengths)
+    else:
+        torch.cuda.reset_peak_memory_stats()
+    if case.degrees or dist.get_rank() == 0:
+        model, optimizer, layout = built(config, case.degrees, device)
+        data = Rows(lengths, config.vocab_size)
+        step = read_step(
+            data, 0, case.rows, micro_batch_rows=case.rows, device=device, layout=layout
+        )
+
+        def take():
+            return step_once(model, optimizer, layout, step)
+
+    # A rank that has nothing to do meets the other at each barrier.
+    found = timed(take, collections) | memory()
+    yield found, {}
+    shares, sums = profiled(take)
+    yield found | shares, sums
 
 
 def main():
@@ -222,20 +316,43 @@ def main():
         "rows": [],
     }
     config, collections = preset("bench-19m" if TINY else "bench-2b"), Collections()
-    for name, degrees in LAYOUTS.items():
-        for row in measured(config, name, degrees, device, collections):
-            if dist.get_rank() != 0:
-                continue
-            result["rows"].append(row)
-            numbers = (f"{k} {v:.1f}" for k, v in row.items() if isinstance(v, float))
-            print(f"{name}, {row['rows_per_gpu']} rows a GPU: {', '.join(numbers)}", flush=True)
-            Path(sys.argv[1]).write_text(json.dumps(result, indent=1))
+    kernels = {}
+    for case in chosen_cases():
+        for found, sums in measured(config, case, device, collections):
+            kernels[case.name] = sums
+            if dist.get_rank() == 0:
+                rows = {row["name"]: row for row in result["rows"]}
+                rows[case.name] = described(case, found, kernels)
+                result["rows"] = list(rows.values())
+                Path(sys.argv[1]).write_text(json.dumps(result, indent=1))
+        if dist.get_rank() == 0:
+            show(rows[case.name])
         gc.collect()
         if not TINY:
             torch.cuda.empty_cache()
     if dist.get_rank() == 0:
         print(f"{time.monotonic() - began:.0f} s", flush=True)
     dist.destroy_process_group()
+
+
+def described(case, found, kernels):
+    tokens = case.rows * sum(case.lengths)
+    row = {"name": case.name, "layout": case.degrees, "tokens": tokens, **found}
+    if case.beside is None or not kernels[case.name]:
+        return row
+    different = most_different(kernels[case.name], kernels[case.beside], case.share)
+    return row | {"beside": case.beside, "share": case.share, "kernels": different}
+
+
+def show(row):
+    numbers = (f"{k} {v:.1f}" for k, v in row.items() if isinstance(v, float))
+    print(f"{row['name']}: {', '.join(numbers)}", flush=True)
+    for kernel in row.get("kernels", ()):
+        print(
+            f"  {kernel['more_ms']:+8.2f} ms ({kernel['ms']:.2f} for {kernel['beside_ms']:.2f}) "
+            f"{kernel['kernel']}",
+            flush=True,
+        )
 
 
 main()

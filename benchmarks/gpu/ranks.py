@@ -220,10 +220,25 @@ def timed(config, name, degrees, lengths, rows, micro_batches, device):
         "layout": degrees,
         "tokens": tokens,
         "step_s": seconds,
+        # Each of them, and what memory was like: both tell a slow case from a disturbed one.
+        "steps_s": times,
         "tokens_per_s": tokens / seconds,
         "loss": loss,
         "norm": norm,
         "peak_gib": peak_gib(),
+        **memory(),
+    }
+
+
+def memory():
+    """What this rank's allocator took, what was left, and how often it gave all back in need."""
+    if TINY:
+        return {}
+    stats = torch.cuda.memory_stats()
+    return {
+        "reserved_gib": stats["reserved_bytes.all.peak"] / 2**30,
+        "free_gib": torch.cuda.mem_get_info()[0] / 2**30,
+        "alloc_retries": stats["num_alloc_retries"],
     }
 
 
@@ -305,13 +320,17 @@ def checks(device):
         moe=MoEConfig(num_local_experts=4, router_aux_loss_coef=0.01),
     )
     found = []
-    for autocast in (None, "bf16"):
+    # Documents that borders cut anywhere; and one whose pieces are of a length that cuDNN takes.
+    cases = [(a, *rows) for a in (None, "bf16") for rows in (((700, 1, 323), 4), ((4096,), 1))]
+    for autocast, lengths, rows in cases:
         one = None
         for degrees in CHECKS:
             alone = not degrees
+            if rows == 1 and degrees and "context" not in degrees:
+                continue
             model, optimizer, layout, pipeline = built(config, degrees, device, alone, whole=True)
             step = read_step(
-                Rows((700, 1, 323), 512), 0, 8, micro_batch_rows=4, device=device, layout=layout
+                Rows(lengths, 512), 0, 2 * rows, micro_batch_rows=rows, device=device, layout=layout
             )
             loss, norm = (
                 float(x) for x in step_once(model, optimizer, layout, pipeline, step, autocast)
@@ -321,6 +340,7 @@ def checks(device):
                 {
                     "autocast": autocast,
                     "layout": degrees,
+                    "documents": lengths,
                     "loss": loss,
                     "norm": norm,
                     "loss_error": abs(loss / one[0] - 1),
@@ -329,7 +349,7 @@ def checks(device):
             )
             if dist.get_rank() == 0:
                 print(
-                    f"check {autocast or 'fp32'} {degrees}: loss {loss:.6f} "
+                    f"check {autocast or 'fp32'} {lengths} {degrees}: loss {loss:.6f} "
                     f"(rel. {found[-1]['loss_error']:.1e}), norm {norm:.5f} "
                     f"(rel. {found[-1]['norm_error']:.1e})",
                     flush=True,

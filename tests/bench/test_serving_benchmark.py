@@ -118,7 +118,7 @@ def test_speculate(tmp_path: Path) -> None:
     copying, hostile = rows(tmp_path, "speculate", *sizes)
     assert copying["ratio"] == copying["plain_s"] / copying["ours_s"]
     assert 0 < copying["accepted_tokens"] == copying["drafted_tokens"]
-    assert hostile["accepted_tokens"] < hostile["drafted_tokens"]
+    assert hostile["accepted_tokens"] == hostile["drafted_tokens"] == 0, "it is seen to be wrong"
 
 
 def test_serve(tmp_path: Path) -> None:

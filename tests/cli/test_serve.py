@@ -15,6 +15,7 @@ import httpx
 import pytest
 from cli_helpers import TinyRun, exit_code, run_cli
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from sevenfold import server
 
@@ -84,7 +85,16 @@ def test_a_port_in_use(
         (["--draft-tokens", "16"], 2, "draft_tokens must be"),
         (["--states", "bf16", "--memory-gib", "0.05"], 2, "state_dtype must not be bf16 where"),
         (["--weights", "int3"], 2, "weights must be"),
-        (["--api-keys-file", "/nowhere"], 1, "/nowhere"),
+        (["--api-keys-file", "/nowhere"], 1, "/nowhere must be a readable file, got: No such file"),
+        (["--api-keys-file", "/"], 1, "/ must be a readable file, got: Is a directory"),
+        (["--memory-gib", "nan"], 2, "memory_gib must be 0 or more and finite, got nan"),
+        (["--memory-gib", "inf"], 2, "memory_gib must be 0 or more and finite, got inf"),
+        (["--memory-gib", "-1"], 2, "memory_gib must be 0 or more and finite, got -1"),
+        (["--host-memory-gib", "-inf"], 2, "host_memory_gib must be 0 or more and finite"),
+        (["--memory-gib", "1e9"], 2, "memory_gib and host_memory_gib must fit into free memory"),
+        (["--memory-gib", "1e-5"], 2, "budget_bytes must hold one request of 1 tokens"),
+        (["--model-name", " "], 2, "model_name must not be empty, got ' '"),
+        (["--memoy-gib", "1"], 2, "No such option: --memoy-gib"),
     ],
 )
 def test_options_that_break_a_rule(
@@ -134,6 +144,8 @@ def test_a_checkpoint_that_is_broken(
     assert "safetensors" in capfd.readouterr().err
     assert exit_code("serve", tmp_path / "missing", "--port", "0") == 1
     assert "missing must be a checkpoint folder" in capfd.readouterr().err
+    assert exit_code("serve", tiny_run.checkpoint.parent, "--port", "0") == 1
+    assert re.search(r"tokenizer\.json must exist .*/final has one", capfd.readouterr().err)
     template = tmp_path / "template"
     template.mkdir()
     for file in tiny_run.checkpoint.iterdir():
@@ -146,6 +158,18 @@ def test_a_checkpoint_that_is_broken(
     said = capfd.readouterr()
     assert "chat_template.jinja must be text in UTF-8, got other bytes" in said.err
     assert "memory" not in said.out  # before the weights were read
+
+
+def test_a_tokenizer_of_another_model(
+    tiny_run: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(tiny_run.checkpoint, tmp_path / "other")
+    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
+    tokenizer.add_tokens([f"word{n}" for n in range(10_000)])
+    tokenizer.save(str(other / "tokenizer.json"))
+    assert exit_code("serve", other, "--port", "0") == 1
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"sevenfold: tokenizer must have at most the model's \d+ .*\n", said)
 
 
 def test_weights_that_compute_nothing(
@@ -231,3 +255,44 @@ def test_a_full_disk_under_its_output(tiny_run: TinyRun) -> None:
     assert process.returncode == 1
     assert "No space left on device" in said
     assert "Traceback" not in said
+
+
+# A start whose kernels take a second each, by two threads, and what they would take together: long.
+SLOW_START = """
+import os, time
+from sevenfold.cli.main import main
+from sevenfold.engine.worker import Worker, compiled_together
+
+def compile(n):
+    print("compiling", flush=True)
+    time.sleep(1)
+
+def rehearse(worker, runs, drafts):
+    from triton.runtime._async_compile import active_mode
+    with compiled_together(lambda: worker._stopping):
+        for n in range(1000):
+            active_mode.get().submit(n, lambda: compile(n), lambda kernel: None)
+    worker._check_wanted()
+
+Worker.has_first_times, Worker._rehearse = True, rehearse
+main()
+"""
+
+
+def test_a_signal_gives_a_start_up(tiny_run: TinyRun) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", SLOW_START, "serve", str(tiny_run.checkpoint), "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, "--memory-gib", "0.05"], **pipes)
+    try:
+        assert "compiling\n" in iter(process.stdout.readline, "")
+        process.send_signal(signal.SIGTERM)
+        said, complaints = process.communicate(timeout=300)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
+    assert re.search(r"^warming up: given up after \d+\.\d s: the server is to stop$", said, re.M)
+    assert "final at" not in said
+    assert said.count("compiling") < 100
+    assert complaints == ""

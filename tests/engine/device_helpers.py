@@ -17,17 +17,24 @@ PAGE_TOKENS = 16
 
 
 class FakeCapture:
-    """As a graph: it reads its inputs where they lie, and writes one output over and over."""
+    """As a graph: it reads its inputs where they lie, and writes one output over and over.
+
+    A replay spoils the outputs of all others, as graphs do whose outputs share their memory.
+    """
 
     def __init__(self) -> None:
         self.recorded, self.replayed = 0, 0
+        self._outputs: list[Tensor] = []
 
     def __call__(self, run: Callable[[], Tensor]) -> Captured:
         self.recorded += 1
         output = run().clone()
+        self._outputs.append(output)
 
         def replay() -> None:
             self.replayed += 1
+            for other in self._outputs:
+                other.fill_(float("nan") if other.is_floating_point() else -1)
             output.copy_(run())
 
         return Captured(replay, output)

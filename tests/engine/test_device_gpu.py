@@ -11,10 +11,10 @@ from test_engine import build, prompts, run, submit, tokens
 from tokenizers import Tokenizer
 from torch.profiler import ProfilerActivity, profile
 
-from sevenfold.engine.device import CudaCapture, DeviceRunner, graph_bytes
+from sevenfold.engine.device import CudaCapture, DeviceRunner, decode_batch_sizes, graph_bytes
 from sevenfold.engine.rows import Row
 from sevenfold.engine.runner import Runner
-from sevenfold.engine.transfer import fetch, upload
+from sevenfold.engine.transfer import Arriving, side_by_side, upload
 from sevenfold.models import HybridModel
 
 pytestmark = [
@@ -200,14 +200,16 @@ def test_snapshots_inside_a_prefill_keep_to_a_cut_prefill_s() -> None:
 
 
 def test_graphs_take_no_more_than_was_set_aside() -> None:
-    model = gpu_model("lsf", hidden_size=512, num_attention_heads=16, vocab_size=4000)
+    # So many that logits of every size would take more than all that was set aside.
+    vocabulary, sizes = {"vocab_size": 400_000}, decode_batch_sizes(64)
+    model = gpu_model("lsf", hidden_size=512, num_attention_heads=16, **vocabulary)
     storage = new_storage(model)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info(GPU)[0]
-    runner = new_runner(model, storage, (1, 8, 64))
+    runner = new_runner(model, storage, sizes)
     places = Places(storage)
-    for rows in (64, 8, 1):
+    for rows in reversed(sizes):
         runner.run([Row([1], 3, *where(places, 0)[:2], {})] * rows)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -218,4 +220,18 @@ def test_graphs_take_no_more_than_was_set_aside() -> None:
 def test_the_choice_of_a_batch_comes_back_with_one_wait() -> None:
     with no_waiting():
         ids = upload([4, 5, 6], GPU)
-    assert fetch([ids, ids > 4]) == [[4, 5, 6], [0, 1, 1]]
+    assert Arriving(side_by_side([ids, ids > 4])).numbers() == [[4, 5, 6], [0, 1, 1]]
+
+
+def test_recorded_outputs_of_many_sizes_share_their_memory() -> None:
+    capture, sizes = CudaCapture(GPU), (64, 48, 32, 16, 8)
+    x, y = torch.randn(64, 1, device=GPU), torch.randn(50_000, device=GPU)
+    held = torch.cuda.memory_allocated()
+    recorded = {rows: capture(lambda rows=rows: x[:rows] * y) for rows in sizes}
+    assert torch.cuda.memory_allocated() == held
+    assert len({one.output.data_ptr() for one in recorded.values()}) == 1
+    torch.cuda.empty_cache()
+    for rows in (*sizes, *reversed(sizes)):
+        x.normal_()
+        recorded[rows].replay()
+        assert torch.equal(recorded[rows].output, x[:rows] * y)

@@ -20,7 +20,7 @@ from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.runner import Runner
 from sevenfold.engine.runners import is_recordable
 from sevenfold.engine.storage import Storage
-from sevenfold.engine.transfer import fetch, upload
+from sevenfold.engine.transfer import Arriving, side_by_side, upload
 from sevenfold.models import Batch, HybridModel, empty_state
 from sevenfold.ops import advance_rows
 from sevenfold.ops.testing import check_error
@@ -245,7 +245,7 @@ def test_numbers_go_and_come() -> None:
     assert upload([3, 1, 2], CPU).tolist() == [3, 1, 2]
     assert upload([], CPU).dtype == torch.int64
     columns = [torch.tensor([5, 6]), torch.tensor([True, False])]
-    assert fetch(columns) == [[5, 6], [1, 0]]
+    assert Arriving(side_by_side(columns)).numbers() == [[5, 6], [1, 0]]
 
 
 def test_bytes_of_graphs_grow_with_rows_by_the_formula() -> None:

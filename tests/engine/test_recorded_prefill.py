@@ -173,7 +173,8 @@ def test_what_a_size_holds_and_what_runs_as_it_comes() -> None:
     assert size_of(tokens=[1] * 33) is None
     keys = most_keys(16)
     assert (size_of(past=keys - 9), size_of(past=keys - 8)) == (16, None)
-    assert [most_keys(size) for size in (64, 128, 256, 8192)] == [
+    assert [most_keys(size) for size in (16, 64, 128, 256, 8192)] == [
+        1 << 20,
         1 << 20,
         1 << 20,
         1 << 19,
@@ -223,16 +224,20 @@ def test_prompts_one_by_one_give_the_same_tokens(
 
 
 def test_sizes_go_as_far_as_launches_take_longer_than_work() -> None:
-    sizes = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+    sizes = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
     assert prefill_sizes(preset("bench-2b")) == sizes
-    assert prefill_sizes(preset("minimax-text-01")) == (64, 128, 256, 512, 768)
+    assert prefill_sizes(preset("minimax-text-01")) == (16, 32, 64, 128, 256, 512, 768)
     assert prefill_sizes(tiny_model("lf", max_position_embeddings=400).config) == (
+        16,
+        32,
         64,
         128,
         256,
         512,
     )
     assert prefill_sizes(tiny_model("lf", max_position_embeddings=512).config) == (
+        16,
+        32,
         64,
         128,
         256,
@@ -255,7 +260,7 @@ def test_pages_of_a_prompt_have_room() -> None:
     assert inputs.pages[0].tolist() == pages[:-2]
     assert inputs.page.tolist() == [pages[-3]] * 3 + [SINK] * 5
     assert inputs.place.tolist() == [13, 14, 15, 0, 0, 0, 0, 0]
-    assert inputs.ids[0].tolist() == [5, 6, 7, 0, 0, 0, 0, 0]
+    assert inputs.ids[0].tolist() == [5, 6, 7, 5, 6, 7, 5, 6]
     assert inputs.positions[0, :3].tolist() == [keys - 3, keys - 2, keys - 1]
     assert [x.tolist() for x in (inputs.slots, inputs.key_lengths)] == [[4], [keys]]
     assert (inputs.borders.tolist(), inputs.last.tolist()) == ([0, 3], [2])

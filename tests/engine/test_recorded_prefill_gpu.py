@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no tuning"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
-SIZES = (128, 256, 384)
+SIZES = (16, 32, 128, 256, 384)
 MOST_TOKENS, PAGE_TOKENS = 384, 16
 
 
@@ -77,7 +77,7 @@ def test_recorded_prefills_keep_to_those_that_are_not(mix: str) -> None:
     model = gpu_model(mix)
     recorded, plain = storage_of(model), storage_of(model)
     graphs, eager = new_runner(model, recorded, SIZES), new_runner(model, plain, ())
-    for length in (2, 127, 128, 129, 256, 300, 384):
+    for length in (2, 9, 16, 17, 32, 127, 128, 129, 256, 300, 384):
         stops = () if mix == "ff" else tuple(sorted({1, length // 2, length}))
         text = prompt(length, length)
         forget(recorded)
@@ -134,7 +134,7 @@ def test_a_graph_gives_the_bits_of_the_same_run_without(mix: str) -> None:
     model = gpu_model("llf" if mix == "moe" else mix, **fields)
     storage = storage_of(model)
     runner = new_runner(model, storage, SIZES)
-    for length in (300, 129, 250, 256):
+    for length in (300, 129, 250, 256, 12, 16, 20):
         row = row_of(storage, prompt(length, length))
         forget(storage)
         replayed = runner.run([row]).clone()
@@ -182,7 +182,7 @@ def test_recordings_take_no_more_than_was_set_aside() -> None:
 def test_which_models_have_recorded_prefills() -> None:
     model = gpu_model("lf")
     runner = make_runner(model, storage_of(model), (PAGE_TOKENS, 4), None)
-    assert runner._prefills._sizes == prefill_sizes(model.config) == (64, 128, 256, 512)
+    assert runner._prefills._sizes == prefill_sizes(model.config) == (16, 32, 64, 128, 256, 512)
     one = make_runner(model, storage_of(model), (PAGE_TOKENS, 4), None, invariant=True)
     assert one._prefills is None
     assert make_runner(model, storage_of(model), (PAGE_TOKENS, 4), ())._prefills is None

@@ -13,7 +13,7 @@ from sevenfold.engine.device.decode_inputs import Size
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.tensor_parallel.messages import Orders, read_orders
-from sevenfold.engine.warm_up import Reach, first_drafts, first_runs
+from sevenfold.engine.warm_up import Reach, WarmUpStoppedError, first_drafts, first_runs
 
 BATCH_SIZES, PREFILL_SIZES = (1, 2, 4), (8, 64, 128)
 REACH = Reach(most_tokens=100_000, chunk_tokens=32_768, page_tokens=64, has_states=True)
@@ -104,6 +104,28 @@ def test_a_cpu_has_nothing_to_do(tokenizer: Tokenizer, monkeypatch: pytest.Monke
     assert warmed(engine) == []
 
 
+def test_a_stop_ends_it_before_its_next_run(
+    tokenizer: Tokenizer, capture: FakeCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(tiny_model("lf", max_position_embeddings=200), tokenizer, max_running=4)
+    run, runs = engine._worker._run, []
+
+    def stopping(rows: list) -> object:
+        runs.append(rows)
+        engine.stop_warm_up()
+        return run(rows)
+
+    monkeypatch.setattr(engine._worker, "_run", stopping)
+    with pytest.raises(WarmUpStoppedError, match="told to stop before it was warm"):
+        warmed(engine)
+    assert len(runs) == 1
+    # And once more: not even a rehearsal.
+    monkeypatch.setattr(engine._worker.runner, "rehearsal", None)
+    with pytest.raises(WarmUpStoppedError):
+        warmed(engine)
+    assert len(runs) == 1
+
+
 def test_the_largest_of_each_kind_comes_first() -> None:
     runs = first_runs(REACH, (1, 2, 16), (64, 512, 8192))
     shapes = [(len(rows), [len(row.tokens) for row in rows][:2], rows[0].past) for rows in runs]
@@ -143,6 +165,10 @@ def test_drafts_are_chains_of_every_size() -> None:
         (2, 6),
     ]
     assert all(draft.tree.is_chain for rows in drafts for draft in rows)
+    pages = [(len(rows[0].row.tokens), len(rows[0].row.pages)) for rows in drafts if len(rows) == 1]
+    assert pages == [(6, 128), (6, 16), (4, 128), (4, 16), (2, 128), (2, 16)]
+    short = first_drafts(REACH._replace(most_tokens=1000), (2, 4, 6))
+    assert len(short) == 9
 
 
 def test_other_ranks_are_told() -> None:

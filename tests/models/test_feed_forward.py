@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sevenfold.models import MoEConfig
 from sevenfold.models.feed_forward import MixtureOfExperts, Router, SwiGLU
+from sevenfold.models.router_stats import router_stats
 from sevenfold.ops.testing import check_error
 
 D = 8
@@ -109,9 +110,9 @@ def test_one_token_takes_a_gradient() -> None:
 
 def test_training_and_evaluation_agree_without_a_capacity() -> None:
     layer, x = moe_layer(), inputs(2, 9)
-    trained, stats = layer.train()(x)
+    trained, counts = layer.train()(x)
     assert torch.equal(trained, layer.eval()(x)[0])
-    assert stats.dropped == 0
+    assert router_stats([counts], 2).dropped.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.75])
@@ -121,14 +122,15 @@ def test_tokens_are_dropped_in_training_only(factor: float) -> None:
     capacity = math.ceil(factor * 18 * 2 / 3)
     dropping = token_by_token(layer, x, capacity)
     low = moe_layer(torch.float32, capacity_factor=factor)
-    trained, stats = low.train()(x.float())
+    trained, counts = low.train()(x.float())
+    stats = router_stats([counts], 2)
     check_error("train", trained, token_by_token(low, x.float(), capacity), dropping)
     check_error("eval", low.eval()(x.float())[0], token_by_token(low, x.float()), whole)
     assert not bool((dropping == whole).all())
     chosen = (stats.load * 18).round()
     kept = chosen.clamp(max=capacity).sum() / chosen.sum()
     assert stats.dropped > 0
-    check_error("dropped", stats.dropped, (1 - kept).float(), 1 - kept.double())
+    check_error("dropped", stats.dropped[0], (1 - kept).float(), 1 - kept.double())
 
 
 @pytest.mark.parametrize(
@@ -159,11 +161,11 @@ def router(dtype: torch.dtype, E: int = 4, k: int = 2) -> Router:
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_router_chooses_in_fp32_with_weights_that_sum_to_one(k: int, dtype: torch.dtype) -> None:
     x = inputs(11, dtype=dtype)
-    logits, weights, experts = router(dtype, k=k)(x)
+    weights, experts, totals = router(dtype, k=k).eval()(x)
     wide = torch.promote_types(dtype, torch.float32)
-    assert (logits.dtype, weights.dtype) == (wide, wide)
-    exact = x.double() @ router(torch.float64).weight.T
-    check_error("logits", logits, x.to(wide) @ router(wide).weight.T, exact)
+    assert weights.dtype == wide
+    assert totals is None
+    exact, logits = x.double() @ router(torch.float64).weight.T, x.to(wide) @ router(wide).weight.T
     assert torch.equal(experts, exact.topk(k, dim=-1).indices)
     total = weights.sum(-1)
     check_error("sum", total, torch.ones_like(total), torch.ones(11, dtype=torch.float64))
@@ -180,41 +182,42 @@ def test_autocast_leaves_the_router_in_fp32() -> None:
 
 
 def stats_of(logits: list[list[float]], k: int):
-    """The statistics of hand-made logits: the router passes its input through."""
+    """The statistics of a layer with hand-made logits: the router passes its input through."""
     E = len(logits[0])
     moe = MoEConfig(num_local_experts=E, num_experts_per_tok=k)
     layer = MixtureOfExperts(tiny_config(moe=moe, hidden_size=E), moe).double().train()
     for parameter in layer.parameters():
         parameter.data.zero_()
     layer.gate.weight.data = torch.eye(E, dtype=torch.float64)
-    return layer(torch.tensor([logits], dtype=torch.float64))[1]
+    return router_stats([layer(torch.tensor([logits], dtype=torch.float64))[1]], k)
 
 
 def test_hand_worked_balance_and_z_loss() -> None:
     # p = (3/4, 1/4), (1/4, 3/4), (3/4, 1/4), (3/4, 1/4); each token chooses the more probable.
     a, b = math.log(3), 0.0
     stats = stats_of([[a, b], [b, a], [a, b], [a, b]], k=1)
-    assert stats.load.tolist() == [0.75, 0.25]
+    assert stats.load.tolist() == [[0.75, 0.25]]
     # 2 * (3/4 * 10/16 + 1/4 * 6/16), and ln(4)^2
     assert f"{stats.balance_loss.item():.12f}" == "1.125000000000"
     assert f"{stats.z_loss.item():.12f}" == f"{math.log(4) ** 2:.12f}"
-    assert stats.dropped == 0
+    assert stats.dropped.tolist() == [0.0]
 
 
 def test_balanced_loss_is_the_number_of_choices() -> None:
     stats = stats_of([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]], k=2)
-    assert stats.load.tolist() == [0.5] * 4
+    assert stats.load.tolist() == [[0.5] * 4]
     assert f"{stats.balance_loss.item():.12f}" == "2.000000000000"
 
 
 def test_balance_loss_pushes_the_crowded_expert_down() -> None:
     layer = moe_layer().train().requires_grad_(True)
-    stats = layer(inputs(1, 12))[1]
+    stats = router_stats([layer(inputs(1, 12))[1]], 2)
     assert not stats.load.requires_grad
     (dweight,) = torch.autograd.grad(stats.balance_loss, layer.gate.weight)
     with torch.no_grad():
         layer.gate.weight -= 1e-3 * dweight
-    assert layer(inputs(1, 12))[1].balance_loss < stats.balance_loss
+    after = router_stats([layer(inputs(1, 12))[1]], 2)
+    assert (after.balance_loss < stats.balance_loss).all()
 
 
 def grads(layer: MixtureOfExperts, run, x: Tensor) -> tuple[Tensor, ...]:

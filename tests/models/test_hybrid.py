@@ -115,10 +115,12 @@ def test_low_precision_keeps_the_error_rule(layers: str, dtype: torch.dtype) -> 
 def test_router_statistics_in_training_only() -> None:
     model, ids = tiny_model("lf", moe=MOE), tokens(1, 6)
     assert model.hidden(ids).router == ()
-    stats = model.train().hidden(ids).router
-    assert [(s.load * 6).round().sum().item() for s in stats] == [12.0, 12.0]
+    stats = model.train().router_stats(model.hidden(ids).router)
+    assert stats is not None
+    assert (stats.load * 6).round().sum(1).tolist() == [12.0, 12.0]
     dense = tiny_model("lf").train().hidden(ids)
     assert dense.router == ()
+    assert model.router_stats(()) is None
     assert dense.state is None
 
 

@@ -14,6 +14,7 @@ GROUPS = {
         "ops/attention/test_pages_kernels.py",
         "ops/lightning/test_decode_kernels.py",
         "ops/lightning/test_encoded_kernels.py",
+        "ops/lightning/test_triton_borders.py",
         "ops/lightning/test_triton_padded.py",
         "ops/lightning/test_triton_scan.py",
         "ops/low_precision/test_state_kernels.py",

@@ -215,8 +215,14 @@ def region(config: ParallelConfig, place: Any, name: str, x: torch.Tensor) -> li
     halves = list(x.chunk(2, dim)) if "gate_up_proj" in name else [x]
     if dim is not None:
         halves = [half.chunk(width, dim)[part] for half in halves]
-    hidden = hidden_dim(name, x)
-    return [half.chunk(shards, hidden)[index] for half in halves]
+    divided = divided_dim(name, x, shards, halves[0], width)
+    return [half.chunk(shards, divided)[index] for half in halves]
+
+
+def divided_dim(name: str, x: torch.Tensor, shards: int, part: torch.Tensor, width: int) -> int:
+    """Rows where they are whole, else the side of hidden_size."""
+    has_whole_rows = tensor_dim(name) != 0 or (width == 1 and "gate_up_proj" not in name)
+    return 0 if has_whole_rows and len(part) % shards == 0 else hidden_dim(name, x)
 
 
 def tensor_dim(name: str) -> int | None:

@@ -87,6 +87,18 @@ def run_config(**sections: dict) -> RunConfig:
             {},
             "gather_once must be unset where no ranks divide weights, got true",
         ),
+        ({"shard": 2, "gather_dtype": "bf16"}, {"moe": MOE}, None),
+        ({"shard": 2, "gather_dtype": "bf16"}, {}, "gather_dtype must be unset without experts"),
+        (
+            {"gather_dtype": "bf16"},
+            {"moe": MOE},
+            r"gather_dtype must be unset .* context = 1",
+        ),
+        (
+            {"shard": 2, "tensor": 2, "gather_dtype": "bf16"},
+            {"moe": MOE},
+            r"gather_dtype must be unset .* got 'bf16' with tensor = 2",
+        ),
     ],
 )
 def test_degrees_that_do_not_suit_the_model(
@@ -98,6 +110,14 @@ def test_degrees_that_do_not_suit_the_model(
         return
     with pytest.raises(ConfigError, match=message):
         ParallelConfig(**parallel).check_model(model)
+
+
+def test_rounded_weights_are_for_autocast() -> None:
+    fields = {"parallel": {"shard": 2, "gather_dtype": "bf16"}}
+    with pytest.raises(ConfigError, match=r"gather_dtype must be unset without precision.autocast"):
+        run_config(model=MODEL | {"moe": MOE}, **fields)
+    found = run_config(model=MODEL | {"moe": MOE}, precision={"autocast": "bf16"}, **fields)
+    assert found.parallel.gather_dtype == "bf16"
 
 
 def test_rows_that_do_not_divide() -> None:

@@ -5,15 +5,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch import distributed as dist
 
-from sevenfold.ops import layer_log_decay, lightning_attention
+from sevenfold.ops import (
+    layer_log_decay,
+    lightning_add_read,
+    lightning_added,
+    lightning_attention,
+)
 from sevenfold.ops.testing import check_error
 from sevenfold.parallel import ContextBatch, divide_row
-from sevenfold.parallel.context import states as states_module
 from sevenfold.parallel.context.keys import Step, plan_keys
-from sevenfold.parallel.context.lightning import _Decayed, _outgoing, plan_states
+from sevenfold.parallel.context.lightning import ContextLightning, entered, leaving
 from sevenfold.parallel.context.softmax import RING_BYTES, as_received, chosen_exchange, in_order
-from sevenfold.parallel.context.states import Decay, add_read, added_states
+from sevenfold.parallel.context.states import (
+    first_head,
+    gradients_of_arrived,
+    outgoing,
+    plan_states,
+    returned,
+    states_before,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=8)
@@ -72,31 +84,28 @@ def test_states_that_arrive_make_the_whole_documents_state(
     q, k, v = torch.randn(3, T, 3, 2, generator=torch.Generator().manual_seed(T)).double()
     # The fastest loses all within 15 tokens, and no decay at all fades never.
     log_decay = torch.tensor([-6.0, -0.3, 0.0]) if fast else layer_log_decay(3, 0, 8)
-    decay = Decay(log_decay.double(), tuple(log_decay.tolist()))
+    on_host = tuple(log_decay.tolist())
     parts = divided(lengths, ranks)
-    plans = [plan_states(part.cut, part.rank, decay.on_host) for part in parts]
-    added = [
-        added_states(tokens_of(part, k), tokens_of(part, v), decay, part.last_pieces)
-        for part in parts
-    ]
-    out = [_outgoing(states, plan) for states, plan in zip(added, plans, strict=True)]
+    plans = [plan_states(part.cut, part.rank, on_host) for part in parts]
+    out = []
+    for part, plan in zip(parts, plans, strict=True):
+        own = (tokens_of(part, x) for x in (k, v))
+        added = lightning_added(*own, log_decay, leaving(part, plan), from_end=True)
+        out.append(outgoing(added, plan))
     exact = recurrence(q, k, v, log_decay, lengths)
     for rank, (part, plan) in enumerate(zip(parts, plans, strict=True)):
         arrived = torch.cat([parcel(out[r], plans[r], rank) for r in range(ranks)])
-        before = _Decayed.apply(arrived, plan, decay)
+        before = states_before(arrived, plan, on_host)
         own = [tokens_of(part, x)[None] for x in (q, k, v)]
         o = lightning_attention(*own, log_decay, cu_seqlens=part.cu_seqlens, impl="reference").o
-        enters = zip(part.stretches, part.first_pieces, strict=True)
-        pieces = [piece if part.cut.enters(c) else None for c, piece in enters]
-        o = add_read(o, own[0][0], before, decay, pieces)
+        lightning_add_read(o[0], own[0][0], before, log_decay, entered(part), from_end=False)
         truth = tokens_of(part, exact)
         check_error(f"rank {rank}", o[0], truth.float(), truth)
 
 
 def parcel(outgoing: Tensor, plan, target: int) -> Tensor:
     """What one rank's buffer holds for another."""
-    heads = [sum(3 - route.first_head for route in routes) for routes in plan.sent]
-    return outgoing.split(heads)[target]
+    return outgoing.split(plan.sizes[0])[target]
 
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, lengths: list[int]) -> Tensor:
@@ -108,31 +117,63 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, lengths: list
     return torch.cat(run)
 
 
-@pytest.mark.parametrize("block_elements", [1, 24, 2**25])
-def test_the_gradients_of_what_states_add_and_give(
-    block_elements: int, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def alone():
+    """A group of one process, which exchanges with itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+class Mixer:
+    log_decay = torch.tensor([-30.0, -0.4, -1e-3, 0.0])
+
+
+@pytest.mark.parametrize("lengths", [[8], [5, 7], [3, 6, 3], [2, 2, 4]])
+def test_a_row_over_a_border_and_its_gradients_are_the_recurrences(
+    lengths: list[int], alone: dist.ProcessGroup
 ) -> None:
-    monkeypatch.setattr(states_module, "_BLOCK_ELEMENTS", block_elements)
-    decay = Decay(torch.tensor([-30.0, -1e-3], dtype=torch.float64), (-30.0, -1e-3))
-    (part,) = divided([5, 7], 1)
-    q, k, v = torch.randn(3, 12, 2, 3, dtype=torch.float64, generator=torch.Generator())
-    leaves = [x.clone().requires_grad_() for x in (k, v)]
-    assert torch.autograd.gradcheck(
-        lambda k, v: added_states(k, v, decay, [None, part.last_pieces[1]]), leaves
-    )
-    states = torch.randn(2, 2, 3, 3, dtype=torch.float64, generator=torch.Generator())
-    o = torch.zeros(1, 12, 2, 3, dtype=torch.float64).requires_grad_()
-    leaves = [x.clone().requires_grad_() for x in (q, states)]
-    assert torch.autograd.gradcheck(
-        lambda q, states: add_read(o.clone(), q, states, decay, [None, part.first_pieces[1]]),
-        leaves,
-    )
+    (part,), attend = divided(lengths, 1), ContextLightning(Mixer(), alone)
+    seed = torch.Generator().manual_seed(sum(lengths))
+    leaves = [
+        x.requires_grad_()
+        for x in torch.randn(3, 1, sum(lengths), 4, 3, generator=seed, dtype=torch.float64)
+    ]
+    do = torch.randn(1, sum(lengths), 4, 3, generator=seed, dtype=torch.float64)
+    o = attend(*leaves, part, None)[0]
+    whole = recurrence(*(x[0] for x in leaves), Mixer.log_decay, lengths)[None]
+    found = [o.detach(), *torch.autograd.grad(o, leaves, do)]
+    exact = [whole.detach(), *torch.autograd.grad(whole, leaves, do)]
+    for name, ours, truth in zip(("o", "dq", "dk", "dv"), found, exact, strict=True):
+        check_error(name, ours, truth.float(), truth)
+
+
+@given(LENGTHS, RANKS)
+@settings(deadline=None, max_examples=20)
+def test_what_comes_back_of_states_is_the_transpose_of_what_was_sent(
+    lengths: list[int], ranks: int
+) -> None:
+    heads = (-3.0, -0.2, 0.0)
+    for part in divided(filled(lengths, ranks), ranks):
+        plan = plan_states(part.cut, part.rank, heads)
+        sent, received = (sum(way) for way in plan.sizes)
+        seed = torch.Generator().manual_seed(sent + 100 * received)
+        x, y = torch.randn(2, 2, 3, 2, 2, generator=seed, dtype=torch.float64)
+        a, b = (torch.randn(n, 2, 2, generator=seed, dtype=torch.float64) for n in (sent, received))
+        for ours, theirs in (
+            ((outgoing(x, plan) * a).sum(), (x * returned(a, plan)).sum()),
+            (
+                (states_before(b, plan, heads) * y).sum(),
+                (b * gradients_of_arrived(y, plan, heads)).sum(),
+            ),
+        ):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_heads_that_have_decayed_to_nothing_are_not_sent() -> None:
     heads = (-1.0, -0.1, -1e-4)
-    decay = Decay(torch.tensor(heads), heads)
-    assert [decay.first_head(d) for d in (0, 87, 88, 873, 874)] == [0, 0, 1, 1, 2]
+    assert [first_head(heads, d) for d in (0, 87, 88, 873, 874)] == [0, 0, 1, 1, 2]
+    assert first_head((-1.0, 0.0), 1 << 60) == 1
     # One document over eight stretches of 100 tokens: past the next one the fast head is 0.
     parts = divided([800], 4)
     plan = plan_states(parts[0].cut, 0, heads)
@@ -142,15 +183,6 @@ def test_heads_that_have_decayed_to_nothing_are_not_sent() -> None:
     fast = plan_states(parts[0].cut, 0, (-1.0,))
     assert [len(routes) for routes in fast.sent] == [0, 1, 0, 0]
     assert [len(routes) for routes in fast.received] == [0, 1, 0, 0]
-
-
-def test_powers_below_fp32_are_zero_and_no_decay_never_fades() -> None:
-    decay = Decay(torch.tensor([-1.0, 0.0], dtype=torch.float64), (-1.0, 0.0))
-    found = decay.powers(torch.tensor([0, 80, 100]))
-    assert found[:, 1].tolist() == [1.0, 1.0, 1.0]
-    assert found[1, 0] > 0
-    assert found[2, 0] == 0.0
-    assert decay.first_head(1 << 60) == 1
 
 
 @given(LENGTHS, RANKS, st.one_of(st.none(), st.integers(1, 30)), st.booleans())

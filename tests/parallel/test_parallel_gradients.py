@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sevenfold.ops.testing import check_error
 from sevenfold.parallel import clip_gradients, gradient_norm
 
 # Of a model; the first two are divided by tensor parallelism, the others whole on each rank.
@@ -16,6 +18,18 @@ NAMES = (
     "layers.0.input_layernorm.weight",
     "norm.weight",
 )
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 def layout(replicate: int, tensor: int) -> Any:
@@ -47,7 +61,23 @@ def test_the_norm_counts_each_element_once(replicate: int, tensor: int, copies: 
     named = parameters((torch.float32,) * 4)
     grads = [p.grad for p in named.values() if p.grad is not None]
     found = gradient_norm(named.items(), layout(replicate, tensor))
-    assert torch.equal(found, one_by_one(grads, copies))
+    exact = one_by_one([grad.double() for grad in grads], copies)
+    check_error("norm", found, one_by_one(grads, copies), exact)
+
+
+@pytest.mark.parametrize("run", [
+    lambda named: gradient_norm(named.items(), layout(3, 2)),
+    lambda named: clip_gradients(named.values(), 0.5, torch.tensor(7.0)),
+])  # fmt: skip
+def test_many_parameters_take_as_many_operations_as_few(run: Any) -> None:
+    found = []
+    for layers in (1, 9):
+        several = [parameters((torch.float32,) * 4) for _ in range(layers)]
+        named = {f"{n}.{name}": p for n, own in enumerate(several) for name, p in own.items()}
+        with Calls() as calls:
+            run(named)
+        found.append(calls.number)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e9])

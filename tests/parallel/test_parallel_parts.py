@@ -121,6 +121,20 @@ def test_the_ranks_parts_make_the_whole_model(degrees: dict[str, int]) -> None:
         assert elements == copies * parameter.numel(), name
 
 
+def test_rounded_weights_take_half_the_bytes_but_outside_of_the_blocks() -> None:
+    model = preset("bench-2b")
+    config = ParallelConfig(shard=2, gather_once=True)
+    narrow = config.model_copy(update={"gather_dtype": "bf16"})
+    work = replace(WORK, recomputed_layers=0)
+    wide_bytes, bytes_ = (rank_memory(model, c, work).whole_weights for c in (config, narrow))
+    outer = 2 * model.vocab_size * model.hidden_size + model.hidden_size
+    assert wide_bytes - 4 * outer == 2 * (bytes_ - 4 * outer)
+    wide, sent = (
+        step_time(model, c, work, Rates()).exchange_s["weights"] for c in (config, narrow)
+    )
+    assert 0.75 * wide < sent < 0.8 * wide  # gradients are fp32
+
+
 def test_a_rehearsal_is_for_a_process_of_no_group() -> None:
     with (
         patch("torch.distributed.is_initialized", return_value=True),

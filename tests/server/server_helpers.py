@@ -103,6 +103,7 @@ class ScriptedEngine:
     under_way: int = 0
     cancelled: int = 0
     forgotten: int = 0
+    stopped: int = 0
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -143,6 +144,9 @@ class ScriptedEngine:
 
     def forget(self) -> None:
         self.forgotten += 1
+
+    def stop(self) -> None:
+        self.stopped += 1
 
     def close(self) -> None:
         return

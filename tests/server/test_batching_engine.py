@@ -22,6 +22,7 @@ from server_helpers import (
 
 from sevenfold.engine import LLM, SamplingParams, TextModel
 from sevenfold.engine.sizing import size_engine
+from sevenfold.engine.warm_up import WarmUpStoppedError
 from sevenfold.ops.testing import check_error
 from sevenfold.server import (
     BatchingEngine,
@@ -274,6 +275,32 @@ async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
     monkeypatch.setattr(cold._engine, "warm_up", lambda note: fail())
     with pytest.raises(EngineStoppedError, match=r"must take its first steps, got .* No space"):
         await cold.warm_up(print)
+
+
+async def test_a_stop_gives_the_start_up(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, begun, stopped = make_engine(llm), threading.Event(), threading.Event()
+
+    def warm_up(note: Callable[[str], None]) -> None:
+        begun.set()
+        assert stopped.wait(60)
+        raise WarmUpStoppedError("told to")
+
+    monkeypatch.setattr(engine._engine, "warm_up", warm_up)
+    monkeypatch.setattr(engine._engine, "stop_warm_up", stopped.set)
+    lines: list[str] = []
+    warming = asyncio.create_task(engine.warm_up(lines.append))
+    waiting = asyncio.create_task(outputs_of(engine, asking("waits", 2)))
+    assert await asyncio.to_thread(begun.wait, 60)
+    engine.stop()
+    for task in (warming, waiting):
+        with pytest.raises(EngineStoppedError, match="the engine has stopped"):
+            await task
+    assert re.fullmatch(r"given up after \d+\.\d s: the server is to stop", lines[0])
+    engine.close()
+    assert not engine._thread.is_alive()
+    assert not caplog.records  # it is no failure
 
 
 async def test_it_warms_up_in_the_thread_that_takes_its_steps(

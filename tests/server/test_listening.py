@@ -1,6 +1,7 @@
 """The socket's side: headers that do not arrive, a connection that goes on."""
 
 import asyncio
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -33,8 +34,10 @@ def test_headers_that_do_not_arrive_end_the_connection(monkeypatch: pytest.Monke
 class Start:
     """A server at its start: what warms it up, and its end."""
 
-    def __init__(self, server: uvicorn.Server, client: httpx.AsyncClient) -> None:
-        self.server, self.client = server, client
+    def __init__(
+        self, engine: ScriptedEngine, server: uvicorn.Server, client: httpx.AsyncClient
+    ) -> None:
+        self.engine, self.server, self.client = engine, server, client
         self.goes_on, self.error = asyncio.Event(), None
         self.whole: asyncio.Task | None = None
 
@@ -52,11 +55,12 @@ class Start:
 async def starting() -> AsyncIterator[Start]:
     settings = ServerSettings(port=0, drain_s=1.0)
     with bind(settings) as taken:
-        app = ServerApp(ScriptedEngine(), settings, TemplateSource())
+        engine = ScriptedEngine()
+        app = ServerApp(engine, settings, TemplateSource())
         server = make_server(app, settings)
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         async with httpx.AsyncClient(base_url=url) as client:
-            start = Start(server, client)
+            start = Start(engine, server, client)
             listen = listening._listen(app, server, taken, start.warm_up)
             start.whole = asyncio.create_task(listen)
             await settled(lambda: server.started)
@@ -85,6 +89,33 @@ async def test_what_fails_while_it_warms_up_ends_it() -> None:
         await asyncio.wait((start.whole,))
         with pytest.raises(RuntimeError, match="broken weights"):
             start.whole.result()
+
+
+@pytest.mark.anyio
+async def test_a_failed_start_is_neither_ready_nor_well() -> None:
+    async with starting() as start:
+        start.error, start.engine.well = RuntimeError("broken weights"), False
+        start.goes_on.set()
+        await settled(lambda: start.server.should_exit)
+        # The socket closes meanwhile: the application is asked by itself.
+        inside = httpx.ASGITransport(start.server.config.app)
+        async with httpx.AsyncClient(transport=inside, base_url="http://127.0.0.1") as start.client:
+            assert await start.statuses() == (503, 503)
+            assert (await start.client.get("/ready")).json() == {"status": "draining"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_warm", [False, True])
+async def test_a_signal_stops_an_engine_that_is_not_warm(is_warm: bool) -> None:
+    async with starting() as start:
+        if is_warm:
+            start.goes_on.set()
+            for _ in range(3):
+                await asyncio.sleep(0)
+        start.server.handle_exit(signal.SIGTERM, None)
+        assert start.engine.stopped == (0 if is_warm else 1)
+        await asyncio.wait((start.whole,))
+        assert start.whole.exception() is None
 
 
 @pytest.mark.anyio

@@ -79,15 +79,28 @@ def test_a_step_without_labels_is_refused() -> None:
         read(empty, rows=2)
 
 
+def losses_of_router(x: torch.Tensor, weight: torch.Tensor, k: int) -> torch.Tensor:
+    """Balance and z of tokens x [T, D], token by token."""
+    logits, E = x @ weight.T, len(weight)
+    chosen = torch.zeros_like(logits).scatter(1, logits.topk(k).indices, 1.0)
+    balance = E * (chosen.mean(0) * logits.softmax(-1).mean(0)).sum()
+    return torch.stack([balance, logits.logsumexp(-1).square().mean()])
+
+
 def router_losses_by_definition(model: HybridModel, step: StepBatch):
     """Means [loss, balance, z] and gradients, straight from the formula."""
     model.train().zero_grad()
+    found: list[torch.Tensor] = []
+    for layer in model.layers:
+        layer.mlp.gate.register_forward_pre_hook(
+            lambda gate, args: found.append(losses_of_router(args[0], gate.weight, gate.num_chosen))
+        )
     total, means = torch.zeros((), dtype=model.dtype), torch.zeros(3, dtype=model.dtype)
     for micro in step.micro_batches:
+        found.clear()
         result = model.hidden(micro.input_ids, micro.batch)
         summed = linear_cross_entropy(result.hidden, model.lm_head.weight, micro.labels)
-        balance = torch.stack([s.balance_loss for s in result.router]).mean()
-        z = torch.stack([s.z_loss for s in result.router]).mean()
+        balance, z = torch.stack(found).mean(0)
         share = micro.num_labels / step.num_labels
         total = total + summed / step.num_labels + share * (0.01 * balance + 0.001 * z)
         means += share * torch.stack([summed / micro.num_labels, balance, z]).detach()

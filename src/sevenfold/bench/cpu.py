@@ -185,7 +185,8 @@ def _our_training(model: HybridModel) -> Run:
         optimizer.zero_grad(set_to_none=True)
         out = model.hidden(inputs)
         loss = linear_cross_entropy(out.hidden, model.lm_head.weight, labels) / labels.numel()
-        balance = torch.stack([stats.balance_loss for stats in out.router]).mean()
+        stats = model.router_stats(out.router)
+        balance = 0.0 if stats is None else stats.balance_loss.mean()
         (loss + AUX_LOSS_COEF * balance).backward()
         optimizer.step()
 

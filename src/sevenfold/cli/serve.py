@@ -1,5 +1,6 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +90,11 @@ def serve_command(
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
     engine = _EngineOptions(
-        model_name=model_name or checkpoint.resolve().name,
+        model_name=checkpoint.resolve().name if model_name is None else _name(model_name),
         device=_device(device),
         dtype=_dtype(dtype),
-        memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
-        host_bytes=int(host_memory_gib * 2**30),
+        memory_bytes=None if memory_gib is None else _bytes("memory_gib", memory_gib),
+        host_bytes=_bytes("host_memory_gib", host_memory_gib),
         context_tokens=max_context,
         sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
@@ -103,6 +104,18 @@ def serve_command(
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
     _serve(checkpoint, _settings(files, values), engine, warm_up=warm_up)
+
+
+def _name(name: str) -> str:
+    if not name.strip():
+        raise ConfigError(f"model_name must not be empty, got {name!r}")
+    return name
+
+
+def _bytes(option: str, gib: float) -> int:
+    if not 0 <= gib < math.inf:
+        raise ConfigError(f"{option} must be 0 or more and finite, got {gib:g}")
+    return int(gib * 2**30)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -168,14 +181,14 @@ class _EngineOptions:
             batch_invariant=self.batch_invariant,
         )
         typer.echo(plan_report(plan))
-        return BatchingEngine(
-            source,
-            self.model_name,
-            plan,
-            limits,
-            sessions=self.sessions,
-            speculation=self.speculation,
-        )
+        kept = {"sessions": self.sessions, "speculation": self.speculation}
+        try:
+            return BatchingEngine(source, self.model_name, plan, limits, **kept)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ConfigError(
+                "memory_gib and host_memory_gib must fit into free memory, got "
+                f"{plan.layout.num_slabs * plan.layout.slab_bytes:,} and {plan.host_bytes:,} bytes"
+            ) from error
 
 
 def _speculation(draft_tokens: int) -> PromptLookupConfig | None:
@@ -209,6 +222,8 @@ def _read_keys(file: Path | None, least_chars: int) -> list[str]:
         return []
     try:
         text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{file} must be a readable file, got: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} must be a text file in UTF-8, got other bytes") from error
     keys = [line.strip() for line in text.splitlines()]

@@ -104,7 +104,13 @@ class Engine:
 
     def warm_up(self, note: Note = log_progress) -> None:
         """Do what happens once before a request waits for it; see engine.first_use.warm_up."""
+        if self._speculator is not None and self._worker.has_first_times:
+            self._speculator.warm_up()
         warm_up(self._worker, self._limits, note)
+
+    def stop_warm_up(self) -> None:
+        """End warm_up, which another thread runs, before its next run: WarmUpStoppedError there."""
+        self._worker.stop_warm_up()
 
     def submit(
         self, request: Request, params: SamplingParams, constraint: Constraint | None = None
@@ -165,7 +171,8 @@ class Engine:
         Returns:
             What it gave, the ends of cancelled and late requests included.
         """
-        drafting_s = self._propose()
+        began_s = time.perf_counter()
+        self._propose()
         step = self.scheduler.step()
         self._worker.prepare(self.cache.take_fresh())
         if self._speculator is not None:
@@ -173,10 +180,10 @@ class Engine:
             self._speculator.forget(step.ended, ended=True)
         events = [self._end(request) for request in step.ended]
         if self._speculator is not None and any(row.draft_tokens for row in step.decodes):
-            events += self._decode_drafts(self._speculator, step.decodes, drafting_s)
+            events += self._decode_drafts(self._speculator, step.decodes, began_s)
             events += self._take(self._prefill(step.prefills))
         else:
-            events += self._decode_plainly(step)
+            events += self._decode_plainly(step, began_s)
         return [event for event in events if event is not None]
 
     def speculation_counters(self) -> SpeculationCounters | None:
@@ -194,51 +201,52 @@ class Engine:
         drafter = build_drafter(config, draft, self._model, self._tokenizer)
         return Speculator(config, drafter, self._worker, self._sampler_of)
 
-    def _propose(self) -> float:
-        """Guess what follows for the requests that decode; returns the seconds that it took."""
-        began_s = time.perf_counter()
-        if self._speculator is not None:
-            underway = self._underway.values()
-            decoding = [one for one in underway if one.request.status is Status.DECODING]
-            self._guesses = self._speculator.propose(
-                [(one.request, one.output) for one in decoding]
-            )
-            if self._ahead.chosen is not None:
-                # The step to come runs already: guesses can be checked in the one behind it.
-                for one in decoding:
-                    one.request.draft_tokens = 0
-        return time.perf_counter() - began_s
+    def _propose(self) -> None:
+        """Guess what follows for the requests that decode."""
+        if self._speculator is None:
+            return
+        underway = self._underway.values()
+        decoding = [one for one in underway if one.request.status is Status.DECODING]
+        # Guesses for a step that runs already can be checked in the one behind it.
+        self._guesses = self._speculator.propose(
+            [(one.request, one.output) for one in decoding],
+            is_under_way=self._ahead.chosen is not None,
+        )
 
-    def _decode_plainly(self, step: Step) -> list[TokenEvent | None]:
+    def _decode_plainly(self, step: Step, began_s: float) -> list[TokenEvent | None]:
         """Compute a step without guesses; where the next has none either, begin that as well."""
-        began_s = time.perf_counter()
+        was_ahead = self._ahead.chosen is not None
         # Both are launched before the host waits for either.
         decoded, prefilled = self._decode(step), self._prefill(step.prefills)
-        # A prompt's last chunk comes before the first guess of what follows it.
-        if not self._guesses and (self._speculator is None or prefilled is None):
+        # A prompt's last chunk comes before the first guess of what follows it, but for guesses
+        # that are watched first.
+        is_guessed = self._speculator is not None and not self._speculator.watches
+        if not self._guesses and not (is_guessed and prefilled):
             self._run_ahead([one for one in (decoded, prefilled) if one is not None])
+        if self._speculator is not None:
+            for chunk in step.prefills:
+                self._speculator.read(chunk.request, chunk.end - chunk.first)
         events = self._take(decoded) + self._take(prefilled)
         if not self.scheduler.num_decoding:
             self._ahead.forget()
         if self._speculator is not None:
-            requests = [row.request for row in step.decodes]
+            is_ahead = was_ahead and self._ahead.chosen is not None
             seconds = None if step.prefills else time.perf_counter() - began_s
-            self._speculator.note_step(requests, requests, seconds)
+            is_steady = is_ahead or self._worker.ahead is None
+            self._speculator.note_plain(len(step.decodes), seconds, is_steady=is_steady)
         return events
 
     def _decode_drafts(
-        self, speculator: Speculator, rows: Sequence[DecodeRow], drafting_s: float
+        self, speculator: Speculator, rows: Sequence[DecodeRow], began_s: float
     ) -> list[TokenEvent | None]:
         requests = [row.request for row in rows]
-        began_s = time.perf_counter()
         walks = self._check(speculator, rows)
         checked = {walk.request.id for walk in walks if walk.is_finite}
         # A guess whose vectors are not finite may spoil its draft: such a row goes without one.
         plain = [request for request in requests if request.id not in checked]
         events = [event for walk in walks if walk.is_finite for event in self._take_walk(walk)]
         events += self._take(self._step(plain))
-        seconds = time.perf_counter() - began_s + (drafting_s if walks else 0.0)
-        speculator.note_step(requests, plain, seconds)
+        speculator.note_drafted(walks, len(rows), time.perf_counter() - began_s)
         return events
 
     def _check(self, speculator: Speculator, rows: Sequence[DecodeRow]) -> list[Walk]:
@@ -248,8 +256,6 @@ class Engine:
             if num_guesses:
                 row = self._row(request, request.num_computed_tokens + 1 + num_guesses)
                 drafted.append(Drafted(self._underway[request.id], row, num_guesses))
-        if not drafted:
-            return []
         self._sampler = None
         return speculator.check(drafted, len(rows))
 

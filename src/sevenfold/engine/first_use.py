@@ -27,6 +27,9 @@ def warm_up(worker: Worker, limits: SchedulerConfig, note: Note) -> None:
         worker: the engine's.
         limits: its scheduler's.
         note: told in a line how far it is.
+
+    Raises:
+        WarmUpStoppedError: the worker was told to stop.
     """
     if not worker.has_first_times:
         return

@@ -26,6 +26,8 @@ from sevenfold.engine.transfer import upload
 from sevenfold.models import ModelConfig
 from sevenfold.ops import Int8ReplayPool, ReplayPool, layer_log_decay
 
+_FEW_ITEMS = 4  # as many launches take the host no longer than to send where they lie
+
 _DTYPES = {
     "fp32": torch.float32,
     "int32": torch.int32,
@@ -140,6 +142,10 @@ class Storage:
         if decays is None:
             decays = _decays(config, device)
         self.layers = tuple(_layers(config, plan, self._arena, dtype, decays))
+        self._wide = {
+            tenant: _wide(self._arena, plan.layout, tenant)
+            for tenant in (Tenant.STATE, Tenant.PAGE)
+        }
         self._exact = _exact_items(plan, self._arena) if self.is_exact else None
         self._host = None if plan.host is None else _host_arena(plan.host_bytes, device)
 
@@ -158,8 +164,13 @@ class Storage:
         """Clear items that were handed out."""
         for tenant, items in ((Tenant.STATE, fresh.states), (Tenant.PAGE, fresh.pages)):
             if items:
-                rows = self._items(tenant)
-                rows[upload(items, rows.device)] = 0
+                rows = self._wide[tenant]
+                if len(items) <= _FEW_ITEMS:
+                    for item in items:
+                        rows[item].zero_()
+                else:
+                    # Not by an index with a value: that is sent to the device, which is waited for.
+                    rows.index_fill_(0, upload(items, rows.device), 0)
 
     def save(self, copies: Sequence[Copy]) -> None:
         """Copy items to the host; nothing waits for it."""
@@ -206,13 +217,13 @@ class Storage:
             if not isinstance(layer, KVStorage):
                 yield layer, (items[0], items[1])
 
-    def _items(self, tenant: Tenant) -> Tensor:
-        """All items of a tenant, [items, n], in the widest integers that divide them."""
-        size = self.layout.stride_bytes(tenant)
-        wide = self._arena.numel() % 8 == size % 8 == 0
-        dtype = torch.int64 if wide else torch.uint8
-        shape = (size // dtype.itemsize,)
-        return _pool(self._arena, self.layout, tenant, 0, dtype, shape)
+
+def _wide(arena: Tensor, layout: ArenaLayout, tenant: Tenant) -> Tensor:
+    """All items of a tenant, [items, n], in the widest integers that divide them."""
+    size = layout.stride_bytes(tenant)
+    wide = arena.numel() % 8 == size % 8 == 0
+    dtype = torch.int64 if wide else torch.uint8
+    return _pool(arena, layout, tenant, 0, dtype, (size // dtype.itemsize,))
 
 
 def _decays(config: ModelConfig, device: torch.device) -> list[Tensor]:

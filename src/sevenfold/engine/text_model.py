@@ -30,7 +30,9 @@ class TextModel:
     def __post_init__(self) -> None:
         most, size = self.model.config.vocab_size, self.tokenizer.get_vocab_size()
         if size > most:
-            raise ValueError(f"tokenizer must have at most the model's {most} tokens, got {size}")
+            raise CheckpointError(
+                f"tokenizer must have at most the model's {most} tokens, got {size}"
+            )
         self.model.eval()
 
     @classmethod
@@ -63,7 +65,9 @@ class TextModel:
             raise CheckpointError(f"{path} must be a checkpoint folder, got none of that name")
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
-            raise CheckpointError(f"{file} must exist to generate text; copy the tokenizer there")
+            final = Path(path) / "final"
+            remedy = f"{final} has one" if final.is_dir() else "copy the tokenizer there"
+            raise CheckpointError(f"{file} must exist to generate text; {remedy}")
         if tensor_parallel != 1:
             check_tensor_parallel(tensor_parallel, weights)
             model, ranks = start_ranks(Path(path), tensor_parallel, device=device, dtype=dtype)

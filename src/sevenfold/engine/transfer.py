@@ -60,8 +60,3 @@ class Arriving:
 def side_by_side(columns: Sequence[Tensor]) -> Tensor:
     """Return equally long integer or bool tensors [N] as columns of one, [N, columns] int64."""
     return torch.stack([x.to(torch.int64) for x in columns], dim=1)
-
-
-def fetch(columns: Sequence[Tensor]) -> list[list[int]]:
-    """Return the numbers of equally long integer or bool tensors, by one copy and one wait."""
-    return Arriving(side_by_side(columns)).numbers()

@@ -6,6 +6,7 @@ Every row's state, pages and snapshots are the sink's, which nobody is ever give
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from sevenfold.config import SevenfoldError
 from sevenfold.engine.device.graphs import page_room
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import Row
@@ -23,6 +24,10 @@ _DRAFTED_ROWS = (1, 2, 4)
 _ALONE = ((9,), (64,), (500,), (512,), (1000,), (1024,))
 _TOGETHER = ((9, 9), (20, 12), (515, 9), (500, 12), (1000, 5), (1000, 24))
 _UNIT_TOKENS = 1024  # long chunks meet their keys in powers of two of these
+
+
+class WarmUpStoppedError(SevenfoldError, RuntimeError):
+    """What happens once was given up, because the engine was told to stop."""
 
 
 class Reach(NamedTuple):
@@ -89,8 +94,10 @@ def first_drafts(reach: Reach, token_sizes: Sequence[int]) -> list[list[DraftRow
     for rows in reversed(_DRAFTED_ROWS):
         for tokens in reversed(token_sizes):
             tree = DraftTree((0,) * (tokens - 1), tuple(range(tokens - 1)))
-            root = reach.row(1, num_pages=-(-tokens // reach.page_tokens))
-            runs.append([DraftRow.of(root, tree)] * rows)
+            # Alone also with more room, as steps have.
+            for num_pages in _rooms(reach, 1) if rows == 1 else (1,):
+                root = reach.row(1, num_pages=max(num_pages, -(-tokens // reach.page_tokens)))
+                runs.append([DraftRow.of(root, tree)] * rows)
     return runs
 
 

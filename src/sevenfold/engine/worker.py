@@ -21,7 +21,7 @@ from sevenfold.engine.runners import make_runner, make_verifier
 from sevenfold.engine.speculation.pending import PendingDrafts
 from sevenfold.engine.speculation.verifier import Checked, DraftRow, Verifier
 from sevenfold.engine.storage import Storage
-from sevenfold.engine.warm_up import Reach, first_drafts, first_runs
+from sevenfold.engine.warm_up import Reach, WarmUpStoppedError, first_drafts, first_runs
 from sevenfold.models import HybridModel
 from sevenfold.ops.compile_together import compiled_together
 
@@ -75,7 +75,7 @@ class Worker:
         invariant = config.chunk_tokens is not None
         sizes = config.decode_batch_sizes
         self.runner = make_runner(model, self.storage, limits, sizes, invariant=invariant)
-        self._config = config
+        self._config, self._stopping = config, False
         alone = self._alone(self.runner)
         self._run = alone.run
         # What rounds a state goes by a seed that tokens on the device alone come without.
@@ -99,6 +99,9 @@ class Worker:
             most_tokens: of a request.
             chunk_tokens: of a prompt that are computed at once, at most.
             note: told how far it is.
+
+        Raises:
+            WarmUpStoppedError: stop_warm_up was called.
         """
         if not self.has_first_times:
             return
@@ -108,8 +111,10 @@ class Worker:
         num_kernels = self._rehearse(runs, drafts)
         note(f"{num_kernels} kernels compiled after {time.monotonic() - began_s:.1f} s")
         for rows in runs:
+            self._check_wanted()
             self._run(rows)
         for rows in drafts:
+            self._check_wanted()
             self._checked().run(rows)
         self._pending.forget([SINK])
         if self.model.device.type == "cuda":
@@ -117,6 +122,14 @@ class Worker:
             torch.cuda.empty_cache()
         seconds = time.monotonic() - began_s
         note(f"{len(runs) + len(drafts)} sizes of runs ready after {seconds:.1f} s")
+
+    def stop_warm_up(self) -> None:
+        """End a warm-up before its next run; called by any thread, or by a signal's handler."""
+        self._stopping = True
+
+    def _check_wanted(self) -> None:
+        if self._stopping:
+            raise WarmUpStoppedError("the engine was told to stop before it was warm")
 
     def _first_runs(self, reach: Reach) -> list[list[Row]]:
         if not isinstance(self.runner, DeviceRunner):
@@ -132,12 +145,16 @@ class Worker:
     def _rehearse(self, runs: list[list[Row]], drafts: list[list[DraftRow]]) -> int:
         """Compute everything once where no kernel is launched: how many had to be compiled."""
         on_gpu = self.model.device.type == "cuda"
-        with compiled_together() if on_gpu else nullcontext([]) as compilation:
+        together = compiled_together(lambda: self._stopping) if on_gpu else nullcontext([])
+        with together as compilation:
             for rows in runs:
+                self._check_wanted()
                 # Each time another one, which takes what it allocates along.
                 self._alone(self.runner.rehearsal()).run(rows)
             for rows in drafts:
+                self._check_wanted()
                 self._checked().rehearsal().run(rows)
+        self._check_wanted()
         return len(compilation)
 
     def _alone(self, runner: Runner | DeviceRunner) -> Runner | DeviceRunner | InvariantRunner:

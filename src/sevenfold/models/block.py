@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from sevenfold.models.batch import Batch
 from sevenfold.models.config import ModelConfig
-from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats, SwiGLU
+from sevenfold.models.feed_forward import MixtureOfExperts, SwiGLU
 from sevenfold.models.layers import RMSNorm
 from sevenfold.models.mixers import build_mixer
+from sevenfold.models.router_stats import RouterCounts
 from sevenfold.models.state import LayerState
 from sevenfold.ops import post_rms_norm, residual_rms_norm
 
@@ -40,15 +41,15 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, batch: Batch, state: LayerState | None
-    ) -> tuple[Tensor, LayerState | None, RouterStats | None]:
+    ) -> tuple[Tensor, LayerState | None, RouterCounts | None]:
         """Run the block on x [B, T, hidden_size]."""
         u = self.input_layernorm(x)
         mixed, state = self.self_attn(u, batch, state)
         stream, (alpha, beta) = u if self.post_norm else x, self.mixer_factors
         norm = self.post_attention_layernorm
         u, x = residual_rms_norm(stream, mixed, norm.weight, norm.eps, alpha=alpha, beta=beta)
-        x, stats = self._feed(x, u)
-        return x, state, stats
+        x, counts = self._feed(x, u)
+        return x, state, counts
 
     def mix(
         self, x: Tensor, batch: Batch, state: LayerState | None
@@ -58,7 +59,7 @@ class Block(nn.Module):
         mixed, state = self.self_attn(u, batch, state)
         return self._residual(x, u, mixed, self.mixer_factors), state
 
-    def feed(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
+    def feed(self, x: Tensor) -> tuple[Tensor, RouterCounts | None]:
         """The block's second half: each token by itself."""
         return self._feed(x, self.post_attention_layernorm(x))
 
@@ -121,11 +122,11 @@ class Block(nn.Module):
         """A dense feed-forward of u; sevenfold.train may stand in for it."""
         return self.mlp(u)
 
-    def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterStats | None]:
-        fed, stats = self._fed(u)
-        return self._residual(x, u, fed, self.mlp_factors), stats
+    def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterCounts | None]:
+        fed, counts = self._fed(u)
+        return self._residual(x, u, fed, self.mlp_factors), counts
 
-    def _fed(self, u: Tensor) -> tuple[Tensor, RouterStats | None]:
+    def _fed(self, u: Tensor) -> tuple[Tensor, RouterCounts | None]:
         return self.mlp(u) if isinstance(self.mlp, MixtureOfExperts) else (self.feed_dense(u), None)
 
     def _residual(self, x: Tensor, u: Tensor, f: Tensor, factors: tuple[float, float]) -> Tensor:

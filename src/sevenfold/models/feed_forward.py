@@ -1,13 +1,13 @@
 """Feed-forward layers: dense SwiGLU, and a mixture of SwiGLU experts."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sevenfold.models.config import ModelConfig, MoEConfig
 from sevenfold.models.layers import Linear
+from sevenfold.models.router_stats import RouterCounts
 from sevenfold.ops import (
     Dispatch,
     full_precision,
@@ -15,6 +15,7 @@ from sevenfold.ops import (
     mixture,
     plan_dispatch,
     route,
+    route_and_count,
     router_logits,
     swiglu,
 )
@@ -22,22 +23,6 @@ from sevenfold.ops import (
 # Of a recomputed dense feed-forward, which goes backward by pieces of its tokens (sevenfold.train).
 # Products of so many rows are as fast as larger: a GPU's multiprocessors have hundreds of tiles.
 PIECE_TOKENS = 32_768
-
-
-class RouterStats(NamedTuple):
-    """What one layer's router did with one batch; scalars, but for load [num_local_experts].
-
-    balance_loss: E * sum_i f_i m_i; f_i the share of tokens that chose expert i, m_i its mean
-        probability; num_experts_per_tok when balanced.
-    z_loss: mean of logsumexp(logits)^2.
-    load: f_i before any drop.
-    dropped: share of the choices that were dropped.
-    """
-
-    balance_loss: Tensor
-    z_loss: Tensor
-    load: Tensor
-    dropped: Tensor
 
 
 class SwiGLU(nn.Module):
@@ -75,10 +60,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.num_local_experts, hidden_size))
         self.num_chosen = moe.num_experts_per_tok
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose for x [T, D]: logits [T, E], weights [T, k] and experts [T, k]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Choose for x [T, D]: weights [T, k], experts [T, k], and totals in training only."""
         logits = router_logits(x, self.weight)
-        return logits, *route(logits, self.num_chosen)
+        if self.training:
+            return route_and_count(logits, self.num_chosen)
+        return *route(logits, self.num_chosen), None
 
 
 class MixtureOfExperts(nn.Module):
@@ -98,17 +85,16 @@ class MixtureOfExperts(nn.Module):
             self.shared_mlp = SwiGLU(config.hidden_size, moe.shared_intermediate_size)
             self.coefficient = Linear(config.hidden_size, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
-        """Transform x [B, T, D]; statistics, and dropping, in training only."""
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterCounts | None]:
+        """Transform x [B, T, D]; counts, and dropping, in training only."""
         tokens = x.reshape(-1, x.shape[-1])
-        logits, weights, experts = self.gate(tokens)
+        weights, experts, totals = self.gate(tokens)
         y, kept = self.routed(tokens, weights, experts)
         if self.shared_mlp is not None and self.coefficient is not None:
             share = self._share(tokens, self.coefficient.weight)
             y = (1 - share) * y + share * self.shared_mlp(tokens)
-        if not self.training:
-            return y.view_as(x), None
-        return y.view_as(x), self.stats(logits, experts, kept)
+        counts = None if totals is None else RouterCounts(totals, kept, experts.numel())
+        return y.view_as(x), counts
 
     @staticmethod
     def _share(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -120,7 +106,7 @@ class MixtureOfExperts(nn.Module):
     def routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """The experts' weighted sum, and how many choices each expert took.
 
-        sevenfold.parallel may stand in for this and for stats.
+        sevenfold.parallel may stand in for this.
         """
         capacity = self.capacity(len(tokens)) if self.training else None
         dispatch = plan_dispatch(experts, self.moe.num_local_experts, capacity)
@@ -133,14 +119,3 @@ class MixtureOfExperts(nn.Module):
             return None
         even = num_tokens * self.moe.num_experts_per_tok / self.moe.num_local_experts
         return math.ceil(factor * even)
-
-    def stats(self, logits: Tensor, experts: Tensor, kept: Tensor) -> RouterStats:
-        """What the router did: logits [T, E], experts [T, k] before drops, kept [E] after."""
-        E = self.moe.num_local_experts
-        # A comparison, for torch.bincount makes the host wait for a GPU.
-        chosen = experts.flatten()[:, None] == torch.arange(E, device=experts.device)
-        load = chosen.sum(0).to(logits.dtype) / len(experts)
-        balance = E * (load * logits.softmax(-1).mean(0)).sum()
-        z_loss = torch.logsumexp(logits, dim=-1).square().mean()
-        dropped = 1 - kept.sum().to(logits.dtype) / experts.numel()
-        return RouterStats(balance, z_loss, load.detach(), dropped)

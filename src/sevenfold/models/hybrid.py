@@ -1,6 +1,6 @@
 """The hybrid decoder: embedding, blocks, final norm, head."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,8 @@ from sevenfold.models.batch import Batch
 from sevenfold.models.block import Block
 from sevenfold.models.chunked import chunks, pays_by_chunks, run_by_chunks
 from sevenfold.models.config import ModelConfig
-from sevenfold.models.feed_forward import RouterStats
 from sevenfold.models.layers import Linear, RMSNorm
+from sevenfold.models.router_stats import RouterCounts, RouterStats, router_stats
 from sevenfold.models.state import LayerState, empty_layer_state
 from sevenfold.models.stepping import pays_by_rows, run_by_rows
 from sevenfold.ops import (
@@ -32,7 +32,7 @@ class HiddenResult(NamedTuple):
 
     hidden: Tensor
     state: tuple[LayerState, ...] | None
-    router: tuple[RouterStats, ...]
+    router: tuple[RouterCounts, ...]
 
 
 class HybridModel(nn.Module):
@@ -96,7 +96,7 @@ class HybridModel(nn.Module):
                 starts afresh and keeps nothing.
 
         Returns:
-            Hidden vectors, state and router statistics.
+            Hidden vectors, state and what the routers counted.
 
         Raises:
             ValueError: the ids' shape is not the batch's.
@@ -120,9 +120,9 @@ class HybridModel(nn.Module):
             if by_chunks:
                 run_by_chunks(layer, x, self._empty_state(i, input_ids))
                 continue
-            x, after, stats = layer(x, batch, None if state is None else state[i])
+            x, after, counts = layer(x, batch, None if state is None else state[i])
             states.append(after)
-            router += [] if stats is None else [stats]
+            router += [] if counts is None else [counts]
         advanced = None if state is None else tuple(s for s in states if s is not None)
         if not by_chunks:
             return HiddenResult(self.norm(x), advanced, tuple(router))
@@ -193,6 +193,14 @@ class HybridModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden [..., hidden_size] to logits [..., vocab_size], in fp32 at least."""
         return head_logits(hidden, self.lm_head.weight)
+
+    def router_stats(self, counts: Sequence[RouterCounts]) -> RouterStats | None:
+        """Take the statistics of some layers' routers; None of none.
+
+        sevenfold.parallel may stand in for this.
+        """
+        moe = self.config.moe
+        return router_stats(counts, moe.num_experts_per_tok) if moe and counts else None
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum the head's cross-entropy over the tokens that have a label; nats, fp32 at least."""

@@ -6,8 +6,8 @@ thread, with the very arguments that it will have. Importing this file imports n
 """
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 # Beside a thread runs NVIDIA's assembler, in a process of its own.
 _MOST_THREADS = 16
+_LOOK_S = 0.1
 # What is replaced meanwhile is the process's.
 _one_at_a_time = Lock()
 
@@ -38,8 +39,11 @@ class Compilation:
 
 
 @contextmanager
-def compiled_together() -> Iterator[Compilation]:
+def compiled_together(stopped: Callable[[], bool]) -> Iterator[Compilation]:
     """Compile what this thread launches within, and launch none of it; the end waits for all.
+
+    Where `stopped` says so meanwhile, or an error leaves the block, nothing is waited for: kernels
+    that no thread has begun are given up, and those that are begun come to their end by themselves.
 
     What kernels would have written is zero: the tensors that are allocated for them are cleared, so
     that an operator of PyTorch's that reads indices from there reads valid ones. Everything else
@@ -63,8 +67,9 @@ def compiled_together() -> Iterator[Compilation]:
 
     with ExitStack() as stack:
         stack.enter_context(_one_at_a_time)
-        pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="compile"))
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
         mode = stack.enter_context(AsyncCompileMode(pool, ignore_errors=True))
+        stack.callback(_end, pool, mode.raw_futures)
         stack.enter_context(_replaced(JITFunction, "run", prepare))
         for owner, name, clear in (
             (torch, "empty", torch.zeros),
@@ -73,6 +78,19 @@ def compiled_together() -> Iterator[Compilation]:
         ):
             stack.enter_context(_replaced(owner, name, cleared(getattr(owner, name), clear)))
         yield Compilation(mode.future_kernels)
+        _wait(mode.raw_futures, stopped)
+
+
+def _wait(futures: Sequence[Future[Any]], stopped: Callable[[], bool]) -> None:
+    waiting = set(futures)
+    while waiting and not stopped():
+        _, waiting = wait(waiting, timeout=_LOOK_S)
+
+
+def _end(pool: ThreadPoolExecutor, futures: list[Future[Any]]) -> None:
+    """Give up what has not begun, and leave to Triton, which waits for all, only what has ended."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    futures[:] = [future for future in futures if future.done() and not future.cancelled()]
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """Parallelism applied to a plain model from outside."""
 
+from collections.abc import Sequence
+from functools import partial
+
 from sevenfold.models import HybridModel
 from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.models.mixers import LightningAttention, SoftmaxAttention
+from sevenfold.models.router_stats import RouterCounts, RouterStats, router_stats
 from sevenfold.parallel.context.lightning import ContextLightning
 from sevenfold.parallel.context.softmax import ContextSoftmax
-from sevenfold.parallel.experts import divide_experts, share_statistics
+from sevenfold.parallel.experts import divide_experts
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.pipeline import keep_stages, own_blocks
 from sevenfold.parallel.sharding import shard_model
@@ -29,10 +33,12 @@ def divide_model(model: HybridModel, layout: Layout, *, weights_are_divided: boo
     if layout.config.pipeline > 1:
         keep_stages(model, layout)
     for block in own_blocks(model):
-        if isinstance(block.mlp, MixtureOfExperts):
-            if layout.config.routes_tokens:
-                divide_experts(block.mlp, layout)
-            share_statistics(block.mlp, layout)
+        if layout.config.routes_tokens and isinstance(block.mlp, MixtureOfExperts):
+            divide_experts(block.mlp, layout)
+    if model.config.moe is not None:
+        model.router_stats = partial(  # pyright: ignore[reportAttributeAccessIssue]
+            _shared_stats, num_experts_per_tok=model.config.moe.num_experts_per_tok, layout=layout
+        )
     if layout.config.tensor > 1:
         if not weights_are_divided:
             divide_weights(model, layout)
@@ -45,6 +51,20 @@ def shard_weights(model: HybridModel, layout: Layout) -> None:
     """Apply fully_shard where there is more than one rank with tokens of its own."""
     if layout.config.token_ranks > 1:
         shard_model(model, layout)
+
+
+def _shared_stats(
+    counts: Sequence[RouterCounts], *, num_experts_per_tok: int, layout: Layout
+) -> RouterStats | None:
+    """This rank's share of the statistics of all ranks' tokens; one collective for all layers."""
+    if not counts:
+        return None
+    return router_stats(
+        counts,
+        num_experts_per_tok,
+        num_ranks=layout.config.token_ranks,
+        sum_over_ranks=layout.sum_over_tokens,
+    )
 
 
 def _divide_context(model: HybridModel, layout: Layout) -> None:

@@ -12,7 +12,7 @@ from sevenfold.models import HybridModel, ModelConfig, initial_weight
 from sevenfold.parallel.apply import divide_model, shard_weights
 from sevenfold.parallel.gradients import local
 from sevenfold.parallel.layout import Layout
-from sevenfold.parallel.parts import ParameterParts, parts_of, tensor_slice
+from sevenfold.parallel.parts import ParameterParts, held_parts, tensor_slice
 
 
 def build_model(
@@ -45,7 +45,7 @@ def build_model(
     shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _fill(name, local(parameter), shapes[name], config, layout, seed)
+            _fill(name, parameter, shapes[name], config, layout, seed)
     return model
 
 
@@ -70,29 +70,44 @@ def _on_meta(config: ModelConfig) -> HybridModel:
 
 
 def _fill(
-    name: str, held: Tensor, shape: torch.Size, config: ModelConfig, layout: Layout, seed: int
+    name: str, parameter: Tensor, shape: torch.Size, config: ModelConfig, layout: Layout, seed: int
 ) -> None:
-    parts = parts_of(name)
+    parts, held = held_parts(name, parameter), local(parameter)
     if not parts.is_expert:
         whole = initial_weight(name, shape, config, seed=seed)
         held.copy_(_own_part(whole, parts, layout, 0))
         return
-    first = layout.place.expert * len(held)
+    first = _first_expert(parts, len(held), layout)
     for index, matrix in enumerate(held):
         whole = initial_weight(name, shape[1:], config, seed=seed, expert=first + index)
         matrix.copy_(_own_part(whole, parts, layout, 1))
 
 
+def _first_expert(parts: ParameterParts, num_held: int, layout: Layout) -> int:
+    place, c = layout.place, layout.config
+    if parts.weights != 0:
+        return place.expert * num_held
+    return (place.expert * c.expert_shards + _shard(parts, layout)) * num_held
+
+
+def _shard(parts: ParameterParts, layout: Layout) -> int:
+    """Which part of those that fully_shard makes this rank holds."""
+    c, place = layout.config, layout.place
+    weights = place.data % c.shard * c.context + place.context
+    if not parts.is_expert:
+        return weights
+    return (weights * c.tensor + place.tensor) // (c.expert * c.expert_width)
+
+
 def _own_part(whole: Tensor, parts: ParameterParts, layout: Layout, skipped: int) -> Tensor:
     """This rank's part of a matrix; `skipped` dimensions of the parameter are not the matrix's."""
     c, place = layout.config, layout.place
-    weights = place.data % c.shard * c.context + place.context
     shards, width, part = c.weight_shards, c.tensor, place.tensor
     if parts.is_expert:
-        size = c.expert * c.expert_width
-        weights = (weights * c.tensor + place.tensor) // size
         shards, width, part = c.expert_shards, c.expert_width, place.expert_tensor
     tensor = None if parts.tensor is None else parts.tensor - skipped
     of_matrix = ParameterParts(parts.weights - skipped, tensor, False, parts.has_halves)
     own = tensor_slice(whole, of_matrix, part, width)
-    return own.chunk(shards, of_matrix.weights)[weights]
+    if of_matrix.weights < 0:  # of experts, whole ones
+        return own
+    return own.chunk(shards, of_matrix.weights)[_shard(parts, layout)]

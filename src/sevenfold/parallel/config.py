@@ -1,6 +1,6 @@
 """The `[parallel]` table of a run file: how many ranks share what."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,8 @@ class ParallelConfig(StrictModel):
             bytes.
         gather_once: whether weights that ranks divide stay whole from a micro-batch's forward to
             its backward, which costs their bytes, instead of being gathered for each.
+        gather_dtype: "bf16" rounds the weights of the blocks' products before they are gathered,
+            and not at each product; with experts, autocast and tensor = 1. None gathers fp32.
     """
 
     pipeline: _Degree = 1
@@ -46,6 +48,7 @@ class ParallelConfig(StrictModel):
     expert_token_groups: _Degree = 1
     context_attention: ContextAttention | None = None
     gather_once: bool = False
+    gather_dtype: Literal["bf16"] | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -104,6 +107,14 @@ class ParallelConfig(StrictModel):
             raise ConfigError(
                 "parallel.gather_once must be unset where no ranks divide weights, got true with "
                 "replicate * shard * context = 1"
+            )
+        if self.gather_dtype is not None and (
+            self.token_ranks == 1 or self.tensor > 1 or model.moe is None
+        ):
+            raise ConfigError(
+                f"parallel.gather_dtype must be unset without experts, with tensor ranks and where "
+                f"no ranks divide weights, got {self.gather_dtype!r} with tensor = {self.tensor}, "
+                f"replicate * shard * context = {self.token_ranks}"
             )
         self._check_pipeline(model)
         if self.num_ranks == 1:

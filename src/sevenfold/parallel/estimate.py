@@ -17,7 +17,7 @@ from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.parts import parts_of
 from sevenfold.parallel.pipeline import rank_stages
 
-_FP32_BYTES = 4
+_FP32_BYTES, _BF16_BYTES = 4, 2
 # torch.optim.AdamW keeps two moments beside the weight and the gradient.
 _MOMENTS = 2
 
@@ -132,14 +132,20 @@ def _pipeline_rank_memory(
     largest = max(unit.whole for unit in blocks)
     gathers = parallel.token_ranks > 1
     whole = sum(unit.whole for unit in blocks) if parallel.gather_once else 2 * largest
+    gathered = outer.whole * _FP32_BYTES + whole * _element_bytes(parallel)
     return RankMemory(
         weights=divided,
         gradients=divided,
         moments=_MOMENTS * divided,
-        whole_weights=(outer.whole + whole) * _FP32_BYTES if gathers else 0,
+        whole_weights=gathered if gathers else 0,
         whole_gradients=(outer.whole + largest) * _FP32_BYTES if gathers else 0,
         activations=int(_activation_bytes(model, parallel, work, rank)),
     )
+
+
+def _element_bytes(parallel: ParallelConfig) -> int:
+    """Of an element of a block's weights, gathered."""
+    return _FP32_BYTES if parallel.gather_dtype is None else _BF16_BYTES
 
 
 def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: Rates) -> StepTime:
@@ -265,7 +271,9 @@ def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -
     tokens, e = _rank_tokens(parallel, work) * passes, work.element_bytes
     D, layers = model.hidden_size, max(len(units) - 1 for units in by_rank)
     forwards = 1 + work.recomputed_layers / model.num_hidden_layers
-    gathered = sum(unit.whole - unit.divided for unit in units) * _FP32_BYTES * passes
+    outer, *blocks = (unit.whole - unit.divided for unit in units)
+    reduced = (outer + sum(blocks)) * _FP32_BYTES * passes
+    gathered = (outer * _FP32_BYTES + sum(blocks) * _element_bytes(parallel)) * passes
     divided = sum(unit.divided for unit in units) * _FP32_BYTES * passes
     t, c, x = parallel.tensor, parallel.context, parallel.expert
     heads, share = model.num_attention_heads // t, layers / model.num_hidden_layers
@@ -287,7 +295,7 @@ def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -
     stages = parallel.pipeline_stages if parallel.pipeline > 1 else 0
     return {
         # Gathered forward and, unless they stay, backward; and the gradients divided.
-        "weights": (2.0 if parallel.gather_once else 3.0) * gathered,
+        "weights": (1.0 if parallel.gather_once else 2.0) * gathered + reduced,
         "copies": 2.0 * divided * (parallel.replicate - 1) / parallel.replicate,
         "pipeline": 2.0 * stages * tokens * D * _FP32_BYTES,
         "tensor": layers * tensor_sums * (forwards + 1) * tokens * D * e * 2 * (t - 1) / t,

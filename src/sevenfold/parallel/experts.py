@@ -10,15 +10,13 @@ with all its tokens would.
 Source: arXiv 2501.08313 section 2.2.2 (global router), 3.1 (groups, overlap).
 """
 
-from functools import partial
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sevenfold.models.feed_forward import MixtureOfExperts, RouterStats
+from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.ops import Dispatch, autocast, combine, gather_rows, plan_dispatch
 from sevenfold.parallel.collectives import (
     Flight,
@@ -51,43 +49,6 @@ def divide_experts(moe: MixtureOfExperts, layout: Layout) -> None:
     moe.routed = ExpertRoute(moe, layout)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def share_statistics(moe: MixtureOfExperts, layout: Layout) -> None:
-    """Take a router's statistics over all ranks' tokens, each rank its share of the losses.
-
-    Args:
-        moe: changed in place.
-        layout: of more than one rank.
-    """
-    moe.stats = partial(  # pyright: ignore[reportAttributeAccessIssue]
-        shared_stats, layout=layout
-    )
-
-
-def shared_stats(logits: Tensor, experts: Tensor, kept: Tensor, *, layout: Layout) -> RouterStats:
-    """Return this rank's share of the statistics of all ranks' tokens: shares sum to the whole.
-
-        balance_r = E * sum_i f_i (sum over own tokens of p_i) / T      f_i and T over all ranks
-
-    f takes no gradient, so no collective has one, and the sum of the ranks' gradients is the whole
-    micro-batch's.
-
-    Args:
-        logits: [T_r, E] of the rank's tokens, as many on each rank.
-        experts: [T_r, k] chosen, before drops.
-        kept: [E] or fewer; choices of this rank's tokens that were not dropped.
-        layout: of the run.
-    """
-    E, num_tokens = logits.shape[1], len(logits) * layout.config.token_ranks
-    chosen = (experts.flatten()[:, None] == torch.arange(E, device=experts.device)).sum(0)
-    own = chosen.to(logits.dtype) / num_tokens
-    load = layout.sum_over_tokens(own)
-    balance = E * (load * logits.softmax(-1).sum(0)).sum() / num_tokens
-    z_loss = torch.logsumexp(logits, dim=-1).square().sum() / num_tokens
-    lost = experts.numel() - kept.sum().to(logits.dtype)
-    dropped = lost / (num_tokens * experts.shape[1])
-    return RouterStats(balance, z_loss, own, dropped)
-
-
 class _Pieces(NamedTuple):
     """How a rank's tokens are parted: into token groups, each of pieces in the tokens' order."""
 
@@ -95,13 +56,25 @@ class _Pieces(NamedTuple):
     per_group: int
 
     @property
-    def groups(self) -> list[tuple[slice, slice]]:
-        """Pieces of each token group, and its tokens."""
-        ends, found = [0, *accumulate(self.sizes)], []
-        for first in range(0, len(self.sizes), self.per_group):
-            last = first + self.per_group
-            found.append((slice(first, last), slice(ends[first], ends[last])))
-        return found
+    def groups(self) -> list[slice]:
+        """Pieces of each token group."""
+        starts = range(0, len(self.sizes), self.per_group)
+        return [slice(first, first + self.per_group) for first in starts]
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Part x [T, ...] into the token groups."""
+        # Not slice by slice: the gradient of each would be as large as the whole.
+        sizes = [sum(self.sizes[group]) for group in self.groups]
+        return x.split(sizes) if len(sizes) > 1 else (x,)
+
+
+class _Group(NamedTuple):
+    """A token group: its pieces, its tokens [n, D], and their weights and experts [n, k]."""
+
+    pieces: slice
+    tokens: Tensor
+    weights: Tensor
+    experts: Tensor
 
 
 class _Ready(NamedTuple):
@@ -111,13 +84,24 @@ class _Ready(NamedTuple):
     rows: Tensor | None
 
 
+class _Arriving(NamedTuple):
+    """The rows that this rank's experts take, and its peers' of expert_tensor beside them.
+
+    sizes: rows that arrive at each rank of expert_tensor.
+    plan: of all of them; of one row that is none where there are none.
+    """
+
+    sizes: list[int]
+    plan: Dispatch
+
+
 class _Underway(NamedTuple):
     """A token group on its way to the experts."""
 
     plan: Dispatch
     rows: Tensor
     flight: Flight
-    counts: Tensor  # [expert_tensor, expert, E / expert] rows that arrive, on the host
+    arriving: _Arriving
 
 
 class ExpertRoute:
@@ -148,37 +132,39 @@ class ExpertRoute:
 
     def __call__(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Send tokens [T, D] to their experts [T, k]: their sum by weights, and choices kept."""
+        # The experts would cast their rows: those are k times as many, and travel.
+        (tokens,) = autocast(tokens)
         if self.copies is not None:
             tokens, weights, experts = (
                 split_tokens(x, self.copies, self.stretches) for x in (tokens, weights, experts)
             )
         pieces = self._pieces(len(tokens))
         reading, capacity = self._counts(experts, pieces), self._capacity(len(tokens))
-        groups, parts, kept = pieces.groups, [], []
+        parts = map(pieces.split, (tokens, weights, experts))
+        groups = [_Group(*group) for group in zip(pieces.groups, *parts, strict=True)]
         # The first group's rows are sorted while the host waits for the counts.
-        ready = self._ready(tokens[groups[0][1]], experts[groups[0][1]], capacity)
+        ready = self._ready(groups[0], capacity)
         counts = reading.numbers()
         quotas = self._quotas(counts, capacity)
-        underway = self._depart(tokens, ready, counts, quotas, groups[0])
-        for n, (_, rows) in enumerate(groups):
-            group = underway
-            if n + 1 < len(groups):
-                after = groups[n + 1]
-                ready = self._ready(tokens[after[1]], experts[after[1]], capacity)
-                underway = self._depart(tokens, ready, counts, quotas, after)
-            done = self._run_experts(end_exchange(group.rows, group.flight), group.counts)
-            back = Flight(group.flight.received, group.flight.sent, self.peers)
-            parts.append((group.plan, begin_exchange(done, back), back, weights[rows]))
-            kept.append(group.plan.rows_per_expert)
+        underway, returning = self._depart(groups[0], ready, counts, quotas), []
+        for after in (*groups[1:], None):
+            arrived = underway
+            if after is not None:
+                underway = self._depart(after, self._ready(after, capacity), counts, quotas)
+            done = self._run_experts(end_exchange(arrived.rows, arrived.flight), arrived.arriving)
+            back = Flight(arrived.flight.received, arrived.flight.sent, self.peers)
+            returning.append((arrived.plan, begin_exchange(done, back), back))
         sums = [
-            combine(end_exchange(rows, back), own.to(rows.dtype), plan)
-            for plan, rows, back, own in parts
+            combine(end_exchange(rows, back), group.weights.to(rows.dtype), plan)
+            for group, (plan, rows, back) in zip(groups, returning, strict=True)
         ]
-        return self._joined(torch.cat(sums), torch.stack(kept).sum(0))
+        kept = [plan.rows_per_expert for plan, _, _ in returning]
+        return self._joined(_cat(sums), _cat(kept))
 
     def _joined(self, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         if self.copies is None:
             return y, kept
+        kept = kept.clone()
         dist.all_reduce(kept, group=self.copies)
         return join_tokens(y, self.copies, self.stretches), kept
 
@@ -209,52 +195,52 @@ class ExpertRoute:
         quotas[self.order] = share_capacity(counts.flatten(0, 1)[self.order], capacity)
         return quotas.view_as(counts)
 
-    def _ready(self, tokens: Tensor, experts: Tensor, capacity: int | None) -> _Ready:
-        plan = plan_dispatch(experts, self.num_experts, None)
-        return _Ready(plan, gather_rows(tokens, plan) if capacity is None else None)
+    def _ready(self, group: _Group, capacity: int | None) -> _Ready:
+        plan = plan_dispatch(group.experts, self.num_experts, None)
+        return _Ready(plan, gather_rows(group.tokens, plan) if capacity is None else None)
 
-    def _depart(
-        self,
-        tokens: Tensor,
-        ready: _Ready,
-        counts: Tensor,
-        quotas: Tensor,
-        group: tuple[slice, slice],
-    ) -> _Underway:
-        """Send a token group on its way."""
-        pieces, rows = group
-        plan = limited(ready.plan, counts[self.index, pieces], quotas[self.index, pieces])
+    def _depart(self, group: _Group, ready: _Ready, counts: Tensor, quotas: Tensor) -> _Underway:
+        """Send a token group on its way, and sort what arrives before it has arrived."""
+        pieces, plan, rows = group.pieces, ready.plan, ready.rows
+        if rows is None:
+            plan = limited(plan, counts[self.index, pieces], quotas[self.index, pieces])
+            rows = gather_rows(group.tokens, plan)
         by_rank = quotas[:, pieces].sum(1).view(*self.size, self.size[0], -1)
         expert, part = self.place.expert, self.place.expert_tensor
-        sent = by_rank[expert, part].sum(-1).tolist()
         own = by_rank[:, :, expert]  # [expert, expert_tensor, E / expert]
-        received = own[:, part].sum(-1).tolist()
+        sent, received = by_rank[expert, part].sum(-1).tolist(), own[:, part].sum(-1).tolist()
         flight = Flight(sent, received, self.peers)
-        # The experts would cast them: under autocast half the bytes travel.
-        found = gather_rows(tokens[rows], plan) if ready.rows is None else ready.rows
-        (travelling,) = autocast(found)
-        underway = begin_exchange(travelling, flight)
-        return _Underway(plan, underway, flight, own.transpose(0, 1))
+        underway = begin_exchange(rows, flight)
+        return _Underway(plan, underway, flight, _arriving(own.transpose(0, 1), rows.device))
 
-    def _run_experts(self, arrived: Tensor, counts: Tensor) -> Tensor:
+    def _run_experts(self, arrived: Tensor, arriving: _Arriving) -> Tensor:
         """Run rows that come from rank after rank, sorted by expert within each: the same order."""
-        sizes = counts.sum((1, 2)).tolist()
+        sizes, plan = arriving
         if len(sizes) > 1:
             arrived = gather_rows_of_ranks(arrived, sizes, self.width_peers)
-        local = torch.arange(counts.shape[-1], device=arrived.device)
-        local, each = local.repeat(counts[..., 0].numel()), _sent(counts.flatten(), arrived.device)
-        expert = torch.repeat_interleave(local, each, output_size=sum(sizes))
-        if not len(arrived):
-            # Experts without a token take a gradient of zero: their shards' reduction waits for it.
-            row, expert = arrived.new_zeros(1, arrived.shape[1]), expert.new_zeros(1)
-            done = self._rows_of_experts(torch.cat([arrived, row]), expert, counts.shape[-1])[:0]
-        else:
-            done = self._rows_of_experts(arrived, expert, counts.shape[-1])
+        num_rows = len(arrived)
+        if not num_rows:
+            arrived = torch.cat([arrived, arrived.new_zeros(1, arrived.shape[1])])
+        done = self.experts(arrived, arrived.new_ones(len(arrived), 1), plan)
+        # A slice's gradient is a copy.
+        done = done if num_rows else done[:0]
         return sum_rows_of_ranks(done, sizes, self.width_peers) if len(sizes) > 1 else done
 
-    def _rows_of_experts(self, rows: Tensor, expert: Tensor, num_experts: int) -> Tensor:
-        plan = plan_dispatch(expert[:, None], num_experts, None)
-        return self.experts(rows, rows.new_ones(len(rows), 1), plan)
+
+def _arriving(counts: Tensor, device: torch.device) -> _Arriving:
+    """Plan rows by their counts [expert_tensor, expert, E / expert] on the host."""
+    sizes, E = counts.sum((1, 2)).tolist(), counts.shape[-1]
+    local = torch.arange(E, device=device).repeat(counts.numel() // E)
+    each = _sent(counts.flatten(), device)
+    expert = torch.repeat_interleave(local, each, output_size=sum(sizes))
+    # Experts without a token take a gradient of zero: their shards' reduction waits for it.
+    expert = expert if sum(sizes) else expert.new_zeros(1)
+    return _Arriving(sizes, plan_dispatch(expert[:, None], E, None))
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """Join parts; one alone is not copied."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class _Reading:

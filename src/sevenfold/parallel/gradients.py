@@ -10,6 +10,7 @@ from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import ParameterParts, parts_of
 
 
+@torch.no_grad()
 def gradient_norm(named_parameters: Iterable[tuple[str, nn.Parameter]], layout: Layout) -> Tensor:
     """Return the global 2-norm of the gradients, the same on all ranks.
 
@@ -25,20 +26,22 @@ def gradient_norm(named_parameters: Iterable[tuple[str, nn.Parameter]], layout: 
     Returns:
         A scalar on the device.
     """
-    norms, holders = [], []
+    by_copies: dict[int, list[Tensor]] = {}
     for name, parameter in named_parameters:
         if parameter.grad is not None:
-            norms.append(torch.linalg.vector_norm(local(parameter.grad)))
-            holders.append(copies(parts_of(name), layout))
+            alike = by_copies.setdefault(copies(parts_of(name), layout), [])
+            alike.append(local(parameter.grad))
     # One operation for all: the host launches each, and there are hundreds of parameters.
-    squares = torch.stack(norms).square()
-    if len(set(holders)) == 1:
-        squares = squares / holders[0]
-    else:
-        squares = torch.stack([x / n for x, n in zip(squares, holders, strict=True)])
-    return layout.sum_over_all(squares.sum()).sqrt()
+    squares = [_square_sum(grads) / held_by for held_by, grads in by_copies.items()]
+    return layout.sum_over_all(torch.stack(squares).sum()).sqrt()
 
 
+def _square_sum(grads: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).square().sum()
+
+
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale gradients so that their norm is at most limit, as torch.nn.utils does.
 

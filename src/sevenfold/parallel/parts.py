@@ -1,14 +1,16 @@
 """Which dimension of each parameter is divided, and by whom.
 
-Every matrix has one side of hidden_size, which fully_shard divides, and one of heads, width or
-vocabulary, which tensor parallelism divides: so no dimension is divided twice, but for the weight
-of lightning attention's norm, first by tensor.
+Every matrix has one side of hidden_size, which fully_shard can always divide, and one of heads,
+width or vocabulary, which tensor parallelism divides. Rows are better: fully_shard gathers them in
+their place, and columns by a copy of each weight. So it divides dimension 0 where nothing else
+does, but for experts, first by expert, and lightning attention's norm, first by tensor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 _ROWS_ARE_HIDDEN = ("out_proj", "o_proj", "down_proj")
 _WHOLE = ("gate", "coefficient")
@@ -18,7 +20,7 @@ _WHOLE = ("gate", "coefficient")
 class ParameterParts:
     """How one parameter is divided.
 
-    weights: dimension that fully_shard divides.
+    weights: dimension that fully_shard divides where it cannot divide dimension 0.
     tensor: dimension that tensor parallelism divides; None leaves a copy on each rank.
     is_expert: whether dimension 0 is experts.
     has_halves: whether the tensor dimension is gate above up, each of which is divided.
@@ -44,6 +46,28 @@ def parts_of(name: str) -> ParameterParts:
     if kind in _ROWS_ARE_HIDDEN:
         return ParameterParts(offset, offset + 1, is_expert, False)
     return ParameterParts(offset + 1, offset, is_expert, kind == "gate_up_proj")
+
+
+def weights_dimension(parts: ParameterParts, num_rows: int, shards: int, width: int) -> int:
+    """Return the dimension that fully_shard divides.
+
+    Args:
+        parts: of the parameter.
+        num_rows: of its dimension 0, as other divisions leave it.
+        shards: ranks that fully_shard divides it among.
+        width: ranks that tensor parallelism divides it among.
+    """
+    is_taken = parts.tensor == 0 and (width > 1 or parts.has_halves)
+    return parts.weights if is_taken or num_rows % shards else 0
+
+
+def held_parts(name: str, x: Tensor) -> ParameterParts:
+    """Return how x, a parameter that fully_shard may have divided, or its moment, is divided."""
+    parts = parts_of(name)
+    if not isinstance(x, DTensor):
+        return parts
+    (placement,) = (p for p in x.placements if isinstance(p, Shard))
+    return replace(parts, weights=placement.dim)
 
 
 def tensor_slice(x: Tensor, parts: ParameterParts, index: int, size: int) -> Tensor:

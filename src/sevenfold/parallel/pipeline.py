@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from sevenfold.models import Batch, HybridModel
 from sevenfold.models.block import Block
-from sevenfold.models.feed_forward import RouterStats
+from sevenfold.models.router_stats import RouterCounts
 from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.layout import Layout
 
@@ -84,14 +84,14 @@ class _StageRun:
 
     def __call__(
         self, stage: Stage, x: Tensor, batch: Batch
-    ) -> tuple[Tensor, tuple[RouterStats, ...]]:
+    ) -> tuple[Tensor, tuple[RouterCounts, ...]]:
         """Run ids [B, T] in the first stage, else hidden vectors [B, T, D], up to the next one."""
         if stage.is_first:
             x = self.model.embed_tokens(x)
         router = []
         for layer in stage.layers:
-            x, _, stats = self.model.layers[layer](x, batch, None)
-            router += [] if stats is None else [stats]
+            x, _, counts = self.model.layers[layer](x, batch, None)
+            router += [] if counts is None else [counts]
         return self.model.norm(x) if stage.is_last else x, tuple(router)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from sevenfold.parallel.gradients import local
 from sevenfold.parallel.layout import Layout
-from sevenfold.parallel.parts import ParameterParts, by_halves, parts_of
+from sevenfold.parallel.parts import ParameterParts, by_halves, held_parts
 
 
 def portable(name: str, held: Tensor, layout: Layout) -> Tensor:
@@ -28,7 +28,7 @@ def portable(name: str, held: Tensor, layout: Layout) -> Tensor:
     Returns:
         A view: loading into it changes `held`. Gate and up are apart, [..., 2, F, ...].
     """
-    parts = parts_of(name)
+    parts = held_parts(name, held)
     part = by_halves(local(held.detach()), parts)
     if layout.is_alone:
         return part

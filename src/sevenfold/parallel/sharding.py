@@ -1,15 +1,26 @@
 """Data parallelism: fully_shard over a plain model, whose gradients are sums."""
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard
 
 from sevenfold.models import HybridModel
-from sevenfold.models.feed_forward import MixtureOfExperts
+from sevenfold.models.block import Block
+from sevenfold.models.feed_forward import Experts, MixtureOfExperts
+from sevenfold.models.layers import Linear
 from sevenfold.parallel.layout import Layout
-from sevenfold.parallel.parts import parts_of
+from sevenfold.parallel.parts import parts_of, weights_dimension
 from sevenfold.parallel.pipeline import own_blocks
+
+# Gradients are summed, and kept, in fp32.
+_IN_BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 def shard_model(model: HybridModel, layout: Layout) -> None:
@@ -27,31 +38,51 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     alone = _experts_of_one_rank(model, layout)
 
-    def along_hidden(parameter: nn.Parameter) -> Shard:
-        return Shard(parts_of(names[id(parameter)]).weights)
+    def along(parameter: nn.Parameter) -> Shard:
+        parts, config = parts_of(names[id(parameter)]), layout.config
+        shards, width = config.weight_shards, config.tensor
+        if parts.is_expert:
+            shards, width = config.expert_shards, config.expert_width
+        return Shard(weights_dimension(parts, len(parameter), shards, width))
 
-    def shard(module: nn.Module, mesh: DeviceMesh, *, again: bool) -> None:
+    def shard(
+        module: nn.Module | list[nn.Module], mesh: DeviceMesh, *, again: bool, narrow: bool
+    ) -> None:
         fully_shard(
             module,
             mesh=mesh,
-            shard_placement_fn=along_hidden,
+            mp_policy=_IN_BF16 if narrow else MixedPrecisionPolicy(),
+            shard_placement_fn=along,
             reshard_after_forward=again,
             ignored_params=alone,
         )
 
-    again = not layout.config.gather_once
+    again, narrow = not layout.config.gather_once, layout.config.gather_dtype is not None
     for block in own_blocks(model):
         if layout.config.routes_tokens and isinstance(block.mlp, MixtureOfExperts) and not alone:
-            shard(block.mlp.experts, layout.expert_mesh, again=again)
-        shard(block, layout.weight_mesh, again=again)
+            shard(block.mlp.experts, layout.expert_mesh, again=again, narrow=narrow)
+        unit = _products(block) if narrow else block
+        shard(unit, layout.weight_mesh, again=again, narrow=narrow)
     # The head is read after the forward, so the outermost unit stays whole until the backward.
-    shard(model, layout.weight_mesh, again=False)
+    shard(model, layout.weight_mesh, again=False, narrow=False)
     method = "hidden" if layout.config.pipeline == 1 else "run_stage"
     register_fsdp_forward_method(model, method)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         # gloo has no scaled sum, and NCCL's mean would be the wrong thing.
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def _products(block: Block) -> list[nn.Module]:
+    """The parts of a block whose weights meet nothing but products, which autocast takes in bf16.
+
+    The others, norms and routers, are small, and the outermost unit's.
+    """
+    apart = getattr(block.mlp, "coefficient", None)  # in fp32, as the router
+    found = [
+        part for part in block.modules() if isinstance(part, Linear | Experts) and part is not apart
+    ]
+    return [part for part in found if not isinstance(part, FSDPModule)]
 
 
 def _experts_of_one_rank(model: HybridModel, layout: Layout) -> set[nn.Parameter]:

@@ -74,7 +74,7 @@ class Models(ApiAnswer):
 class Status(ApiAnswer):
     """How the server is."""
 
-    status: Literal["ok", "stalled", "draining"]
+    status: Literal["ok", "stalled", "draining", "warming_up"]
 
 
 class Version(ApiAnswer):

@@ -46,8 +46,11 @@ class ServerApp:
         await self._guarded(scope, receive, send)
 
     def drain(self) -> None:
-        """Take no new requests; those under way go on."""
-        self.service.desk.draining = True
+        """Take no new requests; those under way go on, unless all wait for the server's start."""
+        desk = self.service.desk
+        desk.draining = True
+        if desk.warming_up:
+            self.service.engine.stop()
 
     def close(self) -> None:
         """End the engine and the template's process."""

@@ -17,6 +17,7 @@ from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request, Status
 from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig
 from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
+from sevenfold.engine.warm_up import WarmUpStoppedError
 from sevenfold.server.engine_protocol import (
     EngineFullError,
     EngineStats,
@@ -158,8 +159,10 @@ class BatchingEngine:
             note: told in a line how far it is, from the engine's thread.
 
         Raises:
-            RequestFailedError, EngineStoppedError: the model computes nothing, or the engine fails.
+            RequestFailedError, EngineStoppedError: the model computes nothing, or the engine fails
+                or is stopped.
         """
+        began_s = time.monotonic()
         most = self.max_context_tokens
         new_tokens = max(1, min(_WARM_TOKENS, most - 1))
         sampling = SamplingParams(max_tokens=new_tokens, seed=0, ignore_eos=True)
@@ -169,10 +172,13 @@ class BatchingEngine:
             for length in sorted(lengths)
         ]
         # Before the requests, in the thread that takes the steps.
-        self._order(lambda: self._engine.warm_up(note))
+        self._order(lambda: self._do_once(note))
         try:
             await asyncio.gather(*(self._run_through(request) for request in asked))
         except EngineStoppedError as error:
+            if self._failure is None:
+                note(f"given up after {time.monotonic() - began_s:.1f} s: the server is to stop")
+                raise
             raise EngineStoppedError(
                 f"the engine must take its first steps, got {self._failure}"
             ) from error
@@ -182,6 +188,10 @@ class BatchingEngine:
             ) from error
         self.forget()
 
+    def _do_once(self, note: Callable[[str], None]) -> None:
+        if not self._closed:
+            self._engine.warm_up(note)
+
     async def _run_through(self, request: GenerationRequest) -> None:
         async for _ in self.submit(request):
             continue
@@ -190,11 +200,16 @@ class BatchingEngine:
         """Drop what is cached and in nobody's use, sessions too; at the next step."""
         self._order(self._engine.cache.clear, refuse=False)
 
-    def close(self) -> None:
-        """Stop after the step under way; outputs that have not ended fail."""
+    def stop(self) -> None:
+        """Stop after the step under way, and wait for nothing; outputs that have not ended fail."""
+        self._engine.stop_warm_up()
         with self._wake:
             self._closed = True
             self._wake.notify()
+
+    def close(self) -> None:
+        """Stop, and wait for the step under way."""
+        self.stop()
         self._thread.join(_JOIN_S)
 
     def _order(self, run: Callable[[], None], *, refuse: bool = True) -> None:
@@ -218,6 +233,8 @@ class BatchingEngine:
                 # First: whoever gets a token finds it in the stats.
                 self._stats = self._read_stats()
                 self._tell(events)
+        except WarmUpStoppedError:
+            pass  # as it was told to
         except Exception as error:  # whatever it is, nobody may wait for this thread any more
             self._failure = error
             _log.exception("the engine has stopped")

@@ -209,6 +209,10 @@ class ServingEngine(Protocol):
         """Drop what is cached and in nobody's use, sessions too; at the next step."""
         ...
 
+    def stop(self) -> None:
+        """Begin to stop, as a signal's handler may: outputs end with EngineStoppedError."""
+        ...
+
     def close(self) -> None:
-        """Stop; outputs under way end with EngineStoppedError."""
+        """Stop, and wait for the end."""
         ...

@@ -148,8 +148,8 @@ async def _listen(
     app.service.desk.warming_up = False
     await serving
     if was_stopped:
-        # A signal came first: what warms up ends with the engine.
+        # A signal came first: what warmed up has ended with the engine, or ends now.
         warming.cancel()
-        await asyncio.wait((warming,))
+        await asyncio.gather(warming, return_exceptions=True)
     else:
         warming.result()

@@ -255,6 +255,11 @@ class RunConfig(StrictModel):
                 f"compile.enabled must be false with {self.parallel.num_ranks} ranks, whose "
                 f"exchanges it does not compile, got true"
             )
+        if self.parallel.gather_dtype is not None and self.precision.autocast is None:
+            raise ValueError(
+                f"parallel.gather_dtype must be unset without precision.autocast, whose products "
+                f"alone take rounded weights, got {self.parallel.gather_dtype!r}"
+            )
         if self.optimizer.kind == "muon" and self.parallel.tensor > 1:
             raise ValueError(
                 f"optimizer.kind must be 'adamw' with parallel.tensor = {self.parallel.tensor}, "

@@ -35,8 +35,8 @@ def forward_backward_by_stages(
         share = micro.num_labels / step.num_labels
         with autocast_context(model.device, autocast):
             tokens = micro.input_ids if x is None else x.view(*shape, -1)
-            y, router = model.run_stage(stage, tokens, micro.batch)  # pyright: ignore[reportCallIssue]
-            rows = router_rows(router, y)
+            y, counts = model.run_stage(stage, tokens, micro.batch)  # pyright: ignore[reportCallIssue]
+            rows = router_rows(model, counts, y)
             auxiliary = share * router_losses(model, rows)
             if not stage.is_last:
                 shares.add(stage, None, share * rows.detach())

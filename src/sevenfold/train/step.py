@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sevenfold.models import HybridModel
-from sevenfold.models.feed_forward import RouterStats
+from sevenfold.models.router_stats import RouterCounts
 from sevenfold.train.batch import StepBatch
 
 
@@ -68,7 +68,7 @@ def forward_backward(model: HybridModel, step: StepBatch, *, autocast: str | Non
         with autocast_context(model.device, autocast):
             result = model.hidden(micro.input_ids, micro.batch)
             summed = model.cross_entropy(result.hidden, micro.labels)
-            router = router_rows(result.router, summed)
+            router = router_rows(model, result.router, summed)
         loss = summed / step.num_labels
         (loss + share * router_losses(model, router)).backward()
         parts.append(torch.cat([loss.detach()[None], share * router.detach().flatten()]))
@@ -93,15 +93,13 @@ def to_host(model: HybridModel, losses: Tensor, grad_norm: Tensor) -> StepValues
     return StepValues(loss, norm, means[0], means[1], means[2], tuple(dropped), loads)
 
 
-def router_rows(router: Sequence[RouterStats], like: Tensor) -> Tensor:
+def router_rows(model: HybridModel, counts: Sequence[RouterCounts], like: Tensor) -> Tensor:
     """Return [layers, 3 + E]: balance_loss, z_loss, dropped and loads of layers with experts."""
-    if not router:
+    stats = model.router_stats(counts)
+    if stats is None:
         dtype = torch.promote_types(like.dtype, torch.float32)
         return like.new_zeros(0, 3, dtype=dtype)
-    # Joined in one operation, not in three a layer.
-    scalars = [(s.balance_loss[None], s.z_loss[None], s.dropped[None]) for s in router]
-    parts = [x for three, s in zip(scalars, router, strict=True) for x in (*three, s.load)]
-    return torch.cat(parts).view(len(router), -1)
+    return stats.rows
 
 
 def router_losses(model: HybridModel, rows: Tensor) -> Tensor | float:

@@ -183,7 +183,7 @@ class Runner:
         """End every request, forget every prefix: all slabs must be free."""
         for request in list(self.open.values()):
             self.finish(request)
-        assert sum(self.manager.usage().num_pinned_items) == 0
+        assert sum(self.manager.num_pinned_items()) == 0
         self.manager.clear()
         usage = self.manager.usage()
         assert usage.num_free_slabs == self.manager.plan.layout.num_usable_slabs

@@ -1,11 +1,14 @@
 """The manager against a naive model, under any order of calls."""
 
+from dataclasses import replace
+
 from cache_helpers import FULL, HYBRID, LINEAR, P, Runner, tiny_plan
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sevenfold.engine.cache import CacheManager
+from sevenfold.engine.cache import CacheManager, trails
+from sevenfold.engine.cache.arena import index_of
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
 
@@ -18,6 +21,10 @@ LETTERS = st.builds(
 TAILS = st.integers(0, P - 1)
 
 
+def path_of(node) -> list:
+    return [node, *path_of(node.parent)] if node else []
+
+
 class Sessions(RuleBasedStateMachine):
     """Requests come, compute, end and are preempted while memory is always short."""
 
@@ -28,8 +35,11 @@ class Sessions(RuleBasedStateMachine):
         head_dim=st.sampled_from([16, 64]),
         headroom=st.sampled_from([0, 0, 40]),
         host_slabs=st.sampled_from([0, 3, 5, 20]),
+        limits=st.sampled_from([(1, 40), (1, 40), (1, 7), (trails._LEAST_BLOCKS, 40)]),
     )
-    def begin(self, num_slabs, layers, dtype, head_dim, headroom, host_slabs) -> None:
+    def begin(self, num_slabs, layers, dtype, head_dim, headroom, host_slabs, limits) -> None:
+        self.limits = trails._LEAST_BLOCKS, trails._MOST_BLOCKS
+        trails._LEAST_BLOCKS, trails._MOST_BLOCKS = limits
         plan = tiny_plan(num_slabs, layers, dtype, head_dim, host_slabs)
         self.headroom = headroom
         self.runner = Runner(CacheManager(plan, headroom_tokens=headroom))
@@ -81,7 +91,7 @@ class Sessions(RuleBasedStateMachine):
         manager = self.runner.manager
         manager._settle_all()
         on_device, on_host = self.longest_anchored(request), self.longest_on_host(request)
-        before = manager.usage()
+        before = replace(manager.usage(), num_pinned_items=())
         fits = manager.plan.longest_context_tokens
         alone = not self.runner.open and (
             fits is None or request.num_tokens + self.headroom <= fits
@@ -89,7 +99,7 @@ class Sessions(RuleBasedStateMachine):
         hit = self.runner.start(request)
         if hit is None:
             assert not alone
-            assert manager.usage() == before
+            assert replace(manager.usage(), num_pinned_items=()) == before
             return
         reason = manager.lookup(request).reason
         assert (reason is None) == (hit > 0)
@@ -149,19 +159,60 @@ class Sessions(RuleBasedStateMachine):
         for node in tree._nodes.values():
             # What no snapshot reaches and no request uses is dropped.
             assert node.num_children or node.refs or node.anchor
-            assert node.parent is None or node.parent.refs >= node.refs
+            assert tree.holds(node)
+            assert node.parent is None or tree.holds(node.parent)
             if node.page is not None:
                 arena.check(Tenant.PAGE, node.page)
         owned = sum(len(h.own_pages) for h in self.runner.manager._holdings.values())
         cached = sum(node.page is not None for node in tree._nodes.values())
         assert self.runner.manager.usage().num_items[Tenant.PAGE] == owned + cached
-        locked = sum(node.refs > 0 and node.page is not None for node in tree._nodes.values())
-        assert self.runner.manager.usage().num_pinned_items[Tenant.PAGE] == owned + locked
+        self.pins_are_sound(owned)
         pending = sum(len(h.pending) for h in self.runner.manager._holdings.values())
         anchors = [node.anchor for node in tree._nodes.values() if node.anchor]
         kept = sum(anchor.snapshot is not None for anchor in anchors)
         assert self.runner.manager.usage().num_items[Tenant.SNAPSHOT] == pending + kept
         self.host_is_sound()
+        self.trails_are_sound()
+
+    def trails_are_sound(self) -> None:
+        """Each is listed in both places; what is left of it is a path of the tree, and its own."""
+        held, tree = self.runner.manager._trails, self.runner.manager._tree
+        listed = [trail for some in held._by_first.values() for trail in some.values()]
+        assert sorted(map(id, listed)) == sorted(map(id, held._trails.values()))
+        assert held._num_blocks == sum(map(len, listed)) <= trails._MOST_BLOCKS
+        for trail in listed:
+            nodes, pages, indices = trail.path
+            assert [node.key for node in nodes] == trail.keys
+            assert pages == [node.page for node in nodes if node.page is not None]
+            assert list(indices) == [index_of(page) for page in pages]
+            alive = [tree.holds(node) for node in nodes]
+            assert alive == sorted(alive, reverse=True)
+
+    def pins_are_sound(self, owned: int) -> None:
+        """What a request uses is pinned; what none uses may be, until that matters."""
+        tree, arena = self.runner.manager._tree, self.runner.manager._arena
+        nodes = set(tree._nodes.values())
+        used = {n for end in nodes if end.refs for n in path_of(end)}
+        pinned = {node for node in nodes if node.pinned}
+        assert used <= pinned
+        assert all(node.num_pinned == sum(p.parent is node for p in pinned) for node in nodes)
+        assert all(node.parent is None or node.parent in pinned for node in pinned)
+        # Each of the others has one below it that the next call of relax begins with.
+        assert pinned == used | {n for end in tree._loose if end in pinned for n in path_of(end)}
+        held = sum(node.page is not None for node in pinned)
+        assert arena.usage().num_pinned_items[Tenant.PAGE] == owned + held
+        opened = sum(h.path != [] for h in self.runner.manager._holdings.values())
+        assert sum(node.refs for node in nodes) == opened
+
+    @rule()
+    def relax(self) -> None:
+        """Pins are exact once they have to be, which it is not for an invariant to bring on."""
+        tree = self.runner.manager._tree
+        pinned = self.runner.manager.num_pinned_items()
+        used = {n for end in tree._nodes.values() if end.refs for n in path_of(end)}
+        owned = sum(len(h.own_pages) for h in self.runner.manager._holdings.values())
+        assert pinned[Tenant.PAGE] == owned + sum(node.page is not None for node in used)
+        assert used == {node for node in tree._nodes.values() if node.pinned}
 
     def host_is_sound(self) -> None:
         tier = self.runner.manager._host
@@ -178,6 +229,7 @@ class Sessions(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "runner"):
+            trails._LEAST_BLOCKS, trails._MOST_BLOCKS = self.limits
             self.runner.check_nothing_is_left()
             assert len(self.runner.manager._tree) == 0
 

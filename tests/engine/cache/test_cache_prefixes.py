@@ -355,9 +355,11 @@ def test_a_request_that_does_not_fit_takes_and_evicts_nothing() -> None:
     run.serve(blocks("zzzz"))
     holder = run.request(blocks("abcdefgh" * 3))
     assert run.start(holder) == 0
+    pinned = run.manager.num_pinned_items()
     before = run.manager.usage(), run.manager.counters()
     assert run.start(run.request(blocks("q" * 40))) is None
     assert not run.manager.extend(holder, 60 * P)
+    assert run.manager.num_pinned_items() == pinned
     assert (run.manager.usage(), run.manager.counters()) == before
 
 
@@ -408,7 +410,7 @@ def test_a_snapshot_of_rejected_drafts_is_named_again() -> None:
     assert run.manager.snapshots_due(request, 2 * 64 - 2, 2 * 64 + 4) == [2 * 64]
     assert run.manager.placement(request).snapshots == slots
     run.finish(request)
-    assert sum(run.manager.usage().num_pinned_items) == 0
+    assert sum(run.manager.num_pinned_items()) == 0
 
 
 def test_a_request_must_be_open_once() -> None:

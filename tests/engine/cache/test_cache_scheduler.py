@@ -122,6 +122,6 @@ def test_nothing_leaks_and_everything_ends(layers, num_slabs, dtype) -> None:
     assert counters.num_hits > 20
     assert counters.num_evicted > 20
     assert engine.num_preempted > 5 or not plan.has_pages
-    assert runner.manager.usage().num_pinned_items == (0, 0, 0)
+    assert runner.manager.num_pinned_items() == (0, 0, 0)
     assert runner.manager.usage().num_items[Tenant.STATE] == 0
     runner.check_nothing_is_left()

@@ -1,7 +1,8 @@
 """Verification for a GPU on a CPU: the same tokens; padding and stale buffers change nothing."""
 
 import copy
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from speculation_helpers import CHAIN, TREE, build, is_idle, repeating, run, sub
 from tokenizers import Tokenizer
 from verifier_bench import CHAINS, TREES, Bench, real_rows
 
+from sevenfold.engine import transfer
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import DeviceVerifier, graphs
+from sevenfold.engine.device.staging import Staging
 from sevenfold.engine.rows import Row
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.engine.speculation.verifier import DraftRow
@@ -62,6 +65,40 @@ def test_the_engine_gives_the_same_tokens(
     assert isinstance(engine._worker._verifier, DeviceVerifier)
     recorded = engine._worker._verifier._recorder
     assert capture is None or len(recorded.recorded) > 0
+
+
+@pytest.mark.parametrize(("rule", "wanted"), [({}, 1), ({"temperature": 0.4, "seed": 1}, 3)])
+def test_a_step_sends_little_to_the_device(
+    rule: dict, wanted: int, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft's inputs in one copy; and rules and draws where any are drawn."""
+    capture = FakeCapture()
+    monkeypatch.setattr(
+        worker_module,
+        "make_runner",
+        lambda model, storage, *_, **__: new_runner(model, storage, capture, (1, 2)),
+    )
+    sent, copies = [], []
+    for owner, name in ((transfer, "_sent"), (Staging, "send")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name), sent))
+    engine = build(shared_model("lsf"), tokenizer, CHAIN)
+    submit(engine, "a", [7, 8, 9] * 20, 40, **rule)
+    while engine.has_work:
+        drafts = engine.speculation_counters().num_drafts
+        sent.clear()
+        engine.step()
+        if engine.speculation_counters().num_drafts > drafts:
+            copies.append(len(sent))
+    # A step that passes a border of blocks stores a state besides.
+    assert min(copies) == statistics.median(copies) == wanted
+
+
+def counted(function: Callable, calls: list[str]) -> Callable:
+    def called(*args: object) -> object:
+        calls.append(function.__name__)
+        return function(*args)
+
+    return called
 
 
 @pytest.mark.parametrize("trees", [CHAINS, TREES], ids=["chains", "trees"])

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from device_helpers import FakeCapture, new_runner
 from engine_helpers import tiny_model, uncached
 from speculation_helpers import SMALLER, build, is_idle, repeating, run, submit, tokens
 from tokenizers import Tokenizer
 
 from sevenfold.config import ConfigError
+from sevenfold.engine import worker as worker_module
+from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.request import Request
+from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import Output, SamplingParams
 from sevenfold.engine.speculation import DraftModel
 from sevenfold.engine.speculation.draft_model import ModelDrafter
@@ -98,3 +102,63 @@ def test_without_memory_a_request_goes_on_without_drafts(tokenizer: Tokenizer) -
         assert is_idle(engine, idle)
         assert arena.usage() == empty
     assert 0 < drafted[0] < drafted[1]
+
+
+def test_its_kernels_are_compiled_on_memory_of_nobody(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        worker_module,
+        "make_runner",
+        lambda model, storage, *_, **__: new_runner(model, storage, FakeCapture(), (1, 2, 4)),
+    )
+    model, shapes = tiny_model("lsf", max_position_embeddings=200), set()
+    engine = build(model, tokenizer, SMALLER, DraftModel(model, tokenizer))
+    drafter = engine._speculator._drafter
+    slabs = drafter._storage._arena.view(-1, drafter._storage.layout.slab_bytes)
+    slabs[SINK + 1 :] = 7
+    run_rows = drafter._runner.run
+
+    def watched(rows: list[Row]) -> torch.Tensor:
+        shapes.add((len(rows), len(rows[0].tokens)))
+        return run_rows(rows)
+
+    drafter._runner.run = watched
+    engine.warm_up(lambda _: None)
+    assert bool((slabs[SINK + 1 :] == 7).all())
+    assert shapes >= {(1, 1), (2, 1), (4, 1), (8, 1), (1, 64), (2, 9)}
+    slabs[SINK + 1 :] = 0
+    text = repeating(0, [64])[0]
+    request = submit(engine, "a", text, 12)
+    assert tokens(run(engine)["a"]) == uncached(model, text, 12)
+    assert request.num_accepted_tokens == request.num_drafted_tokens > 0
+
+
+def test_what_never_pays_is_tried_by_what_may_be_lost(tokenizer: Tokenizer) -> None:
+    """Nothing tells whether a smaller model is right but a draft, which costs time."""
+    model = tiny_model("lsf", max_position_embeddings=200)
+    config = SMALLER.model_copy(update={"adaptive": True})
+    engine = build(model, tokenizer, config, DraftModel(model, tokenizer))
+    speculator = engine._speculator
+    speculator._times.note_plain = lambda *_: None
+    speculator._times.note_drafted = lambda *_: 3.0
+    speculator._times.in_steps = lambda *_: 1.0
+    speculator._times.wants_plain = lambda _: False
+    speculator._times.cost = lambda *_: 3.0
+    wanted = uncached(model, [1, 2, 3], 120)
+    never = next(token for token in range(300) if token not in wanted)
+    speculator._drafter.propose = lambda asks: [[[never]] for _ in asks]
+    for n in range(3):
+        submit(engine, str(n), [1, 2, 3], 120)
+        assert tokens(run(engine)[str(n)]) == wanted
+    # Each loses two steps; 2 are there at first, and 2 in a hundred come.
+    assert 1 <= speculator.counters.num_drafts <= 1 + 3 * 120 * 0.02 / 2
+    drafts = speculator.counters.num_drafts
+    speculator._drafter.propose = lambda asks: [
+        [wanted[len(ask.request.generated) :][:4]] for ask in asks
+    ]
+    speculator._allowance.credit = 2.0
+    for n in range(3):
+        submit(engine, f"right {n}", [1, 2, 3], 120)
+        run(engine)
+    assert speculator.counters.num_drafts > drafts + 30

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.ahead import Ahead
 from sevenfold.engine.engine import Engine
-from sevenfold.engine.speculation import SpeculationConfig
+from sevenfold.engine.speculation import PromptLookupConfig, SpeculationConfig
 
 RESTING = CHAIN.model_copy(update={"min_match_tokens": 8})  # finds next to nothing
 
@@ -79,3 +79,44 @@ def test_nothing_is_begun_ahead_while_there_are_guesses(
     # The step behind one that was begun ahead is that one: it checks no guesses.
     for (begun, _), (_, drafted) in pairwise(did):
         assert not (begun and drafted)
+
+
+@pytest.mark.parametrize("mode", [None, PromptLookupConfig()], ids=["plain", "watching"])
+def test_hostile_text_takes_the_steps_of_plain_decoding(
+    mode: SpeculationConfig | None,
+    build_device: Callable[[SpeculationConfig | None], Engine],
+    num_launched: list[int],
+) -> None:
+    """There is always a guess, and it is always wrong: no step waits for the host on its account,
+    the first after the prompt neither."""
+    engine, wanted = build_device(mode), uncached(shared_model("lsf"), [1, 2, 3], 30)
+    never = next(token for token in range(300) if token not in wanted)
+    asked: list[int] = []
+
+    def wrong(asks: list) -> list:
+        asked.extend(len(ask.request.generated) for ask in asks)
+        return [[[never, never]] for _ in asks]
+
+    if mode is not None:
+        engine._speculator._drafter.propose = wrong
+        engine._speculator._times.wants_plain = lambda _: False
+    submit(engine, "a", [1, 2, 3], 30)
+    assert tokens(run(engine)["a"]) == wanted
+    assert len(num_launched) == 29
+    # A guess is looked up anew after each that was wrong.
+    assert asked == ([] if mode is None else list(range(1, 30)))
+
+
+def test_a_prompt_is_read_while_it_is_computed(tokenizer: Tokenizer) -> None:
+    engine = build(
+        shared_model("lsf"), tokenizer, CHAIN, max_step_tokens=34, max_running=2, max_prefills=2
+    )
+    submit(engine, "a", list(range(100)), 5)
+    index = engine._speculator._drafter._indexed
+    for _ in range(4):
+        engine.step()
+        request = engine._underway["a"].request
+        assert index["a"].num_tokens >= request.num_computed_tokens
+    assert engine.speculation_counters().num_drafts == 0
+    run(engine)
+    assert not index

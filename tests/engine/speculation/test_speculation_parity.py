@@ -351,23 +351,26 @@ def test_a_poisoned_guess_spoils_nothing(tokenizer: Tokenizer, layers: str, mode
     events = run(engine)
     assert [tokens(events[str(n)]) for n in range(3)] == wanted
     assert events["bad"][-1].finish_reason == "error"
-    assert engine.speculation_counters().num_spoilt_drafts > 0
+    # Compiled loops of lightning layers never read a guess that a token does not see.
+    assert (engine.speculation_counters().num_spoilt_drafts > 0) == (layers != "ll")
     assert is_idle(engine, idle)
 
 
 def test_drafts_only_where_they_pay(tokenizer: Tokenizer) -> None:
-    """An engine that measures drafts while it is right, and hardly where it is not."""
+    """An engine drafts where its guesses were seen to be right, and not where they were not."""
     model, config = shared_model("ll"), PromptLookupConfig(min_match_tokens=1)
     engine = build(model, tokenizer, config)
     # As if a step with drafts cost half as much again, whatever this machine does meanwhile.
     times = engine._speculator._times
-    times.note = lambda *_, **__: None
+    times.note_plain = lambda *_: None
+    times.note_drafted = lambda *_: 1.5
+    times.in_steps = lambda *_: 1.0
     times.wants_plain = lambda _: False
-    times.cost = lambda _: 1.5
+    times.cost = lambda *_: 1.5
     wanted = uncached(model, list(range(40)), 80)
     never = next(token for token in range(300) if token not in wanted)
     drafted = {}
-    for name, wrong in (("right", False), ("wrong", True)):
+    for name, wrong in (("wrong", True), ("right", False), ("wrong again", True)):
         engine._speculator._drafter.propose = lambda asks, wrong=wrong: [
             [[never] * 3 if wrong else wanted[len(ask.request.generated) :][: ask.num_tokens]]
             for ask in asks
@@ -376,8 +379,7 @@ def test_drafts_only_where_they_pay(tokenizer: Tokenizer) -> None:
         assert tokens(run(engine)[name]) == wanted
         drafted[name] = (request.num_drafted_tokens, request.num_accepted_tokens)
     assert drafted["right"][0] == drafted["right"][1] > 50
-    assert 0 < drafted["wrong"][0] < 25
-    assert drafted["wrong"][1] == 0
+    assert drafted["wrong"] == drafted["wrong again"] == (0, 0)
 
 
 def test_a_measuring_engine_begins_without_drafts(tokenizer: Tokenizer) -> None:

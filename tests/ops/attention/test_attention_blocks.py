@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_attention import GROUPS, SCALE, D, dense, random
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sevenfold.config import UnsupportedError
 from sevenfold.ops import (
@@ -15,7 +16,8 @@ from sevenfold.ops import (
     attention_block_backward,
     join_blocks,
 )
-from sevenfold.ops.attention import blocks_eager, default_block_impl
+from sevenfold.ops.attention import blocks_cudnn, blocks_eager, cudnn
+from sevenfold.ops.attention import default_block_impl as default_impl
 from sevenfold.ops.testing import check_error, poisoned_allocations
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -134,17 +136,94 @@ def test_flash_is_for_a_gpu_and_heads_must_divide() -> None:
         attention_block(q, k, v, block)
     with pytest.raises(UnsupportedError, match=r"bf16 or fp16 on a GPU for impl flash, got"):
         attention_block(k, k, v, block, impl="flash")
-    assert default_block_impl(torch.device("cuda"), torch.bfloat16) is Impl.FLASH
-    assert default_block_impl(torch.device("cuda"), torch.float32) is Impl.EAGER
-    assert default_block_impl(torch.device("cpu"), torch.bfloat16) is Impl.EAGER
+
+
+def test_cudnn_takes_equal_sequences_of_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn, "refusal", lambda *_: None)
+    with FakeTensorMode():
+        q = torch.empty(4, 2, 8, dtype=torch.bfloat16, device="cuda")
+        few, many = (Block([n], [3 * n], SCALE, causal=False) for n in (1024, 1000))
+        unequal = Block([1024, 2048], [1024, 2048], SCALE, causal=True)
+        assert [default_impl(q, q, x) for x in (few, many, unequal)] == [
+            Impl.CUDNN,
+            Impl.FLASH,
+            Impl.FLASH,
+        ]
+        assert default_impl(q.float(), q.float(), few) is Impl.EAGER
+    assert default_impl(torch.empty(4, 2, 8).bfloat16(), q, few) is Impl.EAGER
+    taken = [n for n in range(512, 40_000, 512) if blocks_cudnn.refusal(q, q, _alone(n)) is None]
+    assert taken == [*range(1024, 16 * 1024, 1024), *range(16 * 1024, 32 * 1024, 2048), 32 * 1024,
+                     36 * 1024]  # fmt: skip
+    assert "must be at most 536870912" in str(blocks_cudnn.refusal(q, q, _alone(2**26)))
+    with pytest.raises(UnsupportedError, match=r"lengths must all be one product of 1024, a power"):
+        attention_block(*inputs((4,), 2, 2, torch.bfloat16), _alone(4), impl="cudnn")
+
+
+def _alone(length: int) -> Block:
+    return Block([length], [length], SCALE, causal=True)
+
+
+@pytest.mark.parametrize("lengths", [(6,), (3, 3)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_equal_sequences_go_to_cudnn_at_once(
+    lengths: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain products of each sequence stand in for the library, in its layout."""
+
+    def each(function, do, tokens, more, scale):
+        sizes = [[x.shape[2]] for x in tokens[:2]]
+        block = Block(*sizes, scale, causal)
+        found = []
+        for n in range(len(tokens[0])):
+            own = [x[n].transpose(0, 1) for x in tokens]
+            rows = [] if do is None else [do[n].transpose(0, 1)]
+            rest = [] if do is None else [own, more[0][n].transpose(0, 1), more[1][n]]
+            found.append(function(*(rows + rest if rows else own), block))
+        return [torch.stack(x) for x in zip(*found, strict=True)]
+
+    def attend(tokens, *, scale, causal):
+        o, lse = each(blocks_eager.forward, None, tokens, (), scale)
+        return o.transpose(1, 2), lse
+
+    def gradients(do, tokens, o, lse, *, scale, causal):
+        found = each(blocks_eager.backward, do, tokens, (o, lse), scale)
+        return [x.transpose(1, 2) for x in found]
+
+    for name, function in (("attend", attend), ("gradients", gradients)):
+        monkeypatch.setattr(cudnn, name, function)
+    keys = lengths if causal else [2 * n for n in lengths]
+    block = Block(lengths, keys, SCALE, causal)
+    q, do = (random(6, 4, D, dtype=torch.float64, seed=n) for n in range(2))
+    k, v = (random(sum(keys), 2, D, dtype=torch.float64, seed=n) for n in (2, 3))
+    found, expected = [], []
+    for results, module in ((found, blocks_cudnn), (expected, blocks_eager)):
+        o, lse = module.forward(q, k, v, block)
+        results += [o, lse, *module.backward(do, (q, k, v), o, lse, block)]
+    for name, ours, exact in zip(("o", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        check_error(name, ours, exact.float(), exact)
+
+
+def test_the_librarys_operators_take_what_they_are_given() -> None:
+    with torch.device("meta"):
+        q, k = (torch.empty(2048, heads, 128, dtype=torch.bfloat16) for heads in (16, 4))
+    block = Block([1024] * 2, [1024] * 2, SCALE, causal=True)
+    o, lse = blocks_cudnn.forward(q, k, k, block)
+    assert (o.shape, lse.shape, lse.dtype) == (q.shape, (16, 2048), torch.float32)
+    found = blocks_cudnn.backward(o, (q, k, k), o, lse, block)
+    assert [x.shape for x in found] == [q.shape, k.shape, k.shape]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("H", "G"), [(8, 8), (8, 2)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_flash_agrees_with_products(H: int, G: int, causal: bool) -> None:
-    lengths = [100, 33, 1]
-    key_lengths = lengths if causal else [7, 128, 64]
+@pytest.mark.parametrize("impl", ["flash", "cudnn"])
+def test_libraries_agree_with_products(H: int, G: int, causal: bool, impl: str) -> None:
+    lengths, key_lengths = ([100, 33, 1], [7, 128, 64])
+    if impl == "cudnn":
+        if torch.cuda.get_device_capability() != cudnn.CAPABILITY:
+            pytest.skip("the kernel is for compute capability 9.0")
+        lengths, key_lengths = [1024, 1024], [3072, 3072]
+    key_lengths = lengths if causal else key_lengths
     block = Block(lengths, key_lengths, 64**-0.5, causal)
     shapes = [(sum(lengths), H, 64), *[(sum(key_lengths), G, 64)] * 2, (sum(lengths), H, 64)]
     q, k, v, do = (
@@ -158,9 +237,43 @@ def test_flash_agrees_with_products(H: int, G: int, causal: bool) -> None:
         return [o, lse, *back]
 
     results = (
-        run(torch.bfloat16, "flash"),
+        run(torch.bfloat16, impl),
         run(torch.bfloat16, "eager"),
         run(torch.float64, "eager"),
     )
     for name, ours, eager, exact in zip(("o", "lse", "dq", "dk", "dv"), *results, strict=True):
         check_error(name, ours, eager.to(torch.bfloat16), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_cudnn_join_like_those_of_products(causal: bool) -> None:
+    """The backward of one block takes o and lse of all of a query's keys."""
+    if torch.cuda.get_device_capability() != cudnn.CAPABILITY:
+        pytest.skip("the kernel is for compute capability 9.0")
+    tokens = [
+        random(n, h, 128, dtype=torch.bfloat16, seed=h + n) for n, h in ((1024, 8), (3072, 2))
+    ]
+    q, k, v, do = (x.cuda() for x in (*tokens, tokens[1] + 1, tokens[0] - 1))
+    blocks = [
+        (slice(2048, 3072), Block([1024], [1024], 128**-0.5, causal=causal)),
+        (slice(0, 2048), Block([1024], [2048], 128**-0.5, causal=False)),
+    ]
+
+    def run(dtype: torch.dtype, impl: str) -> list[Tensor]:
+        x, y, z, g = (t.to(dtype) for t in (q, k, v, do))
+        parts = [attention_block(x, y[at], z[at], b, impl=impl) for at, b in blocks]
+        (o, lse), more = (parts[0][0].to(parts[0][1].dtype), parts[0][1]), parts[1]
+        join_blocks(o, lse, *more)
+        o, found = o.to(dtype), []
+        for at, b in blocks:
+            found += attention_block_backward(g, (x, y[at], z[at]), o, lse, b, impl=impl)
+        return [o, lse, *found]
+
+    found = (
+        run(torch.bfloat16, "cudnn"),
+        run(torch.bfloat16, "eager"),
+        run(torch.float64, "eager"),
+    )
+    for n, (ours, eager, exact) in enumerate(zip(*found, strict=True)):
+        check_error(str(n), ours, eager.to(torch.bfloat16), exact)

@@ -16,6 +16,7 @@ from sevenfold.ops import (
     mixture,
     plan_dispatch,
     route,
+    route_and_count,
     router_logits,
 )
 from sevenfold.ops.experts import (
@@ -79,6 +80,20 @@ def test_routing_is_the_softmax_of_the_chosen(k: int) -> None:
     check_error("weights", weights, exact.float(), exact)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_totals_are_sums_over_the_tokens(k: int) -> None:
+    logits = random(7, 5)
+    weights, experts, _ = route_and_count(logits, k)
+    assert all(map(torch.equal, (weights, experts), route(logits, k)))
+    (total,) = route_and_count(logits.float(), k)[2]
+    chosen = torch.bincount(experts.flatten(), minlength=5).double()
+    squares = logits.exp().sum(-1).log().square().sum()
+    exact = torch.cat([logits.softmax(-1).sum(0), chosen, squares[None]])
+    check_error("totals", total, exact.float(), exact)
+    run = lambda x: tuple(y for y in route_and_count(x, k) if y.is_floating_point())  # noqa: E731
+    assert torch.autograd.gradcheck(run, logits.requires_grad_())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_router_computes_in_fp32_at_least(dtype: torch.dtype) -> None:
     x, weight = random(7, 6).to(dtype), random(5, 6, seed=1).float()
@@ -107,6 +122,8 @@ def test_triton_needs_a_gpu() -> None:
         ("x must be bf16 on a GPU for impl triton, got torch.float32 on cpu",
          lambda: router_logits(x, x, impl="triton")),
         ("logits must be bf16, fp16 or fp32 on a GPU", lambda: route(x, 2, impl="triton")),
+        ("logits must be bf16, fp16 or fp32 on a GPU",
+         lambda: route_and_count(x, 2, impl="triton")),
         ("experts must lie on a GPU for impl triton, got cpu",
          lambda: plan_dispatch(EXPERTS, 4, None, impl="triton")),
         ("x must be bf16, fp16 or fp32 on a GPU", lambda: gather_rows(x, plan, impl="triton")),
@@ -130,6 +147,8 @@ def test_wrong_arguments() -> None:
         mixture(x, weights, gate_up, down.float(), plan)
     with pytest.raises(ValueError, match="num_chosen must be from 1 to 6, got 7"):
         route(x, 7)
+    with pytest.raises(ValueError, match="num_chosen must be from 1 to 6, got 0"):
+        route_and_count(x, 0)
     with pytest.raises(TypeError, match=r"logits must be torch.float32 or torch.float64, got"):
         route(x.half(), 2)
     with pytest.raises(ValueError, match=r"weight must have shape \[E, D\] = \[4, 6\], got"):

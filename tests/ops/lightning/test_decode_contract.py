@@ -230,6 +230,9 @@ def test_a_named_implementation_never_falls_back() -> None:
             op(**(DECODE | {"pool": pool, "impl": "triton"}))
         with pytest.raises(UnsupportedError, match="must use impl reference, eager, triton, got"):
             op(**(DECODE | {"pool": pool, "impl": "onednn"}))
+    half, slots = new_pool(dtype=torch.float16), torch.tensor([0])
+    with pytest.raises(UnsupportedError, match="k must be fp32 on a CPU, not empty, for impl num"):
+        lightning_attention_commit(torch.zeros(H), half, slots, impl="numba")
 
 
 def arguments(op: str, impl: str, apart: bool) -> tuple:
@@ -255,6 +258,12 @@ def arguments(op: str, impl: str, apart: bool) -> tuple:
 )
 def test_opcheck(op: str, impl: str, apart: bool) -> None:
     torch.library.opcheck(getattr(torch.ops.sevenfold, op).default, arguments(op, impl, apart))
+
+
+@pytest.mark.parametrize("op", ["lightning_verify", "lightning_commit"])
+def test_opcheck_of_compiled_loops(op: str) -> None:
+    of = getattr(torch.ops.sevenfold, op).default
+    torch.library.opcheck(of, arguments(op, "numba", apart=True))
 
 
 def test_compiled_whole() -> None:

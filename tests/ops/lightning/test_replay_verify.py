@@ -16,6 +16,7 @@ from sevenfold.ops import (
 from sevenfold.ops.testing import check_error
 
 IMPLS = ["reference", "eager"]
+DECAYS_OF_COURSES = ["zero", "5e-5", "middle", "last", "fast", "mixed"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -23,7 +24,26 @@ IMPLS = ["reference", "eager"]
     seed=st.integers(0, 2**31),
     R=st.integers(1, 14),
     drafted=st.integers(1, 6),
-    decay=st.sampled_from(["zero", "5e-5", "middle", "last", "fast", "mixed"]),
+    decay=st.sampled_from(DECAYS_OF_COURSES),
+    apart=st.booleans(),
+    tree=st.booleans(),
+)
+def test_any_course_of_compiled_drafts(
+    seed: int, R: int, drafted: int, decay: str, apart: bool, tree: bool
+) -> None:
+    sizes = Sizes(R=R, most_drafted=min(R, drafted), decay=decay, apart=apart)
+    course = Course("numba", sizes, torch.float32, "cpu", seed)
+    for step in range(20):
+        course.commit() if step % 5 == 4 else course.verify(tree)
+    course.check()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    R=st.integers(1, 14),
+    drafted=st.integers(1, 6),
+    decay=st.sampled_from(DECAYS_OF_COURSES),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     impl=st.sampled_from(IMPLS),
 )

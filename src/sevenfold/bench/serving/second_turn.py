@@ -96,7 +96,7 @@ def _held_bytes(serving: Serving) -> int:
     """Serve what waits; bytes of pages and state that its request held at its end."""
     plan, most = serving.plan, 0
     for _ in serving.steps():
-        pinned = serving.engine.cache.usage().num_pinned_items
+        pinned = serving.engine.cache.num_pinned_items()
         held = pinned[Tenant.PAGE] * plan.page_bytes + pinned[Tenant.STATE] * plan.state_bytes
         most = max(most, held)
     return most

@@ -99,11 +99,15 @@ def _engines(model: HybridModel) -> dict[str, Serving]:
     budget = None
     if model.device.type == "cuda":
         budget = int(_SHARE * torch.cuda.mem_get_info(model.device)[0])
-    guessing = PromptLookupConfig(draft_tokens=15)
-    return {
+    engines = {
         "plain": Serving(model, memory_bytes=budget),
-        "guessing": Serving(model, memory_bytes=budget, speculation=guessing),
+        "guessing": Serving(
+            model, memory_bytes=budget, speculation=PromptLookupConfig(draft_tokens=15)
+        ),
     }
+    for serving in engines.values():
+        serving.engine.warm_up()
+    return engines
 
 
 def _compare(

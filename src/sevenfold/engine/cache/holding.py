@@ -4,9 +4,9 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sevenfold.engine.cache.arena import index_of
 from sevenfold.engine.cache.keys import KeyChain
 from sevenfold.engine.cache.lookup import Lookup
+from sevenfold.engine.cache.trails import Path
 from sevenfold.engine.cache.tree import Anchor, Node
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
@@ -20,13 +20,13 @@ class Holding:
     wanted: token counts of snapshots to write -> whether they are needed.
     path: nodes of the tree for its first blocks, which it keeps there.
     pages: for all blocks in their order; those of path are the tree's.
+    page_indices: where the pages lie, int64; replaced when they change, never written to.
     restored: the anchor that its state is read from, until that has happened.
     next_block_tokens: computed tokens with which path grows.
     pending: token count -> snapshot being written.
     anchors: those that it has made.
     rolling: the last of them made while decoding, which the next one replaces.
     counted: whether its lookup is in the counters.
-    page_indices: where the pages lie, int64; replaced when they change, never written to.
     """
 
     request: Request
@@ -36,6 +36,7 @@ class Holding:
     wanted: dict[int, bool]
     path: list[Node]
     pages: list[int]
+    page_indices: array
     state: int | None
     restored: Anchor | None
     next_block_tokens: int
@@ -43,16 +44,17 @@ class Holding:
     anchors: list[Anchor] = field(default_factory=list)
     rolling: Anchor | None = None
     counted: bool = False
-    page_indices: array = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.page_indices = array("q", map(index_of, self.pages))
 
     @property
     def last_anchor_tokens(self) -> int:
         """Where the last state was kept, by this request or the one that it goes on from."""
         alive = [anchor.node.num_tokens for anchor in self.anchors if anchor.alive]
         return max(self.lookup.hit_tokens, *alive) if alive else self.lookup.hit_tokens
+
+    @property
+    def whole_path(self) -> Path:
+        """Its path, behind whose pages its own may lie."""
+        return Path(self.path, self.pages, self.page_indices)
 
     @property
     def own_pages(self) -> list[int]:

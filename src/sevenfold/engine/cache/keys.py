@@ -7,62 +7,114 @@ let one caller make another's prefix collide with his own (GHSA-rm76-4mrf-v9r8).
 """
 
 import struct
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 
 from sevenfold.engine.request import Request
 
 _TAG = b"sevenfold prefix 1\0"
 _UNSALTED_TAG = b"sevenfold unsalted block 1\0"
+_TOKEN_BYTES = 4
 
 
 class KeyChain:
     """The keys of one request's blocks, computed when they are asked for."""
 
     def __init__(self, request: Request, page_tokens: int) -> None:
-        self._request = request
-        self._page_tokens = page_tokens
-        self._pack = struct.Struct(f"<{page_tokens}I").pack
+        self._request, self._page_tokens = request, page_tokens
         self._root = sha256(_TAG + request.salt).digest()
         self._keys: list[bytes] = []
+        self._packed = b""  # of the prompt: its first blocks, or all of it
 
     def key(self, block: int) -> bytes:
         """Return the key of the prefix that ends with a block, all of whose tokens are known."""
         self._extend(block + 1)
         return self._keys[block]
 
-    def first(self, count: int) -> Iterator[bytes]:
-        """Return the keys of so many first blocks, computed as they are asked for.
+    def keys(self, num_blocks: int) -> list[bytes]:
+        """Return the keys of so many first blocks."""
+        self._extend(num_blocks)
+        return self._keys[:num_blocks]
+
+    def between(self, first: int, end: int) -> Iterator[bytes]:
+        """Return the keys of blocks first to end - 1, computed as they are asked for.
 
         At most as many are computed in vain as were asked for.
         """
-        given = 0
-        while given < count:
-            self._extend(min(2 * given + 1, count))
-            known = self._keys[given:count]
+        at = first
+        while at < end:
+            self._extend(min(2 * at - first + 1, end))
+            known = self._keys[at:end]
             yield from known
-            given += len(known)
+            at += len(known)
+
+    def adopt(self, keys: Sequence[bytes]) -> None:
+        """Take the keys of first blocks from a request whose salt and tokens there are the same."""
+        self._keys += keys[len(self._keys) :]
+
+    def packed(self, num_blocks: int) -> bytes:
+        """Return the tokens of so many first blocks, 4 bytes each."""
+        inside = min(num_blocks, self._num_whole)
+        blocks = [self._block(block) for block in range(inside, num_blocks)]
+        return b"".join((self._view(inside), *blocks))
+
+    def num_common(self, packed: bytes, least: int, most: int) -> int:
+        """Return how many first blocks of the prompt, at most so many, are another's packed tokens.
+
+        0 if they are no more than least, which is seen at once.
+        """
+        most = min(most, self._num_whole, len(packed) // self._block_bytes)
+        if most <= least:
+            return 0
+        own, width = self._view(most), self._block_bytes
+        first = least * width
+        if not packed.startswith(own[first : first + width], first):
+            return 0
+        if packed.startswith(own):
+            return most
+        ends = range(width, most * width + 1, width)
+        found = bisect_left(ends, True, key=lambda end: not packed.startswith(own[:end]))
+        return found if found > least else 0
 
     def unsalted(self) -> bytes:
         """Return a key of the first block that does not depend on the salt."""
         return sha256(_UNSALTED_TAG + self._block(0)).digest()
 
+    @property
+    def _block_bytes(self) -> int:
+        return _TOKEN_BYTES * self._page_tokens
+
+    @property
+    def _num_whole(self) -> int:
+        """Blocks of which the prompt has every token."""
+        return len(self._request.prompt) // self._page_tokens
+
     def _extend(self, count: int) -> None:
-        keys, prompt, size, pack = self._keys, self._request.prompt, self._page_tokens, self._pack
+        keys, width = self._keys, self._block_bytes
         key = keys[-1] if keys else self._root
-        # One loop without calls of our own: a long prompt has thousands of blocks.
-        inside = min(count, len(prompt) // size) * size
-        for first in range(len(keys) * size, inside, size):
-            key = sha256(key + pack(*prompt[first : first + size])).digest()
-            keys.append(key)
+        inside = min(count, self._num_whole)
+        if len(keys) < inside:
+            # One loop without calls of our own: a long prompt has thousands of blocks.
+            packed = self._view(inside)
+            for at in range(len(keys) * width, inside * width, width):
+                key = sha256(key + packed[at : at + width]).digest()
+                keys.append(key)
         while len(keys) < count:
             key = sha256(key + self._block(len(keys))).digest()
             keys.append(key)
 
+    def _view(self, num_blocks: int) -> memoryview:
+        """So many first blocks, which the prompt has; where more than half of it, all is packed."""
+        num_bytes = num_blocks * self._block_bytes
+        if len(self._packed) < num_bytes:
+            prompt, end = self._request.prompt, num_blocks * self._page_tokens
+            some = prompt if len(prompt) < 2 * end else prompt[:end]
+            # One call, whose arguments are the tuple itself: block by block is thrice as long.
+            self._packed = struct.Struct(f"<{len(some)}I").pack(*some)
+        return memoryview(self._packed)[:num_bytes]
+
     def _block(self, block: int) -> bytes:
-        prompt, generated = self._request.prompt, self._request.generated
-        first, end = block * self._page_tokens, (block + 1) * self._page_tokens
-        inside = len(prompt)
-        if end <= inside:
-            return self._pack(*prompt[first:end])
-        return self._pack(*prompt[first:], *generated[max(0, first - inside) : end - inside])
+        first, size = block * self._page_tokens, self._page_tokens
+        tokens = self._request.tokens_between(first, first + size)
+        return struct.pack(f"<{size}I", *tokens)

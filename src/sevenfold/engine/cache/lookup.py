@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sevenfold.engine.cache.keys import KeyChain
-from sevenfold.engine.cache.tree import Node, PrefixTree
+from sevenfold.engine.cache.trails import Path, Trails
+from sevenfold.engine.cache.tree import PrefixTree
 
 SEEN_KEYS = 1 << 17
 
@@ -65,14 +66,14 @@ class SeenKeys:
 
 @dataclass(frozen=True)
 class Match:
-    """A lookup and the nodes that it goes on from, first block first."""
+    """A lookup and the path that it goes on from."""
 
     lookup: Lookup
-    path: list[Node]
+    path: Path
 
     def without_path(self) -> "Match":
         """Return the match of a request for which nothing of what it found can be kept."""
-        return Match(Lookup(0, self.lookup.seen_tokens, MissReason.NO_MEMORY), [])
+        return Match(Lookup(0, self.lookup.seen_tokens, MissReason.NO_MEMORY), Path.empty())
 
 
 class PrefixIndex:
@@ -80,6 +81,7 @@ class PrefixIndex:
 
     Args:
         tree: what is cached.
+        trails: of it, those that were left last.
         seen: what was.
         page_tokens: of a block.
         any_node: whether a request can go on from any node: in a model without linear layers.
@@ -89,20 +91,23 @@ class PrefixIndex:
     def __init__(
         self,
         tree: PrefixTree,
+        trails: Trails,
         seen: SeenKeys,
         page_tokens: int,
         *,
         any_node: bool,
         grain_tokens: int,
     ) -> None:
-        self._tree, self._seen = tree, seen
+        self._tree, self._trails, self._seen = tree, trails, seen
         self._grain_blocks = grain_tokens // page_tokens
         self._page_tokens, self._any_node = page_tokens, any_node
 
     def match(self, chain: KeyChain, num_tokens: int) -> Match:
         """Find the longest prefix of at most num_tokens - 1 tokens that can be gone on from."""
         most = (num_tokens - 1) // self._page_tokens
-        nodes = self._tree.along(chain.first(most))
+        path = self._trails.along(chain, most)
+        path.extend(self._tree.along(chain.between(len(path.nodes), most)))
+        nodes = path.nodes
         hit = len(nodes) // self._grain_blocks * self._grain_blocks
         while hit and not self._any_node and nodes[hit - 1].anchor is None:
             hit -= 1
@@ -111,7 +116,7 @@ class PrefixIndex:
             seen += 1
         reason = None if hit else self._reason(chain, most, len(nodes), seen)
         lookup = Lookup(hit * self._page_tokens, seen * self._page_tokens, reason)
-        return Match(lookup, nodes[:hit])
+        return Match(lookup, path.first(hit))
 
     def _reason(self, chain: KeyChain, most: int, cached: int, seen: int) -> MissReason:
         if not most:

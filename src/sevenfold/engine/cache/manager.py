@@ -137,6 +137,7 @@ class CacheManager(Opening):
             self._settle(holding)
             if holding.path and not self.plan.has_states:
                 self._anchor(holding, holding.path[-1], None)
+            self._trails.leave(holding.whole_path, holding.chain)
         del self._holdings[request.id]
         if holding.restored is not None:
             self._tree.unpin(holding.restored)
@@ -193,14 +194,20 @@ class CacheManager(Opening):
 
     def clear(self) -> None:
         """Forget every prefix that no open request uses."""
+        self._trails.clear()
         while self._tree.evict():
             pass
         if self._host is not None:
             self._host.clear()
 
     def usage(self) -> ArenaUsage:
-        """Return how the arena is used now."""
+        """Return how the arena is used now; pages stay among the pinned until it matters."""
         return self._arena.usage()
+
+    def num_pinned_items(self) -> tuple[int, ...]:
+        """Return how many items no eviction can free, by Tenant."""
+        self._tree.relax()
+        return self._arena.usage().num_pinned_items
 
     def host_usage(self) -> ArenaUsage | None:
         """Return how the host's memory is used now; None without any."""
@@ -230,9 +237,9 @@ class CacheManager(Opening):
         """Take items, evicting what must go; None when that would not be enough."""
         needs = [0, 0, 0]
         needs[tenant] = count
-        if not self._arena.suffices((needs[0], needs[1], needs[2])):
+        if not self._suffices((needs[0], needs[1], needs[2])):
             self._settle_all()
-            if not self._arena.suffices((needs[0], needs[1], needs[2])):
+            if not self._suffices((needs[0], needs[1], needs[2])):
                 return None
         return self._take(tenant, count)
 
@@ -271,7 +278,7 @@ class CacheManager(Opening):
     def _take_spare(self, holding: Holding, at: int) -> list[int] | None:
         """Take a snapshot if one is free, or if what is worth less holds it."""
         plan = self.plan
-        if not self._arena.suffices((0, 0, 1)):
+        if not self._suffices((0, 0, 1)):
             return None
         before = max(holding.last_anchor_tokens, *(n for n in (0, *holding.pending) if n < at))
         saved = plan.cost.flops(at) - plan.cost.flops(min(before, at))
@@ -320,7 +327,7 @@ class CacheManager(Opening):
                 if not path:
                     self._tree.name_first_block(node, chain.unsalted())
             else:
-                self._tree.lock((node,))
+                self._tree.follow(node)
                 self._share(holding, block, node)
             path.append(node)
             if not self.plan.has_states and (block + 1) % _ANCHOR_BLOCKS == 0:

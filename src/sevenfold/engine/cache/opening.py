@@ -8,7 +8,8 @@ from sevenfold.engine.cache.holding import Fresh, Holding
 from sevenfold.engine.cache.host import HostEntry, HostTier
 from sevenfold.engine.cache.keys import KeyChain
 from sevenfold.engine.cache.lookup import Lookup, Match, PrefixIndex, SeenKeys
-from sevenfold.engine.cache.tree import Node, PrefixTree
+from sevenfold.engine.cache.trails import Path, Trails
+from sevenfold.engine.cache.tree import PrefixTree
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request
@@ -33,8 +34,10 @@ class Opening:
         self._host = None if plan.host is None else HostTier(plan.host)
         evicted = None if self._host is None else self._host.keep
         self._tree = PrefixTree(self._arena, plan, seen.add, evicted)
+        self._trails = Trails(self._tree)
         self._index = PrefixIndex(
             self._tree,
+            self._trails,
             seen,
             plan.page_tokens,
             any_node=not plan.has_states,
@@ -47,12 +50,11 @@ class Opening:
         """Take memory for a request behind the path that it goes on from."""
         if self._lock(request, found.path):
             return self._hold(request, chain, found)
-        if self._holdings or not found.path:
+        if self._holdings or not found.path.nodes:
             return None
         # Alone: nothing will come free, and what was found is in the way of what is needed.
-        if not self._lock(request, []):
-            return None
-        return self._hold(request, chain, found.without_path())
+        found = found.without_path()
+        return self._hold(request, chain, found) if self._lock(request, found.path) else None
 
     def _admit_from_host(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
         """Take memory for a request that goes on from a longer prefix in the host's memory.
@@ -64,54 +66,60 @@ class Opening:
         entry = None if self._host is None else self._host.find(chain, most, least)
         if self._host is None or entry is None:
             return None
-        path: list[Node] = []
-        while len(path) < len(entry.keys) and (node := self._tree.get(entry.keys[len(path)])):
-            path.append(node)
-        self._tree.lock(path)
-        pages = self._num_opening_pages(request) - len(path)
+        path = Path.empty()
+        path.extend(self._tree.along(entry.keys))
+        self._tree.lock(path.nodes)
+        pages = self._num_opening_pages(request) - len(path.nodes)
         # The snapshot may come to lie in a slab of its own: in the one that others must keep its
         # place may be held by what need not stay.
         whole = int(entry.snapshot is not None)
-        if not self._arena.suffices((int(self.plan.has_states), pages, 0), whole_slabs=whole):
-            self._tree.unlock(path)
+        if not self._suffices((int(self.plan.has_states), pages, 0), whole_slabs=whole):
+            self._tree.unlock(path.nodes)
             return None
         self._host.pin(entry)
         # A whole slab first, then part of one: pages find room wherever others leave it.
         state = self._take(Tenant.STATE, 1)[0] if self.plan.has_states else None
         self._bring_back(entry, path, chain)
         self._host.unpin(entry)
-        hit = len(path) * page
+        hit = len(path.nodes) * page
         self._host.counters.hit_tokens += hit - found.lookup.hit_tokens
         seen = max(hit, found.lookup.seen_tokens)
         return self._hold(request, chain, Match(Lookup(hit, seen, None), path), state)
 
-    def _bring_back(self, entry: HostEntry, path: list[Node], chain: KeyChain) -> None:
+    def _bring_back(self, entry: HostEntry, path: Path, chain: KeyChain) -> None:
         """Put an entry's missing nodes behind a locked path, and a pinned anchor on the last."""
-        missing = entry.keys[len(path) :]
+        missing = entry.keys[len(path.nodes) :]
         snapshot = None if entry.snapshot is None else self._take(Tenant.SNAPSHOT, 1)[0]
         pages = self._take(Tenant.PAGE, len(missing)) if self.plan.has_pages and missing else []
         for n, key in enumerate(missing):
-            node = self._tree.grow(path[-1] if path else None, key, pages[n] if pages else None)
-            if not path:
+            above = path.nodes[-1] if path.nodes else None
+            node = self._tree.grow(above, key, pages[n] if pages else None)
+            if above is None:
                 self._tree.name_first_block(node, chain.unsalted())
-            path.append(node)
+            path.extend((node,))
         if self._host is not None:
             self._host.read(entry, dict(zip(missing, pages, strict=False)), snapshot)
-        self._tree.pin(self._tree.anchor(path[-1], snapshot))
+        self._tree.pin(self._tree.anchor(path.nodes[-1], snapshot))
 
-    def _lock(self, request: Request, path: list[Node]) -> bool:
+    def _lock(self, request: Request, path: Path) -> bool:
         """Keep a path and its last state if what the request needs besides can be had."""
-        pages = self._num_opening_pages(request) - len(path)
-        self._tree.lock(path)
-        anchor = path[-1].anchor if path else None
+        pages = self._num_opening_pages(request) - len(path.nodes)
+        self._tree.lock(path.nodes)
+        anchor = path.nodes[-1].anchor if path.nodes else None
         if anchor is not None:
             self._tree.pin(anchor)
-        if self._arena.suffices((int(self.plan.has_states), pages, 0)):
+        if self._suffices((int(self.plan.has_states), pages, 0)):
             return True
         if anchor is not None:
             self._tree.unpin(anchor)
-        self._tree.unlock(path)
+        self._tree.unlock(path.nodes)
         return False
+
+    def _suffices(self, needs: tuple[int, int, int], *, whole_slabs: int = 0) -> bool:
+        """As Arena.suffices, with what requests have let go of: only unpinned where it matters."""
+        if self._arena.suffices(needs, whole_slabs=whole_slabs):
+            return True
+        return self._tree.relax() and self._arena.suffices(needs, whole_slabs=whole_slabs)
 
     def _num_opening_pages(self, request: Request) -> int:
         """Pages for all known tokens and for some output: none of them can be refused later, while
@@ -124,7 +132,8 @@ class Opening:
         self, request: Request, chain: KeyChain, found: Match, state: int | None = None
     ) -> Holding:
         """What a request holds behind a locked path, with a state that it has or gets now."""
-        anchor = found.path[-1].anchor if found.path else None
+        nodes, pages, indices = found.path
+        anchor = nodes[-1].anchor if nodes else None
         if anchor is not None:
             self._tree.hit(anchor)
         seen = found.lookup.seen_tokens
@@ -137,11 +146,12 @@ class Opening:
             lookup=found.lookup,
             num_prompt_tokens=request.num_tokens,
             wanted=wanted_snapshots(places, self._grain_tokens or self.plan.page_tokens),
-            path=found.path,
-            pages=[node.page for node in found.path if node.page is not None],
+            path=nodes,
+            pages=pages,
+            page_indices=indices,
             state=state,
             restored=anchor,
-            next_block_tokens=(len(found.path) + 1) * self.plan.page_tokens,
+            next_block_tokens=(len(nodes) + 1) * self.plan.page_tokens,
         )
         if state is not None and anchor is None:
             self._fresh.states.append(index_of(state))

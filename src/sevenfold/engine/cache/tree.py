@@ -17,8 +17,10 @@ from sevenfold.engine.memory_layout import Tenant
 class Node:
     """One block of tokens after those of its parent.
 
-    page: its keys and values; None in a model without softmax layers. refs: open requests whose
-    path it is on. first_block: the unsalted key of a first block, else None.
+    page: its keys and values; None in a model without softmax layers. refs: open requests and
+    sessions whose path ends here. pinned: whether the arena counts its page as one that must stay,
+    as it does those of all nodes above a pinned one; num_pinned: how many of its children are.
+    first_block: the unsalted key of a first block, else None.
     """
 
     __slots__ = (
@@ -26,9 +28,11 @@ class Node:
         "first_block",
         "key",
         "num_children",
+        "num_pinned",
         "num_tokens",
         "page",
         "parent",
+        "pinned",
         "refs",
     )
 
@@ -36,7 +40,8 @@ class Node:
         self, key: bytes, parent: "Node | None", page: int | None, num_tokens: int
     ) -> None:
         self.key, self.parent, self.page, self.num_tokens = key, parent, page, num_tokens
-        self.num_children = self.refs = 0
+        self.num_children = self.num_pinned = self.refs = 0
+        self.pinned = False
         self.anchor: Anchor | None = None
         self.first_block: bytes | None = None
 
@@ -63,6 +68,9 @@ class Anchor:
 class PrefixTree:
     """Nodes by key, and the order in which their anchors go.
 
+    A path is locked at its end, and its pages stay pinned when it is unlocked, until relax: most
+    often it is the next turn of the same chat that asks for them, and neither goes block by block.
+
     Args:
         arena: holds the pages and snapshots, which the tree gives back.
         plan: sizes and costs.
@@ -85,6 +93,8 @@ class PrefixTree:
         self._nodes: dict[bytes, Node] = {}
         self._first_blocks: Counter[bytes] = Counter()
         self._owners: dict[int, Anchor] = {}
+        # Where relax begins: pinned nodes that were the ends of what needed to be.
+        self._loose: dict[Node, None] = {}
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -92,6 +102,10 @@ class PrefixTree:
     def get(self, key: bytes) -> Node | None:
         """Return the node of a key, or None."""
         return self._nodes.get(key)
+
+    def holds(self, node: Node) -> bool:
+        """Whether a node has not been dropped; then those above it have not either."""
+        return self._nodes.get(node.key) is node
 
     def along(self, keys: Iterable[bytes]) -> list[Node]:
         """Return the nodes of keys, up to the first that has none."""
@@ -108,39 +122,69 @@ class PrefixTree:
         return unsalted in self._first_blocks
 
     def grow(self, parent: Node | None, key: bytes, page: int | None) -> Node:
-        """Add a node that is not there, locked once; it owns its page, which is pinned."""
+        """Add a node that is not there behind a locked path, whose lock passes on to it.
+
+        It owns its page, which is pinned.
+        """
         above = parent.num_tokens if parent else 0
         node = Node(key, parent, page, above + self._plan.page_tokens)
-        node.refs = 1
+        node.refs, node.pinned = 1, True
         self._nodes[key] = node
         if parent:
             parent.num_children += 1
+            parent.num_pinned += 1
+            parent.refs -= 1
         return node
+
+    def follow(self, node: Node) -> None:
+        """Let a locked path go on to a node that is there already."""
+        self.lock((node,))
+        if node.parent:
+            node.parent.refs -= 1
 
     def name_first_block(self, node: Node, unsalted: bytes) -> None:
         """Note a first block's unsalted key until the node is dropped."""
         node.first_block = unsalted
         self._first_blocks[unsalted] += 1
 
-    def lock(self, nodes: Sequence[Node]) -> None:
-        """Keep nodes for a request."""
+    def lock(self, path: Sequence[Node]) -> None:
+        """Keep a whole path for a request; all of it but its end may be left out."""
+        if not path:
+            return
+        node: Node | None = path[-1]
+        path[-1].refs += 1
         pages = []
-        for node in nodes:
-            node.refs += 1
-            if node.refs == 1 and node.page is not None:
+        while node and not node.pinned:
+            node.pinned = True
+            if node.page is not None:
                 pages.append(node.page)
+            node = node.parent
+            if node:
+                node.num_pinned += 1
         self._arena.pin(Tenant.PAGE, pages)
 
     def unlock(self, path: Sequence[Node]) -> None:
-        """Give back a whole path, first block first; drops what nothing can reach any more."""
-        pages = []
-        for node in path:
-            node.refs -= 1
-            if node.refs == 0 and node.page is not None:
-                pages.append(node.page)
-        self._arena.unpin(Tenant.PAGE, pages)
+        """Give back a whole path; drops what nothing can reach any more."""
         if path:
+            path[-1].refs -= 1
+            self._loosen(path[-1])
             self._prune(path[-1])
+
+    def relax(self) -> bool:
+        """Unpin the pages that no request uses any more; returns whether there were any."""
+        loose, pages = self._loose, []
+        self._loose = {}
+        for end in loose:
+            node: Node | None = end
+            while node and _is_loose(node):
+                node.pinned = False
+                if node.page is not None:
+                    pages.append(node.page)
+                node = node.parent
+                if node:
+                    node.num_pinned -= 1
+        self._arena.unpin(Tenant.PAGE, pages)
+        return bool(pages)
 
     def anchor(self, node: Node, snapshot: int | None) -> Anchor:
         """Make a node, which is no anchor, a place to go on from; it owns its snapshot, pinned."""
@@ -249,9 +293,22 @@ class PrefixTree:
                 self._first_blocks[node.first_block] -= 1
                 if not self._first_blocks[node.first_block]:
                     del self._first_blocks[node.first_block]
-            node = node.parent
+            self._loose.pop(node, None)
+            pinned, node = node.pinned, node.parent
             if node:
                 node.num_children -= 1
+                node.num_pinned -= pinned
+        if node:
+            self._loosen(node)
         # A leaf's anchor now frees its pages too, or frees something at last.
         if node and node.anchor is not None and self._frees(node.anchor):
             self.queue.add(node.anchor)
+
+    def _loosen(self, node: Node) -> None:
+        """Note a node that may be pinned no more."""
+        if _is_loose(node):
+            self._loose[node] = None
+
+
+def _is_loose(node: Node) -> bool:
+    return node.pinned and not node.refs and not node.num_pinned

@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Captured:
-    """A recorded function: replay runs it anew on what its inputs hold now, into output."""
+    """A recorded function: replay runs it anew on what its inputs hold now, into output.
+
+    The next replay, of this or of another that the same Capture recorded, may overwrite output.
+    """
 
     replay: Callable[[], object]
     output: Tensor
@@ -33,6 +36,9 @@ def run_once(run: Callable[[], Tensor]) -> Captured:
 class CudaCapture:
     """Records CUDA graphs that share one memory pool: replay them one after another.
 
+    Their outputs, fp32, lie in the pool and are nobody's: the next that is recorded takes the same
+    memory. Logits of many sizes so take no more than those of the largest.
+
     The first runs outside a graph compile kernels and let libraries allocate what they keep, of
     which each stream has its own: so all go to one.
     """
@@ -54,4 +60,24 @@ class CudaCapture:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 output = run()
-        return Captured(graph.replay, output)
+        return Captured(graph.replay, _unowned(output))
+
+
+class _Unowned:
+    """Where a tensor lies, by CUDA's array interface; the tensor itself may be freed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(tensor.element_size() * n for n in tensor.stride()),
+            "typestr": "<f4",
+            "version": 2,
+        }
+
+
+def _unowned(output: Tensor) -> Tensor:
+    """Return a tensor of the same memory that does not keep it: the graph's pool does."""
+    if output.dtype != torch.float32:
+        raise AssertionError(f"a recorded output must be fp32, got {output.dtype}")
+    return torch.as_tensor(_Unowned(output), device=output.device)

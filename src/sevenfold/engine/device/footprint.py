@@ -17,8 +17,9 @@ def graph_bytes(
         + 16 H + 128) + one softmax layer's shares of most_rows, or of up to 512 tokens of a prefill
         + 128 MiB for libraries
 
-    A prefill's states between segments take 16 bytes a token and head; ids and places take 32 bytes
-    a token, and all sizes together have less than four times the tokens of the largest.
+    Logits count once: those of all sizes lie in the same memory (CudaCapture). A prefill's states
+    between segments take 16 bytes a token and head; ids and places take 32 bytes a token, and all
+    sizes together have less than four times the tokens of the largest.
 
     Args:
         config: the model; H = num_attention_heads.

@@ -13,9 +13,10 @@ from sevenfold.ops.lightning.segments import Plan
 class PrefillInputs:
     """Named views of one buffer on the device.
 
-    Tokens behind the row's are padding: id 0 in place 0 of the sink's first page. They belong to no
-    sequence: attention passes over them, states do not see them, and nobody reads what they
-    computed, finite or not.
+    Tokens behind the row's are padding: its ids over again, in place 0 of the sink's first page.
+    They belong to no sequence: attention passes over them, states do not see them, and nobody reads
+    what they computed, finite or not. One id for all would send them all to the same experts, whose
+    weights are read again for each tile of rows.
 
     ids, positions: [1, tokens]. page, place: [tokens]. slots, key_lengths, last: [1], the request's
     state, its keys and the row's last token. borders: [2], where the row's tokens begin and end.
@@ -36,11 +37,12 @@ class PrefillInputs:
         """Send a row to the device, and padding behind it; nothing waits for the copy."""
         columns, which, pages, numbers = self._staging.begin()
         L = len(row.tokens)
-        columns[:2, L:], columns[2, L:], columns[3, L:] = 0, SINK, 0
+        columns[1, L:], columns[2, L:], columns[3, L:] = 0, SINK, 0
         own = row.pages[: -(-row.end // page_tokens)]
         pages[0, : len(own)], pages[0, len(own) :] = own, SINK
         at = np.arange(row.past, row.end)
         columns[0, :L], columns[1, :L] = row.tokens, at
+        columns[0, L:] = np.resize(columns[0, :L], self.tokens - L)
         columns[2, :L] = pages[0, np.minimum(at // page_tokens, pages.shape[1] - 1)]
         columns[3, :L] = at % page_tokens
         which[:] = SINK if row.state is None else row.state, row.end, L - 1, 0, L

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sevenfold.engine.sampling.params import SamplingParams
-from sevenfold.engine.transfer import send
+from sevenfold.engine.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Rules:
 
     greedy [N] bool; temperature, 1 where greedy; top_k, vocab_size where all are kept; top_p, above
     1 where all are kept; min_p, 0 where all are kept.
-    all_greedy, none_truncates: known on the host, so that no batch pays for a rule it lacks.
+    none_truncates: known on the host, so that no batch pays for a rule it lacks.
     """
 
     greedy: Tensor
@@ -24,26 +25,29 @@ class Rules:
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
-    all_greedy: bool
     none_truncates: bool
 
 
 def build_rules(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Rules:
-    """Lay out the rules of a batch; rebuilt when its requests change, not at each token."""
-
-    def column(values: list, dtype: torch.dtype) -> Tensor:
-        return send(values, dtype, device)[:, None]
-
-    greedy = [p.temperature == 0 for p in params]
+    """Lay out the rules of a batch, in one copy; rebuilt when its requests change, not at each
+    token."""
+    fractions = (
+        [p.temperature or 1.0 for p in params],
+        # Above 1, so that rounding in the cumulative sum drops nothing.
+        [2.0 if p.top_p is None else p.top_p for p in params],
+        [p.min_p or 0.0 for p in params],
+    )
+    counts = ([p.top_k or vocab_size for p in params], [p.temperature == 0 for p in params])
+    numbers = np.concatenate([np.array(fractions).view(np.int64), np.array(counts, np.int64)])
+    sent = upload(numbers, device)
+    temperature, top_p, min_p = sent[:3, :, None].view(torch.float64).float()
     rules = [(p.top_k, p.top_p, p.min_p) for p in params]
     return Rules(
-        greedy=send(greedy, torch.bool, device),
-        temperature=column([p.temperature or 1.0 for p in params], torch.float32),
-        top_k=column([p.top_k or vocab_size for p in params], torch.int64),
-        # Above 1, so that rounding in the cumulative sum drops nothing.
-        top_p=column([2.0 if p.top_p is None else p.top_p for p in params], torch.float32),
-        min_p=column([p.min_p or 0.0 for p in params], torch.float32),
-        all_greedy=all(greedy),
+        greedy=sent[4].bool(),
+        temperature=temperature,
+        top_k=sent[3][:, None],
+        top_p=top_p,
+        min_p=min_p,
         none_truncates=all(rule == (None, None, None) for rule in rules),
     )
 
@@ -62,8 +66,6 @@ def choose_tokens(logits: Tensor, rules: Rules, draws: Tensor) -> Tensor:
         [N] int64.
     """
     best = logits.argmax(-1)
-    if rules.all_greedy:
-        return best
     probabilities, tokens = (
         (logits / rules.temperature).softmax(-1).sort(descending=True, stable=True)
     )

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from sevenfold.engine.sampling.draws import uniform
 from sevenfold.engine.sampling.params import SamplingParams
 from sevenfold.engine.sampling.penalties import Penalties
 from sevenfold.engine.sampling.rules import build_rules, choose_tokens
-from sevenfold.engine.transfer import send, side_by_side
+from sevenfold.engine.transfer import side_by_side, upload_parts
 from sevenfold.ops import are_finite, greedy_tokens
 
 
@@ -44,12 +45,15 @@ class Sampler:
         prompts, tokens = ([getattr(o, name) for o in outputs] for name in ("prompt", "tokens"))
         # Most outputs forbid nothing, and are not asked again at each token.
         self._strict = [(n, o) for n, o in enumerate(outputs) if o.bad_words or o.params.min_tokens]
-        self._rules = build_rules(params, vocab_size, device)
         self._penalties = Penalties(params, prompts, tokens, vocab_size, device)
-        seeds = [o.seed - (1 << 64) if o.seed >= 1 << 63 else o.seed for o in outputs]
-        self._seeds = send(seeds, torch.int64, device)
-        self._places = send([len(t) for t in tokens], torch.int64, device)
         self._num_followed = 0
+        # Nothing is sent for requests that draw nothing.
+        self._rules = None
+        if any(p.temperature > 0 for p in params):
+            self._rules = build_rules(params, vocab_size, device)
+            seeds = [o.seed - (1 << 64) if o.seed >= 1 << 63 else o.seed for o in outputs]
+            draws = [np.array(numbers) for numbers in (seeds, [len(t) for t in tokens])]
+            self._seeds, self._places = upload_parts(draws, device)
 
     def choose(self, logits: Tensor) -> Tensor:
         """Choose each request's next token, [N] int64, from logits [N, vocab_size] fp32.
@@ -72,14 +76,14 @@ class Sampler:
             [N, 2] int64: token ids, and 1 where a row of `computed` is finite.
         """
         logits = self._without(self._penalties.apply(logits))
-        if logits is not computed or not self._rules.all_greedy:
+        if logits is not computed or self._rules is not None:
             return side_by_side([self._chosen(logits), are_finite(computed)])
         checked = side_by_side(greedy_tokens(logits)) if best is None else best
         self.follow(checked[:, 0])
         return checked
 
     def _chosen(self, logits: Tensor) -> Tensor:
-        if self._rules.all_greedy:
+        if self._rules is None:
             tokens = logits.argmax(-1)
         else:
             places = self._places + self._num_followed

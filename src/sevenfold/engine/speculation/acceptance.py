@@ -15,8 +15,7 @@ from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.request import Request
 from sevenfold.engine.sampling import Logprobs, Output, Sampler, read_logprobs
 from sevenfold.engine.speculation.tree import ROOT, DraftTree
-from sevenfold.engine.transfer import fetch, upload
-from sevenfold.ops import are_finite
+from sevenfold.engine.transfer import Arriving, upload
 
 
 class Taken(NamedTuple):
@@ -135,12 +134,20 @@ def _choose(
     asked = [(walk, node) for walk in walks for node in walk.nodes]
     rows = [walk.first + node for walk, node in asked]
     outputs = [_supposed(walk.progress.output, walk.tree.guesses(node)) for walk, node in asked]
-    picked = logits[upload(rows, logits.device)]
+    picked = _picked(logits, rows)
     masked = mask_logits(picked, [walk.progress.constraint for walk, _ in asked])
-    tokens = new_sampler(outputs).choose(masked)
-    ids, finite = fetch([tokens, are_finite(picked)])
-    logprobs = read_logprobs(picked, tokens, [output.params.logprobs for output in outputs])
+    checked = new_sampler(outputs).choose_checked(masked, picked)
+    arriving = Arriving(checked)
+    logprobs = read_logprobs(picked, checked[:, 0], [output.params.logprobs for output in outputs])
+    ids, finite = arriving.numbers()
     return dict(zip(rows, zip(ids, logprobs, map(bool, finite), strict=True), strict=True))
+
+
+def _picked(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of the logits; those that lie side by side, as one draft's do, where they lie."""
+    if rows[-1] - rows[0] + 1 == len(rows):  # they rise
+        return logits[rows[0] : rows[-1] + 1]
+    return logits[upload(rows, logits.device)]
 
 
 def _supposed(output: Output, guesses: Sequence[int]) -> Output:

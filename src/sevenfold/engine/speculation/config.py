@@ -19,8 +19,9 @@ class SpeculationConfig(StrictModel):
     draft_tokens: guesses that one step checks for a request, at most.
     branches: continuations that a draft may have side by side; 1 drafts chains, more draft trees
         of draft_tokens guesses together.
-    adaptive: draft no more than pays, by the measured cost of a step and by how many guesses of the
-        request were right; False drafts as much as there is whatever it costs.
+    adaptive: draft where guesses were seen to be right and pay by the measured cost of a step, and
+        lose no more than 2 steps and 2% beside one draft; False drafts as much as there is whatever
+        it costs.
     """
 
     draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS - 1)] = 5

@@ -1,6 +1,7 @@
 """Drafts decoded by a smaller model, from states and keys of its own."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -13,13 +14,16 @@ from sevenfold.engine.cache import Fresh
 from sevenfold.engine.cache.arena import Arena, index_of
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.request import Request
 from sevenfold.engine.rows import Row
 from sevenfold.engine.runner import Runner
 from sevenfold.engine.sampling import Output, Sampler
 from sevenfold.engine.speculation.config import DraftModelConfig
 from sevenfold.engine.speculation.drafter import Ask, Paths
 from sevenfold.engine.storage import LinearStorage, Storage
+from sevenfold.engine.warm_up import Reach, first_runs
 from sevenfold.models import HybridModel
+from sevenfold.ops.compile_together import compiled_together
 
 _PAGE_TOKENS = 64
 _STATES = 2  # of the tokens that are known, and of those that are guessed on top
@@ -68,6 +72,8 @@ class ModelDrafter:
     of known tokens, where the next ones go. So a rejection costs nothing to undo.
     """
 
+    is_free = False
+
     def __init__(self, config: DraftModelConfig, draft: DraftModel) -> None:
         """Allocate the smaller model's memory.
 
@@ -81,6 +87,21 @@ class ModelDrafter:
         self._storage = Storage(draft.model.config, self._plan, **where)
         self._runner = Runner(draft.model, self._storage, page_tokens=_PAGE_TOKENS)
         self._sequences: dict[str, _Sequence] = {}
+
+    def warm_up(self) -> None:
+        """Compile the smaller model's kernels, by runs on memory of nobody."""
+        config, has_states = self._config, self._plan.has_states
+        reach = Reach(config.context_tokens, config.max_chunk_tokens, _PAGE_TOKENS, has_states)
+        runs = first_runs(reach, (), ())
+        on_gpu = self._model.device.type == "cuda"
+        with compiled_together() if on_gpu else nullcontext():
+            for rows in runs:
+                self._runner.run(rows)
+        for rows in runs:
+            self._runner.run(rows)
+
+    def read(self, request: Request, num_tokens: int) -> None:
+        """Nothing: a prompt takes the device's time, and memory that others may need now."""
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:
         """Decode guesses for the requests that there is memory for and that are caught up with."""

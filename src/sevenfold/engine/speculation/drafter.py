@@ -26,7 +26,20 @@ class Ask:
 
 
 class Drafter(Protocol):
-    """A way to guess what follows."""
+    """A way to guess what follows.
+
+    is_free: whether guessing takes none of the device's time.
+    """
+
+    is_free: bool
+
+    def warm_up(self) -> None:
+        """Do what happens once, on a GPU, before a request waits for it."""
+        ...
+
+    def read(self, request: Request, num_tokens: int) -> None:
+        """Look at more of a prompt, of which so many tokens are being computed."""
+        ...
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:
         """Return continuations for each request, the likeliest first; none where none is known."""

@@ -1,4 +1,4 @@
-"""When drafting pays: what steps with drafts cost, and how many guesses are right."""
+"""When drafting pays: what steps with drafts cost, how many guesses are right, and what is lost."""
 
 from dataclasses import dataclass, field
 
@@ -8,12 +8,17 @@ STEP_WEIGHT, GAIN_WEIGHT = 0.1, 0.3
 MOST_TIMES = 4.0
 # Steps without drafts that are timed before any is drafted, and after how many with drafts again.
 FEWEST_SAMPLES, MOST_AGE = 2, 64
-# What a step with drafts costs before one has been timed, in steps without.
-PRIOR_COST = 1.25
-# Tokens until a request that rests is tried again; twice as many each time that it did not pay.
-FIRST_REST_TOKENS, LONGEST_REST_TOKENS = 16, 1024
-# It has recovered once it gains so many times what it costs.
-RECOVERED = 1.1
+# What a step with drafts costs before one has been timed, in steps without; and what the first
+# that is timed counts as at most, as much as the longest draft can give.
+PRIOR_COST, MOST_COST = 1.25, 16.0
+# Guesses that must have been right in a row before any is paid for: at first, and at most after
+# drafts that did not pay, each of which doubles it.
+FIRST_RUN, LONGEST_RUN = 2, 32
+# A draft of which nothing is right may be chance; two in a row say that the text has changed.
+MOST_MISSES = 2
+# Steps' worth of time that failed drafts may cost: at the beginning, for each step that is taken,
+# and at most once more has been saved.
+FIRST_CREDIT, CREDIT_RATE, MOST_CREDIT = 2.0, 0.02, 64.0
 
 
 @dataclass
@@ -23,40 +28,75 @@ class _Mean:
     value: float = 0.0
     num_samples: int = 0
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float) -> float:
+        """Add a sample; returns what it counted as."""
         if self.num_samples:
             seconds = min(seconds, MOST_TIMES * self.value)
-            self.value += max(STEP_WEIGHT, 1 / (self.num_samples + 1)) * (seconds - self.value)
-        else:
-            self.value = seconds
         self.num_samples += 1
+        self.value += max(STEP_WEIGHT, 1 / self.num_samples) * (seconds - self.value)
+        return seconds
 
 
 @dataclass
 class _Timed:
+    """Steps of one number of rows, and those with drafts by their tokens.
+
+    warmed: sizes of drafts of which one was taken, 0 for none: what happens once happened then.
+    """
+
     plain: _Mean = field(default_factory=_Mean)
-    drafted: _Mean = field(default_factory=_Mean)
+    drafted: dict[int, _Mean] = field(default_factory=dict)
+    warmed: set[int] = field(default_factory=set)
     plain_age: int = 0
 
 
 class StepTimes:
-    """Seconds of decoding steps with drafts and without, by the number of their rows."""
+    """Seconds of decoding steps, by their rows and by the guesses of their longest draft.
+
+    Both in powers of two, as steps are recorded.
+    """
 
     def __init__(self) -> None:
         self._timed: dict[int, _Timed] = {}
 
-    def note(self, num_rows: int, seconds: float, *, drafted: bool) -> None:
-        """Add a step of so many rows."""
+    def note_plain(self, num_rows: int, seconds: float) -> None:
+        """Add a step of so many rows without drafts, but the first."""
         timed = self._of(num_rows)
-        (timed.drafted if drafted else timed.plain).add(seconds)
-        timed.plain_age = timed.plain_age + 1 if drafted else 0
+        if 0 in timed.warmed:
+            timed.plain.add(seconds)
+            timed.plain_age = 0
+        timed.warmed.add(0)
 
-    def cost(self, num_rows: int) -> float:
+    def note_drafted(self, num_rows: int, num_guesses: int, seconds: float) -> float | None:
+        """Add a step with drafts, but the first of its size, in which things may happen once.
+
+        Returns:
+            What it counts as, in steps without drafts; None where that is not known.
+        """
+        timed, size = self._of(num_rows), num_guesses.bit_length()
+        timed.plain_age += 1
+        if size not in timed.warmed:
+            timed.warmed.add(size)
+            return None
+        drafted = timed.drafted.setdefault(size, _Mean())
+        if not drafted.num_samples and timed.plain.value:
+            seconds = min(seconds, MOST_COST * timed.plain.value)
+        return self.in_steps(num_rows, drafted.add(seconds))
+
+    def in_steps(self, num_rows: int, seconds: float) -> float | None:
+        """Return seconds in steps of so many rows without drafts, if their time is known."""
+        plain = self._of(num_rows).plain.value
+        return seconds / plain if plain else None
+
+    def cost(self, num_rows: int, num_guesses: int) -> float:
         """Return what a step with drafts costs, in steps without."""
         timed = self._of(num_rows)
-        if not timed.plain.value or not timed.drafted.num_samples:
+        size = num_guesses.bit_length()
+        # A size that was not timed costs what a smaller one does, or more.
+        known = max((s for s in timed.drafted if s <= size), default=None)
+        if not timed.plain.value or known is None:
             return PRIOR_COST
-        return timed.drafted.value / timed.plain.value
+        return timed.drafted[known].value / timed.plain.value
 
     def wants_plain(self, num_rows: int) -> bool:
         """Whether a step without drafts is to be timed now."""
@@ -68,36 +108,74 @@ class StepTimes:
 
 
 @dataclass
-class Pace:
-    """How much to draft for one request.
+class Allowance:
+    """What failed drafts may still cost, in steps: one for all requests of an engine.
 
-        draft while 1 + gain >= cost        gain: accepted guesses of a draft, on average
+        lost <= FIRST_CREDIT + CREDIT_RATE * steps + what one draft can lose
 
-    One whose drafts stop to pay rests, twice as long each time, and is then tried with one draft.
-
-    gain: it begins at one, so that a text is tried a few times.
-    resting: tokens until it is tried.
+    Time that drafts save is credit, too, up to MOST_CREDIT.
     """
 
-    gain: float = 1.0
-    resting: int = 0
-    rest_tokens: int = FIRST_REST_TOKENS
+    credit: float = FIRST_CREDIT
+
+    def earn(self) -> None:
+        """Note a step that was taken."""
+        self.spend(-CREDIT_RATE)
+
+    def spend(self, lost: float) -> None:
+        """Note what a step cost beyond the tokens that it gave; less than nothing if it saved."""
+        self.credit = min(MOST_CREDIT, self.credit - lost)
+
+    @property
+    def allows(self) -> bool:
+        """Whether a draft may be taken that should pay."""
+        return self.credit > 0
+
+    @property
+    def allows_try(self) -> bool:
+        """Whether a draft may be taken that should not pay by what is known."""
+        return self.credit >= FIRST_CREDIT
+
+
+@dataclass
+class Pace:
+    """How many guesses of a request are right.
+
+    gain: accepted guesses of a draft, on average.
+    run: guesses that were right in a row up to now.
+    needed: what a run must have for it to count.
+    misses: the last drafts of which nothing was right.
+    """
+
+    gain: float = 0.0
+    run: int = 0
+    needed: int = FIRST_RUN
+    misses: int = 0
+
+    @property
+    def expected(self) -> float:
+        """Guesses that will be right in a row now: the average, or as many as were right so far."""
+        average = self.gain if self.misses < MOST_MISSES else 0.0
+        return max(average, self.run if self.run >= self.needed else 0)
 
     def num_draft_tokens(self, most: int) -> int:
-        """Return how many guesses to ask for now: about twice what is accepted."""
-        return 0 if self.resting > 0 else min(most, 1 + round(2 * self.gain))
+        """Return how many guesses to ask for: about twice what is expected, one at least."""
+        return min(most, 1 + round(2 * self.expected))
 
-    def rest(self, num_tokens: int) -> None:
-        """Note tokens that came without a draft."""
-        self.resting = max(0, self.resting - num_tokens)
+    def follow(self, num_right: int) -> None:
+        """Note guesses that were right, whose draft goes on."""
+        self.run += num_right
 
-    def observe(self, num_accepted: int, cost: float) -> None:
-        """Note how many guesses of a draft were right, and what the step cost."""
-        self.gain += GAIN_WEIGHT * (num_accepted - self.gain)
-        if 1 + self.gain < cost:
-            self.resting = self.rest_tokens
-            self.rest_tokens = min(2 * self.rest_tokens, LONGEST_REST_TOKENS)
-            # On the brink, so that the next try decides.
-            self.gain = cost - 1
-        elif 1 + self.gain > RECOVERED * cost:
-            self.rest_tokens = FIRST_REST_TOKENS
+    def observe(self, num_right: int, *, is_whole: bool) -> None:
+        """Note the end of a draft: how many of its guesses were right, and whether all were.
+
+        Their run is noted already.
+        """
+        self.gain += GAIN_WEIGHT * (num_right - self.gain)
+        self.misses = 0 if num_right else self.misses + 1
+        if not is_whole:
+            self.run = 0
+
+    def judge(self, *, paid: bool) -> None:
+        """Note whether a draft that was paid for paid."""
+        self.needed = FIRST_RUN if paid else min(2 * self.needed, LONGEST_RUN)

@@ -10,11 +10,14 @@ from sevenfold.engine.sampling import Output, Sampler
 from sevenfold.engine.speculation.acceptance import Progress, Walk, walk_drafts
 from sevenfold.engine.speculation.config import SpeculationConfig
 from sevenfold.engine.speculation.drafter import Ask, Drafter
-from sevenfold.engine.speculation.pace import Pace, StepTimes
+from sevenfold.engine.speculation.pace import GAIN_WEIGHT, Allowance, Pace, StepTimes
+from sevenfold.engine.speculation.shadow import Shadow
 from sevenfold.engine.speculation.tree import DraftTree
 from sevenfold.engine.speculation.verifier import Checked, DraftRow
 
 _NOTHING = DraftTree((), ())
+# Requests whose guesses are looked up in a step only to see whether they are right: 20 us each.
+_MOST_LOOKED_UP = 4
 
 
 @dataclass
@@ -63,10 +66,11 @@ class Drafted(NamedTuple):
 
 @dataclass
 class _Drafting:
-    """A request that decodes: its pace, and its guesses for this step."""
+    """A request that decodes: its pace, its guesses for this step, and those that are watched."""
 
     pace: Pace = field(default_factory=Pace)
     tree: DraftTree = _NOTHING
+    shadow: Shadow | None = None
 
 
 class Speculator:
@@ -89,33 +93,50 @@ class Speculator:
         """
         self._config, self._drafter = config, drafter
         self._worker, self._new_sampler = worker, new_sampler
-        self._times = StepTimes()
+        self._times, self._allowance = StepTimes(), Allowance()
+        self._typical_gain = 1.0  # of the drafts of all requests
+        self._num_looked_up = 0
+        self._owes = False  # whether a step that is not ahead is so for a guess's sake
         self._drafted: dict[str, _Drafting] = {}
         self.counters = SpeculationCounters()
 
-    def propose(self, decoding: Sequence[tuple[Request, Output]]) -> bool:
+    def propose(
+        self, decoding: Sequence[tuple[Request, Output]], *, is_under_way: bool = False
+    ) -> bool:
         """Guess what follows, and ask the scheduler for room: draft_tokens of each request.
 
         Args:
             decoding: the requests that may have a decode row in the next step.
+            is_under_way: whether that step runs already: then guesses can be checked in the one
+                behind it, and none is asked for.
 
         Returns:
-            Whether there is a guess.
+            Whether there is a guess, or will be.
         """
         for request, _ in decoding:
             request.draft_tokens = 0
-        if self._config.adaptive and self._times.wants_plain(len(decoding)):
-            return False
-        asks = [ask for request, output in decoding if (ask := self._ask(request, output))]
-        if not asks:
-            return False
-        for ask, paths in zip(asks, self._drafter.propose(asks), strict=True):
-            most = min(ask.num_tokens * ask.num_branches, self._config.draft_tokens)
-            most = min(most, ask.request.num_remaining_tokens - 1)
-            tree = DraftTree.merged(paths, most)
-            self._of(ask.request).tree = tree
-            ask.request.draft_tokens = len(tree)
-        return any(ask.request.draft_tokens for ask in asks)
+        if self.watches:
+            self._follow(decoding)
+        asks = self._wanted(decoding)
+        if is_under_way and not (self._drafter.is_free and not self._config.adaptive):
+            self._watch(decoding)
+            self._owes |= bool(asks)
+            return bool(asks)
+        has_guesses = bool(asks) and self._draft(asks)
+        if is_under_way:
+            for request, _ in decoding:
+                request.draft_tokens = 0
+        self._watch(decoding)
+        self._owes |= has_guesses
+        return has_guesses
+
+    def warm_up(self) -> None:
+        """Do what happens once, on a GPU, before a request waits for it."""
+        self._drafter.warm_up()
+
+    def read(self, request: Request, num_tokens: int) -> None:
+        """Look at more of a prompt while the device computes so many of its tokens."""
+        self._drafter.read(request, num_tokens)
 
     def check(self, drafted: Sequence[Drafted], num_rows: int) -> list[Walk]:
         """Check the drafts of some requests, one or more, in one run of the model.
@@ -146,18 +167,34 @@ class Speculator:
             self._count(walk, num_rows)
         return walks
 
-    def note_step(
-        self, decoded: Sequence[Request], plain: Sequence[Request], seconds: float | None
-    ) -> None:
-        """Note how long the decode rows of a step took, and which of them had no draft.
+    def note_plain(self, num_rows: int, seconds: float | None, *, is_steady: bool) -> None:
+        """Note a step without drafts.
 
-        None stands for a time that is not theirs alone.
+        Args:
+            num_rows: that decoded.
+            seconds: that it took; None if not for them alone.
+            is_steady: whether it and the next one were begun ahead, where they can be.
         """
-        if decoded and seconds is not None:
-            drafted = len(plain) < len(decoded)
-            self._times.note(len(decoded), seconds, drafted=drafted)
-        for request in plain:
-            self._of(request).pace.rest(1)
+        if not num_rows:
+            return
+        if seconds is not None and is_steady:
+            self._times.note_plain(num_rows, seconds)
+            self._owes = False
+        elif seconds is not None and self._owes:
+            # The device stood still between a draft and steps ahead of the host.
+            steps = self._times.in_steps(num_rows, seconds)
+            self._allowance.spend(0.0 if steps is None else max(0.0, steps - 1))
+        self._allowance.earn()
+
+    def note_drafted(self, walks: Sequence[Walk], num_rows: int, seconds: float) -> None:
+        """Note a step of so many rows with drafts: it took what it took for what was accepted."""
+        most = max(len(walk.tree) for walk in walks)
+        steps = self._times.note_drafted(num_rows, most, seconds)
+        if steps is None:
+            steps = self._times.cost(num_rows, most)
+        saved = sum(len(walk.path) - 1 for walk in walks) / num_rows
+        self._allowance.spend(steps - 1 - saved)
+        self._allowance.earn()
 
     def forget(self, requests: Sequence[Request], *, ended: bool) -> None:
         """Give up what is kept for requests; the pace of one that comes back is kept."""
@@ -176,14 +213,104 @@ class Speculator:
         request.num_drafted_tokens += len(walk.tree)
         request.num_accepted_tokens += num_accepted
         if self._config.adaptive:
-            self._of(request).pace.observe(num_accepted, self._times.cost(num_rows))
+            drafting, cost = self._of(request), self._times.cost(num_rows, len(walk.tree))
+            drafting.pace.follow(num_accepted)
+            is_whole = walk.path[-1] not in walk.tree.parents
+            drafting.pace.observe(num_accepted, is_whole=is_whole)
+            drafting.pace.judge(paid=1 + num_accepted >= cost)
+            self._typical_gain += GAIN_WEIGHT * (num_accepted - self._typical_gain)
 
-    def _ask(self, request: Request, output: Output) -> Ask | None:
-        config, most = self._config, self._config.draft_tokens
-        if config.adaptive:
-            most = self._of(request).pace.num_draft_tokens(most)
-        num_tokens = min(most, request.num_remaining_tokens - 1)
-        return Ask(request, output, num_tokens, config.branches) if num_tokens > 0 else None
+    @property
+    def watches(self) -> bool:
+        """Whether guesses are followed that nothing checks."""
+        return self._config.adaptive and self._drafter.is_free
+
+    def _follow(self, decoding: Sequence[tuple[Request, Output]]) -> None:
+        """Compare guesses with the tokens that have come."""
+        for request, _ in decoding:
+            drafting = self._of(request)
+            if drafting.shadow is not None:
+                drafting.shadow.follow(request.generated, drafting.pace)
+                if drafting.shadow.is_over:
+                    drafting.shadow = None
+
+    def _watch(self, decoding: Sequence[tuple[Request, Output]]) -> None:
+        """Guess for some requests without a draft, to see whether it will be right."""
+        if not self.watches:
+            return
+        most = self._config.draft_tokens
+        idle = [
+            Ask(request, output, min(most, request.num_remaining_tokens), self._config.branches)
+            for request, output in decoding
+            if not request.draft_tokens and self._of(request).shadow is None
+        ]
+        # In turn, where there are more.
+        first = self._num_looked_up % len(idle) if idle else 0
+        asks = [*idle[first:], *idle[:first]][:_MOST_LOOKED_UP]
+        self._num_looked_up += len(asks)
+        for ask, paths in zip(asks, self._drafter.propose(asks) if asks else (), strict=True):
+            tree = DraftTree.merged(paths, most)
+            if tree:
+                self._of(ask.request).shadow = Shadow(tree, len(ask.request.generated))
+
+    def _wanted(self, decoding: Sequence[tuple[Request, Output]]) -> list[Ask]:
+        """The requests to guess for: all, or those whose drafts should pay, or one to try."""
+        if not self._config.adaptive:
+            return self._asks(decoding)
+        num_rows = len(decoding)
+        if not self._allowance.allows or self._times.wants_plain(num_rows):
+            return []
+        asks = self._asks(decoding)
+        promising = [ask for ask in asks if self._of(ask.request).pace.expected > 0]
+        if promising and self._pays(promising, num_rows):
+            return promising
+        if not self._allowance.allows_try:
+            return []
+        return [ask for ask in asks if self._is_worth_a_try(ask)][:1]
+
+    def _is_worth_a_try(self, ask: Ask) -> bool:
+        """Whether a draft may show that the cost is less than what was measured, or the gain more.
+
+        Guesses that are watched show the gain by themselves.
+        """
+        pace = self._of(ask.request).pace
+        return not self.watches or pace.run >= self._config.draft_tokens
+
+    def _pays(self, asks: Sequence[Ask], num_rows: int) -> bool:
+        """Whether a step with drafts should give more tokens in its time than one without."""
+        expected = [self._of(ask.request).pace.expected for ask in asks]
+        gain = sum(min(x, ask.num_tokens) for x, ask in zip(expected, asks, strict=True))
+        most = max(self._most_guesses(ask) for ask in asks)
+        return 1 + gain / num_rows >= self._times.cost(num_rows, most)
+
+    def _draft(self, asks: Sequence[Ask]) -> bool:
+        """Guess, and ask the scheduler for room; returns whether there is a guess."""
+        for ask, paths in zip(asks, self._drafter.propose(asks), strict=True):
+            drafting = self._of(ask.request)
+            drafting.tree = DraftTree.merged(paths, self._most_guesses(ask))
+            ask.request.draft_tokens = len(drafting.tree)
+            if drafting.tree:
+                drafting.shadow = None
+        return any(ask.request.draft_tokens for ask in asks)
+
+    def _most_guesses(self, ask: Ask) -> int:
+        most = min(ask.num_tokens * ask.num_branches, self._config.draft_tokens)
+        return min(most, ask.request.num_remaining_tokens - 1)
+
+    def _asks(self, decoding: Sequence[tuple[Request, Output]]) -> list[Ask]:
+        """What to ask of the drafter for each request that may have a guess."""
+        config, most, asks = self._config, self._config.draft_tokens, []
+        for request, output in decoding:
+            if config.adaptive:
+                most = self._of(request).pace.num_draft_tokens(config.draft_tokens)
+            num_tokens = min(most, request.num_remaining_tokens - 1)
+            if num_tokens > 0:
+                asks.append(Ask(request, output, num_tokens, config.branches))
+        return asks
 
     def _of(self, request: Request) -> _Drafting:
-        return self._drafted.setdefault(request.id, _Drafting())
+        if request.id not in self._drafted:
+            # What can be watched is trusted once it was right; a smaller model as those before.
+            gain = 0.0 if self.watches else self._typical_gain
+            self._drafted[request.id] = _Drafting(Pace(gain))
+        return self._drafted[request.id]

@@ -12,17 +12,24 @@ import torch
 from torch import Tensor
 
 from sevenfold.config import UnsupportedError
-from sevenfold.ops.attention import blocks_eager, blocks_flash
+from sevenfold.ops.attention import blocks_cudnn, blocks_eager, blocks_flash
 from sevenfold.ops.attention.block import Block
+from sevenfold.ops.attention.join import Part
 from sevenfold.ops.checks import check_device, check_dtype, check_shape, choose_impl
 from sevenfold.ops.types import Impl
 
-_MODULES = {Impl.EAGER: blocks_eager, Impl.FLASH: blocks_flash}
+_MODULES = {Impl.EAGER: blocks_eager, Impl.FLASH: blocks_flash, Impl.CUDNN: blocks_cudnn}
 
 
-def default_block_impl(device: torch.device, dtype: torch.dtype) -> Impl:
-    """Return what attention_block takes: flash for bf16 and fp16 on a GPU, else eager."""
-    return Impl.FLASH if device.type == "cuda" and dtype in blocks_flash.DTYPES else Impl.EAGER
+def default_block_impl(q: Tensor, v: Tensor, block: Block) -> Impl:
+    """Return what attention_block takes.
+
+    For bf16 and fp16 on a GPU cudnn, where all sequences are alike and of one of few lengths (see
+    blocks_cudnn), on compute capability 9.0; else flash. Elsewhere eager.
+    """
+    if not q.is_cuda or q.dtype not in blocks_flash.DTYPES:
+        return Impl.EAGER
+    return Impl.CUDNN if blocks_cudnn.refusal(q, v, block) is None else Impl.FLASH
 
 
 def attention_block(
@@ -37,8 +44,8 @@ def attention_block(
         k: [S, G, D], dtype of q; G divides H: query head h reads key head h * G // H.
         v: [S, G, D], dtype of q.
         block: the sequences; over all of a sequence's keys, or over j <= i.
-        impl: "eager" or "flash" (PyTorch's FlashAttention: bf16 or fp16 on a GPU); None takes
-            default_block_impl. A named one never falls back.
+        impl: "eager", "flash" (PyTorch's FlashAttention: bf16 or fp16 on a GPU) or "cudnn" (equal
+            sequences there); None takes default_block_impl. A named one never falls back.
 
     Returns:
         o [T, H, D] in v's dtype, and lse [H, T] in fp32 (fp64 for fp64).
@@ -94,6 +101,12 @@ def join_blocks(o: Tensor, lse: Tensor, more_o: Tensor, more_lse: Tensor) -> Non
         o, more_o: [T, H, D]; o in lse's dtype.
         lse, more_lse: [H, T], finite.
     """
+    if o.is_cuda and o.dtype is torch.float32:
+        # Triton takes a while to import: only who needs it waits for it.
+        from sevenfold.ops.attention.triton_join import join
+
+        join(Part(o, lse), Part(more_o, more_lse), o)
+        return
     joint = torch.logaddexp(lse, more_lse)
     o.mul_(torch.exp(lse - joint).t()[..., None])
     o.addcmul_(more_o.to(o.dtype), torch.exp(more_lse - joint).t()[..., None])
@@ -115,10 +128,12 @@ def _module(q: Tensor, k: Tensor, v: Tensor, block: Block, impl: Impl | str | No
     if len(lengths) != len(key_lengths) or (block.causal and list(lengths) != list(key_lengths)):
         rule = "lengths" if block.causal else f"{len(lengths)} numbers"
         raise ValueError(f"key_lengths must be {rule}, got {list(key_lengths)}")
-    default = default_block_impl(q.device, q.dtype)
+    default = default_block_impl(q, v, block)
     chosen = choose_impl("attention_block", impl, default, tuple(_MODULES))
-    if chosen is Impl.FLASH and default is not Impl.FLASH:
+    if chosen is Impl.FLASH and default is Impl.EAGER:
         raise UnsupportedError(
             f"q must be bf16 or fp16 on a GPU for impl flash, got {q.dtype} on {q.device}"
         )
+    if chosen is Impl.CUDNN and (refusal := blocks_cudnn.refusal(q, v, block)):
+        raise UnsupportedError(refusal)
     return _MODULES[chosen]

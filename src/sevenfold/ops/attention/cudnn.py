@@ -1,8 +1,10 @@
-"""One sequence of softmax attention in cuDNN's kernel for Hopper, with its log-sum-exp.
+"""Softmax attention in cuDNN's kernel for Hopper, with its log-sum-exp, and its gradients.
 
-By way of PyTorch's own operator, whose name begins with an underscore: the public one gives no
-log-sum-exp. It builds a plan for every shape that a thread has not met before.
+By way of PyTorch's own operators, whose names begin with an underscore: the public one gives no
+log-sum-exp. They build a plan for every shape that a thread has not met before.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,8 +40,43 @@ def with_lse(
 
     Of all keys, or of those up to a query's own place, where S is T.
     """
-    heads_first = (x[None].transpose(1, 2) for x in (q, k, v))
+    o, lse = attend([x[None].transpose(1, 2) for x in (q, k, v)], scale=scale, causal=causal)
+    return o[0].transpose(0, 1), lse[0]
+
+
+def attend(tokens: Sequence[Tensor], *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attend q [N, H, T, D] to k, v [N, G, S, D]: o [N, H, T, D] and lse [N, H, T] in fp32."""
     o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *heads_first, None, True, 0.0, causal, False, scale=scale
+        *tokens, None, True, 0.0, causal, False, scale=scale
     )
-    return o[0].transpose(0, 1), lse.view(q.shape[1], len(q))
+    return o, lse.view(o.shape[:3])
+
+
+def gradients(
+    do: Tensor,
+    tokens: Sequence[Tensor],
+    o: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv of `attend`; o and lse may be of more keys than these."""
+    q, k, _ = tokens
+    no_dropout = torch.empty((), dtype=torch.int64, device=q.device)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        do,
+        *tokens,
+        o,
+        lse[..., None].contiguous(),
+        no_dropout,
+        no_dropout,
+        None,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        causal,
+        scale=scale,
+    )

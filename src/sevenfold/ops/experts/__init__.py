@@ -10,7 +10,7 @@ from sevenfold.ops.experts.dispatch import (
 )
 from sevenfold.ops.experts.mixture import default_mixture_impl, mixture
 from sevenfold.ops.experts.router import default_router_impl, router_logits
-from sevenfold.ops.experts.routing import default_route_impl, route
+from sevenfold.ops.experts.routing import default_route_impl, route, route_and_count
 
 __all__ = [
     "Dispatch",
@@ -25,5 +25,6 @@ __all__ = [
     "mixture",
     "plan_dispatch",
     "route",
+    "route_and_count",
     "router_logits",
 ]

@@ -5,6 +5,7 @@ from sevenfold.ops.lightning.api import (
     lightning_attention_prefill,
     lightning_attention_step,
 )
+from sevenfold.ops.lightning.borders import Span, lightning_add_read, lightning_added
 from sevenfold.ops.lightning.decode import lightning_attention_decode
 from sevenfold.ops.lightning.decode_fp16 import lightning_attention_decode_fp16
 from sevenfold.ops.lightning.padded import (
@@ -35,9 +36,12 @@ __all__ = [
     "PaddedSnapshots",
     "ReplayPool",
     "Snapshots",
+    "Span",
     "Stop",
     "head_slopes",
     "layer_log_decay",
+    "lightning_add_read",
+    "lightning_added",
     "lightning_attention",
     "lightning_attention_commit",
     "lightning_attention_commit_int8",

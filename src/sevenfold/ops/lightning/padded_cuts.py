@@ -57,9 +57,10 @@ class PaddedCuts:
             ValueError: num_tokens or a stop lies outside the row, or stops are too many.
         """
         self._check(num_tokens, stops)
-        segments, pieces, kept = np.split(numbers, np.cumsum(self._sizes[:2]))
-        self._write_pieces(pieces.reshape(-1, _WIDTH), num_tokens)
-        segments, kept, at = segments.reshape(-1, _WIDTH), kept.reshape(-1, 2), 0
+        # By slices: np.split takes as long as all the rest.
+        first, end = self._sizes[0], self._sizes[0] + self._sizes[1]
+        self._write_pieces(numbers[first:end].reshape(-1, _WIDTH), num_tokens)
+        segments, kept, at = numbers[:first].reshape(-1, _WIDTH), numbers[end:].reshape(-1, 2), 0
         segments[:], kept[:] = self._segments, 0
         np.minimum(self._segments[:, :2], num_tokens, out=segments[:, :2])
         for segment, (start, end) in zip(segments, self._segments[:, :2].tolist(), strict=True):

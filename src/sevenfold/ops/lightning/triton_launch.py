@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sevenfold.ops.lightning.horizons import HORIZONS
 from sevenfold.ops.lightning.segments import Plan, Room, Stop, plan_segments
 from sevenfold.ops.lightning.triton_hopper import hopper_scan_kernel
 from sevenfold.ops.lightning.triton_padding import clear_behind
@@ -17,9 +18,6 @@ from sevenfold.ops.row_launch import cdiv, next_power_of_2, num_sms
 from sevenfold.ops.triton_launched import BulkCopies
 from sevenfold.ops.tuning import best_config
 
-# A token whose weight is below 2^-horizon is left out of the state between two segments: well below
-# the rounding of its own dtype.
-_HORIZONS = {torch.float32: 26.0, torch.bfloat16: 18.0, torch.float16: 18.0}
 _HOPPER_WIDTH = 256  # at most, and a multiple of 8: bulk copies step by 16 bytes
 _HOPPER_PART = 128  # columns of a value tile, and of the parts of keys
 _HOPPER_CHUNK = 64
@@ -107,7 +105,7 @@ def states_between(scan: Scan) -> Tensor | None:
         _or(scan.state_in, between),
         between,
         scan.log_decay,
-        _HORIZONS[scan.q.dtype],
+        HORIZONS[scan.q.dtype],
         plan.chains,
         CELLS=K * V,
         BLOCK=_CHAIN_BLOCK,
@@ -190,7 +188,7 @@ def _launch_any(
         *rows,
         scan.log_decay,
         float(scan.scale),
-        _HORIZONS[scan.q.dtype],
+        HORIZONS[scan.q.dtype],
         *states[:5],
         table,
         plan.stops,
@@ -230,7 +228,7 @@ def _launch_hopper(
         written.base,
         scan.log_decay,
         float(scan.scale),
-        _HORIZONS[scan.q.dtype],
+        HORIZONS[scan.q.dtype],
         *states[:5],
         table,
         _or(deal, table),

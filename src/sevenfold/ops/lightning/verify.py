@@ -15,6 +15,7 @@ from sevenfold.ops.lightning.decode_checks import (
     default_impl,
 )
 from sevenfold.ops.lightning.replay import ReplayPool, check_pool
+from sevenfold.ops.numba_rules import check_numba, suits_numba
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl
 
@@ -60,7 +61,9 @@ def lightning_attention_verify(
         ancestors: [B, T, T] bool, ancestors[b, t, s] says that s is t or an ancestor of t; an
             ancestor stands before its descendants. None is a chain: all s <= t.
         scale: multiplies the output; MiniMax uses 1.
-        impl: as lightning_attention_decode.
+        impl: "reference", "eager", "numba" (fp32 on a CPU) or "triton"; None takes Triton where
+            lightning_attention_decode does, then numba where it can, else eager. A named one never
+            falls back.
 
     Returns:
         o [B, T, H, V] in v's dtype.
@@ -74,7 +77,7 @@ def lightning_attention_verify(
     check_pool(pool, q, v)
     check_slots(slots, len(q), q.device)
     check_draft(q, pool.ring_k.shape[2], accepted, ancestors)
-    chosen = choose_impl("lightning_attention_verify", impl, default_impl(q, v.shape[-1]), IMPLS)
+    chosen = _choose("lightning_attention_verify", impl, q, v)
     pools = pool.tensors()
     return _verify(q, k, v, log_decay, pools, slots, accepted, ancestors, scale, str(chosen))
 
@@ -98,7 +101,7 @@ def lightning_attention_commit(
         pool: changed in place.
         slots: [B] int32 or int64, no two alike, less than S, not checked; -1 skips a row.
         accepted: [B, A] int32 as lightning_attention_verify; None accepts none.
-        impl: as lightning_attention_decode.
+        impl: as lightning_attention_verify.
 
     Raises:
         ValueError, TypeError, UnsupportedError: as lightning_attention_decode.
@@ -108,9 +111,18 @@ def lightning_attention_commit(
     check_device("log_decay", log_decay, pool.state.device)
     check_slots(slots, len(slots), pool.state.device)
     check_accepted(accepted, len(slots), pool.state.device)
-    default = default_impl(pool.ring_k, pool.ring_v.shape[-1])
-    chosen = choose_impl("lightning_attention_commit", impl, default, IMPLS)
+    chosen = _choose("lightning_attention_commit", impl, pool.ring_k, pool.ring_v)
     _commit(log_decay, pool.tensors(), slots, accepted, str(chosen))
+
+
+def _choose(name: str, impl: Impl | str | None, k: Tensor, v: Tensor) -> Impl:
+    default = default_impl(k, v.shape[-1])
+    if default is Impl.EAGER and suits_numba(k, v):
+        default = Impl.NUMBA
+    chosen = choose_impl(name, impl, default, (*IMPLS, Impl.NUMBA))
+    if chosen is Impl.NUMBA:
+        check_numba("k", k)
+    return chosen
 
 
 def check_draft(
@@ -158,6 +170,10 @@ def _verify(
                 run = replay_reference.verify
             case Impl.EAGER:
                 run = replay_eager.verify
+            case Impl.NUMBA:
+                from sevenfold.ops.lightning import compiled_replay
+
+                run = compiled_replay.verify
             case _:
                 from sevenfold.ops.lightning import triton_verify
 
@@ -194,6 +210,10 @@ def _commit(
             run = replay_reference.commit
         case Impl.EAGER:
             run = replay_eager.commit
+        case Impl.NUMBA:
+            from sevenfold.ops.lightning import compiled_replay
+
+            run = compiled_replay.commit
         case _:
             from sevenfold.ops.lightning import triton_verify
 

@@ -1,189 +1,149 @@
-"""What tokens add to a state, and what they read of one, by blocks of tokens.
+"""Which heads of which states travel between ranks, and what becomes of those that arrive.
 
-    added    S = sum_i decay^(n - 1 - i) k_i v_i^T            i = 0 ... n - 1
-    read     o_i = decay^(i + 1) q_i^T S
+    S_r = sum over c < r of decay^(n (r - c - 1)) L_c      over stretches that the document reaches
 
-Powers, states and all sums are fp32. Operands of products have the tokens' dtype, as in the kernels
-of the recurrence: a decayed row is rounded to it, and so is a state that is read.
-
-Of each block only the heads count whose power is a number in fp32: fast heads reach some hundred
-tokens, so most blocks have a few slow heads.
+A state goes to the ranks that the document reaches, and of it the heads that have not decayed to 0
+on the way: slopes and lengths say so on the host, so every rank knows what arrives.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sevenfold.ops import full_precision
-from sevenfold.parallel.context.batch import Piece
+from sevenfold.parallel.context.batch import SLOTS
+from sevenfold.parallel.context.cut import Cut
 
 # What has decayed by more is 0: the smallest number that fp32 holds with all its digits.
 LEAST = torch.finfo(torch.float32).tiny
-# Channels of a block's decayed rows.
-_BLOCK_ELEMENTS = 2**25
 
 
-class Decay(NamedTuple):
-    """The decay of a layer's heads.
+class Route(NamedTuple):
+    """The heads of one stretch's state that go from one rank to another.
 
-    log_decay: [H] fp32 on the device.
-    on_host: the same numbers.
+    slot: of the sending rank's two stretches.
+    stretch: the same, as the cut counts.
+    first_head: those from here on go.
+    uses: the receiving rank's slots that need it, and the tokens that lie between.
     """
 
-    log_decay: Tensor
-    on_host: tuple[float, ...]
-
-    def first_head(self, distance: int) -> int:
-        """The first head whose state is not 0 after so many tokens; H if all are.
-
-        MiniMax's heads go from fast to slow, so the heads from there on are those that count.
-        """
-        limit = math.log(LEAST)
-        alive = (h for h, a in enumerate(self.on_host) if a * distance >= limit)
-        return next(alive, len(self.on_host))
-
-    def powers(self, distances: Tensor, first_head: int = 0) -> Tensor:
-        """decay^distance, [distances, H - first_head], in log_decay's dtype; 0 below LEAST."""
-        power = torch.exp(distances[:, None] * self.log_decay[first_head:])
-        return power * (power >= LEAST)
+    slot: int
+    stretch: int
+    first_head: int
+    uses: tuple[tuple[int, int], ...]
 
 
-def added_states(k: Tensor, v: Tensor, decay: Decay, pieces: Sequence[Piece | None]) -> Tensor:
-    """Return the state that each piece adds.
+class StatePlan(NamedTuple):
+    """[ranks] routes to and from each rank; num_heads is H."""
+
+    sent: tuple[tuple[Route, ...], ...]
+    received: tuple[tuple[Route, ...], ...]
+    num_heads: int
+
+    @property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """Heads to and from each rank."""
+        counts = [[self.heads_of(routes) for routes in way] for way in (self.sent, self.received)]
+        return counts[0], counts[1]
+
+    def heads_of(self, routes: Sequence[Route]) -> int:
+        """How many heads go by some routes."""
+        return sum(self.num_heads - route.first_head for route in routes)
+
+
+def first_head(log_decay: Sequence[float], distance: int) -> int:
+    """Return the first head whose state is not 0 after so many tokens; H if all are.
+
+    MiniMax's heads go from fast to slow, so the heads from there on are those that count.
+    """
+    limit = math.log(LEAST)
+    alive = (h for h, a in enumerate(log_decay) if a * distance >= limit)
+    return next(alive, len(log_decay))
+
+
+@lru_cache(maxsize=1024)
+def plan_states(cut: Cut, rank: int, log_decay: tuple[float, ...]) -> StatePlan:
+    """Decide which heads of which states travel.
 
     Args:
-        k, v: [T, H, K] and [T, H, V].
-        decay: in the states' dtype.
-        pieces: of those tokens; None adds nothing.
-
-    Returns:
-        [pieces, H, K, V] in decay's dtype.
+        cut: of the row.
+        rank: whose plan.
+        log_decay: of each head.
     """
-    return _AddedStates.apply(k, v, decay, pieces)
+    ranks = range(cut.num_ranks)
+    sent = tuple(_routes(cut, rank, other, log_decay) for other in ranks)
+    received = tuple(_routes(cut, other, rank, log_decay) for other in ranks)
+    return StatePlan(sent, received, len(log_decay))
 
 
-def add_read(
-    o: Tensor, q: Tensor, states: Tensor, decay: Decay, pieces: Sequence[Piece | None]
+def outgoing(states: Tensor, plan: StatePlan) -> Tensor:
+    """[heads, K, V] of own states [slots, H, K, V], for rank after rank."""
+    routes = [route for routes in plan.sent for route in routes]
+    parts = [states[route.slot, route.first_head :] for route in routes]
+    return torch.cat(parts) if parts else states[0, :0]
+
+
+def returned(arrived: Tensor, plan: StatePlan) -> Tensor:
+    """[slots, H, K, V], the transpose of `outgoing`: sums of what comes back of own states."""
+    states = arrived.new_zeros(len(SLOTS), plan.num_heads, *arrived.shape[1:])
+    at = 0
+    for route in (route for routes in plan.sent for route in routes):
+        end = at + plan.num_heads - route.first_head
+        states[route.slot, route.first_head :] += arrived[at:end]
+        at = end
+    return states
+
+
+def states_before(arrived: Tensor, plan: StatePlan, log_decay: tuple[float, ...]) -> Tensor:
+    """[slots, H, K, V]: the state before each own stretch, of all that arrived [heads, K, V]."""
+    before = arrived.new_zeros(len(SLOTS), plan.num_heads, *arrived.shape[1:])
+    for slot, head, heads, power in _uses(plan, log_decay, arrived):
+        before[slot, head:].addcmul_(arrived[heads], power)
+    return before
+
+
+def gradients_of_arrived(dbefore: Tensor, plan: StatePlan, log_decay: tuple[float, ...]) -> Tensor:
+    """[heads, K, V], the transpose of states_before."""
+    darrived = dbefore.new_zeros(sum(plan.sizes[1]), *dbefore.shape[2:])
+    for slot, head, heads, power in _uses(plan, log_decay, dbefore):
+        darrived[heads].addcmul_(dbefore[slot, head:], power)
+    return darrived
+
+
+def _routes(cut: Cut, source: int, target: int, log_decay: tuple[float, ...]) -> tuple[Route, ...]:
+    found = []
+    for slot, stretch in enumerate(cut.of_rank(source)):
+        reached = enumerate(cut.distance(stretch, later) for later in cut.of_rank(target))
+        uses = tuple((s, d) for s, d in reached if d is not None)
+        uses = tuple((s, d) for s, d in uses if first_head(log_decay, d) < len(log_decay))
+        if uses:
+            least = min(first_head(log_decay, d) for _, d in uses)
+            found.append(Route(slot, stretch, least, uses))
+    return tuple(found)
+
+
+def _uses(
+    plan: StatePlan, log_decay: tuple[float, ...], states: Tensor
+) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Slot that needs a state, its first head, the heads that arrived, and their decay."""
+    at = 0
+    for route in (route for routes in plan.received for route in routes):
+        end = at + plan.num_heads - route.first_head
+        for slot, distance in route.uses:
+            head = first_head(log_decay, distance)
+            power = _powers(log_decay, distance, states.device, states.dtype)[head:]
+            yield slot, head, slice(at + head - route.first_head, end), power
+        at = end
+
+
+@lru_cache(maxsize=1024)
+def _powers(
+    log_decay: tuple[float, ...], distance: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Add to o, in place, what each piece reads of the state before it.
-
-    Args:
-        o: [1, T, H, V].
-        q: [T, H, K].
-        states: [pieces, H, K, V]; a piece that is None reads nothing, and its state has gradient 0.
-        decay: in the states' dtype.
-        pieces: of those tokens.
-    """
-    return _AddRead.apply(o, q, states, decay, pieces)
-
-
-class _AddedStates(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, k: Tensor, v: Tensor, decay: Decay, pieces: Sequence[Piece | None]
-    ) -> Tensor:
-        ctx.save_for_backward(k, v)
-        ctx.decay, ctx.pieces = decay, pieces
-        dtype = decay.log_decay.dtype
-        H, K, V = k.shape[1], k.shape[2], v.shape[2]
-        states = k.new_zeros(len(pieces), H, K, V, dtype=dtype)
-        with full_precision(k.device):
-            for state, piece in zip(states, pieces, strict=True):
-                for tokens, head, power in _blocks(piece, decay, K, from_end=True):
-                    faded = _faded(k[tokens, head:], power)
-                    state[head:] += _summed(faded, v[tokens, head:])
-        return states
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        k, v = ctx.saved_tensors
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        with full_precision(k.device):
-            for dstate, piece in zip(grads[0], ctx.pieces, strict=True):
-                for tokens, head, power in _blocks(piece, ctx.decay, k.shape[2], from_end=True):
-                    own = dstate[head:].to(k.dtype)
-                    _read(dk[tokens, head:], _faded(v[tokens, head:], power), own.mT)
-                    _read(dv[tokens, head:], _faded(k[tokens, head:], power), own)
-        return dk, dv, None, None
-
-
-class _AddRead(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        o: Tensor,
-        q: Tensor,
-        states: Tensor,
-        decay: Decay,
-        pieces: Sequence[Piece | None],
-    ) -> Tensor:
-        ctx.save_for_backward(q, states)
-        ctx.decay, ctx.pieces = decay, pieces
-        ctx.mark_dirty(o)
-        with full_precision(q.device):
-            for state, piece in zip(states, pieces, strict=True):
-                for tokens, head, power in _blocks(piece, decay, q.shape[2], from_end=False):
-                    faded = _faded(q[tokens, head:], power)
-                    _read(o[0, tokens, head:], faded, state[head:].to(q.dtype))
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, states = ctx.saved_tensors
-        (do,) = grads
-        dq, dstates = torch.zeros_like(q), torch.zeros_like(states)
-        with full_precision(q.device):
-            for n, piece in enumerate(ctx.pieces):
-                for tokens, head, power in _blocks(piece, ctx.decay, q.shape[2], from_end=False):
-                    faded = _faded(do[0, tokens, head:], power)
-                    dstates[n, head:] += _summed(q[tokens, head:], faded)
-                    _read(dq[tokens, head:], faded, states[n, head:].to(q.dtype).mT)
-        return do, dq, dstates, None, None
-
-
-def _faded(x: Tensor, power: Tensor) -> Tensor:
-    """x [n, H, D] times power [n, H, 1], rounded to x's dtype once."""
-    return torch.mul(x, power, out=torch.empty_like(x, memory_format=torch.contiguous_format))
-
-
-def _summed(a: Tensor, b: Tensor) -> Tensor:
-    """sum_n a_n b_n^T of a [n, H, K] and b [n, H, V]: [H, K, V], in fp32 at least."""
-    a, b = a.permute(1, 2, 0), b.transpose(0, 1)
-    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    return torch.bmm(a.to(dtype), b.to(dtype))
-
-
-def _read(y: Tensor, x: Tensor, states: Tensor) -> None:
-    """y_n += x_n^T S in place, rounded once; y [n, H, V], x [n, H, K], states [H, K, V]."""
-    y.transpose(0, 1).baddbmm_(x.transpose(0, 1), states)
-
-
-def _blocks(
-    piece: Piece | None, decay: Decay, width: int, *, from_end: bool
-) -> Iterator[tuple[slice, int, Tensor]]:
-    """Tokens of a block, its first head that counts, and the powers [n, heads, 1].
-
-    Counted from a piece's end the last token's power is 0, from its start the first's is 1.
-    """
-    if piece is None:
-        return
-    device = decay.log_decay.device
-    size = max(1, _BLOCK_ELEMENTS // (len(decay.on_host) * width))
-    for nearest in range(0, piece.length, size):
-        n = min(size, piece.length - nearest)
-        head = decay.first_head(nearest + (0 if from_end else 1))
-        if head == len(decay.on_host):
-            return
-        places = torch.arange(nearest, nearest + n, device=device)
-        if from_end:
-            first = piece.start + piece.length - nearest - n
-            places = places.flip(0)
-        else:
-            first = piece.start + nearest
-            places = places + 1
-        yield slice(first, first + n), head, decay.powers(places, head)[..., None]
+    """decay^distance [H, 1, 1], 0 below LEAST; sent once, and nothing waits."""
+    powers = torch.exp(torch.tensor(log_decay, dtype=torch.float64) * distance)
+    powers = (powers * (powers >= LEAST)).to(dtype)[:, None, None]
+    return powers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else powers

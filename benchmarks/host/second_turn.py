@@ -1,0 +1,134 @@
+"""What the host does in the second turn of a chat: second_turn.py [REPEATS]
+
+The engine over a runner for a GPU that launches nothing, on a CPU, with bench-2b's pages: a first
+turn of 32,768 tokens, then prompts of 32,848, of which 16 are new, whose ids are other objects each
+time. Prints medians and the least of the thread's own microseconds: in submit, from there to the
+launch, from the launch until the host waits for the token, from there to its event, and in the step
+that only lets go.
+"""
+
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from sevenfold.bench.serving.sides import random_ids
+from sevenfold.engine import SamplingParams
+from sevenfold.engine import worker as worker_module
+from sevenfold.engine.device import DeviceRunner
+from sevenfold.engine.device.capture import Captured
+from sevenfold.engine.engine import Engine
+from sevenfold.engine.memory import plan_memory
+from sevenfold.engine.request import Request
+from sevenfold.engine.scheduler import SchedulerConfig
+from sevenfold.engine.transfer import Arriving
+from sevenfold.models import HybridModel, init_weights, preset
+
+CHAT_TOKENS, ANSWER_TOKENS, QUESTION_TOKENS, PAGE_TOKENS = 32_768, 16, 64, 64
+PARTS = ("submit", "to the launch", "behind it", "to the event", "letting go")
+SIZES = (64, 8192)
+TOKEN = 5
+times = {}
+
+
+def clock():
+    return time.thread_time()
+
+
+def record(run):
+    """A capture whose replay notes the time and gives the same logits."""
+    run()
+    logits = torch.zeros(1, VOCAB)
+    logits[0, TOKEN] = 1
+    return Captured(lambda: times.update(launched=clock()), logits)
+
+
+class Runner(DeviceRunner):
+    """Computes nothing: long chunks are not recorded, and have the same logits."""
+
+    def _prefill(self, rows):
+        if self._prefills.size_of(rows) is not None:
+            return super()._prefill(rows)
+        logits = torch.zeros(len(rows), VOCAB)
+        logits[:, TOKEN] = 1
+        return logits
+
+
+class Watched(Arriving):
+    """Notes when the host begins to wait."""
+
+    def numbers(self):
+        times.update(waiting=clock())
+        return super().numbers()
+
+
+def make_runner(model, storage, *_, **__):
+    sizes = {"batch_sizes": (1,), "prefill_sizes": SIZES}
+    return Runner(model, storage, page_tokens=PAGE_TOKENS, capture=record, **sizes)
+
+
+def new_engine():
+    """Of a small model with 56 pages to a state, as bench-2b has."""
+    small = {"hidden_size": 32, "num_attention_heads": 64, "num_key_value_heads": 1}
+    small |= {"head_dim": 16, "intermediate_size": 32, "rotary_dim": 8, "moe": None}
+    config = preset("bench-2b").model_copy(update=small)
+    model = init_weights(HybridModel(config), seed=0).eval().requires_grad_(False)
+    size = {"page_tokens": PAGE_TOKENS, "kv_element_bytes": 4, "context_tokens": CHAT_TOKENS}
+    plan = plan_memory(config, budget_bytes=1200 << 20, **size)
+    limits = {"max_request_tokens": 2 * CHAT_TOKENS, "lone_chunk_tokens": CHAT_TOKENS}
+    tokenizer = Tokenizer(BPE({f"<{n}>": n for n in range(VOCAB)}, []))
+    return Engine(model, tokenizer, plan, SchedulerConfig(page_tokens=PAGE_TOKENS, **limits))
+
+
+def submit(engine, name, prompt, new_tokens, marks=()):
+    request = Request(name, tuple(prompt), new_tokens, marks=marks, salt=b"chat")
+    engine.submit(request, SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True))
+    return request
+
+
+def turn(engine, name, prompt):
+    """Seconds of each part, and tokens that were cached."""
+    began = clock()
+    request = submit(engine, name, prompt, 1)
+    submitted = clock()
+    events = engine.step()
+    told = clock()
+    while engine.has_work:
+        engine.step()
+    if [event.token_id for event in events] != [TOKEN]:
+        raise SystemExit(f"one step must give the token, got {events}")
+    border = (began, submitted, times["launched"], times["waiting"], told, clock())
+    return np.diff(border), request.num_cached_tokens
+
+
+VOCAB = preset("bench-2b").vocab_size
+
+
+def main():
+    torch.set_num_threads(1)
+    repeats = int(sys.argv[1]) if sys.argv[1:] else 200
+    worker_module.make_runner = make_runner
+    engine_module = sys.modules[Engine.__module__]
+    engine_module.Arriving = Watched
+    engine = new_engine()
+    first, question = (
+        random_ids(preset("bench-2b"), n).tolist() for n in (CHAT_TOKENS, QUESTION_TOKENS)
+    )
+    asked = submit(engine, "first", first, ANSWER_TOKENS, marks=(CHAT_TOKENS,))
+    while engine.has_work:
+        engine.step()
+    second = np.array([*first, *asked.generated, *question])
+    for n in range(3):
+        _, cached = turn(engine, f"warm {n}", second.tolist())
+    rows = [turn(engine, str(n), second.tolist())[0] for n in range(repeats)]
+    print(f"{cached:,} of {len(second):,} tokens cached; us, median (least) of {repeats}")
+    for name, part in zip(PARTS, np.array(rows).T * 1e6, strict=True):
+        print(f"  {name:14} {statistics.median(part):8.1f} ({min(part):.1f})")
+
+
+if __name__ == "__main__":
+    main()

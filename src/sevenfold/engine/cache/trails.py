@@ -1,0 +1,124 @@
+"""Paths that requests left last: the next turn of a chat finds its own by comparing tokens.
+
+To hash thousands of blocks and look each of them up takes a millisecond, to compare as many bytes
+microseconds. A trail is found by the key of its first block, which no other salt shares, and tokens
+are compared to the last byte; it only names nodes of the tree, and those that have been dropped
+since do not count.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sevenfold.engine.cache.arena import index_of
+from sevenfold.engine.cache.keys import KeyChain
+from sevenfold.engine.cache.tree import Node, PrefixTree
+
+# Shorter paths are as soon hashed.
+_LEAST_BLOCKS = 8
+# Some 24 MB of the host's memory: 256 + 32 bytes for each block of 64 tokens.
+_MOST_TRAILS, _MOST_BLOCKS = 256, 80_000
+
+
+class Path(NamedTuple):
+    """Nodes, first block first, with handles and indices of their pages, if they have any."""
+
+    nodes: list[Node]
+    pages: list[int]
+    indices: array
+
+    @classmethod
+    def empty(cls) -> "Path":
+        """Return the path of no blocks."""
+        return cls([], [], array("q"))
+
+    def first(self, num_blocks: int) -> "Path":
+        """Return the path of so many first blocks."""
+        return Path(self.nodes[:num_blocks], self.pages[:num_blocks], self.indices[:num_blocks])
+
+    def extend(self, nodes: Sequence[Node]) -> None:
+        """Let it go on to further nodes."""
+        pages = [node.page for node in nodes if node.page is not None]
+        self.nodes.extend(nodes)
+        self.pages.extend(pages)
+        self.indices.extend(map(index_of, pages))
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class Trail:
+    """A path with the keys of its blocks and their tokens, as KeyChain.packed gives them."""
+
+    path: Path
+    keys: list[bytes]
+    tokens: bytes
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class Trails:
+    """The paths that were left last, one for each that is not the beginning of another."""
+
+    def __init__(self, tree: PrefixTree) -> None:
+        self._tree = tree
+        self._trails: OrderedDict[bytes, Trail] = OrderedDict()  # by the key of the last block
+        self._by_first: dict[bytes, dict[bytes, Trail]] = {}
+        self._num_blocks = 0
+
+    def __len__(self) -> int:
+        return len(self._trails)
+
+    def leave(self, path: Path, chain: KeyChain) -> None:
+        """Note the whole path of a request that ends; nothing of it may change any more."""
+        nodes, num_blocks = path.nodes, len(path.nodes)
+        if not _LEAST_BLOCKS <= num_blocks <= _MOST_BLOCKS:
+            return
+        first, end = nodes[0].key, nodes[-1].key
+        for trail in list(self._by_first.get(first, {}).values()):
+            shared = min(len(trail), num_blocks)
+            if trail.keys[shared - 1] != nodes[shared - 1].key:
+                continue
+            if shared == num_blocks and self._tree.holds(trail.path.nodes[shared - 1]):
+                self._trails.move_to_end(trail.keys[-1])
+                return
+            self._drop(trail)
+        trail = Trail(path.first(num_blocks), chain.keys(num_blocks), chain.packed(num_blocks))
+        self._trails[end] = self._by_first.setdefault(first, {})[end] = trail
+        self._num_blocks += num_blocks
+        while len(self._trails) > _MOST_TRAILS or self._num_blocks > _MOST_BLOCKS:
+            self._drop(next(iter(self._trails.values())))
+
+    def along(self, chain: KeyChain, most_blocks: int) -> Path:
+        """Return the longest path that a trail has in common with a request, at most so long.
+
+        The keys of its blocks are the chain's from now on.
+        """
+        if most_blocks < _LEAST_BLOCKS:
+            return Path.empty()
+        best, found = 0, None
+        for trail in self._by_first.get(chain.key(0), {}).values():
+            num_blocks = chain.num_common(trail.tokens, best, most_blocks)
+            if num_blocks:
+                best, found = num_blocks, trail
+        if found is None:
+            return Path.empty()
+        self._trails.move_to_end(found.keys[-1])
+        chain.adopt(found.keys[:best])
+        while best and not self._tree.holds(found.path.nodes[best - 1]):
+            best -= 1
+        return found.path.first(best)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._trails.clear()
+        self._by_first.clear()
+        self._num_blocks = 0
+
+    def _drop(self, trail: Trail) -> None:
+        first, end = trail.keys[0], trail.keys[-1]
+        del self._trails[end], self._by_first[first][end]
+        if not self._by_first[first]:
+            del self._by_first[first]
+        self._num_blocks -= len(trail)
