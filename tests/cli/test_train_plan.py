@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from sevenfold.cli.train_plan import print_plan
-from sevenfold.train import load_run_config
+from sevenfold.config import parse_config
+from sevenfold.models import preset
+from sevenfold.models.training_memory import training_memory
+from sevenfold.train import RunConfig, load_run_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -24,6 +28,53 @@ def test_a_plan_shows_mesh_memory_and_time_of_2048_ranks() -> None:
     assert [cell.strip() for cell in rows["expert"]][::2] == ["32", "0, 4, ..., 124"]
     # 456,089,655,296 parameters over 256 ranks, and the norms and routers of each.
     assert rows["weights, fp32"][0].strip() == "6.64"
-    assert rows["moments, fp32"][0].strip() == "13.28"
+    assert rows["moments of AdamW, fp32"][0].strip() == "13.28"
     assert float(rows["if nothing overlaps"][0]) > float(rows["if all overlaps"][0])
     assert "assumed of a rank: 494 TFLOP/s" in text.replace("\n", " ")
+
+
+def run_of_1b(rows: int, tokens: int, **tables: dict) -> RunConfig:
+    model = preset("1b-hybrid").model_dump(mode="json")
+    values = {
+        "run": {"out": "run", "steps": 1},
+        "data": {"path": "data", "seq_len": tokens},
+        "model": model | {"max_position_embeddings": 2**20},
+        "optimizer": {"lr": 0.01},
+        "batch": {"tokens_per_step": rows * tokens},
+        "precision": {"autocast": "bf16", "stream": "bf16"},
+    }
+    return parse_config(RunConfig, values | tables, "test")
+
+
+def plan_of(config: RunConfig, **options: float) -> str:
+    console = Console(width=120, file=None, force_terminal=False)
+    with console.capture() as shown:
+        print_plan(config, console, **options)
+    return shown.get()
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "every", "context", "gib"),
+    [(1, 811_008, 1, 1, 125), (1, 2**20, 1, 2, 94), (2, 8192, None, 1, 53)],
+)
+def test_a_plans_memory_is_that_of_training_memory(
+    rows: int, tokens: int, every: int | None, context: int, gib: int
+) -> None:
+    tables = {"parallel": {"context": context}} if context > 1 else {}
+    if every is not None:
+        tables["checkpointing"] = {"every_layers": every}
+    config = run_of_1b(rows, tokens, **tables)
+    found = training_memory(
+        config.model, rows * tokens // context, recompute_every=every, context_ranks=context
+    ).total
+    assert abs(found / 2**30 - gib) < 1
+    [line] = [line for line in plan_of(config).splitlines() if "total, without" in line]
+    printed = float(line.split("│")[2].strip())
+    assert abs(printed / (found / 2**30) - 1) < 0.05
+
+
+def test_a_plan_says_whether_a_gpu_holds_it() -> None:
+    config = run_of_1b(2, 8192)
+    assert "A rank fits a GPU of 80 GiB: it takes 53." in plan_of(config, gpu_gib=80)
+    assert "A rank does not fit a GPU of 40 GiB: it takes 53." in plan_of(config, gpu_gib=40)
+    assert "a GPU of" not in plan_of(config)
