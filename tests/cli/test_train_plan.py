@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from cli_helpers import exit_code
 from rich.console import Console
 
 from sevenfold.cli.train_plan import print_plan
@@ -10,6 +11,7 @@ from sevenfold.config import parse_config
 from sevenfold.models import preset
 from sevenfold.models.training_memory import training_memory
 from sevenfold.train import RunConfig, load_run_config
+from sevenfold.train.toml import to_toml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -78,3 +80,30 @@ def test_a_plan_says_whether_a_gpu_holds_it() -> None:
     assert "A rank fits a GPU of 80 GiB: it takes 53." in plan_of(config, gpu_gib=80)
     assert "A rank does not fit a GPU of 40 GiB: it takes 53." in plan_of(config, gpu_gib=40)
     assert "a GPU of" not in plan_of(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "--dry-run"], "--dry-run and --plot must not stand together"),
+        (["--plot", "--stages", "s"], "--plot and --stages must not stand together"),
+        (["--dry-run", "--longest", "16384"], "--longest must come with --stages, got none"),
+        (["--stage-tokens", "9", "--questions", "q"], "--stage-tokens, --questions must come with"),
+        (["--stages", "s", "--gpu-gib", "80"], "--gpu-gib must come with --dry-run, got none"),
+    ],
+)
+def test_options_without_an_effect_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text(to_toml(run_of_1b(2, 8192).model_dump(mode="json")))
+    assert exit_code("train", run, *options) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_the_program_plans_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text(to_toml(run_of_1b(2, 8192).model_dump(mode="json")))
+    assert exit_code("train", run, "--dry-run", "--gpu-gib", "40") == 0
+    assert "A rank does not fit a GPU of 40 GiB" in capsys.readouterr().out
