@@ -185,6 +185,18 @@ def test_rank_memory_knows_stream_products_heads_and_widths() -> None:
     assert abs(narrow.kept - divided.kept - inside / 2) < 0.02 * narrow.kept
 
 
+def test_later_micro_batches_find_all_gradients() -> None:
+    model = preset("1b-hybrid")
+    whole = Work(65_536, step_rows=2, micro_batch_rows=2, element_bytes=2, recompute_every=1)
+    parts = replace(whole, step_rows=4)
+    assert rank_memory(model, ParallelConfig(), whole).gradients < 4 * count_parameters(model).total
+    assert rank_memory(model, ParallelConfig(), parts).gradients == 4 * (
+        count_parameters(model).total
+    )
+    divided = rank_memory(model, ParallelConfig(shard=2), parts)
+    assert divided.gradients == divided.weights + 4 * model.vocab_size * model.hidden_size
+
+
 def test_experts_exchange_over_nodes_and_their_widths_within_one() -> None:
     """MiniMax-Text-01 on 2,048 ranks by hand: 4 tensor ranks, 32 of experts, 4 neighbours each.
 

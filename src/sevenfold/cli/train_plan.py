@@ -83,7 +83,7 @@ def _memory_table(config: RunConfig, memory: TrainingMemory) -> Table:
     )
     parts = {
         "weights, fp32": memory.weights,
-        "gradients, fp32, that exist there": memory.gradients,
+        "gradients that exist there, fp32": memory.gradients,
         "moments of AdamW, fp32": memory.moments,
         "copies of weights in bf16": memory.cast_weights,
         "weights gathered, their gradients": memory.gathered,

@@ -80,6 +80,7 @@ def training_memory(
     product_bytes: int = _BF16,
     context_ranks: int = 1,
     held: HeldWeights | None = None,
+    accumulates: bool = False,
 ) -> TrainingMemory:
     """Count what a training step of one micro-batch holds at its highest point.
 
@@ -91,13 +92,17 @@ def training_memory(
         product_bytes: of what products take: 2 with precision.autocast = "bf16", else 4.
         context_ranks: that divide the row, one document; keys go by ring.
         held: weights of a rank; None is all of them, divided over context_ranks alone.
+        accumulates: whether all gradients exist already, of micro-batches before.
 
     Returns:
         The bytes of the layer at which they are most.
     """
     held = _divided(config, context_ranks) if held is None else held
     step = _Step(config, num_tokens, recompute_every, stream_bytes, product_bytes, context_ranks)
-    points = [_at_layer(step, held, layer) for layer in range(config.num_hidden_layers)]
+    points = [
+        _at_layer(step, held, layer, accumulates=accumulates)
+        for layer in range(config.num_hidden_layers)
+    ]
     return max(points, key=lambda point: point.total)
 
 
@@ -166,15 +171,18 @@ def _divided(config: ModelConfig, ranks: int) -> HeldWeights:
     return HeldWeights(total // ranks, block // ranks, block, head, gathered * _FP32)
 
 
-def _at_layer(step: _Step, held: HeldWeights, layer: int) -> TrainingMemory:
+def _at_layer(step: _Step, held: HeldWeights, layer: int, *, accumulates: bool) -> TrainingMemory:
     """While the backward of one layer is at its widest: later layers have gradients, no tensors."""
     config = step.config
     later = config.num_hidden_layers - layer - 1
     kept = config.hidden_size * step.stream + sum(_kept(step, number) for number in range(layer))
     cast = sum(not step.recomputes(number) or number == layer for number in range(layer + 1))
+    gradients = held.head + later * held.own_block
+    if accumulates:  # the head's arrives whole beside its divided sum
+        gradients = held.own + (held.head if held.gathered_bytes else 0)
     return TrainingMemory(
         weights=held.own * _FP32,
-        gradients=(held.head + later * held.own_block) * _FP32,
+        gradients=gradients * _FP32,
         moments=_MOMENTS * held.own * _FP32,
         cast_weights=cast * held.block * _BF16 if step.product == _BF16 else 0,
         gathered=held.gathered_bytes,

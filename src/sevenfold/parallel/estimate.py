@@ -127,6 +127,7 @@ def _pipeline_rank_memory(
         **how,
         context_ranks=parallel.context,
         held=_held_weights(model, parallel, rank),
+        accumulates=work.num_micro_batches > 1,
     )
     waiting = (_in_flight(parallel, work, rank) - 1) * tokens * kept_bytes(part, **how)
     # Blocks that are gathered in bf16 need no copies.
