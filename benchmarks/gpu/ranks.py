@@ -150,7 +150,11 @@ def built(config, degrees, device, alone, whole, between=leave):
         fill(model)
     optimizer = build_adamw(model.train().named_parameters(), AdamWConfig(lr=1e-5))
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
-    return model, optimizer, layout, Pipeline(model, layout) if parallel.pipeline > 1 else None
+    pipeline = None
+    if parallel.pipeline > 1:
+        stream = torch.bfloat16 if between is thrifty else model.dtype
+        pipeline = Pipeline(model, layout, stream=stream)
+    return model, optimizer, layout, pipeline
 
 
 def synchronize():

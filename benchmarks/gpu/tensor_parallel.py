@@ -1,6 +1,7 @@
 """Check and time an engine of two ranks beside one of one: greedy tokens, decoding, prefill.
 
 python benchmarks/gpu/tensor_parallel.py OUT.json              (bench-2b on two GPUs, NCCL)
+python benchmarks/gpu/tensor_parallel.py OUT.json bench-2b cuda int8       (weights in 8 bits)
 python benchmarks/gpu/tensor_parallel.py OUT.json nano cpu     (on two processes, gloo)
 
 Weights are random and lie in a folder for the time. A token of two ranks may be another than one
@@ -126,7 +127,7 @@ def compared(times: dict[int, list[float]], tokens: int) -> dict:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    name, device = (*sys.argv[2:], *("bench-2b", "cuda")[len(sys.argv) - 2 :])
+    name, device, weights = (*sys.argv[2:], *("bench-2b", "cuda", None)[len(sys.argv) - 2 :])
     work, rows = WORK[device], []
     command = f"python benchmarks/gpu/tensor_parallel.py {' '.join(sys.argv[1:])}"
 
@@ -143,7 +144,11 @@ def main() -> None:
             for n in RANKS:
                 began = time.perf_counter()
                 llms[n] = sf.LLM(
-                    checkpoint, device=device, tensor_parallel=n, memory_bytes=work.memory_bytes
+                    checkpoint,
+                    device=device,
+                    weights=weights,
+                    tensor_parallel=n,
+                    memory_bytes=work.memory_bytes,
                 )
                 note({"case": f"start of {n}", "s": time.perf_counter() - began})
             prompts = Prompts(preset(name).vocab_size)

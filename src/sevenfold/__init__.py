@@ -16,6 +16,7 @@ from sevenfold.engine import (
     Completion,
     Grammar,
     RequestFailedError,
+    RequestOptions,
     SamplingParams,
     TextModel,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "RequestFailedError",
+    "RequestOptions",
     "SamplingParams",
     "SevenfoldError",
     "TextModel",

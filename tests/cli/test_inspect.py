@@ -122,8 +122,8 @@ def test_a_plan_for_several_devices() -> None:
     assert "Served on 8 x 80 GB, a tenth reserved; per device" in result.output
     table = rows(result.output)
     assert table["bf16"][-2:] == ["does not fit", ""]
-    assert table["int8"] == ["61.9 GB", "36.7 MB", "5.37 GB", "10.1 GB", "1,956,158 tokens"]
-    assert table["int8-experts"][-1] == "1,500,686 tokens"
+    assert table["int8"] == ["57.6 GB", "36.7 MB", "5.37 GB", "14.4 GB", "2,796,427 tokens"]
+    assert table["int8-experts"][-1] == "2,340,955 tokens"
     dense = run_cli("inspect", "nano-lightning", "--on", "1x0.5")
     assert rows(dense.output)["int8"][-1] == "any"
 

@@ -1,6 +1,7 @@
 """`sevenfold serve`: it serves until a signal, and says in one line why it does not."""
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from sevenfold import server
+from sevenfold.engine.speculation import DraftModelConfig, PromptLookupConfig
 
 FEWER_BITS = ("--states", "int8", "--snapshots", "auto", "--weights", "int8")
 
@@ -83,6 +85,15 @@ def test_a_port_in_use(
         (["--device", "abacus"], 2, "device must be cpu, or cuda where there is a GPU"),
         (["--snapshots", "int3"], 2, "snapshots must be"),
         (["--draft-tokens", "16"], 2, "draft_tokens must be"),
+        (["--draft-branches", "2"], 2, "draft_branches must be left out without drafts"),
+        (["--draft-tokens", "2", "--draft-branches", "3"], 2, "branches must be at most draft_tok"),
+        (
+            ["--draft-memory-gib", "nan"],
+            2,
+            "draft_memory_gib must be 0 or more and finite, got nan",
+        ),
+        (["--draft-memory-gib", "1"], 2, "draft_memory_gib must be left out without draft_model"),
+        (["--draft-model", "/nowhere"], 1, "/nowhere must be a checkpoint folder"),
         (["--states", "bf16", "--memory-gib", "0.05"], 2, "state_dtype must not be bf16 where"),
         (["--weights", "int3"], 2, "weights must be"),
         (["--api-keys-file", "/nowhere"], 1, "/nowhere must be a readable file, got: No such file"),
@@ -207,6 +218,61 @@ def test_it_warms_up_unless_it_shall_be_ready_at_once(
     assert "final at http://127.0.0.1:" in said[1]
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What the program gave each engine beside its model, memory and limits; none listens."""
+    found = []
+    engine = server.BatchingEngine
+
+    def start(*parts: object, **options: object) -> server.BatchingEngine:
+        found.append(options)
+        return engine(*parts, **options)
+
+    monkeypatch.setattr(server, "BatchingEngine", start)
+    monkeypatch.setattr(server, "listen", lambda app, settings, taken, first: app.close())
+    return found
+
+
+def test_what_guesses(tiny_run: TinyRun, started: list[dict]) -> None:
+    smaller = ("--draft-model", tiny_run.checkpoint, "--draft-memory-gib", "0.01")
+    memory = ("--port", "0", "--memory-gib", "0.05")
+    for options in ((), ("--draft-tokens", "4", "--draft-branches", "2"), smaller):
+        assert exit_code("serve", tiny_run.checkpoint, *memory, *options) == 0
+    none, copied, decoded = started
+    assert (none["speculation"], none["draft"]) == (None, None)
+    assert copied["speculation"] == PromptLookupConfig(draft_tokens=4, branches=2)
+    assert copied["draft"] is None
+    assert decoded["speculation"] == DraftModelConfig(memory_bytes=int(0.01 * 2**30))
+    assert decoded["draft"].model.config.hidden_size == 16
+
+
+def test_the_report_keeps_to_the_model_s_context(
+    tiny_run: TinyRun, started: list[dict], capfd: pytest.CaptureFixture[str]
+) -> None:
+    memory = ("--port", "0", "--memory-gib", "0.05")
+    assert exit_code("serve", tiny_run.checkpoint, *memory, "--batch-invariant") == 0
+    said = capfd.readouterr().out
+    assert "longest context     256 tokens\nat 256 tokens" in said
+    assert "cacheable prefix    from 128 tokens" in said
+
+
+def test_a_draft_model_that_does_not_suit(
+    tiny_run: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(tiny_run.checkpoint, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    memory = ("--port", "0", "--memory-gib", "0.05")
+    assert exit_code("serve", tiny_run.checkpoint, *memory, "--draft-model", other) == 2
+    assert "must have the model's tokens under the same ids" in capfd.readouterr().err
+    itself = ("--draft-model", tiny_run.checkpoint)
+    assert exit_code("serve", tiny_run.checkpoint, *memory, *itself) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "the draft model's memory must leave some of the budget to the model, got 536,8" in said
+
+
 def test_help() -> None:
     result = run_cli("serve", "--help")
     assert result.exit_code == 0
@@ -269,7 +335,7 @@ def compile(n):
 
 def rehearse(worker, runs, drafts):
     from triton.runtime._async_compile import active_mode
-    with compiled_together(lambda: worker._stopping):
+    with compiled_together(lambda: worker.is_stopping):
         for n in range(1000):
             active_mode.get().submit(n, lambda: compile(n), lambda kernel: None)
     worker._check_wanted()

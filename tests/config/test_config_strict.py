@@ -108,8 +108,16 @@ def test_configurations_are_frozen_and_never_convert() -> None:
     run = Run(steps=1)
     with pytest.raises(ValidationError, match="Instance is frozen"):
         run.steps = 2
-    with pytest.raises(ValidationError, match="Input should be a valid integer"):
+    with pytest.raises(ConfigError, match=r"Run: steps must be valid: .* valid integer, got '1'"):
         Run(steps="1")
+
+
+def test_a_call_names_its_faults_as_a_file_does() -> None:
+    rule = "Run: steps must be given; rat is not a known key; did you mean rate?"
+    with pytest.raises(ConfigError, match=re.escape(rule)):
+        Run(rat=1)
+    parsed = parse_config(Run, {"steps": 3}, "run.toml")
+    assert parsed == Run(steps=3)
 
 
 def test_nearest_name() -> None:

@@ -140,7 +140,7 @@ def test_a_seed_repeats_and_another_does_not(llm: LLM) -> None:
 
 def test_the_penalty_counts_prompt_and_output(llm: LLM, tokenizer: Tokenizer) -> None:
     """So harsh a penalty forbids every repetition; without it the tiny model repeats itself."""
-    params = SamplingParams(max_tokens=30, temperature=0.0, repetition_penalty=1e9)
+    params = SamplingParams(max_tokens=30, temperature=0.0, repetition_penalty=100.0)
     for done in llm.generate(PROMPTS, params):
         tokens = [*set(done.prompt_token_ids), *done.token_ids]
         assert len(set(tokens)) == len(tokens)

@@ -10,6 +10,7 @@ from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.memory_cost import PrefillCost
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.memory_report import plan_report, plan_values
+from sevenfold.engine.scheduler import SchedulerConfig
 from sevenfold.models import ModelConfig, preset
 from sevenfold.models.accounting import kv_bytes, prefill_flops, state_bytes
 
@@ -185,3 +186,25 @@ def test_the_report_says_what_the_plan_gives() -> None:
     linear = plan_memory(preset("nano-lightning"), budget_bytes=MIB, context_tokens=1)
     assert "page                none" in plan_report(linear)
     assert "longest context     any" in plan_report(linear)
+
+
+@pytest.mark.parametrize(
+    ("most", "contexts"),
+    [
+        (1000, ["1,000"]),
+        (8192, ["8,192"]),
+        (65_536, ["8,192", "65,536"]),
+        (2_000_000, ["8,192", "131,072", "1,048,576", "2,000,000"]),
+    ],
+)
+def test_the_report_keeps_to_the_engine_s_limits(most: int, contexts: list[str]) -> None:
+    plan = plan_memory(preset("nano"), budget_bytes=4 << 30, context_tokens=1)
+    assert plan.longest_context_tokens > most
+    limits = SchedulerConfig(max_request_tokens=most, page_tokens=64)
+    lines = plan_report(plan, limits).splitlines()
+    assert f"longest context     {most:,} tokens" in lines
+    rows = [line for line in lines if line.startswith("at ")]
+    assert [row.split()[1] for row in rows] == contexts
+    assert lines[-1] == "cacheable prefix    from 64 tokens"
+    invariant = limits.model_copy(update={"batch_invariant": True, "min_chunk_tokens": 128})
+    assert plan_report(plan, invariant).endswith("cacheable prefix    from 128 tokens")

@@ -45,3 +45,9 @@ def test_some_tokens_are_those_of_all(first: int, end: int) -> None:
     request = Request("a", (5, 6, 7), 9)
     request.generated += [8, 9]
     assert request.tokens_between(first, end) == request.tokens[first:end]
+
+
+@pytest.mark.parametrize("prompt", [(1.5,), (1, True), ("a",), (None,)])
+def test_a_prompt_of_anything_but_integers(prompt: tuple[object, ...]) -> None:
+    with pytest.raises(TypeError, match="prompt must hold integers alone"):
+        Request("a", prompt, 1)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -192,12 +193,19 @@ def test_what_temperature_zero_would_ignore_is_refused(name: str, value: float) 
         ("max_tokens", 0),
         ("temperature", -0.1),
         ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", 100.5),
+        ("temperature", 1e-40),
+        ("temperature", 0.0099),
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", 0.0),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", math.nan),
         ("stop", ("a", "")),
         ("max_tokens", 1.5),
         ("seed", "1"),
@@ -214,6 +222,9 @@ def test_the_limits_of_the_ranges_hold() -> None:
     params = SamplingParams(max_tokens=1, top_k=1, top_p=1.0, min_p=1.0, seed=2**64 - 1)
     assert (params.max_tokens, params.top_k, params.top_p, params.min_p) == (1, 1, 1.0, 1.0)
     assert torch.Generator().manual_seed(2**64 - 1).initial_seed() == params.seed
+    for end in (0.01, 100.0):
+        params = SamplingParams(temperature=end, repetition_penalty=end)
+        assert (params.temperature, params.repetition_penalty) == (end, end)
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
@@ -397,3 +408,36 @@ def test_a_checked_choice_is_the_choice_and_tells_which_rows_are_finite(params: 
             found = one.choose_checked(given, logits)
             assert torch.equal(found[:, 0], other.choose(given))
             assert found[:, 1].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temprature": 1.0}, "temprature is not a known key; did you mean temperature?"),
+        ({"max_tokens": "9"}, "max_tokens must be valid: Input should be a valid integer, got '9'"),
+        ({"temperature": 0.001}, "temperature must be 0 or at least 0.01, got 0.001"),
+        ({"stop": ["a", ""]}, "stop.1 must be valid: String should have at least 1 character"),
+        ({"stop": 5}, "stop must be valid: Input should be a valid tuple, got 5"),
+        ({"temperature": 0, "seed": 1}, "seed must be left out at temperature 0, where it has no"),
+        (
+            {"top_k": 0, "min_p": 2.0},
+            "top_k must be valid: Input should be greater than or equal to 1, got 0; min_p must",
+        ),
+    ],
+)
+def test_a_call_names_what_is_wrong_with_it(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(**values)
+    assert str(caught.value).startswith(f"SamplingParams: {message}")
+    assert "\n" not in str(caught.value)
+    assert "http" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_texts_are_one_or_a_list_or_a_tuple(name: str) -> None:
+    for value, expected in (("ab", ("ab",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), ([], ())):
+        values: dict[str, Any] = {name: value}
+        assert getattr(SamplingParams(**values), name) == expected
+        assert getattr(parse_config(SamplingParams, values, "request"), name) == expected
+    tokens: Any = [3, 4]
+    assert SamplingParams(stop_token_ids=tokens).stop_token_ids == (3, 4)

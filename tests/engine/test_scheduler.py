@@ -4,7 +4,7 @@ import pytest
 from scheduler_helpers import PAGE, World, world
 
 from sevenfold.engine.request import Request, Status
-from sevenfold.engine.scheduler import QueueFullError, Step
+from sevenfold.engine.scheduler import QueueFullError, Step, WaitReason
 
 
 def spans(chunks: object) -> list[tuple[str, int, int]]:
@@ -106,6 +106,37 @@ def test_rows_are_limited() -> None:
     assert (w.scheduler.num_waiting, w.scheduler.num_decoding) == (1, 2)
     assert len(w.step().prefills) == 0
     assert len(w.step().prefills) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "reason"),
+    [
+        ({"max_prefills": 1}, 50, WaitReason.MAX_PREFILLS),
+        ({"max_running": 1}, 8, WaitReason.MAX_RUNNING),
+        ({"max_step_tokens": 40, "max_prefills": 2}, 8, WaitReason.MAX_STEP_TOKENS),
+        ({"num_pages": 4}, 16, WaitReason.MEMORY),
+        ({"num_states": 1}, 16, WaitReason.MEMORY),
+    ],
+)
+def test_why_requests_wait(limits: dict[str, int], prompt: int, reason: WaitReason) -> None:
+    w = world(**limits)
+    for _ in range(6):
+        w.submit(prompt, max_tokens=1)
+    assert w.scheduler.waits_for is WaitReason.TURN
+    told = [(w.scheduler.waits_for, w.scheduler.num_waiting) for _ in w.steps()]
+    assert {waits_for for waits_for, num_waiting in told if num_waiting} == {reason}
+    assert told[-1] == (WaitReason.TURN, 0)
+
+
+def test_what_had_to_make_room_waits_for_memory() -> None:
+    w = world(num_pages=4, num_states=4)
+    w.submit(7, max_tokens=6)
+    w.submit(7, max_tokens=6)
+    while not w.step().preempted:
+        assert w.scheduler.num_waiting == 0
+    assert (w.scheduler.num_waiting, w.scheduler.waits_for) == (1, WaitReason.MEMORY)
+    w.step()
+    assert (w.scheduler.num_waiting, w.scheduler.waits_for) == (1, WaitReason.MEMORY)
 
 
 def test_drafts_are_counted_and_never_pass_max_tokens() -> None:

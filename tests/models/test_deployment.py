@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from sevenfold.config import ConfigError
-from sevenfold.engine.memory import plan_memory
 from sevenfold.engine.quantised_weights import exchange_weights
-from sevenfold.engine.storage import Storage
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig, preset
 from sevenfold.models.accounting import WeightFormat, state_bytes, weight_bytes, weight_scale_bytes
 from sevenfold.models.checkpoint.parts import stored_dtype
@@ -59,36 +57,24 @@ def test_weight_bytes_are_those_of_the_model(name: str, weights: WeightFormat | 
 def test_the_released_model_on_eight_devices_of_80_gb() -> None:
     """Its makers' claim: int8 weights and more than 1M tokens of context on one such node.
 
-    Worked by hand: 456.1e9 parameters, of them 2 x 200,064 x 6,144 of embedding and head in bf16.
+    Worked by hand: 456.1e9 parameters, of them 2 x 200,064 x 6,144 of embedding and head in bf16,
+    divided as all matrices are. tests/parallel/test_served_rank.py builds a rank of it.
     """
     node = {"num_devices": 8, "device_bytes": 80 * 10**9}
     assert not plan_deployment(TEXT_01, **node).fits
     for weights, least, tokens in (
-        ("int8", 57.3e9, 1_956_158),
-        ("int8-experts", 59.6e9, 1_500_686),
+        ("int8", 57.3e9, 2_796_427),
+        ("int8-experts", 59.6e9, 2_340_955),
     ):
         plan = plan_deployment(TEXT_01, **node, weights=weights)
-        # An eighth of the whole, and what is whole on each device: 4.9 GB and a little.
+        # An eighth of the whole, and what is whole on each device: scales, norms and routers.
         assert plan.weight_bytes >= least > weight_bytes(TEXT_01, weights) / 8 - 0.2e9
-        assert plan.weight_bytes <= weight_bytes(TEXT_01, weights) / 8 + 4.9e9
+        assert plan.weight_bytes <= weight_bytes(TEXT_01, weights) / 8 + 0.3e9
         assert plan.kv_bytes_per_token == 40_960 // 8
         assert plan.state_bytes == state_bytes(TEXT_01) // 8
         assert plan.reserved_bytes == 8 * 10**9
         assert plan.context_tokens == tokens > 2**20
         assert plan.free_bytes >= plan.state_bytes + 2**20 * plan.kv_bytes_per_token
-
-
-def test_a_dry_run_of_the_released_model_at_a_million_tokens() -> None:
-    """Model, states and pages of the plan, built on the meta device: every byte is placed."""
-    node = plan_deployment(TEXT_01, num_devices=8, device_bytes=80 * 10**9, weights="int8")
-    budget = 8 * node.free_bytes
-    plan = plan_memory(TEXT_01, budget_bytes=budget, context_tokens=2**20, snapshot_dtype="int8")
-    assert plan.request_bytes(2**20) <= budget
-    model = on_meta(TEXT_01, "int8")
-    storage = Storage(TEXT_01, plan, device=META, dtype=torch.bfloat16)
-    assert len(storage.layers) == 80
-    held = bytes_of(model, torch.bfloat16) + plan.layout.num_slabs * plan.layout.slab_bytes
-    assert held <= 8 * 72 * 10**9
 
 
 def test_what_a_device_holds() -> None:

@@ -11,6 +11,9 @@ from sevenfold.models.router_stats import RouterCounts, router_stats
 from sevenfold.ops import route_and_count
 from sevenfold.ops.testing import check_error
 
+# Sums in another order, some terms of which cancel.
+ROUNDING = 1e3 * torch.finfo(torch.float64).eps
+
 
 class Calls(TorchDispatchMode):
     """Counts operators of torch."""
@@ -80,9 +83,10 @@ def test_shares_of_ranks_sum_to_the_whole_with_one_collective() -> None:
     assert len(asked) == 2  # one of each rank, for three layers
     assert not any(load.requires_grad for load in asked)
     total = shares[0].rows + shares[1].rows
-    assert torch.allclose(total, whole.rows, rtol=1e-14, atol=0)
+    assert torch.allclose(total, whole.rows, rtol=ROUNDING, atol=0)
     weights = torch.rand(3, 2, dtype=torch.float64)
     found, exact = (
         torch.autograd.grad((rows[:, :2] * weights).sum(), layers) for rows in (total, whole.rows)
     )
-    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, exact, strict=True))
+    for one, other in zip(found, exact, strict=True):
+        assert torch.allclose(one, other, rtol=ROUNDING, atol=0)

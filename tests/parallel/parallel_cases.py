@@ -19,6 +19,10 @@ DENSE = {"tie_word_embeddings": True}
 DENSE_APART = {"tie_word_embeddings": False}
 MIXTURE = {"moe": MOE}
 MOE_NO_DROP = {"moe": MOE | {"capacity_factor": None}}
+STREAM = {"autocast": "bf16", "stream": "bf16"}
+NORM_GROUPS = {"linear_attn_norm_groups": 2}
+RING = {"context": 2, "context_attention": "ring"}
+INTERLEAVED = {"pipeline": 2, "pipeline_stages": 2}
 
 CASES = (
     Case("shard", {"shard": 2}, model=MOE_NO_DROP),
@@ -39,6 +43,8 @@ CASES = (
         autocast="bf16",
     ),
     Case("replicate", {"replicate": 2}, model=DENSE, is_slow=True),
+    Case("once-replicate", {"replicate": 2, "gather_once": True}, model=NORM_GROUPS),
+    Case("norm-groups-shard", {"shard": 2}, model=NORM_GROUPS),
     Case("context", {"context": 2}, micro_batch_rows=3, model=DENSE),
     Case("context-recompute", {"context": 2}, micro_batch_rows=1, recompute=True, is_slow=True),
     Case(
@@ -48,6 +54,7 @@ CASES = (
         model={"num_key_value_heads": 2},
         recompute=True,
     ),
+    Case("ring-expert", RING | {"expert": 2}, micro_batch_rows=3, model=MIXTURE),
     Case("pipeline", {"pipeline": 2}, num_micro_batches=3, model=MIXTURE, recompute=True),
     Case(
         "pipeline-interleaved",
@@ -58,6 +65,10 @@ CASES = (
     ),
     Case("context-bf16", {"context": 2}, micro_batch_rows=3, autocast="bf16"),
     Case("tensor-bf16", {"tensor": 2}, autocast="bf16"),
+    Case("shard-stream", {"shard": 2}, model=DENSE, recompute=True, is_slow=True, **STREAM),
+    Case("context-stream", {"context": 2}, micro_batch_rows=3, **STREAM),
+    Case("tensor-stream", {"tensor": 2}, is_slow=True, **STREAM),
+    Case("pipeline-stream", {"pipeline": 2}, num_micro_batches=3, model=MOE_NO_DROP, **STREAM),
     Case(
         "expert",
         {"shard": 2, "expert": 2, "expert_token_groups": 2},
@@ -71,7 +82,7 @@ CASES = (
         model=MIXTURE,
     ),
     Case("tensor", {"tensor": 2}, model=MIXTURE),
-    Case("tensor-groups", {"tensor": 2}, model={"linear_attn_norm_groups": 2}),
+    Case("tensor-groups", {"tensor": 2}, model=NORM_GROUPS),
     Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True, is_slow=True),
     Case("hybrid-shard", {"replicate": 2, "shard": 2}, model=DENSE),
     Case("context-4", {"context": 4}, micro_batch_rows=2, model=DENSE),
@@ -101,9 +112,7 @@ CASES = (
     Case("pipeline-tensor", {"pipeline": 2, "tensor": 2}, model=MIXTURE),
     Case("pipeline-context", {"pipeline": 2, "context": 2}, model=DENSE_APART),
     Case("pipeline-expert", {"pipeline": 2, "shard": 2, "expert": 2}, model=MIXTURE),
-    Case(
-        "pipeline-replicate", {"pipeline": 2, "replicate": 2}, model={"linear_attn_norm_groups": 2}
-    ),
+    Case("pipeline-replicate", {"pipeline": 2, "replicate": 2}, model=NORM_GROUPS),
     Case("replicate-context", {"replicate": 2, "context": 2}, model=MOE_NO_DROP),
     Case("replicate-tensor", {"replicate": 2, "tensor": 2}, model=MOE_NO_DROP),
     Case("expert-bf16", {"shard": 4, "expert": 4}, model=MOE_NO_DROP, autocast="bf16"),
@@ -136,6 +145,30 @@ CASES = (
     Case("tensor-shard", {"tensor": 2, "shard": 2}, model=DENSE),
     Case("tensor-expert", {"tensor": 2, "shard": 2, "expert": 2}, model=MIXTURE, recompute=True),
     Case("tensor-context", {"tensor": 2, "context": 2}, micro_batch_rows=3, model=DENSE),
+    Case("ring-shard", RING | {"shard": 2}, micro_batch_rows=2, model=DENSE, recompute=True),
+    Case("ring-tensor", RING | {"tensor": 2}, micro_batch_rows=3, model=DENSE),
+    Case("ring-pipeline", RING | {"pipeline": 2}, model=DENSE_APART),
+    Case("ring-replicate", RING | {"replicate": 2}, model=DENSE),
+    Case("interleaved-shard", INTERLEAVED | {"shard": 2}, num_micro_batches=4, model=MOE_NO_DROP),
+    Case("interleaved-tensor", INTERLEAVED | {"tensor": 2}, num_micro_batches=4, model=MIXTURE),
+    Case("interleaved-replicate", INTERLEAVED | {"replicate": 2}, num_micro_batches=4),
+    Case(
+        "interleaved-expert",
+        INTERLEAVED | {"shard": 2, "expert": 2},
+        num_micro_batches=2,
+        model=MIXTURE,
+    ),
+    Case(
+        "interleaved-context",
+        INTERLEAVED | {"context": 2},
+        num_micro_batches=4,
+        model=DENSE_APART,
+        recompute=True,
+    ),
+    Case("once-pipeline", {"pipeline": 2, "shard": 2, "gather_once": True}, num_micro_batches=3),
+    Case("once-tensor", {"tensor": 2, "shard": 2, "gather_once": True}, model=DENSE),
+    Case("tensor-groups-shard", {"tensor": 2, "shard": 2}, model=NORM_GROUPS),
+    Case("replicate-wide", {"replicate": 2, "shard": 2, "expert_tensor": 2}, model=MOE_NO_DROP),
     Case(
         "all",
         {

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from sevenfold.parallel import (
 from sevenfold.train.batch import read_step
 from sevenfold.train.pipeline_step import forward_backward_by_stages
 from sevenfold.train.step import forward_backward
-from sevenfold.train.transform import recompute_blocks
+from sevenfold.train.transform import narrow_stream, recompute_blocks, stream_dtype
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 SEQ_LEN = 16
@@ -69,6 +69,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     recompute: bool = False
     autocast: str | None = None
+    stream: str | None = None
     is_slow: bool = False
 
     @property
@@ -105,12 +106,19 @@ def build(case: Case, layout: Layout, dtype: torch.dtype) -> tuple[HybridModel, 
         layout,
         seed=3,
         device=torch.device("cpu"),
-        between=lambda model: recompute_blocks(model, 1) if case.recompute else None,
+        between=partial(transformed, case=case),
         dtype=dtype,
     ).train()
     optimizer = build_adamw(model.named_parameters(), AdamWConfig(lr=0.01))
     optimizer.param_groups[:] = groups_by_mesh(optimizer.param_groups)
     return model, optimizer
+
+
+def transformed(model: HybridModel, case: Case) -> None:
+    if case.stream is not None:
+        narrow_stream(model)
+    if case.recompute:
+        recompute_blocks(model, 1)
 
 
 def take_step(case: Case, model: HybridModel, optimizer: Any, layout: Layout) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def take_step(case: Case, model: HybridModel, optimizer: Any, layout: Layout) ->
     if layout.config.pipeline == 1:
         losses = forward_backward(model, step, autocast=case.autocast)
     else:
-        pipeline = Pipeline(model, layout)
+        pipeline = Pipeline(model, layout, stream=stream_dtype(model, case.stream))
         losses = forward_backward_by_stages(model, pipeline, step, autocast=case.autocast)
     losses = layout.sum_over_shares(losses)
     norm = gradient_norm(model.named_parameters(), layout)

@@ -14,12 +14,15 @@ from importlib import import_module
 from pathlib import Path
 
 import parallel_cases
+import parallel_failures
 import parallel_generation
+import parallel_validation
 import torch
 from numba.core.registry import cpu_target
 from parallel_helpers import build, take_step
 from torch import distributed as dist
 
+from sevenfold.config import SevenfoldError
 from sevenfold.engine.tensor_parallel import Channel
 from sevenfold.parallel import Layout, ParallelConfig, divide_model
 from sevenfold.train import load_run_config, train
@@ -42,6 +45,29 @@ def runs(folder: Path, rank: int, *run_files: str) -> None:
     """Train each run file in turn."""
     for run_file in run_files:
         train(load_run_config(Path(run_file)))
+
+
+def failing(folder: Path, rank: int, *pairs: str) -> None:
+    """Train a run file under each failure in turn, and write how it ended on this rank."""
+    for failure, run_file in zip(pairs[::2], pairs[1::2], strict=True):
+        config = load_run_config(Path(run_file))
+        run = parallel_failures.Run(rank, config.run.out)
+        ended: dict[str, object] = {"seen": run.seen, "error": None}
+        try:
+            with parallel_failures.FAILURES[failure](run):
+                result = train(config)
+            ended |= {"step": result.progress.step, "signal": result.signal_name}
+        except SevenfoldError as error:
+            ended["error"] = f"{type(error).__name__}: {error}"
+        (folder / f"{Path(run_file).stem}.{rank}.json").write_text(json.dumps(ended))
+
+
+def validation(folder: Path, rank: int) -> None:
+    """Validate every case of parallel_validation.py."""
+    for case in parallel_validation.CASES:
+        layout = Layout.join(case.config, "cpu")
+        found = parallel_validation.validated(case, layout, torch.float64)
+        torch.save(found, folder / f"{case.name}.{rank}.pt")
 
 
 def decoding(folder: Path, rank: int, layers: str) -> None:
@@ -73,7 +99,9 @@ def serving(folder: Path, rank: int, layers: str) -> None:
             torch.save(found, folder / f"{layers}-{experts}.pt")
 
 
-JOBS = {job.__name__: job for job in (steps, runs, decoding, generation, serving)}
+JOBS = {
+    job.__name__: job for job in (steps, runs, failing, validation, decoding, generation, serving)
+}
 
 
 TIMEOUT_S = 280

@@ -20,6 +20,23 @@ def alone(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
+def flights_told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What becomes of flights, numbered as they first start."""
+    events: list[str] = []
+    known: list[Flight] = []
+    for name in ("start", "finish"):
+        method = getattr(Flight, name)
+
+        def told(self, *rest, name=name, method=method):
+            if self not in known:
+                known.append(self)
+            events.append(f"{name} {known.index(self)}")
+            return method(self, *rest)
+
+        monkeypatch.setattr(Flight, name, told)
+    return events
+
+
 class _Told(torch.autograd.Function):
     """The square, which says when it runs."""
 
@@ -40,25 +57,17 @@ class _Told(torch.autograd.Function):
 def test_work_between_the_two_runs_beside_the_exchange_both_ways(
     alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events: list[str] = []
-    for name in ("start", "finish"):
-        method = getattr(Flight, name)
-
-        def told(self, *rest, name=name, method=method):
-            events.append(name)
-            return method(self, *rest)
-
-        monkeypatch.setattr(Flight, name, told)
+    events = flights_told(monkeypatch)
     x, rows = torch.arange(3.0, requires_grad=True), torch.ones(2, 3, requires_grad=True)
     flight = Flight([2], [2], alone)
     underway = begin_exchange(3 * rows, flight)
     y = _Told.apply(x, events)
     total = (end_exchange(underway, flight).sum(0) * y).sum()
-    assert events == ["start", "work", "finish"]
+    assert events == ["start 0", "work", "finish 0"]
     events.clear()
     total.backward()
     # The gradient leaves first, the work follows, and only then is it waited for.
-    assert events == ["start", "work", "finish"]
+    assert events == ["start 0", "work", "finish 0"]
     assert rows.grad.tolist() == [[0.0, 3.0, 12.0]] * 2
     assert x.grad.tolist() == [0.0, 12.0, 24.0]
 

@@ -179,10 +179,10 @@ def test_a_misspelt_degree_is_named() -> None:
 
 
 def test_degrees_must_make_the_processes() -> None:
-    message = r"must be the 8 processes of the run, got 1 \* 2 \* 1 \* 2 \* 1 = 4"
+    message = r"must be the number of processes of the run, 8, got 1 \* 2 \* 1 \* 2 \* 1 = 4"
     with pytest.raises(ConfigError, match=message):
         check_num_ranks(ParallelConfig(replicate=2, context=2), 8)
-    with pytest.raises(ConfigError, match="the 1 processes"):
+    with pytest.raises(ConfigError, match=r"run, 1, got .* `torchrun --nproc-per-node 2 --no-pyt"):
         Layout.join(ParallelConfig(shard=2), "cpu")
 
 

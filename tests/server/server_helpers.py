@@ -99,12 +99,12 @@ class ScriptedEngine:
     prompt: PromptOutput = field(default_factory=lambda: PromptOutput(3, "no_state"))
     error: Exception | None = None
     well: bool = True
+    stalled_for_s: float = 0.0
     asked: list[GenerationRequest] = field(default_factory=list)
     under_way: int = 0
     cancelled: int = 0
     forgotten: int = 0
     stopped: int = 0
-    steps: int = 0
 
     def __post_init__(self) -> None:
         self.tokenizer = byte_tokenizer()
@@ -134,13 +134,16 @@ class ScriptedEngine:
         return EngineStats(
             running=self.under_way,
             waiting={"memory": 2},
-            steps=self.steps,
             memory_bytes={"kv": 7},
+            nonfinite_outputs=4,
             misses={"other_salt": 2, "no_kv": 3},
         )
 
     def healthy(self) -> bool:
         return self.well
+
+    def stalled_s(self) -> float:
+        return self.stalled_for_s
 
     def forget(self) -> None:
         self.forgotten += 1

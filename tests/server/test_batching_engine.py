@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from server_helpers import (
+    CONTEXT,
     EOS,
     ScriptedEngine,
     chat,
@@ -17,6 +18,7 @@ from server_helpers import (
     make_engine,
     make_llm,
     message,
+    settled,
     streamed,
 )
 
@@ -156,6 +158,25 @@ async def test_grammars_that_are_refused(llm: LLM, form: dict, said: str) -> Non
         assert said in message(response)
 
 
+MANY = {"type": "object", "properties": {f"at_{n}": {"type": "integer"} for n in range(1500)}}
+LATER = {"type": "object", "properties": {"a": MANY}, "required": ["a"],
+    "additionalProperties": False}  # fmt: skip
+
+
+async def test_a_grammar_beyond_a_limit_is_refused_with_it_or_fails_with_it(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    limit = "Parser Error: Current row has 6007 items; max is 2000"
+    begins = "response_format.json_schema.schema must be one whose masks can be computed"
+    fails = "the output's grammar has failed"
+    async with client_of(make_engine(llm)) as client:
+        for schema, status, said in ((MANY, 400, begins), (LATER, 500, fails)):
+            form = {"type": "json_schema", "json_schema": {"schema": schema}}
+            for seed in range(3):
+                response = await chat(client, response_format=form, max_tokens=60, seed=seed)
+                assert response.status_code == status, response.text
+                assert f"{said}: {limit}" in message(response)
+
+
 async def test_a_grammar_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
     engine = ScriptedEngine(features=frozenset({"constraint"}))
@@ -220,11 +241,42 @@ async def test_the_second_turn_hits_and_another_salt_does_not(llm: LLM) -> None:
     turn = (*first, *(output.token_id for output in answer), 9, 9)
     second = await outputs_of(engine, asking("b", 4, prompt=turn, salt=b"k"))
     assert second[0].prompt.cached_tokens >= 128
+    assert second[0].prompt.miss_reason is None
     stranger = await outputs_of(engine, asking("c", 4, prompt=turn, salt=b"other"))
     # Not "salt": that would tell one caller what another has sent.
     assert (stranger[0].prompt.cached_tokens, stranger[0].prompt.miss_reason) == (0, "cold")
     assert [o.token_id for o in second] == [o.token_id for o in stranger]
     assert engine.stats().cached_tokens >= 128
+
+
+async def test_marks_of_callers_are_where_other_requests_go_on_from(llm: LLM) -> None:
+    document = [n % 250 for n in range(200)]
+    text = "".join(chr(65 + n % 26) for n in range(200))
+    for marks, mark, least in (([200], {"cache_control": {"type": "ephemeral"}}, 192), ([], {}, 0)):
+
+        def about(question: str, mark: dict = mark) -> list[dict]:
+            parts = [{"text": text} | mark, {"text": question}]
+            return [{"role": "user", "content": [{"type": "text"} | part for part in parts]}]
+
+        async with client_of(make_engine(llm)) as client:
+            for question in (3, 4):
+                fields = {"prompt": [*document, *[question] * 100], "cache_marks": marks}
+                said = await complete(client, **fields, max_tokens=1)
+            asked = [await chat(client, messages=about(q * 99), max_tokens=1) for q in "ab"]
+        for usage in (said["usage"], asked[1].json()["usage"]):
+            assert usage["prompt_tokens_details"]["cached_tokens"] == least
+
+
+async def test_a_conversation_goes_on_from_the_end_of_an_earlier_turn(llm: LLM) -> None:
+    roles = ("user", "assistant")
+    first = [{"role": roles[n % 2], "content": f"say {n}"} for n in range(26)]
+    second = [*first[:18], {"role": "user", "content": "something else"}]
+    async with client_of(make_engine(llm)) as client:
+        await chat(client, messages=first, max_tokens=1)
+        told = (await chat(client, messages=second, max_tokens=1)).json()["usage"]
+        ends = (await client.post("/tokenize", json={"messages": first})).json()["marks"]
+    shared = ends[1]  # all but 8 messages; those before are all but 16
+    assert told["prompt_tokens_details"]["cached_tokens"] == shared // 64 * 64 > 0
 
 
 async def test_a_deadline_and_a_request_that_cannot_fit(llm: LLM) -> None:
@@ -242,6 +294,7 @@ async def test_a_model_that_computes_nothing_fails_its_request_alone(llm: LLM) -
     async with client_of(make_engine(poisoned)) as client:
         both = [complete(client, prompt=[token], max_tokens=2) for token in (70, 71)]
         failed, served = await asyncio.gather(*both)
+        assert "sevenfold_nonfinite_outputs_total 1.0" in (await client.get("/metrics")).text
     assert failed["error"]["code"] == "request_failed"
     assert "logits are not finite" in failed["error"]["message"]
     assert len(served["choices"]) == 1
@@ -332,6 +385,61 @@ async def test_how_long_an_output_waited_and_which_steps_there_were(llm: LLM) ->
     outputs = await outputs_of(engine, asking("a", 3))
     assert 0 <= outputs[0].prompt.queue_s < 60
     assert engine.stats().steps >= before + 3
+
+
+async def test_health_turns_red_whether_clients_wait_or_leave(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, goes_on = make_engine(llm), threading.Event()
+    step = engine._engine.step
+
+    def hanging() -> list:
+        goes_on.wait()
+        return step()
+
+    monkeypatch.setattr(engine._engine, "step", hanging)
+    async with client_of(engine, ServerSettings(stall_s=0.5)) as client:
+        assert engine.stalled_s() == 0.0
+        for _ in range(4):  # each gives up long before the engine counts as stalled
+            assert (await chat(client, deadline_s=0.3)).status_code == 504
+        assert (await client.get("/health")).json() == {"status": "stalled"}
+        assert (await client.get("/ready")).status_code == 503
+        goes_on.set()
+        assert (await chat(client, max_tokens=3)).status_code == 200
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        await settled(lambda: engine.stalled_s() == 0.0)
+
+
+async def test_metrics_tell_what_requests_wait_for(llm: LLM) -> None:
+    plan, limits = size_engine(llm.model, budget_bytes=1 << 20)
+    # The sink, states, and pages of one request of full length.
+    budget = (2 + CONTEXT // plan.page_tokens) * plan.layout.slab_bytes
+    plan, limits = size_engine(llm.model, budget_bytes=budget)
+    engine = BatchingEngine(TextModel(llm.model, llm.tokenizer), "tiny", plan, limits)
+    async with client_of(engine) as client:
+        first = engine.submit(asking("a", 500))
+        await anext(first)
+        second = asyncio.create_task(outputs_of(engine, asking("b", 300)))
+        await settled(lambda: engine.stats().waiting.get("memory"))
+        text = (await client.get("/metrics")).text
+        await first.aclose()
+        assert len(await second) == 300
+    waiting = re.findall(r'^sevenfold_requests_waiting\{reason="(\w+)"\} (\S+)', text, re.M)
+    assert dict(waiting) == {"turn": "0.0", "memory": "1.0", "max_running": "0.0",
+        "max_prefills": "0.0", "max_step_tokens": "0.0"}  # fmt: skip
+
+
+async def test_the_smallest_cacheable_prefix_is_the_smallest_that_hits(llm: LLM) -> None:
+    for batch_invariant in (False, True):
+        plan, limits = size_engine(llm.model, budget_bytes=1 << 20, batch_invariant=batch_invariant)
+        engine = BatchingEngine(TextModel(llm.model, llm.tokenizer), "tiny", plan, limits)
+        least = engine.stats().smallest_cacheable_prefix_tokens
+        for shared, hit in ((least - 1, 0), (least, least)):
+            for last in (1, 2, 3):
+                prompt = (shared,) * shared + (last,) * 200
+                [output] = await outputs_of(engine, asking(f"{shared} {last}", 1, prompt=prompt))
+            assert output.prompt.cached_tokens == hit
+        engine.close()
 
 
 async def test_the_end_token_ends_an_answer(llm: LLM) -> None:

@@ -360,8 +360,78 @@ async def test_earlier_calls_and_their_results_reach_the_prompt() -> None:
     assert prompt.endswith("Tool: nothing\nAssistant:")
     assert tokens["tokens"] == list(engine.asked[0].prompt)
     ends = [prompt.encode()[:mark].decode() for mark in engine.asked[0].marks]
-    assert len(ends) == 3
+    assert len(ends) == 4
     assert ends[0].startswith("System: a\nb")
     assert "User" not in ends[0]
-    assert ends[1].rstrip().endswith("</tool_calls>")
-    assert ends[2].rstrip().endswith("Tool: nothing")
+    assert ends[1].rstrip().endswith("User: hello")
+    assert ends[2].rstrip().endswith("</tool_calls>")
+    assert ends[3].rstrip().endswith("Tool: nothing")
+
+
+def conversation(num: int, text: str = "word") -> list[dict]:
+    """A system prompt and messages that take turns, each with its number."""
+    roles = ("user", "assistant")
+    told = [{"role": roles[n % 2], "content": f"{text} {n}."} for n in range(1, num)]
+    return [{"role": "system", "content": f"{text} 0."}, *told]
+
+
+async def ends_of(engine: ScriptedEngine, messages: list[dict], **of_client) -> list[str]:
+    """The ends of what lies before each mark that the engine gets."""
+    async with client_of(engine, **of_client) as client:
+        response = await chat(client, messages=messages)
+    assert response.status_code == 200, response.text
+    asked = engine.asked[-1]
+    return [engine.tokenizer.decode(list(asked.prompt[:mark])).rstrip() for mark in asked.marks]
+
+
+async def test_turns_are_marked_1_2_4_8_and_so_on_from_the_end() -> None:
+    engine = ScriptedEngine(max_context_tokens=20_000)
+    ends = await ends_of(engine, conversation(26))
+    assert [end.rpartition(" ")[2] for end in ends] == [
+        "0.",
+        "9.",
+        "17.",
+        "21.",
+        "23.",
+        "24.",
+        "25.",
+    ]
+    # However long it is, few prefixes are rendered.
+    ends = await ends_of(engine, conversation(600))
+    assert [end.rpartition(" ")[2] for end in ends] == [
+        "0.", "535.", "567.", "583.", "591.", "595.", "597.", "598.", "599."]  # fmt: skip
+
+
+MARK = {"cache_control": {"type": "ephemeral"}}
+
+
+async def test_callers_mark_where_other_requests_leave() -> None:
+    engine = ScriptedEngine(max_context_tokens=10_000)
+    messages = conversation(26)
+    messages[5] |= MARK
+    parts = [{"type": "text", "text": "long"} | MARK, {"type": "text", "text": "short"}]
+    messages[12] = {"role": "user", "content": parts}
+    ends = await ends_of(engine, messages)
+    assert len(ends) == 9
+    assert ends[1].endswith("word 5.")
+    assert ends[3].endswith("User: long")  # and not the rest of the message
+    templates = (
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }},{% endfor %};{% endfor %}",
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}",
+    )
+    for text, expected in zip(templates, ("long,", "<long"), strict=True):
+        template = TemplateSource(text, stop=())
+        told = [{"role": "user", "content": parts}]
+        assert (await ends_of(engine, told, template=template))[0] == expected
+
+
+async def test_marks_of_callers_that_are_refused() -> None:
+    async with client_of(ScriptedEngine()) as client:
+        many = [message | MARK for message in conversation(5)]
+        response = await chat(client, messages=many)
+        assert response.status_code == 400
+        assert message(response) == "cache_control must be given 4 times at most, got 5"
+        for mark in ({"type": "lasting"}, {"type": "ephemeral", "ttl": "1h"}, True):
+            response = await chat(client, messages=[HELLO[0] | {"cache_control": mark}])
+            assert response.status_code == 400
+            assert "cache_control" in message(response)

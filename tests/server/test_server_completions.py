@@ -8,6 +8,22 @@ from sevenfold.server import ServerSettings
 pytestmark = pytest.mark.anyio
 
 
+async def test_marks_are_handed_on() -> None:
+    engine = ScriptedEngine()
+    body = {"prompt": ["hello there", "hello you"], "cache_marks": [2, 6], "max_tokens": 1}
+    async with client_of(engine) as client:
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        assert [asked.marks for asked in engine.asked] == [(2, 6), (2, 6)]
+        for marks in ([6, 2], [2, 2], [2, 10]):
+            response = await client.post("/v1/completions", json=body | {"cache_marks": marks})
+            assert response.status_code == 400
+            assert "cache_marks must rise and be at most the prompt's" in message(response)
+        for marks in ([0], [1, 2, 3, 4, 5], 3):
+            response = await client.post("/v1/completions", json=body | {"cache_marks": marks})
+            assert response.status_code == 400
+            assert "cache_marks" in message(response)
+
+
 async def complete(client, **fields):
     return await client.post("/v1/completions", json=fields)
 

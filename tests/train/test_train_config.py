@@ -79,7 +79,10 @@ def test_the_ramp_counts_tokens_read(run_values: dict) -> None:
             {"batch": {"ramp": [{"from_token": 5, "tokens_per_step": 32}]}},
             r"did you mean batch\.ramp\.0\.from_tokens\?",
         ),
-        ({"run": {"device": "gpu"}}, r"run\.device must be valid: .* got 'gpu'"),
+        (
+            {"run": {"device": "gpu"}},
+            r"run\.device: device must be 'cpu', 'cuda' or 'cuda:N', got 'gpu'",
+        ),
         ({"run": {"steps": 0}}, r"run\.steps must be valid: .*greater than or equal to 1, got 0"),
         (
             {"batch": {"tokens_per_step": 100}},

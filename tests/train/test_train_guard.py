@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from test_train_loop import BAD, GOOD, trainer_on, without_nan
 from test_train_run import newest_tensors, stop_at
-from train_helpers import config_of, copied_tensors, differing, repeatable
+from train_helpers import HandLoader, config_of, copied_tensors, differing, repeatable
 
 from sevenfold.config import ConfigError, DataError, TrainingError
 from sevenfold.data import PackedLoader
@@ -17,7 +18,7 @@ from sevenfold.train import read_metrics, train
 from sevenfold.train.checkpoint import list_checkpoints
 from sevenfold.train.config import CriticalBatch, GuardSection
 from sevenfold.train.guard import fault_in, remembered
-from sevenfold.train.loop import StepOutcome, train_steps
+from sevenfold.train.loop import StepOutcome, UnreadError, train_steps
 from sevenfold.train.progress import Progress
 from sevenfold.train.step import StepValues
 
@@ -118,8 +119,8 @@ def test_a_run_does_not_go_back_forever_nor_without_a_checkpoint() -> None:
     ("guard", "message"),
     [
         ({"rewind_after_skips": 11}, "rewind_after_skips must not exceed max_skipped_steps = 10"),
-        ({"exit_stalled_s": 5.0}, r"exit_stalled_s must be stall_s = None or more, got 5\.0"),
-        ({"exit_stalled_s": 5.0, "stall_s": 9.0}, r"must be stall_s = 9\.0 or more, got 5\.0"),
+        ({"exit_stalled_s": 5.0}, r"exit_stalled_s must be left out without stall_s, .* got 5\.0"),
+        ({"exit_stalled_s": 5.0, "stall_s": 9.0}, r"must be at least stall_s = 9\.0, got 5\.0"),
     ],
 )
 def test_rules_of_the_guard(run_values: dict, guard: dict, message: str) -> None:
@@ -198,3 +199,41 @@ def test_a_sample_that_cannot_be_read_ends_the_run_and_loses_no_step(
     assert train(config).resumed_step == 4
     lines = (read_metrics(f / "metrics.jsonl") for f in (whole.folder, tmp_path / "b"))
     assert repeatable(next(lines)) == repeatable(next(lines))
+
+
+def test_what_lies_behind_the_last_step_is_not_read(
+    run_values: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, sample = config_of(run_values), PackedLoader.sample
+
+    def failing(self, index: int):
+        if index >= 24:
+            raise DataError("a shard must be readable, got: gone")
+        return sample(self, index)
+
+    monkeypatch.setattr(PackedLoader, "sample", failing)
+    assert train(config).final is not None
+    again = train(config)
+    assert (again.resumed_step, again.final) == (8, config.run.out / "final")
+
+
+def test_a_last_step_that_is_skipped_comes_again_with_the_next_samples() -> None:
+    end, outcomes = run(trainer_on([*GOOD[:6], BAD, *GOOD[6:]]))
+    clean = run(trainer_on([*GOOD[:6], *GOOD[7:]]))[1]
+    assert [o.fault for o in outcomes] == [None, None, None, "loss is nan", None]
+    assert (end.step, end.next_sample) == (4, 10)
+    assert outcomes[-1].values == clean[-1].values
+
+
+def test_a_sample_that_a_skipped_last_step_needs_is_told_with_where_the_run_stands() -> None:
+    class Ending(HandLoader):
+        def sample(self, index: int):
+            if index >= 8:
+                raise DataError("a shard must be readable, got: gone")
+            return super().sample(index)
+
+    trainer = trainer_on([*GOOD[:6], BAD, GOOD[6]])
+    trainer = replace(trainer, loader=Ending(trainer.loader.samples))
+    with pytest.raises(UnreadError, match="gone") as caught:
+        run(trainer)
+    assert (caught.value.progress.step, caught.value.progress.next_sample) == (3, 8)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_train_run import metrics, newest_tensors
 from train_helpers import MOE, config_of, differing, model_table, repeatable
 
@@ -28,13 +29,17 @@ def kill_and_resume(config, run_file: Path, moments: list[str]) -> list[str]:
     return list(codes)
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(run_values, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
+    beside: bool, run_values: dict, tmp_path: Path
+) -> None:
     features = {
         "model": model_table(moe=MOE),
         "schedule": {"kind": "cosine", "warmup_steps": 3},
         "validation": {"every_steps": 5, "num_samples": 2},
     }
     steps = {"steps": 26, "checkpoint_every_steps": 3, "keep_checkpoints": 2}
+    steps["async_checkpoints"] = beside
     whole_config = config_of(run_values, **features, run=steps)
     whole = train(whole_config)
 

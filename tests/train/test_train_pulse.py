@@ -1,8 +1,11 @@
 """Signs of life: who is missing, what is written, when a process ends."""
 
 import json
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from train_helpers import config_of
@@ -15,8 +18,10 @@ from sevenfold.train.pulse import (
     WAITS,
     Heart,
     Sign,
+    in_exchange,
     missing_ranks,
     read_signs,
+    remove_signs,
     watched,
 )
 
@@ -31,6 +36,7 @@ def sign(rank: int, step: int, doing: str) -> Sign:
         ([sign(0, 5, WAITS), sign(1, 5, "reads"), sign(2, 5, WAITS)], [1]),
         ([sign(0, 5, WAITS), sign(1, 5, "reads"), sign(2, 4, "computes")], [2]),
         ([sign(0, 5, WAITS), sign(1, 4, WAITS)], [1]),  # all wait: the exchange hangs
+        ([replace(sign(0, 5, "computes"), in_exchange=True), sign(1, 5, "computes")], [1]),
         ([sign(0, 3, "saves")], [0]),
         ([], []),
     ],
@@ -42,6 +48,7 @@ def test_the_missing_are_those_that_do_not_wait(signs: list[Sign], missing: list
 def test_signs_are_read_as_they_were_written(tmp_path: Path) -> None:
     hearts = [Heart(tmp_path, rank) for rank in (1, 0)]
     hearts[0].beat("reads", 7)
+    assert [s.doing for s in read_signs(tmp_path)] == ["starts", "starts"]
     hearts[0].write()
     found = read_signs(tmp_path)
     assert [(s.rank, s.step, s.doing) for s in found] == [(0, 0, "starts"), (1, 7, "reads")]
@@ -75,3 +82,45 @@ def test_a_run_that_moves_is_not_reported_and_one_without_the_guard_writes_nothi
     assert not (result.folder / "stalls.jsonl").exists()
     with watched(result.folder, 0, GuardSection()) as pulse:
         assert pulse is SILENT
+
+
+def frame_in(*files: str, name: str = "call") -> FrameType:
+    """A frame of a function of that name in the last file, called from those before."""
+    names: dict = {"sys": sys}
+    exec(compile(f"def {name}(_): return sys._getframe()", f"/lib/{files[-1]}", "exec"), names)
+    names["call"] = names[name]
+    for file in reversed(files[:-1]):
+        inner, names = names["call"], {}
+        names["inner"] = inner
+        exec(compile("def call(_): return inner(_)", f"/lib/{file}", "exec"), names)
+    return names["call"](None)
+
+
+@pytest.mark.parametrize(
+    ("files", "waits"),
+    [
+        (("sevenfold/parallel/layout.py", "torch/distributed/distributed_c10d.py"), True),
+        (("torch/distributed/_functional_collectives.py", "torch/_ops.py"), True),
+        (("torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py",), True),
+        (("sevenfold/parallel/context/softmax.py",), False),
+        (("torch/distributed/fsdp/_fully_shard/_fsdp_state.py", "sevenfold/models/x.py"), False),
+        (("torch/distributed/checkpoint/filesystem.py",), False),
+        (("sevenfold/ops/linear/api.py", "torch/_ops.py"), False),
+    ],
+)
+def test_a_thread_waits_where_it_stands_in_an_exchange(files: tuple[str, ...], waits: bool) -> None:
+    assert in_exchange(frame_in(*files)) == waits
+
+
+def test_the_package_waits_where_it_says_so() -> None:
+    assert in_exchange(frame_in("sevenfold/parallel/collectives.py", name="finish"))
+    assert in_exchange(frame_in("sevenfold/parallel/context/softmax.py", name="wait"))
+    assert not in_exchange(frame_in("sevenfold/train/saving.py", name="finish"))
+
+
+def test_signs_of_an_earlier_start_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    Heart(tmp_path / "heartbeats", 3)
+    remove_signs(tmp_path)
+    assert read_signs(tmp_path / "heartbeats") == []
+    remove_signs(tmp_path / "new")

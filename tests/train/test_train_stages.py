@@ -1,11 +1,13 @@
 """Runs that follow runs: weights, moments, data; the recipe of long context as run files."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_train_run import stop_at
 from train_helpers import HandSample, config_of, flat, run_table
 from typer.testing import CliRunner
 
@@ -104,6 +106,21 @@ def test_a_stage_reads_on_where_the_other_stopped(data_path: Path, tmp_path: Pat
 def test_a_run_without_checkpoint_starts_nothing(run_values: dict, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.start_from must be a run with a checkpoint, got"):
         train(config_of(run_values, run={"start_from": str(tmp_path / "none")}))
+
+
+def test_an_unfinished_run_starts_nothing_until_it_is_ended(
+    run_values: dict, tmp_path: Path
+) -> None:
+    before = config_of(run_values)
+    train(before, on_step=stop_at(3, signal.SIGTERM))
+    following = config_of(
+        run_values, run={"out": str(tmp_path / "b"), "start_from": str(before.run.out), "steps": 1}
+    )
+    message = r"must be a run that is complete, got .*, which has done 3 of its 8 .* run.steps=3"
+    with pytest.raises(ConfigError, match=message):
+        train(following)
+    train(config_of(run_values, run={"steps": 3}))
+    assert train(following).progress.step == 1
 
 
 def test_a_resumed_mixture_repeats_bit_for_bit(data_path: Path, tmp_path: Path) -> None:

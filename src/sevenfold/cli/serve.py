@@ -1,21 +1,26 @@
 """`sevenfold serve`: a checkpoint behind OpenAI's interface."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
+from sevenfold.cli.guessing import (
+    DraftBranches,
+    DraftCheckpoint,
+    DraftMemory,
+    DraftTokens,
+    Guessing,
+)
 from sevenfold.config import ConfigError, parse_config
-from sevenfold.engine import TextModel
+from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.cache import SessionLimits
 from sevenfold.engine.memory_report import plan_report
 from sevenfold.engine.precision import Precision
-from sevenfold.engine.sizing import size_engine
-from sevenfold.engine.speculation import PromptLookupConfig
 
 if TYPE_CHECKING:
     from sevenfold.server import BatchingEngine, ServerSettings
@@ -26,6 +31,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ApiKeys = Annotated[Path | None, typer.Option(help="Keys that may ask, one a line.")]
 AdminKeys = Annotated[
     Path | None, typer.Option(help="Keys that alone may read /metrics, one a line.")
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
 ]
 
 
@@ -44,10 +53,7 @@ def serve_command(
     ] = 256,
     max_deadline: Annotated[float, typer.Option(help="Seconds for a request at most.")] = 3600.0,
     drain: Annotated[float, typer.Option(help="Seconds to end requests after SIGTERM.")] = 30.0,
-    memory_gib: Annotated[
-        float | None,
-        typer.Option(help="For states, keys and cached prefixes; a share of what is free if left."),
-    ] = None,
+    memory_gib: Memory = None,
     host_memory_gib: Annotated[
         float, typer.Option(help="Of the host's memory, for cached prefixes that must make room.")
     ] = 0.0,
@@ -71,9 +77,10 @@ def serve_command(
     batch_invariant: Annotated[
         bool, typer.Option(help="Outputs do not depend on others, to the bit; slower.")
     ] = False,
-    draft_tokens: Annotated[
-        int, typer.Option(help="Guesses a step, copied from the text so far; 0 for none.")
-    ] = 0,
+    draft_tokens: DraftTokens = None,
+    draft_model: DraftCheckpoint = None,
+    draft_memory_gib: DraftMemory = None,
+    draft_branches: DraftBranches = None,
     warm_up: Annotated[
         bool, typer.Option(help="Whether to be ready only when nothing happens for the first time.")
     ] = True,
@@ -89,21 +96,25 @@ def serve_command(
     }
     kept = {"max_sessions": max_sessions, "idle_s": session_idle}
     bits = {"weights": weights, "states": states, "snapshots": snapshots}
-    engine = _EngineOptions(
-        model_name=checkpoint.resolve().name if model_name is None else _name(model_name),
+    draft_bytes = None if draft_memory_gib is None else _bytes("draft_memory_gib", draft_memory_gib)
+    guessing = Guessing(draft_tokens, draft_branches, draft_model, draft_bytes)
+    options = EngineOptions(
         device=_device(device),
         dtype=_dtype(dtype),
         memory_bytes=None if memory_gib is None else _bytes("memory_gib", memory_gib),
         host_bytes=_bytes("host_memory_gib", host_memory_gib),
         context_tokens=max_context,
-        sessions=parse_config(SessionLimits, kept, "serve"),
         precision=parse_config(Precision, bits, "serve"),
-        speculation=_speculation(draft_tokens),
+        speculation=guessing.config(),
         tensor_parallel=tensor_parallel,
         batch_invariant=batch_invariant,
     )
     files = {"api_keys": api_keys_file, "admin_keys": admin_keys_file}
-    _serve(checkpoint, _settings(files, values), engine, warm_up=warm_up)
+    settings = _settings(files, values)
+    name = checkpoint.resolve().name if model_name is None else _name(model_name)
+    sessions = parse_config(SessionLimits, kept, "serve")
+    start = partial(_engine, checkpoint, name, options, guessing, sessions)
+    _serve(checkpoint, settings, start, warm_up=warm_up)
 
 
 def _name(name: str) -> str:
@@ -141,70 +152,44 @@ def _settings(key_files: Mapping[str, Path | None], values: dict[str, object]) -
     return parse_config(ServerSettings, values | keys, "serve")
 
 
-@dataclass(frozen=True)
-class _EngineOptions:
-    """What is asked of the engine; None leaves the choice to it."""
+def _engine(
+    checkpoint: Path,
+    name: str,
+    options: EngineOptions,
+    guessing: Guessing,
+    sessions: SessionLimits,
+) -> "BatchingEngine":
+    """Load the checkpoint, say what the memory gives, and start."""
+    from sevenfold.server import BatchingEngine
 
-    model_name: str
-    device: str
-    dtype: torch.dtype | None
-    memory_bytes: int | None
-    host_bytes: int
-    context_tokens: int | None
-    sessions: SessionLimits
-    precision: Precision
-    speculation: PromptLookupConfig | None
-    tensor_parallel: int
-    batch_invariant: bool
-
-    def build(self, checkpoint: Path) -> "BatchingEngine":
-        """Load the checkpoint, say what the memory gives, and start."""
-        from sevenfold.server import BatchingEngine
-
-        bits = self.precision
-        source = TextModel.load(
-            checkpoint,
-            device=self.device,
-            dtype=self.dtype,
-            weights=bits.weights,
-            tensor_parallel=self.tensor_parallel,
-        )
-        plan, limits = size_engine(
-            source.model,
-            budget_bytes=self.memory_bytes,
-            context_tokens=self.context_tokens,
-            state_dtype=bits.states,
-            snapshot_dtype=bits.snapshots,
-            speculation=self.speculation,
-            num_ranks=self.tensor_parallel,
-            host_bytes=self.host_bytes,
-            batch_invariant=self.batch_invariant,
-        )
-        typer.echo(plan_report(plan))
-        kept = {"sessions": self.sessions, "speculation": self.speculation}
-        try:
-            return BatchingEngine(source, self.model_name, plan, limits, **kept)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ConfigError(
-                "memory_gib and host_memory_gib must fit into free memory, got "
-                f"{plan.layout.num_slabs * plan.layout.slab_bytes:,} and {plan.host_bytes:,} bytes"
-            ) from error
-
-
-def _speculation(draft_tokens: int) -> PromptLookupConfig | None:
-    if draft_tokens == 0:
-        return None
-    return parse_config(PromptLookupConfig, {"draft_tokens": draft_tokens}, "serve")
+    source = options.load(checkpoint)
+    draft = guessing.load(str(source.model.device), options.dtype)
+    if draft is not None:
+        draft.check_serves(source.model, source.tokenizer)
+    plan, limits = options.size(source)
+    typer.echo(plan_report(plan, limits))
+    kept = {"sessions": sessions, "speculation": options.speculation, "draft": draft}
+    try:
+        return BatchingEngine(source, name, plan, limits, **kept)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            "memory_gib and host_memory_gib must fit into free memory, got "
+            f"{plan.layout.num_slabs * plan.layout.slab_bytes:,} and {plan.host_bytes:,} bytes"
+        ) from error
 
 
 def _serve(
-    checkpoint: Path, settings: "ServerSettings", options: _EngineOptions, *, warm_up: bool
+    checkpoint: Path,
+    settings: "ServerSettings",
+    start: Callable[[], "BatchingEngine"],
+    *,
+    warm_up: bool,
 ) -> None:
     from sevenfold.server import ServerApp, bind, listen, read_template
 
     with bind(settings) as taken:
         template = read_template(checkpoint)  # before what takes long
-        engine = options.build(checkpoint)
+        engine = start()
         app = ServerApp(engine, settings, template)
         shown, port = taken.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown

@@ -1,5 +1,6 @@
 """Errors and strict configuration: the layer that everything else stands on."""
 
+from sevenfold.config.checks import check_type
 from sevenfold.config.errors import (
     CheckpointError,
     ConfigError,
@@ -10,6 +11,7 @@ from sevenfold.config.errors import (
 )
 from sevenfold.config.strict import (
     StrictModel,
+    as_tuple,
     merge_tables,
     nearest_name,
     parse_config,
@@ -25,6 +27,8 @@ __all__ = [
     "StrictModel",
     "TrainingError",
     "UnsupportedError",
+    "as_tuple",
+    "check_type",
     "merge_tables",
     "nearest_name",
     "parse_config",

@@ -5,17 +5,40 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sevenfold.config.errors import ConfigError
 
+if TYPE_CHECKING:
+    # By it type checkers know the arguments of every configuration.
+    from pydantic._internal._model_construction import ModelMetaclass as _Named
+else:
 
-class StrictModel(BaseModel):
-    """A frozen configuration object that refuses unknown keys and never converts types."""
+    class _Named(type(BaseModel)):
+        """Makes faults of a call read as those of a file do; validation itself never comes here."""
+
+        def __call__(cls, *positional, **values):
+            try:
+                return super().__call__(*positional, **values)
+            except ValidationError as error:
+                raise ConfigError(_faults(cls, error, cls.__name__)) from None
+
+
+class StrictModel(BaseModel, metaclass=_Named):
+    """A frozen configuration object that refuses unknown keys and never converts types.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value breaks its rule. All faults are listed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def as_tuple(value: object) -> object:
+    """Return a list as a tuple and all else as it is: for fields that callers write as a list."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 Config = TypeVar("Config", bound=StrictModel)
@@ -52,8 +75,7 @@ def parse_config(cls: type[Config], values: Mapping[str, Any], source: str) -> C
         # By way of JSON: strict mode then takes a list for a tuple and a string for a path.
         return cls.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        faults = [_fault(cls, fault) for fault in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(faults)) from error
+        raise ConfigError(_faults(cls, error, source)) from error
 
 
 def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -122,6 +144,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
+def _faults(cls: type[BaseModel], error: ValidationError, source: str) -> str:
+    return f"{source}: " + "; ".join(_fault(cls, fault) for fault in error.errors())
+
+
 def _fault(cls: type[BaseModel], fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
@@ -135,7 +161,7 @@ def _fault(cls: type[BaseModel], fault: Any) -> str:
         return f"{where} must be given"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        return message if message.startswith(where) else f"{where}: {message}"
     return f"{where} must be valid: {message}, got {fault['input']!r}"
 
 

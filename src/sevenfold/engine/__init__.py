@@ -2,8 +2,10 @@
 
 from sevenfold.engine.decoding import Decoder
 from sevenfold.engine.grammar import Grammar
-from sevenfold.engine.llm import LLM, Completion, Delta
+from sevenfold.engine.llm import LLM
+from sevenfold.engine.llm_output import Completion, Delta
 from sevenfold.engine.request import RequestFailedError
+from sevenfold.engine.request_options import RequestOptions
 from sevenfold.engine.sampling import SamplingParams
 from sevenfold.engine.text import TextStream
 from sevenfold.engine.text_model import TextModel
@@ -15,6 +17,7 @@ __all__ = [
     "Delta",
     "Grammar",
     "RequestFailedError",
+    "RequestOptions",
     "SamplingParams",
     "TextModel",
     "TextStream",

@@ -24,6 +24,10 @@ class Constraint(Protocol):
         """Whether nothing more can follow, so that the output ends."""
         ...
 
+    def problem(self) -> str | None:
+        """What keeps it from knowing what may come next, for the caller; None if nothing does."""
+        ...
+
 
 def mask_logits(logits: Tensor, constraints: Sequence[Constraint | None]) -> Tensor:
     """Forbid what the constraints forbid.

@@ -43,8 +43,6 @@ from sevenfold.engine.underway import Underway
 from sevenfold.engine.worker import Note, Worker
 from sevenfold.models import HybridModel
 
-NO_TOKEN = "no token can follow in the output's grammar"
-
 
 class Engine:
     """A model, its memory and its scheduler; single-threaded, one step after another.
@@ -100,12 +98,13 @@ class Engine:
         self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         self._speculator = self._build_speculator(speculation, draft)
+        self.num_nonfinite = 0  # requests that failed because their logits were not finite
         self._guesses = False  # whether any request has guesses for the next step
 
     def warm_up(self, note: Note = log_progress) -> None:
         """Do what happens once before a request waits for it; see engine.first_use.warm_up."""
         if self._speculator is not None and self._worker.has_first_times:
-            self._speculator.warm_up()
+            self._speculator.warm_up(lambda: self._worker.is_stopping)
         warm_up(self._worker, self._limits, note)
 
     def stop_warm_up(self) -> None:
@@ -261,7 +260,7 @@ class Engine:
 
     def _take_walk(self, walk: Walk) -> list[TokenEvent | None]:
         if walk.is_refused:
-            self.scheduler.fail(walk.request, NO_TOKEN)
+            self.scheduler.fail(walk.request, self._underway[walk.request.id].refusal)
             return []
         return self._record(self._underway[walk.request.id], walk.taken, stopped=walk.stopped)
 
@@ -353,11 +352,12 @@ class Engine:
                 continue
             one = self._underway[request.id]
             if not finite[n]:
+                self.num_nonfinite += 1
                 self.scheduler.fail(
                     one.request, "the model's logits are not finite for this request"
                 )
             elif not one.accepts(token):
-                self.scheduler.fail(one.request, NO_TOKEN)
+                self.scheduler.fail(one.request, one.refusal)
             else:
                 text, stopped = one.push(token)
                 taken = [Taken(token, text, chosen.logprobs[n])]

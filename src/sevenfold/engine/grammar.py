@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from sevenfold.config import UnsupportedError
+from sevenfold.config import UnsupportedError, check_type
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 # Without a bound an unsure model may write white space for ever.
-_WHITE_SPACE = r"[ \n]{0,20}"
+WHITE_SPACE = r"[ \n]{0,20}"
+_MOST_TRIED = 64  # tokens of a beginning that has no choice, before an output needs them
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Grammar:
     """What an output must match; source is in llguidance's own form."""
 
     source: str
+
+    def __post_init__(self) -> None:
+        check_type("source", self.source, str, "a text")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Self:
@@ -33,7 +37,7 @@ class Grammar:
         """
         return cls(
             _matcher().grammar_from_json_schema(
-                json.dumps(schema), defaults={"whitespace_pattern": _WHITE_SPACE}
+                json.dumps(schema), defaults={"whitespace_pattern": WHITE_SPACE}
             )
         )
 
@@ -68,6 +72,24 @@ class GrammarConstraint:
         """Whether nothing more can follow, so that the output ends with "stop"."""
         return self._matcher.is_stopped()
 
+    def problem(self) -> str | None:
+        """What keeps it from knowing what may come next: most often a limit of llguidance's."""
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def check_begins(self, vocab_size: int) -> None:
+        """Try the tokens that must come first and the mask after them, of which nothing stays.
+
+        Raises:
+            ValueError: that much is beyond llguidance's limits.
+        """
+        trial = self.fresh()
+        forced = trial._matcher.compute_ff_tokens()[:_MOST_TRIED]
+        trial._matcher.try_consume_tokens(forced)
+        trial.fill(np.zeros(-(-vocab_size // 32), dtype=np.int32))
+        problem = trial.problem()
+        if problem is not None:
+            raise ValueError(f"grammar must be one whose masks can be computed: {problem}")
+
     def fresh(self) -> "GrammarConstraint":
         """A copy, for another output of the same grammar."""
         return GrammarConstraint(self._matcher.deep_copy())
@@ -84,13 +106,15 @@ class GrammarCompiler:
         """Return a constraint at the beginning of its grammar.
 
         Raises:
-            ValueError: the grammar is wrong.
+            ValueError: the grammar is wrong, or its beginning beyond llguidance's limits.
             UnsupportedError: llguidance is not installed, or cannot use the tokenizer.
         """
         matcher = _matcher()(self._tokens(), grammar.source, log_level=0)
         if matcher.is_error():
             raise ValueError(f"grammar must be valid: {_first_line(matcher.get_error())}")
-        return GrammarConstraint(matcher)
+        constraint = GrammarConstraint(matcher)
+        constraint.check_begins(self._build[1])
+        return constraint
 
     def _tokens(self) -> "LLTokenizer":
         from llguidance import LLTokenizer

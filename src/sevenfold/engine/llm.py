@@ -1,65 +1,30 @@
 """Text in, text out: a checkpoint on the engine, offline and asynchronous."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 
+from sevenfold.config import check_type, parse_config
+from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.driving import Driver
 from sevenfold.engine.engine import Engine
-from sevenfold.engine.events import TokenEvent
-from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
-from sevenfold.engine.request import Request, RequestFailedError
-from sevenfold.engine.sampling import Logprobs, SamplingParams
-from sevenfold.engine.sizing import size_engine
+from sevenfold.engine.grammar import Grammar, GrammarCompiler
+from sevenfold.engine.llm_output import Completion, Delta, LLMOutput, join_deltas
+from sevenfold.engine.precision import Precision, SnapshotDtype, StateDtype
+from sevenfold.engine.prompts import Prompt, prompt_list, prompt_tokens
+from sevenfold.engine.request_options import RequestOptions
+from sevenfold.engine.sampling import SamplingParams
 from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
 from sevenfold.engine.text_model import TextModel
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import WeightFormat
-
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One prompt's output; finish_reason is "stop" for a token or string that ends it.
-
-    logprobs: one entry for each token, if they were asked for.
-    prompt_logprobs: one entry for each prompt token after the first, if they were asked for.
-    cached_tokens: of the prompt, found in the prefix cache.
-    """
-
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: Literal["stop", "length"]
-    logprobs: tuple[Logprobs, ...] | None
-    prompt_logprobs: tuple[Logprobs, ...] | None
-    cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one token added to an output; finish_reason is None until its last delta.
-
-    cached_tokens: of the prompt, found in the prefix cache.
-    prompt_logprobs: with the first delta, if they were asked for.
-    """
-
-    text: str
-    token_id: int
-    finish_reason: Literal["stop", "length"] | None
-    logprobs: Logprobs | None
-    prompt_logprobs: tuple[Logprobs, ...] | None
-    cached_tokens: int
 
 
 class LLM:
@@ -76,6 +41,8 @@ class LLM:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         weights: WeightFormat | None = None,
+        states: StateDtype = "fp32",
+        snapshots: SnapshotDtype = "fp32",
         memory_bytes: int | None = None,
         context_tokens: int | None = None,
         speculation: SpeculationConfig | None = None,
@@ -91,7 +58,11 @@ class LLM:
             source: a checkpoint directory with its tokenizer.json, or what TextModel.load returned.
             device: where to run a directory's model; None is "cpu".
             dtype: of a directory's weights; None keeps the file's.
-            weights: which matrices to quantise to int8 as they are read; None none.
+            weights: which matrices to quantise as they are read, and to what: "int8" or "fp8" all
+                of the layers', "int8-experts" or "fp8-experts" the experts'; None none.
+            states: bits of running requests' states. "fp16" rounds stochastically, "int8" goes
+                through a ring of tokens, "bf16" rounds to nearest.
+            snapshots: bits of cached states; "auto" keeps more of heads that remember longer.
             memory_bytes: of each rank, for states, keys and values, and cached prefixes, beside the
                 weights; None takes a share of what is free. A CPU's memory is taken as it is used.
             context_tokens: what one request must be able to reach; None takes what the model
@@ -109,16 +80,33 @@ class LLM:
                 prompt first needs them, as pays where there is one short prompt.
 
         Raises:
+            TypeError: an argument is of another type.
             CheckpointError: the checkpoint or its tokenizer cannot be read.
             ConfigError: the memory cannot hold one request of context_tokens, weights has no effect
-                on the model, draft does not suit speculation, or tensor_parallel the model.
+                on the model, states would erase what a head remembers, draft does not suit
+                speculation, or tensor_parallel the model.
             UnsupportedError: the model's dtype cannot be served.
             ValueError: device, dtype, weights or tensor_parallel stands beside a model that is
                 loaded.
         """
+        kinds = str | Path | TextModel
+        rule = "a checkpoint's folder, or a TextModel of model and tokenizer"
+        check_type("source", source, kinds, rule)
+        check_type("draft", draft, DraftModel | None, "a DraftModel or None")
+        bits = {"weights": weights, "states": states, "snapshots": snapshots}
+        options = EngineOptions(
+            device=device,
+            dtype=dtype,
+            precision=parse_config(Precision, bits, "LLM"),
+            memory_bytes=memory_bytes,
+            host_bytes=host_bytes,
+            context_tokens=context_tokens,
+            speculation=speculation,
+            tensor_parallel=tensor_parallel,
+            batch_invariant=batch_invariant,
+        )
         if not isinstance(source, TextModel):
-            how = {"dtype": dtype, "weights": weights, "tensor_parallel": tensor_parallel}
-            source = TextModel.load(source, device=device or "cpu", **how)
+            source = options.load(source)
         elif (device, dtype, weights, tensor_parallel) != (None, None, None, 1):
             raise ValueError(
                 "device, dtype, weights and tensor_parallel must be left out for a model that is "
@@ -126,15 +114,7 @@ class LLM:
             )
         self.model: HybridModel = source.model
         self.tokenizer: Tokenizer = source.tokenizer
-        self.plan, limits = size_engine(
-            self.model,
-            budget_bytes=memory_bytes,
-            context_tokens=context_tokens,
-            speculation=speculation,
-            num_ranks=1 if source.ranks is None else source.ranks.size,
-            host_bytes=host_bytes,
-            batch_invariant=batch_invariant,
-        )
+        self.plan, limits = options.size(source)
         parts = (self.model, self.tokenizer, self.plan, limits)
         self._ranks = source.ranks
         engine = Engine(*parts, speculation=speculation, draft=draft, ranks=source.ranks)
@@ -156,32 +136,35 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Iterable[Prompt],
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        options: RequestOptions | None = None,
     ) -> list[Completion]:
         """Complete prompts of any lengths together; each as if it were alone.
 
         Args:
-            prompts: texts or token ids.
+            prompts: texts or lists of token ids; a text alone is one prompt.
             params: what to ask of the sampler; None takes its defaults.
             grammar: what each output must match; None is any text.
+            options: priority, deadline, cache salt, session and marks; None takes their defaults.
 
         Returns:
             One completion for each prompt, in order.
 
         Raises:
-            ValueError: a prompt has no token, does not fit with max_tokens, or the grammar is
-                wrong.
-            RequestFailedError: the model's logits are not finite, or nothing can follow in the
-                grammar.
+            TypeError: an argument is of another type, a prompt's token ids among them.
+            ValueError: a prompt has no token, does not fit with max_tokens, marks or a session are
+                asked for several prompts, or the grammar is wrong.
+            RequestFailedError: the model's logits are not finite, nothing can follow in the
+                grammar, or the deadline has passed.
         """
-        outputs = [self._output(prompt, params, grammar) for prompt in prompts]
+        outputs = self._outputs(prompts, params, grammar, options)
         try:
             for output in outputs:
                 self._submit(output)
-            return [_completion(o.request.prompt, list(self._deltas(o))) for o in outputs]
+            return [join_deltas(o.request.prompt, list(self._deltas(o))) for o in outputs]
         finally:
             for output in outputs:
                 self._driver.leave(output.request.id)
@@ -192,6 +175,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        options: RequestOptions | None = None,
     ) -> Generator[Delta, None, None]:
         """Complete one prompt, giving its text as it comes, in whole characters.
 
@@ -201,7 +185,7 @@ class LLM:
         Yields:
             One delta for each token; joined, their texts are the completion's text.
         """
-        return self._streamed(self._output(prompt, params, grammar))
+        return self._streamed(self._output(prompt, params, grammar, options))
 
     async def stream_async(
         self,
@@ -209,6 +193,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        options: RequestOptions | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Complete one prompt as stream does, without blocking the event loop.
 
@@ -217,24 +202,26 @@ class LLM:
         Yields:
             One delta for each token.
         """
-        async with aclosing(self._deltas_async(self._output(prompt, params, grammar))) as deltas:
+        output = self._output(prompt, params, grammar, options)
+        async with aclosing(self._deltas_async(output)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def generate_async(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Iterable[Prompt],
         params: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        options: RequestOptions | None = None,
     ) -> list[Completion]:
         """Complete prompts as generate does, without blocking the event loop."""
 
-        async def one(output: _Output) -> Completion:
+        async def one(output: LLMOutput) -> Completion:
             deltas = [delta async for delta in self._deltas_async(output)]
-            return _completion(output.request.prompt, deltas)
+            return join_deltas(output.request.prompt, deltas)
 
-        outputs = [self._output(prompt, params, grammar) for prompt in prompts]
+        outputs = self._outputs(prompts, params, grammar, options)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(output)) for output in outputs]
@@ -242,32 +229,47 @@ class LLM:
             raise errors.exceptions[0] from errors
         return [task.result() for task in tasks]
 
+    def _outputs(
+        self,
+        asked: str | Iterable[Prompt],
+        params: SamplingParams | None,
+        grammar: Grammar | None,
+        options: RequestOptions | None,
+    ) -> list[LLMOutput]:
+        prompts = prompt_list(asked)
+        if isinstance(options, RequestOptions) and len(prompts) > 1:
+            own = {"marks": options.marks, "session": options.session}
+            for name, value in own.items():
+                if value:
+                    raise ValueError(
+                        f"{name} must be left out for more than one prompt, got {value!r} for "
+                        f"{len(prompts)}"
+                    )
+        return [self._output(prompt, params, grammar, options) for prompt in prompts]
+
     def _output(
-        self, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None
-    ) -> "_Output":
-        params = params or SamplingParams()
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        grammar: Grammar | None,
+        options: RequestOptions | None,
+    ) -> LLMOutput:
+        rule = "a Grammar, of Grammar.json_schema, .regex or .lark, or None"
+        check_type("grammar", grammar, Grammar | None, rule)
+        check_type("params", params, SamplingParams | None, "one SamplingParams or None")
+        check_type("options", options, RequestOptions | None, "a RequestOptions or None")
+        params = SamplingParams() if params is None else params
+        options = RequestOptions() if options is None else options
         self._check(params)
-        request = Request(
-            id=str(next(self._names)),
-            prompt=self._encode(prompt, params),
-            max_tokens=params.max_tokens,
-        )
+        ids = self._encode(prompt, params)
+        request = options.request(str(next(self._names)), ids, params.max_tokens)
         constraint = None if grammar is None else self._grammars.compile(grammar)
-        return _Output(request, params, constraint)
+        return LLMOutput(request, params, constraint, options)
 
     def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=False).ids)
-        else:
-            ids = tuple(prompt)
-        limit, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        if not ids:
-            raise ValueError(f"prompt must have at least one token, got {prompt!r}")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            raise ValueError(
-                f"prompt must hold tokens from 0 to below vocab_size = {vocab_size}, got "
-                f"{min(ids)} to {max(ids)}"
-            )
+        config = self.model.config
+        ids = prompt_tokens(prompt, self.tokenizer, config.vocab_size)
+        limit = config.max_position_embeddings
         if len(ids) + params.max_tokens > limit:
             raise ValueError(
                 f"prompt and max_tokens must fit into max_position_embeddings = {limit} tokens, "
@@ -285,14 +287,14 @@ class LLM:
                     f"{name} must name tokens below vocab_size = {vocab_size}, got {beyond[0]}"
                 )
 
-    def _streamed(self, output: "_Output") -> Generator[Delta, None, None]:
+    def _streamed(self, output: LLMOutput) -> Generator[Delta, None, None]:
         self._submit(output)
         yield from self._deltas(output)
 
-    def _submit(self, output: "_Output") -> None:
+    def _submit(self, output: LLMOutput) -> None:
         self._driver.submit(output.request, output.params, output.constraint)
 
-    def _deltas(self, output: "_Output") -> Generator[Delta, None, None]:
+    def _deltas(self, output: LLMOutput) -> Generator[Delta, None, None]:
         """Each token of an output that was submitted; leaves the engine at the end."""
         try:
             ended = False
@@ -303,7 +305,7 @@ class LLM:
         finally:
             self._driver.leave(output.request.id)
 
-    async def _deltas_async(self, output: "_Output") -> AsyncGenerator[Delta, None]:
+    async def _deltas_async(self, output: LLMOutput) -> AsyncGenerator[Delta, None]:
         """The same for an output that was not submitted yet, without blocking the event loop."""
         loop, name = asyncio.get_running_loop(), output.request.id
         await loop.run_in_executor(self._thread, self._submit, output)
@@ -324,43 +326,3 @@ class LLM:
     def _thread(self) -> ThreadPoolExecutor:
         """Where steps run that asynchronous callers wait for: one thread, as they take turns."""
         return ThreadPoolExecutor(1, thread_name_prefix="sevenfold-llm")
-
-
-@dataclass
-class _Output:
-    """One output, before and while it is generated."""
-
-    request: Request
-    params: SamplingParams
-    constraint: GrammarConstraint | None
-
-    def delta(self, event: TokenEvent) -> Delta:
-        """What an event gave.
-
-        Raises:
-            RequestFailedError: the output ended without coming to its end.
-        """
-        if event.token_id is None:
-            raise RequestFailedError(event.error or f"the output ended: {event.finish_reason}")
-        reason = event.finish_reason and ("stop" if event.finish_reason == "stop" else "length")
-        return Delta(
-            text=event.text,
-            token_id=event.token_id,
-            finish_reason=reason,
-            logprobs=event.logprobs,
-            prompt_logprobs=event.prompt_logprobs,
-            cached_tokens=self.request.num_cached_tokens,
-        )
-
-
-def _completion(prompt: tuple[int, ...], deltas: Sequence[Delta]) -> Completion:
-    logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
-    return Completion(
-        prompt_token_ids=prompt,
-        token_ids=tuple(delta.token_id for delta in deltas),
-        text="".join(delta.text for delta in deltas),
-        finish_reason=deltas[-1].finish_reason or "length",
-        logprobs=tuple(logprobs) if logprobs else None,
-        prompt_logprobs=deltas[0].prompt_logprobs,
-        cached_tokens=deltas[-1].cached_tokens,
-    )

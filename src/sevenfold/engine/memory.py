@@ -80,7 +80,10 @@ class MemoryPlan:
 
     @property
     def smallest_cacheable_prefix_tokens(self) -> int:
-        """Fewest tokens that a request can have in common with an earlier one and not compute."""
+        """Fewest tokens that a request can have in common with an earlier one and not compute.
+
+        An engine that is batch-invariant keeps whole chunks alone: SchedulerConfig.grain_tokens.
+        """
         return self.page_tokens
 
     @property

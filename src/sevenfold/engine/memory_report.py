@@ -4,6 +4,7 @@ from typing import Any
 
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.scheduler import SchedulerConfig
 from sevenfold.engine.state_layout import RING_TOKENS
 
 CONTEXTS = (8_192, 131_072, 1_048_576)
@@ -36,10 +37,21 @@ def plan_values(plan: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def plan_report(plan: MemoryPlan) -> str:
-    """Return what a plan gives as lines of text."""
+def plan_report(plan: MemoryPlan, limits: SchedulerConfig | None = None) -> str:
+    """Return what a plan gives as lines of text.
+
+    Args:
+        plan: of the memory.
+        limits: what its engine keeps to, such as the model's own longest context; None reports what
+            the memory alone would allow.
+    """
     layout = plan.layout
-    longest = plan.longest_context_tokens
+    longest, smallest = plan.longest_context_tokens, plan.smallest_cacheable_prefix_tokens
+    contexts = CONTEXTS
+    if limits is not None:
+        longest, smallest = limits.max_request_tokens, limits.grain_tokens
+        if longest is not None:
+            contexts = tuple(sorted({longest, *(n for n in CONTEXTS if n < longest)}))
     rows = [
         ("memory", f"{_size(plan.budget_bytes)}: {layout.num_slabs:,} slabs of "
          f"{_size(layout.slab_bytes)}, one of them the sink"),
@@ -50,10 +62,10 @@ def plan_report(plan: MemoryPlan) -> str:
         *_host(plan),
         ("longest context", "any" if longest is None else f"{longest:,} tokens"),
         *((f"at {context:,} tokens", f"{plan.concurrency(context):,} requests at a time")
-          for context in CONTEXTS),
-        ("cacheable prefix", f"from {plan.smallest_cacheable_prefix_tokens} tokens"),
+          for context in contexts),
+        ("cacheable prefix", f"from {smallest} tokens"),
     ]  # fmt: skip
-    return "\n".join(f"{name:<20}{value}" for name, value in rows)
+    return "\n".join(f"{name:<19} {value}" for name, value in rows)
 
 
 def _active(plan: MemoryPlan) -> str:

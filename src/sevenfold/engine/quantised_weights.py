@@ -8,7 +8,7 @@ Source: the published recipes for MiniMax-Text-01, by optimum-quanto (all matric
 embedding, routers and coefficients) and by vLLM 0.8 (experts_int8).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from sevenfold.config import ConfigError
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import WeightFormat
 from sevenfold.models.checkpoint import load_model
-from sevenfold.models.checkpoint.load import WriteSpan
 from sevenfold.models.feed_forward import Experts, MixtureOfExperts
 from sevenfold.models.layers import Linear
 from sevenfold.ops import (
@@ -34,6 +33,8 @@ from sevenfold.ops import (
     quantise_rows_fp8,
 )
 
+# QuantisedLinear.write: whole rows, where they begin, and which of their columns are kept.
+WriteQuantised = Callable[..., None]
 _ELEMENTS_AT_ONCE = 1 << 20  # quantised in one go: bounds what lies in memory beside the model
 _CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -54,15 +55,20 @@ class QuantisedLinear(nn.Module):
         product = int8_linear if self.codes.dtype is torch.int8 else fp8_linear
         return product(x, self.codes, self.scale)
 
-    def write(self, values: Tensor, start: int) -> None:
-        """Quantise stored rows of the weight into their place, from that element on."""
+    def write(self, values: Tensor, start: int, columns: slice = slice(None)) -> None:
+        """Quantise stored rows of the weight into their place, from that element on.
+
+        A rank that holds some columns alone takes their codes under the whole row's scale: so the
+        codes of all ranks are those of one process.
+        """
         K = values.shape[-1]
         quantise = quantise_rows if self.codes.dtype is torch.int8 else quantise_rows_fp8
-        at, codes, scale = start // K, self.codes.view(-1, K), self.scale.view(-1)
+        codes, scale = self.codes.view(-1, self.codes.shape[-1]), self.scale.view(-1)
+        at = start // K
         for part in values.reshape(-1, K).split(max(1, _ELEMENTS_AT_ONCE // K)):
             held = quantise(part.to(codes.device))
             span = slice(at, at := at + len(part))
-            codes[span], scale[span] = held.codes, held.scale
+            codes[span], scale[span] = held.codes[:, columns], held.scale
 
 
 class QuantisedExperts(nn.Module):
@@ -110,22 +116,27 @@ def load_quantised_model(
         UnsupportedError: fp8 is asked for on a GPU that has none; or as load_model.
         CheckpointError: as load_model.
     """
-    if weights.startswith("fp8"):
-        check_fp8_device(torch.device(device))
+    check_weights_device(weights, torch.device(device))
     return load_model(
         path, device=device, dtype=dtype, exchange=lambda model: exchange_weights(model, weights)
     )
 
 
-def exchange_weights(model: HybridModel, weights: WeightFormat) -> dict[str, WriteSpan]:
+def check_weights_device(weights: WeightFormat, device: torch.device) -> None:
+    """Raise UnsupportedError where weights are to be fp8 on a GPU that has none."""
+    if weights.startswith("fp8"):
+        check_fp8_device(device)
+
+
+def exchange_weights(model: HybridModel, weights: WeightFormat) -> dict[str, WriteQuantised]:
     """Exchange a model's matrices for quantised ones of the same shapes, uninitialised.
 
     Args:
-        model: plain; the meta device will do.
+        model: plain, or divided by narrow_model; the meta device will do.
         weights: which matrices.
 
     Returns:
-        For each parameter that is gone, by its name, what quantises a span of it into its place.
+        For each parameter that is gone, by its name, QuantisedLinear.write of its place.
 
     Raises:
         ConfigError: experts only are asked for of a model without experts.

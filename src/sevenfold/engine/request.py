@@ -38,8 +38,9 @@ class Request:
         max_tokens: new tokens at most, one or more.
         priority: the greater, the sooner; default 0.
         deadline_s: when to give the request up, on the scheduler's clock; None is never.
-        marks: token counts, rising, from 1 to the prompt's length, where a turn ends: places where
-            another request is likely to leave this one's path, and a snapshot pays.
+        marks: token counts, rising, from 1 to the prompt's length, where a turn ends or the caller
+            says so: places where another request is likely to leave this one's path, and a snapshot
+            pays.
         salt: requests share cached tokens only under one salt; the server derives it from the API
             key.
         draft_tokens: tokens to speculate in each decoding step at most; may be changed between
@@ -78,6 +79,9 @@ class Request:
             raise ValueError("id must have one character or more, got ''")
         if not self.prompt:
             raise ValueError("prompt must have at least one token, got ()")
+        # Anything else would fail inside a step, and with it all that the step computes.
+        if set(map(type, self.prompt)) != {int}:
+            raise TypeError("prompt must hold integers alone, got other types")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
         if self.deadline_s is not None and not math.isfinite(self.deadline_s):

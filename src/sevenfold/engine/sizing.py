@@ -112,6 +112,11 @@ def size_engine(
     if budget is None:
         budget = default_budget_bytes(model, draft_tokens=drafts, num_ranks=num_ranks)
     if isinstance(speculation, DraftModelConfig):
+        if speculation.memory_bytes >= budget:
+            raise ConfigError(
+                "the draft model's memory must leave some of the budget to the model, got "
+                f"{speculation.memory_bytes:,} of {budget:,} bytes"
+            )
         budget -= speculation.memory_bytes
     plan = plan_memory(
         model.config,

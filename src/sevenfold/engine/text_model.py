@@ -58,7 +58,7 @@ class TextModel:
         Raises:
             CheckpointError: the checkpoint or its tokenizer cannot be read.
             ConfigError: weights has no effect on the model, or tensor_parallel does not divide its
-                sizes, has too few GPUs, or stands beside weights.
+                sizes or has too few GPUs.
             UnsupportedError: weights are to be fp8 on a GPU that has none.
         """
         if not Path(path).is_dir():
@@ -69,25 +69,17 @@ class TextModel:
             remedy = f"{final} has one" if final.is_dir() else "copy the tokenizer there"
             raise CheckpointError(f"{file} must exist to generate text; {remedy}")
         if tensor_parallel != 1:
-            check_tensor_parallel(tensor_parallel, weights)
-            model, ranks = start_ranks(Path(path), tensor_parallel, device=device, dtype=dtype)
+            if tensor_parallel < 1:
+                raise ConfigError(f"tensor_parallel must be 1 or more, got {tensor_parallel}")
+            model, ranks = start_ranks(
+                Path(path), tensor_parallel, device=device, dtype=dtype, weights=weights
+            )
             return cls(model, _read_tokenizer(file), ranks)
         if weights is None:
             model = load_model(Path(path), device=device, dtype=dtype)
         else:
             model = load_quantised_model(Path(path), weights, device=device, dtype=dtype)
         return cls(model, _read_tokenizer(file))
-
-
-def check_tensor_parallel(num_ranks: int, weights: WeightFormat | None) -> None:
-    """Raise ConfigError unless so many ranks can divide weights of that format."""
-    if num_ranks < 1:
-        raise ConfigError(f"tensor_parallel must be 1 or more, got {num_ranks}")
-    if weights is not None:
-        raise ConfigError(
-            f"weights must be left out with tensor_parallel, got {weights!r}: 8-bit codes are not "
-            "divided"
-        )
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:

@@ -9,6 +9,8 @@ from sevenfold.engine.rows import Row, Scored
 from sevenfold.engine.sampling import Logprobs, Output
 from sevenfold.engine.text import TextStream
 
+NO_TOKEN = "no token can follow in the output's grammar"
+
 
 @dataclass
 class Underway:
@@ -51,9 +53,18 @@ class Underway:
 
     def accepts(self, token: int) -> bool:
         """Advance the grammar, but for a token that ends the output; False if it may not follow."""
-        if self.constraint is None or token in self.output.end_ids:
+        if self.constraint is None:
             return True
+        if token in self.output.end_ids:
+            # A grammar that has failed allows the end alone, whatever is missing before it.
+            return self.constraint.problem() is None
         return self.constraint.accept(token)
+
+    @property
+    def refusal(self) -> str:
+        """Why its grammar does not accept what was chosen."""
+        problem = None if self.constraint is None else self.constraint.problem()
+        return NO_TOKEN if problem is None else f"the output's grammar has failed: {problem}"
 
     def push(self, token: int) -> tuple[str, bool]:
         """Add a token: the text that may be shown now, and whether the output ends here."""

@@ -75,7 +75,7 @@ class Worker:
         invariant = config.chunk_tokens is not None
         sizes = config.decode_batch_sizes
         self.runner = make_runner(model, self.storage, limits, sizes, invariant=invariant)
-        self._config, self._stopping = config, False
+        self._config, self.is_stopping = config, False
         alone = self._alone(self.runner)
         self._run = alone.run
         # What rounds a state goes by a seed that tokens on the device alone come without.
@@ -125,10 +125,10 @@ class Worker:
 
     def stop_warm_up(self) -> None:
         """End a warm-up before its next run; called by any thread, or by a signal's handler."""
-        self._stopping = True
+        self.is_stopping = True
 
     def _check_wanted(self) -> None:
-        if self._stopping:
+        if self.is_stopping:
             raise WarmUpStoppedError("the engine was told to stop before it was warm")
 
     def _first_runs(self, reach: Reach) -> list[list[Row]]:
@@ -145,7 +145,7 @@ class Worker:
     def _rehearse(self, runs: list[list[Row]], drafts: list[list[DraftRow]]) -> int:
         """Compute everything once where no kernel is launched: how many had to be compiled."""
         on_gpu = self.model.device.type == "cuda"
-        together = compiled_together(lambda: self._stopping) if on_gpu else nullcontext([])
+        together = compiled_together(lambda: self.is_stopping) if on_gpu else nullcontext([])
         with together as compilation:
             for rows in runs:
                 self._check_wanted()

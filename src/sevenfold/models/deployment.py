@@ -59,7 +59,7 @@ def plan_deployment(
 ) -> Deployment:
     """Count what each of N devices holds when a model is cut by tensor parallelism.
 
-        weights = (all - whole) / N + whole, whole: embedding, head, norms, routers, scales
+        weights = (all - whole) / N + whole, whole: norms, routers, scales
         state of H / N heads        keys and values of G / N heads, one at least
 
     Args:
@@ -97,6 +97,6 @@ def _weights(
 ) -> int:
     counts = count_parameters(config)
     total = weight_bytes(config, weights, element_bytes)
-    whole = (counts.embedding + counts.lm_head + counts.norms) * element_bytes
-    whole += counts.router * max(4, element_bytes) + weight_scale_bytes(config, weights)
+    whole = counts.norms * element_bytes + counts.router * max(4, element_bytes)
+    whole += weight_scale_bytes(config, weights)
     return -(-(total - whole) // num_devices) + whole

@@ -1,5 +1,6 @@
 """Muon for matrices, with AdamW for everything else, as one optimizer."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,16 +17,18 @@ _BATCH_ELEMENTS = 2**27
 class Parts(NamedTuple):
     """How ranks hold a matrix, for those that hold it in part.
 
-    whole: gathers a tensor of a rank's part; every rank calls it in the same order.
-    own: this rank's part of a whole tensor, by the example of a parameter.
+    whole: gathers what lies like a parameter; every rank calls it in the same order.
+    own: this rank's part of a whole tensor, as it holds a parameter's.
+    shape: of a whole parameter.
     """
 
-    whole: Callable[[Tensor], Tensor]
-    own: Callable[[Tensor, Tensor], Tensor]
+    whole: Callable[[Tensor, nn.Parameter], Tensor]
+    own: Callable[[Tensor, nn.Parameter], Tensor]
+    shape: Callable[[nn.Parameter], Sequence[int]]
 
 
 # Of a process that holds every matrix whole.
-UNDIVIDED = Parts(lambda x: x, lambda x, _: x)
+UNDIVIDED = Parts(lambda x, _: x, lambda x, _: x, lambda parameter: parameter.shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -77,13 +80,13 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("closure must be None: a step is taken once, from gradients")
         for group in self._matrices:
             with_gradient = [p for p in group["params"] if p.grad is not None]
-            for batch in _batches(with_gradient):
+            for batch in _batches(with_gradient, self._parts.shape):
                 self._update(batch, group["lr"], group["weight_decay"])
         self._adamw.step()
 
     def _update(self, batch: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         """Parameters whose matrices have one shape."""
-        moved = [self._parts.whole(self._nesterov(p)) for p in batch]
+        moved = [self._parts.whole(self._nesterov(p), p) for p in batch]
         M, N = moved[0].shape[-2:]
         stacked = torch.cat([x.reshape(-1, M, N) for x in moved])
         whole = orthogonalized(stacked).split([x.numel() // (M * N) for x in moved])
@@ -101,16 +104,24 @@ class Muon(torch.optim.Optimizer):
         return moved.to(torch.bfloat16) if parameter.device.type == "cuda" else moved
 
 
-def _batches(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _batches(
+    parameters: Sequence[nn.Parameter], shape_of: Callable[[nn.Parameter], Sequence[int]]
+) -> Iterator[list[nn.Parameter]]:
     """Parameters whose matrices have one shape, as many as may be orthogonalised at once."""
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        by_shape[tuple(parameter.shape[-2:])].append(parameter)
+        by_shape[tuple(shape_of(parameter)[-2:])].append(parameter)
     for alike in by_shape.values():
         batch: list[nn.Parameter] = []
         for parameter in alike:
-            if batch and sum(p.numel() for p in [*batch, parameter]) > _BATCH_ELEMENTS:
+            if batch and _elements([*batch, parameter], shape_of) > _BATCH_ELEMENTS:
                 yield batch
                 batch = []
             batch.append(parameter)
         yield batch
+
+
+def _elements(
+    parameters: Sequence[nn.Parameter], shape_of: Callable[[nn.Parameter], Sequence[int]]
+) -> int:
+    return sum(math.prod(shape_of(parameter)) for parameter in parameters)

@@ -161,10 +161,12 @@ def _reduced(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def check_num_ranks(config: ParallelConfig, num_processes: int) -> None:
     """Raise ConfigError unless the degrees multiply to the number of processes."""
     if config.num_ranks != num_processes:
+        start = f"torchrun --nproc-per-node {config.num_ranks} --no-python sevenfold train"
         raise ConfigError(
-            f"parallel: pipeline * replicate * shard * context * tensor must be the "
-            f"{num_processes} processes of the run, got {config.pipeline} * {config.replicate} * "
-            f"{config.shard} * {config.context} * {config.tensor} = {config.num_ranks}"
+            f"parallel: pipeline * replicate * shard * context * tensor must be the number of "
+            f"processes of the run, {num_processes}, got {config.pipeline} * {config.replicate} * "
+            f"{config.shard} * {config.context} * {config.tensor} = {config.num_ranks}; on one "
+            f"node `{start}` starts as many"
         )
 
 

@@ -6,6 +6,7 @@ their place, and columns by a copy of each weight. So it divides dimension 0 whe
 does, but for experts, first by expert, and lightning attention's norm, first by tensor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +78,16 @@ def tensor_slice(x: Tensor, parts: ParameterParts, index: int, size: int) -> Ten
     halves = x.chunk(2, parts.tensor) if parts.has_halves else (x,)
     own = [half.chunk(size, parts.tensor)[index] for half in halves]
     return own[0] if len(own) == 1 else torch.cat(own, parts.tensor)
+
+
+def joined_slices(slices: Sequence[Tensor], parts: ParameterParts) -> Tensor:
+    """Join the parts of all tensor ranks: the inverse of tensor_slice."""
+    if parts.tensor is None:
+        return slices[0]
+    if not parts.has_halves:
+        return torch.cat(list(slices), parts.tensor)
+    halves = [by_halves(x, parts) for x in slices]
+    return torch.cat(halves, parts.tensor + 1).flatten(parts.tensor, parts.tensor + 1)
 
 
 def by_halves(x: Tensor, parts: ParameterParts) -> Tensor:

@@ -106,16 +106,15 @@ class Pipeline:
     Args:
         model: what this rank holds, on its device.
         layout: with pipeline above 1.
+        stream: dtype of what one stage hands to the next.
     """
 
-    def __init__(self, model: HybridModel, layout: Layout) -> None:
+    def __init__(self, model: HybridModel, layout: Layout, *, stream: torch.dtype) -> None:
         config, self._num_layers = layout.config, len(model.layers)
         self.stages = rank_stages(config, self._num_layers, layout.place.stage)
         self._rank, self._config = layout.place.stage, config
         self._group = layout.group("pipeline")
-        self._like = torch.empty(
-            0, model.config.hidden_size, device=model.device, dtype=model.dtype
-        )
+        self._like = torch.empty(0, model.config.hidden_size, device=model.device, dtype=stream)
         self._schedules: dict[tuple[int, int], _Scheduled] = {}
 
     def forward_backward(self, num_micro_batches: int, num_tokens: int, compute: Compute) -> None:

@@ -16,11 +16,18 @@ ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
+class CacheControl(ApiRequest):
+    """A mark at the end of a message or part: other requests will share the prompt up to it."""
+
+    type: Literal["ephemeral"]
+
+
 class TextPart(ApiRequest):
     """A part of a message; text is all that there is, so nothing is ever fetched."""
 
     type: Literal["text"]
     text: str
+    cache_control: CacheControl | None = None
 
 
 class CalledFunction(ApiRequest):
@@ -49,6 +56,7 @@ class Message(ApiRequest):
     reasoning: str | None = None
     tool_calls: list[PastToolCall] | None = None
     tool_call_id: str | None = None
+    cache_control: CacheControl | None = None
     # OpenAI's client sends these back with an answer's message, empty.
     refusal: None = None
     audio: None = None
@@ -57,7 +65,7 @@ class Message(ApiRequest):
 
 
 class ToolFunction(ApiRequest):
-    """What an answer may call; parameters is a JSON schema."""
+    """What an answer may call; parameters is a JSON schema, which strict makes arguments follow."""
 
     name: ToolName
     description: str | None = None
@@ -85,6 +93,20 @@ class NamedTool(ApiRequest):
     function: NamedFunction
 
 
+class AllowedTools(ApiRequest):
+    """Which of the tools may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
+
+
+class AllowedToolChoice(ApiRequest):
+    """A choice among some of the tools; the prompt shows all of them."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(SamplingFields):
     """A conversation to answer."""
 
@@ -93,7 +115,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # As ForeignFields: an answer begins a turn, and its reasoning comes apart and as a stream.
     continue_final_message: Literal[False] | None = None

@@ -4,16 +4,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sevenfold.engine.request_options import Priority
+from sevenfold.engine.sampling.params import Bias, Penalty, Repetition, Temperature
+
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+
+MAX_CACHE_MARKS = 4  # as in the interfaces that cache_control comes from
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class ApiRequest(BaseModel):
@@ -72,13 +75,13 @@ class SamplingFields(ForeignFields):
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Temperature | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = Field(
         default=None, description="-1 and 0 keep all"
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    repetition_penalty: Repetition | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
@@ -92,7 +95,7 @@ class SamplingFields(ForeignFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    priority: Priority = 0
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
@@ -102,7 +105,7 @@ class SamplingFields(ForeignFields):
 
 
 class PromptDetails(ApiAnswer):
-    """How much of the prompt was cached; if not all, why there was not more."""
+    """How much of the prompt was cached; if nothing, why."""
 
     cached_tokens: int
     cache_miss_reason: str | None

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sevenfold.server.api_common import (
+    MAX_CACHE_MARKS,
     MAX_LOGPROBS,
     ApiAnswer,
     SamplingFields,
@@ -13,6 +14,7 @@ from sevenfold.server.api_common import (
 )
 
 Tokens = Annotated[list[Token], Field(min_length=1)]
+Mark = Annotated[int, Field(ge=1)]
 
 
 class CompletionRequest(SamplingFields):
@@ -26,6 +28,9 @@ class CompletionRequest(SamplingFields):
     )
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    cache_marks: Annotated[list[Mark], Field(max_length=MAX_CACHE_MARKS)] | None = Field(
+        None, description="rising token counts up to which other requests share the prompts"
+    )
     best_of: Literal[1] | None = None
     suffix: None = None
 

@@ -22,7 +22,7 @@ class TokenizeRequest(ApiRequest):
 
 
 class Tokens(ApiAnswer):
-    """The tokens of a text; marks are the counts at which a turn of a conversation ends."""
+    """The tokens of a text; marks are the counts after which a conversation's state may be kept."""
 
     tokens: list[int]
     count: int

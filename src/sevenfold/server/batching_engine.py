@@ -6,17 +6,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sevenfold.engine import RequestFailedError, SamplingParams, TextModel
-from sevenfold.engine.cache import CacheManager, MissReason, SessionLimits
+from sevenfold.engine.cache import MissReason, SessionLimits
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.request import Request, Status
 from sevenfold.engine.scheduler import QueueFullError, SchedulerConfig
-from sevenfold.engine.speculation import DraftModel, SpeculationConfig, SpeculationCounters
+from sevenfold.engine.speculation import DraftModel, SpeculationConfig
 from sevenfold.engine.warm_up import WarmUpStoppedError
 from sevenfold.server.engine_protocol import (
     EngineFullError,
@@ -24,12 +23,11 @@ from sevenfold.server.engine_protocol import (
     EngineStoppedError,
     Feature,
     GenerationRequest,
-    HostStats,
-    Pool,
     PromptOutput,
     TokenOutput,
 )
 from sevenfold.server.engine_protocol import MissReason as PublicReason
+from sevenfold.server.engine_stats import read_stats
 
 _WARM_PROMPT, _WARM_TOKENS = 600, 4
 _JOIN_S = 10.0  # a long prefill does not keep the program from ending
@@ -96,8 +94,6 @@ class BatchingEngine:
         self.max_context_tokens = min(n for n in limits if n is not None)
         self.vocab_size = source.model.config.vocab_size
         self.eos_token_id = source.model.config.eos_token_id
-        self._plan = plan
-        self._weight_bytes = sum(p.numel() * p.element_size() for p in source.model.parameters())
         self._engine = Engine(
             source.model,
             source.tokenizer,
@@ -111,17 +107,20 @@ class BatchingEngine:
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}
         self._steps = 0
+        self._moved_s: float | None = None  # when it last computed; None while it has no work
         self._failure: Exception | None = None
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
         # What every reading of the stats begins from: it does not change.
+        weights = sum(p.numel() * p.element_size() for p in source.model.parameters())
         self._fixed_stats = EngineStats(
+            memory_bytes={"weights": weights},
             effective_concurrency=plan.concurrency(self.max_context_tokens),
             longest_context_tokens=min(
                 self.max_context_tokens, plan.longest_context_tokens or self.max_context_tokens
             ),
-            smallest_cacheable_prefix_tokens=plan.smallest_cacheable_prefix_tokens,
+            smallest_cacheable_prefix_tokens=config.grain_tokens,
         )
         self._stats = self._fixed_stats
         self._thread = threading.Thread(target=self._work, name="sevenfold-engine", daemon=True)
@@ -149,6 +148,15 @@ class BatchingEngine:
     def healthy(self) -> bool:
         """Whether the thread lives, and no step has failed."""
         return self._failure is None and self._thread.is_alive()
+
+    def stalled_s(self) -> float:
+        """Seconds since a step last computed something, or work came; 0.0 while there is none.
+
+        Orders that wait are work, and taking them is not enough: cancelled requests do not hide a
+        step that never ends.
+        """
+        moved_s = self._moved_s
+        return 0.0 if moved_s is None else time.monotonic() - moved_s
 
     async def warm_up(self, note: Callable[[str], None]) -> None:
         """Do what happens once, and run two requests, one of them long: no client waits for it.
@@ -220,6 +228,8 @@ class BatchingEngine:
                     raise EngineStoppedError("the engine has stopped")
                 return
             self._orders.append(run)
+            if self._moved_s is None:
+                self._moved_s = time.monotonic()
             self._wake.notify()
 
     def _work(self) -> None:
@@ -228,10 +238,12 @@ class BatchingEngine:
                 began_s = time.monotonic()
                 events = self._engine.step()
                 scheduler = self._engine.scheduler
-                self._steps += bool(events or scheduler.num_prefilling or scheduler.num_decoding)
+                if events or scheduler.num_prefilling or scheduler.num_decoding:
+                    self._steps += 1
+                    self._moved_s = time.monotonic()
                 self._note_opened(began_s)
                 # First: whoever gets a token finds it in the stats.
-                self._stats = self._read_stats()
+                self._stats = read_stats(self._engine, self._fixed_stats, self._steps)
                 self._tell(events)
         except WarmUpStoppedError:
             pass  # as it was told to
@@ -250,6 +262,7 @@ class BatchingEngine:
         while True:
             with self._wake:
                 while not (self._orders or self._closed or self._engine.has_work):
+                    self._moved_s = None
                     self._wake.wait()
                 if self._closed:
                     self._refuse()
@@ -258,7 +271,7 @@ class BatchingEngine:
             for _ in range(num_orders):
                 self._orders.popleft()()
             if num_orders:
-                self._stats = self._read_stats()
+                self._stats = read_stats(self._engine, self._fixed_stats, self._steps)
             if self._engine.has_work:
                 return True
 
@@ -329,62 +342,6 @@ class BatchingEngine:
             missed = None if public is None else _REASONS[public]
             prompt = PromptOutput(found.hit_tokens, missed, job.queue_s, event.prompt_logprobs)
         return TokenOutput(event.token_id, event.text, reason, event.logprobs, prompt)
-
-    def _read_stats(self) -> EngineStats:
-        scheduler, counters = self._engine.scheduler, self._engine.counters()
-        usage, plan = self._engine.cache.usage(), self._plan
-        drafts = self._engine.speculation_counters() or SpeculationCounters()
-        layout = plan.layout
-        sizes = (plan.state_bytes, plan.page_bytes, plan.snapshot_bytes)
-        states, pages, snapshots = (
-            Pool(usage.num_items[t], layout.num_usable_slabs * layout.places[t], sizes[t])
-            for t in Tenant
-        )
-        taken = layout.num_usable_slabs - usage.num_free_slabs
-        held = {"states": states, "kv": pages, "snapshots": snapshots}
-        memory = {name: pool.used * pool.bytes_each for name, pool in held.items()}
-        return replace(
-            self._fixed_stats,
-            running=scheduler.num_prefilling + scheduler.num_decoding,
-            waiting={"memory_or_turn": scheduler.num_waiting},
-            steps=self._steps,
-            slabs=Pool(taken, layout.num_usable_slabs, layout.slab_bytes),
-            pages=pages,
-            states=states,
-            snapshots=snapshots,
-            memory_bytes={"weights": self._weight_bytes} | memory,
-            prompt_tokens=counters.query_tokens,
-            cached_tokens=counters.hit_tokens,
-            potential_tokens=counters.missed_tokens,
-            misses=counters.misses,
-            recomputed_tokens=scheduler.num_recomputed_tokens,
-            snapshots_taken=counters.num_snapshots,
-            snapshots_refused=counters.num_refused_snapshots,
-            snapshots_evicted=counters.num_evicted,
-            pages_dropped=counters.num_dropped_pages,
-            preemptions=scheduler.num_preemptions,
-            drafts=drafts.num_drafts,
-            drafted_tokens=drafts.num_drafted_tokens,
-            accepted_tokens=drafts.num_accepted_tokens,
-            sessions=self._engine.cache.num_sessions,
-            host=_host_stats(self._engine.cache, plan),
-        )
-
-
-def _host_stats(cache: CacheManager, plan: MemoryPlan) -> HostStats | None:
-    usage, counters = cache.host_usage(), cache.host_counters()
-    if plan.host is None or usage is None or counters is None:
-        return None
-    total = plan.host.num_usable_slabs
-    return HostStats(
-        slabs=Pool(total - usage.num_free_slabs, total, plan.host.slab_bytes),
-        kept=counters.num_kept,
-        refused=counters.num_refused,
-        evicted=counters.num_evicted,
-        restored=counters.num_hits,
-        restored_tokens=counters.hit_tokens,
-        restored_bytes=counters.copied_bytes,
-    )
 
 
 def _give(job: _Job, output: _Given) -> None:

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sevenfold.server.answers import AnswerBuilder, token_logprobs
-from sevenfold.server.api_chat import ChatCompletion, ChatRequest, NamedTool
+from sevenfold.server.api_chat import (
+    AllowedToolChoice,
+    ChatCompletion,
+    ChatRequest,
+    NamedTool,
+    ToolFunction,
+)
 from sevenfold.server.constraints import AskedGrammar, call_grammar, format_grammar
 from sevenfold.server.disconnects import EventStream, unless_gone
 from sevenfold.server.engine_protocol import GenerationRequest
@@ -22,6 +28,7 @@ from sevenfold.server.routing import StrictRoute, errors
 from sevenfold.server.runs import Run, StreamUsage
 from sevenfold.server.sampling import sampling_params, seeded
 from sevenfold.server.service import Service
+from sevenfold.server.strict_tools import strict_grammar
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -53,44 +60,51 @@ def chat_router(service: Service) -> APIRouter:
 async def _prepared(service: Service, body: ChatRequest, salt: bytes) -> "_Chat":
     service.check_common(body)
     tools, forced = _callable(body)
-    grammar = _grammar(service, body, forced)
-    if grammar is not None:
-        service.need("constraint", grammar.param)
+    grammar = _grammar(service, body, tools if forced else None)
     shown = None if body.tool_choice == "none" else body.tools
     prompt = await service.prompts.chat(body.messages, shown)
-    requests = await _requests(service, body, prompt, salt, grammar)
     thinking = prompt.thinking and grammar is None
-    return _Chat(service, body, requests, frozenset(tools), bool(forced), thinking)
+    if grammar is None:
+        grammar = strict_grammar(tools, service.settings, thinking=thinking)
+    elif not forced and any(tool.strict for tool in tools):
+        raise bad_request(
+            "strict must be left out, or false, beside a response_format for the whole answer",
+            "tools",
+        )
+    if grammar is not None:
+        service.need("constraint", grammar.param)
+    requests = await _requests(service, body, prompt, salt, grammar)
+    names = frozenset(tool.name for tool in tools)
+    return _Chat(service, body, requests, names, forced, thinking)
 
 
-def _callable(body: ChatRequest) -> tuple[list[str], list[dict[str, Any]] | None]:
-    """Return the tools that may be called by name, and those of which one must be."""
-    functions = [tool.function for tool in body.tools or []]
-    names = [function.name for function in functions]
-    choice = body.tool_choice
-    if choice is None or isinstance(choice, str):
-        if choice in ("auto", "required") and not names:
-            raise bad_request(f"tools must be given for tool_choice {choice}", "tools")
-        if choice == "none":
-            return [], None
-        wanted = names if choice == "required" else None
-    else:
-        wanted = _named(choice, names)
-    if wanted is None:
-        return names, None
-    return names, [f.model_dump(exclude_none=True) for f in functions if f.name in wanted]
+def _callable(body: ChatRequest) -> tuple[list[ToolFunction], bool]:
+    """Return the tools that may be called, and whether one must be."""
+    functions, choice = [tool.function for tool in body.tools or []], body.tool_choice
+    if choice in ("auto", "required") and not functions:
+        raise bad_request(f"tools must be given for tool_choice {choice}", "tools")
+    match choice:
+        case NamedTool():
+            return _named([choice], functions), True
+        case AllowedToolChoice(allowed_tools=allowed):
+            return _named(allowed.tools, functions), allowed.mode == "required"
+        case "none":
+            return [], False
+    return functions, choice == "required"
 
 
-def _named(choice: NamedTool, names: list[str]) -> list[str]:
-    name = choice.function.name
-    if name not in names:
-        raise bad_request(f"tool_choice must name one of tools, got {name!r}", "tool_choice")
-    return [name]
+def _named(wanted: Sequence[NamedTool], functions: Sequence[ToolFunction]) -> list[ToolFunction]:
+    names = {one.function.name for one in wanted}
+    beyond = sorted(names - {function.name for function in functions})
+    if beyond:
+        raise bad_request(f"tool_choice must name one of tools, got {beyond[0]!r}", "tool_choice")
+    return [function for function in functions if function.name in names]
 
 
 def _grammar(
-    service: Service, body: ChatRequest, forced: list[dict[str, Any]] | None
+    service: Service, body: ChatRequest, forced: Sequence[ToolFunction] | None
 ) -> AskedGrammar | None:
+    """Return what the whole answer must follow; None if it is free."""
     grammar = format_grammar(body.response_format, service.settings)
     if forced is None:
         return grammar

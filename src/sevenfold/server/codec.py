@@ -28,7 +28,7 @@ class Codec:
 
         Args:
             text: whole characters.
-            places: character counts; one inside a token has no token count.
+            places: character counts; for one inside a token, those of the tokens before it.
             param: what the text is called in errors.
 
         Raises:
@@ -47,8 +47,9 @@ class Codec:
             raise bad_request(f"{param} must be valid Unicode text", param) from error
         if not places:
             return encoded.ids, ()
-        starts, ends = zip(*encoded.offsets, strict=True) if encoded.ids else ((), ())
-        return encoded.ids, _marks(starts, ends, places)
+        ends = [end for _, end in encoded.offsets]
+        counts = {bisect_right(ends, place) for place in places}
+        return encoded.ids, tuple(sorted(counts - {0}))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
@@ -78,16 +79,6 @@ class Codec:
         # A name in byte-level form has a character a byte, so none is longer than its token's text;
         # 4: normalisers may drop characters before tokens are made, so this bound is generous.
         return 4 * max(map(len, self._tokenizer.get_vocab()), default=1)
-
-
-def _marks(starts: Sequence[int], ends: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
-    counts = []
-    for place in places:
-        count = bisect_right(ends, place)
-        whole = count == len(starts) or starts[count] >= place
-        if count and whole:
-            counts.append(count)
-    return tuple(sorted(set(counts)))
 
 
 def _bytes_of_characters() -> dict[str, int]:

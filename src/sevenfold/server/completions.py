@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -113,10 +114,22 @@ async def _requests(
                 priority=body.priority,
                 deadline_s=service.deadline_s(body),
                 salt=salt,
+                marks=_marks(body.cache_marks or [], prompt),
                 session=body.session,
             )
             made.append(request)
     return made
+
+
+def _marks(marks: Sequence[int], prompt: Prompt) -> tuple[int, ...]:
+    most = len(prompt.ids)
+    rising = all(a < b for a, b in pairwise(marks))
+    if not rising or (marks and marks[-1] > most):
+        raise bad_request(
+            f"cache_marks must rise and be at most the prompt's {most} tokens, got {list(marks)}",
+            "cache_marks",
+        )
+    return tuple(marks)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from sevenfold.config import UnsupportedError
 from sevenfold.engine.grammar import Grammar, GrammarCompiler, GrammarConstraint
+from sevenfold.server.api_chat import ToolFunction
 from sevenfold.server.api_common import ResponseFormat
 from sevenfold.server.errors import ApiError, bad_request
 from sevenfold.server.settings import ServerSettings
@@ -100,23 +101,25 @@ def format_grammar(body: ResponseFormat | None, settings: ServerSettings) -> Ask
     if body.regex is not None:
         return _regex(body.regex, "response_format.regex", settings)
     if body.grammar is not None:
-        param = "response_format.grammar"
-        _check_length(body.grammar, settings.max_grammar_chars, param)
-        return _made(Grammar.lark, body.grammar, param)
+        return lark_grammar(body.grammar, "response_format.grammar", settings)
     return None
 
 
-def call_grammar(
-    tools: Sequence[Mapping[str, Any]], settings: ServerSettings, param: str = "tools"
-) -> AskedGrammar:
+def lark_grammar(text: str, param: str, settings: ServerSettings) -> AskedGrammar:
+    """Return a grammar in Lark's form; param names it in errors."""
+    _check_length(text, settings.max_grammar_chars, param)
+    return _made(Grammar.lark, text, param)
+
+
+def call_grammar(tools: Sequence[ToolFunction], settings: ServerSettings) -> AskedGrammar:
     """Return the grammar of one call of one of the tools, as a JSON object."""
     calls = [
         {
             "type": "object",
             "properties": {
-                "name": {"const": tool["name"]},
+                "name": {"const": tool.name},
                 "arguments": _rebased(
-                    {"type": "object"} | (tool.get("parameters") or {}),
+                    {"type": "object"} | (tool.parameters or {}),
                     f"#/anyOf/{n}/properties/arguments",
                 ),
             },
@@ -125,7 +128,7 @@ def call_grammar(
         }
         for n, tool in enumerate(tools)
     ]
-    return _schema({"anyOf": calls}, param, settings)
+    return _schema({"anyOf": calls}, "tools", settings)
 
 
 def _rebased(node: Any, place: str) -> Any:
@@ -141,11 +144,15 @@ def _rebased(node: Any, place: str) -> Any:
     return made
 
 
-def _schema(schema: Mapping[str, Any], param: str, settings: ServerSettings) -> AskedGrammar:
-    text = json.dumps(schema)
-    _check_length(text, settings.max_grammar_chars, param)
+def check_schema(schema: Mapping[str, Any], param: str, settings: ServerSettings) -> None:
+    """Raise ApiError if a schema, or a regular expression in it, is too long."""
+    _check_length(json.dumps(schema), settings.max_grammar_chars, param)
     for pattern in _patterns(schema):
         _check_length(pattern, settings.max_regex_chars, f"{param}: pattern")
+
+
+def _schema(schema: Mapping[str, Any], param: str, settings: ServerSettings) -> AskedGrammar:
+    check_schema(schema, param, settings)
     return _made(Grammar.json_schema, schema, param)
 
 

@@ -39,6 +39,10 @@ class TokenConstraint(Protocol):
         """Whether nothing more can follow, so that the output ends with "stop"."""
         ...
 
+    def problem(self) -> str | None:
+        """What keeps it from knowing what may come next, for the caller; None if nothing does."""
+        ...
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -52,7 +56,8 @@ class GenerationRequest:
     priority: the greater, the sooner; other than 0 needs the feature "priority".
     deadline_s: seconds from submission after which nobody waits for the output.
     salt: outputs share cached tokens only under one salt.
-    marks: rising token counts where a turn of the conversation ends: places for snapshots.
+    marks: rising token counts where a turn of the conversation ends, or what other requests share:
+        places for snapshots.
     session: a conversation that wants its snapshot pinned; needs the feature "session".
     """
 
@@ -69,7 +74,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class PromptOutput:
-    """What became of the prompt: tokens found in the cache, and why there were not more.
+    """What became of the prompt: tokens found in the cache, and if there were none, why.
 
     queue_s: seconds until its first token was computed on; None if the engine does not know.
     logprobs: one entry for each prompt token but the first, if they were asked for.
@@ -127,7 +132,7 @@ class HostStats:
 class EngineStats:
     """What an engine tells of itself, now and since it started.
 
-    running, waiting: requests now; those that wait by the reason why.
+    running, waiting: requests now; those that wait by what keeps the first of them, 0 for the rest.
     steps: that computed something; while it rises, requests make progress.
     slabs, pages, states, snapshots: memory now.
     memory_bytes: bytes now by what holds them ("weights", "kv", "states", ...).
@@ -139,6 +144,7 @@ class EngineStats:
         not worth their memory, and that made room.
     pages_dropped: cached keys and values that no snapshot reached any more.
     drafts, drafted_tokens, accepted_tokens: checks of guesses, guesses, and those that were right.
+    nonfinite_outputs: that failed because their logits were not finite.
     effective_concurrency: requests of full length that memory holds at a time.
     longest_context_tokens: that memory holds for one request.
     sessions: conversations that keep their prefix now.
@@ -164,6 +170,7 @@ class EngineStats:
     snapshots_evicted: int = 0
     pages_dropped: int = 0
     preemptions: int = 0
+    nonfinite_outputs: int = 0
     drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
@@ -202,7 +209,11 @@ class ServingEngine(Protocol):
         ...
 
     def healthy(self) -> bool:
-        """Whether requests make progress, or could."""
+        """Whether it can compute: it has not stopped."""
+        ...
+
+    def stalled_s(self) -> float:
+        """Seconds since it last computed something or found work; 0.0 while it has none."""
         ...
 
     def forget(self) -> None:

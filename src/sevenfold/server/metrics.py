@@ -45,6 +45,10 @@ _COUNTERS = {
     "sevenfold_drafts": ("drafts", "Times that guesses were checked."),
     "sevenfold_snapshots_evicted": ("snapshots_evicted", "Snapshots that made room."),
     "sevenfold_preemptions": ("preemptions", "Outputs that had to wait again."),
+    "sevenfold_nonfinite_outputs": (
+        "nonfinite_outputs",
+        "Outputs that failed because their logits were not finite.",
+    ),
     "sevenfold_drafted_tokens": ("drafted_tokens", "Tokens guessed by speculation."),
     "sevenfold_accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
 }
@@ -94,13 +98,14 @@ class Metrics:
             "sevenfold_generated_tokens", "Tokens generated.", registry=registry
         )
         self.misses = Counter(
-            "sevenfold_cache_misses", "Prompts by why no more was cached.", ["reason"],
+            "sevenfold_cache_misses", "Prompts that found nothing, as told.", ["reason"],
             registry=registry,
         )  # fmt: skip
         self.queue = self._seconds("queue", "From an output's admission to its first step.")
         self.prefill = self._seconds("prefill", "From an output's first step to its first token.")
         self.first_token = self._seconds("time_to_first_token", "Until an output's first token.")
         self.next_token = self._seconds("inter_token", "Between tokens of an output.")
+        self.decode = self._seconds("decode", "From an output's first token to its last.")
         self.whole = self._seconds("request", "From a request's admission to its end.")
         self.under_way = Gauge(
             "sevenfold_outputs_under_way", "Admitted and not ended.", registry=registry
@@ -133,7 +138,9 @@ class _EngineCollector:
         for name, (field, what) in _COUNTERS.items():
             yield CounterMetricFamily(name, what, value=getattr(stats, field))
         yield _misses(stats.misses, self._exact_misses)
-        yield _labelled("sevenfold_requests_waiting", "By reason.", "reason", stats.waiting)
+        yield _labelled(
+            "sevenfold_requests_waiting", "By what keeps the first.", "reason", stats.waiting
+        )
         yield _labelled(
             "sevenfold_memory_bytes", "By what holds them.", "tenant", stats.memory_bytes
         )

@@ -2,23 +2,28 @@
 
 import asyncio
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sevenfold.server.api_chat import Message, Tool
+from sevenfold.server.api_common import MAX_CACHE_MARKS
 from sevenfold.server.chat_template import ChatTemplate
 from sevenfold.server.codec import Codec
 from sevenfold.server.errors import bad_request
 from sevenfold.server.output_parser import OPEN
 from sevenfold.server.settings import ServerSettings
 
+_SYSTEM = ("system", "developer")
+_MOST_TURN_ENDS = 8  # each is rendered
+
 
 @dataclass(frozen=True)
 class Prompt:
     """Tokens to go on from.
 
-    marks: rising token counts at which a turn of the conversation ends.
+    marks: rising token counts at which a turn of the conversation, or what its caller marked, ends.
     thinking: the prompt has opened the answer's reasoning.
     """
 
@@ -46,9 +51,13 @@ class Prompts:
             raise bad_request(
                 "tools must be left out: the model's chat template has no place for them", "tools"
             )
+        cuts = _asked_cuts(messages)
         made = [self._message(n, message) for n, message in enumerate(messages)]
+        # Where the next request of this conversation, or another with its system prompt, parts.
+        turns = [made[:end] for end in _turn_ends(messages)]
+        asked = [[*made[:n], self._message(n, cut)] for n, cut in cuts]
         shown = [tool.model_dump(exclude_none=True) for tool in tools or ()]
-        return await asyncio.to_thread(self._chat, made, shown or None)
+        return await asyncio.to_thread(self._chat, made, [*turns, *asked], shown or None)
 
     async def text(self, text: str, param: str) -> Prompt:
         """Encode a text."""
@@ -56,16 +65,16 @@ class Prompts:
         return Prompt(tuple(ids))
 
     def _chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        prefixes: Sequence[Sequence[Mapping[str, Any]]],
+        tools: Sequence[Mapping[str, Any]] | None,
     ) -> Prompt:
-        # Where the next request of this conversation, or another with its system prompt, parts.
-        num_system = next((n for n, m in enumerate(messages) if m["role"] != "system"), 0)
-        cuts = {num_system, len(messages) - 1, len(messages)} - {0}
-        renders = [(messages, True), *((messages[:cut], False) for cut in sorted(cuts))]
+        renders = [(messages, True), *((prefix, False) for prefix in prefixes)]
         text, *shorter = self._template.render(renders, tools)
         if text is None:
             raise AssertionError("the first render succeeds or raises")
-        places = [len(one) for one in shorter if one and text.startswith(one)]
+        places = [num_shared(text, one) for one in shorter if one]
         ids, marks = self._codec.encode_marked(text, places, "messages")
         return Prompt(tuple(ids), marks, text.rstrip().endswith(OPEN))
 
@@ -102,6 +111,14 @@ class Prompts:
         if self._template.takes_parts:
             return [{"type": "text", "text": text} for text in texts]
         return "\n".join(texts)
+
+
+def num_shared(text: str, other: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    if text.startswith(other):
+        return len(other)
+    lengths = range(1, len(other) + 1)
+    return bisect_left(lengths, True, key=lambda n: not text.startswith(other[:n]))
 
 
 def check_length(
@@ -156,3 +173,30 @@ def _arguments(text: str, index: int) -> dict[str, Any]:
         where = f"messages.{index}.tool_calls"
         raise bad_request(f"{where}: arguments must be a JSON object as text", where)
     return arguments
+
+
+def _turn_ends(messages: Sequence[Message]) -> list[int]:
+    """Messages after which a mark pays: the system prompt, all, and all but 1, 2, 4, 8, ..."""
+    roles = [message.role for message in messages]
+    num_system = next((n for n, role in enumerate(roles) if role not in _SYSTEM), 0)
+    back = [0, *(2**n for n in range(_MOST_TURN_ENDS - 1))]
+    ends = {len(messages) - num_left for num_left in back}
+    return sorted({num_system, *(end for end in ends if end > num_system)} - {0})
+
+
+def _asked_cuts(messages: Sequence[Message]) -> list[tuple[int, Message]]:
+    """Which messages their caller marked, and what there is of each up to its mark."""
+    cuts = []
+    for n, message in enumerate(messages):
+        parts = message.content if isinstance(message.content, list) else []
+        for end, part in enumerate(parts, 1):
+            if part.cache_control is not None:
+                cuts.append((n, message.model_copy(update={"content": parts[:end]})))
+        if message.cache_control is not None:
+            cuts.append((n, message))
+    if len(cuts) > MAX_CACHE_MARKS:
+        raise bad_request(
+            f"cache_control must be given {MAX_CACHE_MARKS} times at most, got {len(cuts)}",
+            "messages",
+        )
+    return cuts

@@ -38,7 +38,6 @@ class Desk:
         self.under_way = 0
         self._preparing = 0
         self._mean_s = 1.0
-        self._progress_s, self._steps = time.monotonic(), 0
         metrics.most.set(settings.max_requests)
         metrics.under_way.set_function(lambda: self.under_way)
 
@@ -63,8 +62,6 @@ class Desk:
             ApiError: there is no room, or the server is about to stop.
         """
         self._check_room(len(requests))
-        if self.under_way == 0:
-            self.note_progress()
         self.under_way += len(requests)
         return Run(self, self._engine, requests)
 
@@ -83,22 +80,13 @@ class Desk:
         self._mean_s += _SMOOTHING * (took_s - self._mean_s)
         self.metrics.whole.observe(took_s)
 
-    def note_progress(self) -> None:
-        """Take note that a token came."""
-        self._progress_s = time.monotonic()
-
     def healthy(self) -> bool:
-        """Whether the engine is well, and computes while somebody waits for tokens.
+        """Whether the engine is well, and computes while it has something to do.
 
-        A long prompt brings no token for minutes, so a step of the engine counts as well; it is
-        seen only when somebody asks, which health checks do all the time.
+        Who waits for it does not count: clients that give up early hide nothing.
         """
-        steps = self._engine.stats().steps
-        if steps != self._steps or self.warming_up:
-            self._steps = steps
-            self.note_progress()
-        stalled = time.monotonic() - self._progress_s > self._settings.stall_s
-        return self._engine.healthy() and not (self.under_way and stalled)
+        stalled = self._engine.stalled_s() > self._settings.stall_s
+        return self._engine.healthy() and (self.warming_up or not stalled)
 
 
 @dataclass
@@ -106,6 +94,7 @@ class _Progress:
     """How far one output has come."""
 
     last_s: float
+    first_s: float = 0.0
     tokens: int = 0
     prompt: PromptOutput = field(default_factory=PromptOutput)
     ended: bool = False
@@ -152,8 +141,7 @@ class Run:
 
     async def stop(self, index: int, reason: str) -> None:
         """End one output before its time; it is not heard of again."""
-        self._progress[index].ended = True
-        self._desk.metrics.outputs.labels(reason).inc()
+        self._end(self._progress[index], reason)
         await _cancelled(self._tasks[index : index + 1])
 
     async def close(self) -> None:
@@ -212,10 +200,10 @@ class Run:
             ) from error
 
     def _note(self, index: int, output: TokenOutput) -> None:
-        self._desk.note_progress()
         metrics, one = self._desk.metrics, self._progress[index]
         now = time.monotonic()
         (metrics.next_token if one.tokens else metrics.first_token).observe(now - one.last_s)
+        one.first_s = one.first_s if one.tokens else now
         one.last_s = now
         one.tokens += 1
         metrics.new_tokens.inc()
@@ -229,8 +217,13 @@ class Run:
             if output.prompt.miss_reason is not None:
                 metrics.misses.labels(output.prompt.miss_reason).inc()
         if output.finish_reason is not None:
-            one.ended = True
-            metrics.outputs.labels(output.finish_reason).inc()
+            self._end(one, output.finish_reason)
+
+    def _end(self, one: _Progress, reason: str) -> None:
+        """Note that an output has come to an end of its own."""
+        one.ended = True
+        self._desk.metrics.outputs.labels(reason).inc()
+        self._desk.metrics.decode.observe(one.last_s - one.first_s)
 
     def _count_rest(self, reason: str) -> None:
         for one in self._progress:

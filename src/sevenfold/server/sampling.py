@@ -8,8 +8,6 @@ from sevenfold.server.api_common import SamplingFields
 from sevenfold.server.codec import Codec
 from sevenfold.server.errors import bad_request
 
-# Below this, logits over temperature leave the range of fp32.
-LEAST_TEMPERATURE = 0.01
 _SAME = (
     "repetition_penalty",
     "presence_penalty",
@@ -45,11 +43,6 @@ def sampling_params(
         ApiError: a value breaks a rule.
     """
     temperature = 1.0 if body.temperature is None else body.temperature
-    if 0 < temperature < LEAST_TEMPERATURE:
-        raise bad_request(
-            f"temperature must be 0 or at least {LEAST_TEMPERATURE}, got {temperature}",
-            "temperature",
-        )
     values: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
     values |= {
         "max_tokens": max_tokens,

@@ -32,7 +32,7 @@ class ServerSettings(StrictModel):
     max_deadline_s: seconds for a request; also of those that name no deadline_s.
     template_timeout_s: to render a chat template.
     grammar_timeout_s: to compile a grammar.
-    stall_s: without a token while requests are under way, until /health turns red.
+    stall_s: of an engine that has work and computes nothing, until /health turns red.
     drain_s: for requests under way to end after SIGTERM.
     """
 

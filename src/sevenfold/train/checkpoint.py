@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from sevenfold.config import CheckpointError, parse_config
 from sevenfold.models import HybridModel
@@ -84,7 +87,7 @@ def save_checkpoint(
         CheckpointError: it could not be written; earlier checkpoints are untouched.
     """
     place = Place(folder, progress.step, keep, layout)
-    if not place.final.exists():
+    if not place.is_taken():
         with place.removed_on_failure():
             place.begin(progress)
             _write_tensors(tensors, place.staging, layout)
@@ -117,6 +120,10 @@ class Place:
     def staging(self) -> Path:
         """Where it is written."""
         return self.folder / f".step-{self.step}.tmp"
+
+    def is_taken(self) -> bool:
+        """Whether the step has a checkpoint, as the first rank finds it; all ranks call."""
+        return self.layout.agree(self.layout.is_first and self.final.exists())
 
     def begin(self, progress: Progress) -> None:
         """Make the folder, and write the counters; all ranks call."""
@@ -157,7 +164,20 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def newest_for_all(folder: Path, layout: Layout) -> Path | None:
+    """Return the newest checkpoint as the first rank finds it, None without one; all ranks call."""
+    newest = next(reversed(list_checkpoints(folder)), None) if layout.is_first else None
+    if not layout.agree(newest is not None):
+        return None
+    step = 0 if newest is None else _step_of(newest)
+    return folder / f"step-{int(layout.sum_over_all(torch.tensor(step)))}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -231,8 +251,24 @@ def read_weights(path: Path, model: HybridModel) -> None:
 
 def _write_tensors(tensors: dict[str, Any], folder: Path, layout: Layout) -> None:
     with single_process():
-        # The writer flushes each file to the disk before it returns.
-        save(tensors, storage_writer=FileSystemWriter(folder), no_dist=layout.is_alone)
+        save(tensors, storage_writer=TensorWriter(folder), no_dist=layout.is_alone)
+
+
+class TensorWriter(FileSystemWriter):
+    """Writes a rank's tensors, and raises what the system said where it cannot.
+
+    torch's archive then fails to close, and of that error the other ranks hear no cause.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write, and flush each file to the disk."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause = _root_of(error)
+            if cause is error:
+                raise
+            raise cause from None
 
 
 @contextmanager
@@ -269,7 +305,12 @@ def _cause(error: OSError | CheckpointException) -> str:
     """What stands behind torch's summary: the system's error if there is one."""
     if isinstance(error, OSError):
         return str(error)
-    first = cause = next(iter(error.failures.values()))[0]
+    return str(_root_of(next(iter(error.failures.values()))[0]))
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """The system's error behind another; that one itself if there is none."""
+    cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return str(cause or first)
+    return cause or error

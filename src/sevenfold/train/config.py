@@ -1,12 +1,12 @@
 """What a run file can say."""
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sevenfold.config import ConfigError, StrictModel, parse_config, read_toml
 from sevenfold.models import ModelConfig
@@ -17,6 +17,12 @@ from sevenfold.train.data_config import DataSection
 
 _Positive = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[int, Field(ge=0)]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    return name
 
 
 class RunSection(StrictModel):
@@ -44,7 +50,7 @@ class RunSection(StrictModel):
     start_from: Path | None = None
     steps: _Positive
     seed: _NonNegative = 0
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    device: Annotated[str, AfterValidator(_device)] = "cpu"
     num_threads: _Positive | None = None
     deterministic: bool = False
     checkpoint_every_steps: _Positive = 500
@@ -197,12 +203,20 @@ class GuardSection(StrictModel):
                 f"rewind_after_skips must not exceed max_skipped_steps = {self.max_skipped_steps}, "
                 f"which ends the run, got {rewind}"
             )
-        if self.exit_stalled_s is not None and (self.stall_s or math.inf) > self.exit_stalled_s:
-            raise ValueError(
-                f"exit_stalled_s must be stall_s = {self.stall_s} or more, got "
-                f"{self.exit_stalled_s}"
-            )
+        if self.exit_stalled_s is not None:
+            self._check_exit(self.exit_stalled_s)
         return self
+
+    def _check_exit(self, exit_stalled_s: float) -> None:
+        if self.stall_s is None:
+            raise ValueError(
+                f"exit_stalled_s must be left out without stall_s, which watches the run, got "
+                f"{exit_stalled_s}"
+            )
+        if exit_stalled_s < self.stall_s:
+            raise ValueError(
+                f"exit_stalled_s must be at least stall_s = {self.stall_s}, got {exit_stalled_s}"
+            )
 
 
 class ValidationSection(StrictModel):
@@ -259,11 +273,6 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"parallel.gather_dtype must be unset without precision.autocast, whose products "
                 f"alone take rounded weights, got {self.parallel.gather_dtype!r}"
-            )
-        if self.optimizer.kind == "muon" and self.parallel.tensor > 1:
-            raise ValueError(
-                f"optimizer.kind must be 'adamw' with parallel.tensor = {self.parallel.tensor}, "
-                f"whose ranks hold parts of a matrix that none gathers, got 'muon'"
             )
         self.parallel.check_model(self.model)
         for size in sizes:

@@ -129,8 +129,10 @@ def train_steps(
     trainer.model.train()
     config, guard = trainer.config, trainer.config.guard
     progress = with_rows(progress, config)
+    if progress.step == config.run.steps:
+        return progress
     batch = trainer.read(progress.next_sample, rows_now(progress))
-    while progress.step < config.run.steps and not trainer.layout.agree(stop()):
+    while not trainer.layout.agree(stop()):
         began = time.perf_counter()
         trainer.pulse.beat("computes", progress.step)
         losses, norm = trainer.forward_backward(batch), trainer.gradient_norm()
@@ -150,6 +152,10 @@ def train_steps(
         check_skips(progress, fault, guard)
         if goes_back:
             progress = _gone_back(progress, rewind())
+        if progress.step == config.run.steps:
+            break
+        if upcoming is None:  # the last step was skipped, and comes again with other samples
+            upcoming = _read(trainer, progress.next_sample, rows_now(progress))
         if isinstance(upcoming, DataError):
             raise UnreadError(progress, upcoming)
         batch = upcoming
@@ -164,11 +170,19 @@ class UnreadError(Exception):
         self.progress, self.cause = progress, cause
 
 
-def _read_ahead(trainer: Trainer, progress: Progress, batch: StepBatch) -> StepBatch | DataError:
-    """The next step's samples; an error waits until this step is done."""
+def _read_ahead(
+    trainer: Trainer, progress: Progress, batch: StepBatch
+) -> StepBatch | DataError | None:
+    """The next step's samples, None after the last; an error waits until this step is done."""
+    if progress.step + 1 == trainer.config.run.steps:
+        return None  # what lies behind the end may be bad: that is not this run's matter
     rows = None if progress.rows is None else progress.rows[1]
+    return _read(trainer, progress.next_sample + batch.num_rows, rows)
+
+
+def _read(trainer: Trainer, first_sample: int, rows: int | None) -> StepBatch | DataError:
     try:
-        return trainer.read(progress.next_sample + batch.num_rows, rows)
+        return trainer.read(first_sample, rows)
     except DataError as error:
         return error
 

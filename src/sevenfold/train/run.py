@@ -17,6 +17,7 @@ from sevenfold.train.batch import ALONE, SampleSource
 from sevenfold.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
+    newest_for_all,
     read_progress,
     read_weights,
     remove_unfinished,
@@ -26,21 +27,21 @@ from sevenfold.train.config import RunConfig
 from sevenfold.train.loop import Trainer, UnreadError, train_steps
 from sevenfold.train.metrics import METRICS_FILE, MetricsFile, truncate_metrics
 from sevenfold.train.progress import Progress
-from sevenfold.train.pulse import watched
+from sevenfold.train.pulse import remove_signs, watched
 from sevenfold.train.ranks import first_for_all, join_ranks
 from sevenfold.train.recorder import OnStep, Recorder
 from sevenfold.train.run_data import RunData, open_data, training_loader, validation_loader
 from sevenfold.train.run_folder import CHECKPOINTS, FINAL, open_run_folder
-from sevenfold.train.saving import open_saver
+from sevenfold.train.saving import Saver, open_saver
 from sevenfold.train.setting import run_setting
 from sevenfold.train.signals import stop_on_signals
 from sevenfold.train.speed import FlopsCounter, known_peak_flops
 from sevenfold.train.stages import Start, find_start, first_rows, write_start
 from sevenfold.train.tensorboard import tensorboard_listener
 from sevenfold.train.trackio_sink import trackio_listener
-from sevenfold.train.transform import compile_parts, transform_blocks
+from sevenfold.train.transform import compile_parts, stream_dtype, transform_blocks
 from sevenfold.train.validation import ValidationResult, validate
-from sevenfold.train.whole_matrices import GATHERED
+from sevenfold.train.whole_matrices import gathered
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def _prepare_folder(config: RunConfig, data: RunData, start: Start | None) -> No
     open_run_folder(config, data.fingerprint)
     write_start(config, start)
     remove_unfinished(config.run.out / CHECKPOINTS)
+    remove_signs(config.run.out)
 
 
 def _find_newest(config: RunConfig) -> tuple[Path | None, int | None]:
@@ -148,9 +150,14 @@ def _build(
     if config.compile.enabled:
         compile_parts(model, autocast=config.precision.autocast)
     optimizer = build_optimizer(
-        model.named_parameters(), config.optimizer, by_mesh=groups_by_mesh, parts=GATHERED
+        model.named_parameters(),
+        config.optimizer,
+        by_mesh=groups_by_mesh,
+        parts=gathered(model, layout),
     )
-    pipeline = Pipeline(model, layout) if config.parallel.pipeline > 1 else None
+    pipeline = None
+    if config.parallel.pipeline > 1:
+        pipeline = Pipeline(model, layout, stream=stream_dtype(model, config.precision.stream))
     return Trainer(config, model, optimizer, loader, layout, pipeline)
 
 
@@ -207,7 +214,11 @@ def _continue(
         )
         try:
             progress = train_steps(
-                trainer, progress, after_step=recorder, stop=stop, rewind=partial(_rewind, trainer)
+                trainer,
+                progress,
+                after_step=recorder,
+                stop=stop,
+                rewind=partial(_rewind, trainer, saver),
             )
         except UnreadError as error:
             recorder.save(error.progress)
@@ -216,9 +227,11 @@ def _continue(
     return progress
 
 
-def _rewind(trainer: Trainer) -> Progress | None:
+def _rewind(trainer: Trainer, saver: Saver) -> Progress | None:
     """Put the newest checkpoint's weights and moments back; its counters, None without one."""
-    newest = next(reversed(list_checkpoints(trainer.config.run.out / CHECKPOINTS)), None)
+    # One in flight is the newest: left alone, it would get its name when the run comes there again.
+    saver.finish()
+    newest = newest_for_all(saver.folder, trainer.layout)
     if newest is None:
         return None
     tensors = run_tensors(trainer.model, trainer.optimizer, trainer.layout)

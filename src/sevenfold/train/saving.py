@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from sevenfold.parallel import Layout
-from sevenfold.train.checkpoint import Place, save_checkpoint, single_process
+from sevenfold.train.checkpoint import Place, TensorWriter, save_checkpoint, single_process
 from sevenfold.train.progress import Progress
 from sevenfold.train.ranks import first_for_all
 
@@ -82,13 +81,13 @@ class AsyncSaver(Saver):
         """
         self.finish()
         place = Place(self.folder, progress.step, self.keep, self.layout)
-        if place.final.exists():
+        if place.is_taken():
             return
         with place.removed_on_failure():
             place.begin(progress)
             self._written = async_save(  # pyright: ignore[reportAttributeAccessIssue]
                 tensors,
-                storage_writer=FileSystemWriter(place.staging),
+                storage_writer=TensorWriter(place.staging),
                 process_group=self._group,  # pyright: ignore[reportArgumentType]
                 async_stager=DefaultStager(StagingOptions(False, False, False, False)),
                 no_dist=self.layout.is_alone,

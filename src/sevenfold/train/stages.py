@@ -66,7 +66,7 @@ def find_start(config: RunConfig) -> Start | None:
     What the first start found stays in stage.json, whatever becomes of the run before.
 
     Raises:
-        ConfigError: run.start_from is no run with a checkpoint.
+        ConfigError: run.start_from is no run with a checkpoint, or one that is not complete.
     """
     file, before = config.run.out / STAGE_FILE, config.run.start_from
     if file.exists():
@@ -76,8 +76,13 @@ def find_start(config: RunConfig) -> Start | None:
     checkpoints = list_checkpoints(before / CHECKPOINTS)
     if not checkpoints:
         raise ConfigError(f"run.start_from must be a run with a checkpoint, got {before}")
-    progress = read_progress(checkpoints[-1])
-    earlier = load_run_config(before / CONFIG_FILE)
+    progress, earlier = read_progress(checkpoints[-1]), load_run_config(before / CONFIG_FILE)
+    if progress.step < earlier.run.steps:
+        raise ConfigError(
+            f"run.start_from must be a run that is complete, got {before}, which has done "
+            f"{progress.step} of its {earlier.run.steps} steps; finish it, or end it there with "
+            f"--set run.steps={progress.step}"
+        )
     start = find_start(earlier)
     documents = {**({} if start is None else start.documents), **_documents(earlier)}
     tokens = _tokens_read(earlier, start, progress.next_sample)

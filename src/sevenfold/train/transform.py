@@ -34,6 +34,11 @@ def narrow_stream(model: HybridModel) -> None:
     model.embed_tokens.register_forward_hook(lambda _module, _args, x: x.to(torch.bfloat16))
 
 
+def stream_dtype(model: HybridModel, stream: str | None) -> torch.dtype:
+    """Return the dtype of a model's residual stream; stream is the run file's, "bf16" or None."""
+    return model.dtype if stream is None else torch.bfloat16
+
+
 def recompute_blocks(model: HybridModel, every_layers: int) -> None:
     """Keep only the input of every k-th block, and run the block again in the backward.
 

@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sevenfold.engine.cache.admission import PromptPlaces, decode_snapshot, wanted_snapshots
+from sevenfold.engine.cache.admission import (
+    MOST_MARKS,
+    PromptPlaces,
+    decode_snapshot,
+    wanted_snapshots,
+)
 
 
 def places(num_tokens: int, marks=(), branch: int = 0) -> PromptPlaces:
@@ -22,10 +27,14 @@ def places(num_tokens: int, marks=(), branch: int = 0) -> PromptPlaces:
         (places(500, (100, 490)), {96: True, 480: True}),
         (places(500, (100,)), {96: True, 496: True}),
         (places(500, (100, 490), 208), {96: True, 208: True, 480: True}),
-        # Of many turns the last, and those 1, 2, 4, 8 before it.
         (
-            places(321, tuple(range(32, 321, 32))),
-            {32: True, 64: False, 192: False, 256: False, 288: False, 320: True},
+            places(321, (32, 70, 130, 200, 256, 320)),
+            {32: True, 64: False, 128: False, 192: False, 256: False, 320: True},
+        ),
+        # Of many marks the last, and those 1, 2, 4, 8, 16 before it.
+        (
+            places(641, tuple(range(32, 641, 32))),
+            {32: True, 128: False, 384: False, 512: False, 576: False, 608: False, 640: True},
         ),
         (places(9000), {1024: False, 2048: False, 4096: False, 8992: True}),
     ],
@@ -41,7 +50,8 @@ def test_they_are_few_and_on_borders(data, num_tokens, page) -> None:
     branch = data.draw(st.integers(0, num_tokens))
     wanted = wanted_snapshots(places(num_tokens, marks, branch), page)
     assert all(0 < at <= num_tokens and at % page == 0 for at in wanted)
-    assert len(wanted) <= 4 + len(marks).bit_length() + num_tokens.bit_length()
+    most_marks = max(MOST_MARKS, len(marks).bit_length())
+    assert len(wanted) <= 4 + most_marks + num_tokens.bit_length()
     for mark in (*marks[:1], *marks[-1:], branch):
         assert mark < page or wanted[mark // page * page]
     # Never more than two blocks are computed again by one who sends the same prompt and more.

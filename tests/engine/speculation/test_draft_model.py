@@ -134,6 +134,14 @@ def test_its_kernels_are_compiled_on_memory_of_nobody(
     assert request.num_accepted_tokens == request.num_drafted_tokens > 0
 
 
+def test_a_warm_up_that_is_stopped_runs_no_further(tokenizer: Tokenizer) -> None:
+    drafter = ModelDrafter(SMALLER, DraftModel(tiny_model("lf"), tokenizer))
+    runs, run_rows = [], drafter._runner.run
+    drafter._runner.run = lambda rows: runs.append(run_rows(rows))
+    drafter.warm_up(lambda: len(runs) == 3)
+    assert len(runs) == 3
+
+
 def test_what_never_pays_is_tried_by_what_may_be_lost(tokenizer: Tokenizer) -> None:
     """Nothing tells whether a smaller model is right but a draft, which costs time."""
     model = tiny_model("lsf", max_position_embeddings=200)

@@ -2,7 +2,6 @@
 
 import pytest
 from engine_helpers import tiny_model
-from pydantic import ValidationError
 from speculation_helpers import CHAIN, SMALLER, build, run, submit, tokens
 from tokenizers import Tokenizer
 
@@ -37,7 +36,7 @@ from sevenfold.models import preset
 def test_configurations_are_strict(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(PromptLookupConfig, values, "speculation")
-    with pytest.raises(ValidationError, match="memory_bytes"):
+    with pytest.raises(ConfigError, match="DraftModelConfig: memory_bytes must be given"):
         DraftModelConfig(draft_tokens=3)
 
 

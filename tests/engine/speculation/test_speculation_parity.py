@@ -301,6 +301,9 @@ class Alternating:
     def finished(self) -> bool:
         return len(self.taken) == self.num_tokens
 
+    def problem(self) -> str | None:
+        return None
+
 
 @pytest.mark.parametrize("mode", SPECULATING)
 def test_grammars_see_accepted_tokens_only(tokenizer: Tokenizer, mode: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FIRST_SPACED_TOKENS = 1024
+MOST_MARKS = 16  # of which each may have a snapshot
 DECODE_INTERVAL_TOKENS = 64
 
 
@@ -12,7 +13,7 @@ class PromptPlaces:
     """What is known about a prompt when it is admitted.
 
     num_tokens: of the prompt; after a preemption, with the output so far.
-    marks: rising token counts where its caller says that a turn ends.
+    marks: rising token counts where its caller says that a turn, or what others share, ends.
     branch_tokens: where other requests have been seen to leave its path; 0 for nowhere.
     """
 
@@ -26,8 +27,9 @@ def wanted_snapshots(places: PromptPlaces, page_tokens: int) -> dict[int, bool]:
 
     Needed ones: the first mark (the system prompt ends), the last (the generation prompt begins),
     the prompt's end unless the last mark is in the block before it, and the branch. The others are
-    good to have: of the marks the 2nd, 3rd, 5th, 9th, ... from the end, and 1,024 * 2**n tokens
-    where nothing else lies within a quarter of it. So their number grows with the logarithm.
+    good to have: the other marks, or of more than MOST_MARKS the 2nd, 3rd, 5th, 9th, ... from the
+    end, and 1,024 * 2**n tokens where nothing else lies within a quarter of it. So their number
+    grows with the logarithm.
 
     Args:
         places: the prompt.
@@ -38,7 +40,11 @@ def wanted_snapshots(places: PromptPlaces, page_tokens: int) -> dict[int, bool]:
     """
     # A turn that ends inside the first block has no border before its end.
     marks = [mark // page_tokens * page_tokens for mark in places.marks if mark >= page_tokens]
-    wanted = dict.fromkeys((marks[-(2**n + 1)] for n in range(32) if 2**n < len(marks)), False)
+    if len(marks) > MOST_MARKS:
+        others = [marks[-(2**n + 1)] for n in range(32) if 2**n < len(marks)]
+    else:
+        others = marks
+    wanted = dict.fromkeys(others, False)
     needed = [*marks[:1], *marks[-1:], places.branch_tokens // page_tokens * page_tokens]
     end = (places.num_tokens - 1) // page_tokens * page_tokens
     if not marks or end - marks[-1] > page_tokens:

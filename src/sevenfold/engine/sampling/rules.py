@@ -37,7 +37,9 @@ def build_rules(params: Sequence[SamplingParams], vocab_size: int, device: torch
         [2.0 if p.top_p is None else p.top_p for p in params],
         [p.min_p or 0.0 for p in params],
     )
-    counts = ([p.top_k or vocab_size for p in params], [p.temperature == 0 for p in params])
+    # More than all is all; a request may name a number that no int64 holds.
+    kept = [min(p.top_k or vocab_size, vocab_size) for p in params]
+    counts = (kept, [p.temperature == 0 for p in params])
     numbers = np.concatenate([np.array(fractions).view(np.int64), np.array(counts, np.int64)])
     sent = upload(numbers, device)
     temperature, top_p, min_p = sent[:3, :, None].view(torch.float64).float()

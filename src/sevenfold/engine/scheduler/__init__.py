@@ -4,6 +4,7 @@ from sevenfold.engine.scheduler.cache import Cache
 from sevenfold.engine.scheduler.config import QueueFullError, SchedulerConfig
 from sevenfold.engine.scheduler.scheduler import Scheduler
 from sevenfold.engine.scheduler.step import DecodeRow, PrefillChunk, Step
+from sevenfold.engine.scheduler.waiting import WaitReason
 
 __all__ = [
     "Cache",
@@ -13,4 +14,5 @@ __all__ = [
     "Scheduler",
     "SchedulerConfig",
     "Step",
+    "WaitReason",
 ]

@@ -11,6 +11,7 @@ from sevenfold.engine.scheduler.planning import Planner
 from sevenfold.engine.scheduler.roster import Entry, Roster
 from sevenfold.engine.scheduler.step import DecodeRow, PrefillChunk, Step
 from sevenfold.engine.scheduler.tenancy import Tenancy
+from sevenfold.engine.scheduler.waiting import WaitReason
 
 
 class Scheduler:
@@ -95,7 +96,9 @@ class Scheduler:
         self._reap()
         self._tenancy.grow()
         # What memory cannot hold already is not helped by more.
-        if not self._tenancy.preempted:
+        if self._tenancy.preempted:
+            self._admission.stopped_by = WaitReason.MEMORY
+        else:
             self._admit()
         prefills, decodes = self._planner.run()
         self._unrecorded = {row.request.id: row for row in (*prefills, *decodes)}
@@ -191,6 +194,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests that hold no memory."""
         return len(self._roster.waiting)
+
+    @property
+    def waits_for(self) -> WaitReason:
+        """Why they wait, as of the last step."""
+        return self._admission.stopped_by
 
     @property
     def num_prefilling(self) -> int:

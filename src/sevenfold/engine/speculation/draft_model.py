@@ -1,6 +1,6 @@
 """Drafts decoded by a smaller model, from states and keys of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -88,16 +88,20 @@ class ModelDrafter:
         self._runner = Runner(draft.model, self._storage, page_tokens=_PAGE_TOKENS)
         self._sequences: dict[str, _Sequence] = {}
 
-    def warm_up(self) -> None:
+    def warm_up(self, stopped: Callable[[], bool]) -> None:
         """Compile the smaller model's kernels, by runs on memory of nobody."""
         config, has_states = self._config, self._plan.has_states
         reach = Reach(config.context_tokens, config.max_chunk_tokens, _PAGE_TOKENS, has_states)
         runs = first_runs(reach, (), ())
         on_gpu = self._model.device.type == "cuda"
-        with compiled_together() if on_gpu else nullcontext():
-            for rows in runs:
-                self._runner.run(rows)
+        with compiled_together(stopped) if on_gpu else nullcontext():
+            self._run_until(stopped, runs)
+        self._run_until(stopped, runs)
+
+    def _run_until(self, stopped: Callable[[], bool], runs: list[list[Row]]) -> None:
         for rows in runs:
+            if stopped():
+                return
             self._runner.run(rows)
 
     def read(self, request: Request, num_tokens: int) -> None:

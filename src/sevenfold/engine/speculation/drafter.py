@@ -1,6 +1,6 @@
 """What a way of drafting is asked, and what it answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,8 +33,8 @@ class Drafter(Protocol):
 
     is_free: bool
 
-    def warm_up(self) -> None:
-        """Do what happens once, on a GPU, before a request waits for it."""
+    def warm_up(self, stopped: Callable[[], bool]) -> None:
+        """Do what happens once, on a GPU, before a request waits for it, until it is stopped."""
         ...
 
     def read(self, request: Request, num_tokens: int) -> None:

@@ -1,6 +1,6 @@
 """Drafts copied from the request's own prompt and output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sevenfold.engine.request import Request
@@ -36,7 +36,7 @@ class PromptLookup:
         self._config = config
         self._indexed: dict[str, _Indexed] = {}
 
-    def warm_up(self) -> None:
+    def warm_up(self, stopped: Callable[[], bool]) -> None:
         """Nothing: it runs no model."""
 
     def read(self, request: Request, num_tokens: int) -> None:

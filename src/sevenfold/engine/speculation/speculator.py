@@ -130,9 +130,9 @@ class Speculator:
         self._owes |= has_guesses
         return has_guesses
 
-    def warm_up(self) -> None:
-        """Do what happens once, on a GPU, before a request waits for it."""
-        self._drafter.warm_up()
+    def warm_up(self, stopped: Callable[[], bool]) -> None:
+        """Do what happens once, on a GPU, before a request waits for it, until it is stopped."""
+        self._drafter.warm_up(stopped)
 
     def read(self, request: Request, num_tokens: int) -> None:
         """Look at more of a prompt while the device computes so many of its tokens."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -11,9 +12,11 @@ from torch import distributed as dist
 from sevenfold.config import StrictModel
 from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.precision import SnapshotDtype, StateDtype
+from sevenfold.engine.quantised_weights import check_weights_device, exchange_weights
 from sevenfold.engine.tensor_parallel.channel import Channel
 from sevenfold.engine.worker import WorkerConfig
 from sevenfold.models import HybridModel
+from sevenfold.models.accounting import WeightFormat
 
 _PATIENCE = timedelta(minutes=30)  # until the slowest rank has read its part
 
@@ -22,13 +25,14 @@ class Joining(StrictModel):
     """What a process needs to know to join.
 
     checkpoint: the folder. device: "cpu" or "cuda"; rank n takes GPU n. dtype: as torch names it;
-        None keeps the file's.
+        None keeps the file's. weights: which matrices to quantise, and to what; None none.
     store: a file that does not exist, by which the ranks meet.
     """
 
     checkpoint: str
     device: str
     dtype: str | None
+    weights: WeightFormat | None
     rank: int
     num_ranks: int
     store: str
@@ -90,7 +94,8 @@ def join(joining: Joining) -> Joined:
 
     Raises:
         CheckpointError, UnsupportedError: as load_model.
-        ConfigError: the number of ranks does not divide the model's sizes.
+        ConfigError: the number of ranks does not divide the model's sizes, or weights has no
+            effect.
     """
     # Here, and not above: PyTorch's distributed tensors take as long to import as all the rest, and
     # nobody but a rank needs them.
@@ -102,8 +107,17 @@ def join(joining: Joining) -> Joined:
         device = torch.device("cuda", joining.rank)
         torch.cuda.set_device(device)
     dtype = None if joining.dtype is None else getattr(torch, joining.dtype)
+    exchange = None
+    if joining.weights is not None:
+        check_weights_device(joining.weights, device)
+        exchange = partial(exchange_weights, weights=joining.weights)
     divided = load_divided_model(
-        Path(joining.checkpoint), parallel, joining.rank, device=device, dtype=dtype
+        Path(joining.checkpoint),
+        parallel,
+        joining.rank,
+        device=device,
+        dtype=dtype,
+        exchange=exchange,
     )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

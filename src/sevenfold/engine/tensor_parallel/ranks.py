@@ -16,6 +16,7 @@ from sevenfold.engine.tensor_parallel.joining import Joined, Joining, Part, join
 from sevenfold.engine.tensor_parallel.leader import LeadingWorker
 from sevenfold.engine.worker import WorkerConfig
 from sevenfold.models import HybridModel
+from sevenfold.models.accounting import WeightFormat
 
 _FOLLOWER = "sevenfold.engine.tensor_parallel"
 _END_S = 10.0
@@ -65,7 +66,12 @@ class Ranks:
 
 
 def start_ranks(
-    checkpoint: Path, num_ranks: int, *, device: str, dtype: torch.dtype | None
+    checkpoint: Path,
+    num_ranks: int,
+    *,
+    device: str,
+    dtype: torch.dtype | None,
+    weights: WeightFormat | None = None,
 ) -> tuple[HybridModel, Ranks]:
     """Load a checkpoint in parts: one here, each other in a process that is started now.
 
@@ -74,6 +80,7 @@ def start_ranks(
         num_ranks: 2 or more, which must divide heads, widths and vocabulary.
         device: "cpu" or "cuda"; rank n takes GPU n.
         dtype: of the weights; None keeps the file's.
+        weights: which matrices each rank quantises as it reads its part, and to what; None none.
 
     Returns:
         The first part, which computes what the whole model computes where all ranks compute, and
@@ -81,7 +88,8 @@ def start_ranks(
 
     Raises:
         CheckpointError, UnsupportedError: as load_model.
-        ConfigError: num_ranks does not divide the model's sizes, or there are fewer GPUs.
+        ConfigError: num_ranks does not divide the model's sizes, there are fewer GPUs, or weights
+            has no effect on the model.
     """
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"device must be cpu or cuda with tensor_parallel, got {device!r}")
@@ -96,6 +104,7 @@ def start_ranks(
                 checkpoint=str(checkpoint),
                 device=device,
                 dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+                weights=weights,
                 rank=rank,
                 num_ranks=num_ranks,
                 store=str(Path(folder) / "store"),

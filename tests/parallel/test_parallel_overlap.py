@@ -1,0 +1,97 @@
+"""What runs beside which exchange: the recurrence beside states, experts beside token groups."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from parallel_helpers import MODEL, MOE
+from test_parallel_collectives import alone, flights_told  # noqa: F401
+from torch import Tensor
+from torch import distributed as dist
+
+from sevenfold.config import parse_config
+from sevenfold.models import ModelConfig
+from sevenfold.models.feed_forward import MixtureOfExperts
+from sevenfold.ops import lightning_attention
+from sevenfold.parallel import ParallelConfig, Place, divide_row
+from sevenfold.parallel.context import lightning
+from sevenfold.parallel.context.lightning import ContextLightning
+from sevenfold.parallel.experts import ExpertRoute
+
+
+class _Tells(torch.autograd.Function):
+    """What an operator gave: says when the operator's backward begins."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, events: list[str]) -> Tensor:
+        ctx.events = events
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.events.append("work")
+        return grads[0], None
+
+
+def test_states_travel_beside_the_recurrence_both_ways(
+    alone: dist.ProcessGroup,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = flights_told(monkeypatch)
+
+    def told(*arguments: Any, **named: Any) -> Any:
+        events.append("work")
+        result = lightning_attention(*arguments, **named)
+        return result._replace(o=_Tells.apply(result.o, events))
+
+    monkeypatch.setattr(lightning, "lightning_attention", told)
+    attend = ContextLightning(SimpleNamespace(log_decay=torch.tensor([-0.1, -0.01])), alone)
+    # One rank has both stretches; the state of the first goes to the second.
+    batch = divide_row([16], 1, 0, device=torch.device("cpu"))
+    assert batch.cut.crosses
+    q, k, v = (torch.randn(1, 16, 2, 3).requires_grad_() for _ in range(3))
+    o, _ = attend(q, k, v, batch, None)
+    assert events == ["start 0", "work", "finish 0"]
+    events.clear()
+    o.sum().backward()
+    assert events == ["start 0", "work", "finish 0"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor:FutureWarning")
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_token_group_travels_while_the_experts_run_on_another(
+    drops: bool,
+    alone: dist.ProcessGroup,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = flights_told(monkeypatch)
+    model = parse_config(ModelConfig, MODEL | {"moe": MOE}, "test")
+    layout = SimpleNamespace(
+        config=ParallelConfig(expert_token_groups=3),
+        place=Place(0, 0, 0, 0),
+        group=lambda name: alone,
+    )
+    moe = MixtureOfExperts(model, model.moe).train(drops)
+    torch.nn.init.normal_(moe.experts.gate_up_proj)
+    torch.nn.init.normal_(moe.experts.down_proj)
+    route = ExpertRoute(moe, layout)
+    run = route._run_experts
+
+    def told(*arguments: Any) -> Tensor:
+        events.append("work")
+        return _Tells.apply(run(*arguments), events)
+
+    monkeypatch.setattr(route, "_run_experts", told)
+    tokens = torch.randn(12, 16, requires_grad=True)
+    y, _ = route(tokens, torch.full((12, 2), 0.5), torch.arange(24).view(12, 2) % 4)
+    # Flights 0, 1 and 3 go to the experts; 2, 4 and 5 bring back what those made of them.
+    forward = ["start 0", "start 1", "finish 0", "work", "start 2", "start 3", "finish 1", "work"]
+    forward += ["start 4", "finish 3", "work", "start 5", "finish 2", "finish 4", "finish 5"]
+    assert events == forward
+    events.clear()
+    y.sum().backward()
+    # The same backward: what was waited for last leaves first.
+    turned = {"start": "finish", "finish": "start", "work": "work"}
+    backward = [" ".join((turned[e.split()[0]], *e.split()[1:])) for e in reversed(forward)]
+    assert events == backward
