@@ -17,7 +17,7 @@ from sevenfold.train import RunConfig, StepRecord, TrainResult, load_run_config,
 from sevenfold.train.batch import read_step
 from sevenfold.train.checkpoint import list_checkpoints, load_checkpoint, run_tensors
 from sevenfold.train.run import _build
-from sevenfold.train.run_data import open_data
+from sevenfold.train.run_data import open_data, training_loader
 
 
 def metrics(result: TrainResult) -> list[dict]:
@@ -25,7 +25,8 @@ def metrics(result: TrainResult) -> list[dict]:
 
 
 def newest_tensors(config: RunConfig) -> dict[str, torch.Tensor]:
-    trainer = _build(config, open_data(config), torch.device("cpu"))
+    data = open_data(config)
+    trainer = _build(config, data, training_loader(data, {}), torch.device("cpu"))
     tensors = run_tensors(trainer.model, trainer.optimizer)
     load_checkpoint(list_checkpoints(config.run.out / "checkpoints")[-1], tensors)
     return flat(tensors)

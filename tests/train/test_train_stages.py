@@ -12,15 +12,15 @@ from train_helpers import HandSample, config_of, flat, run_table
 from typer.testing import CliRunner
 
 from sevenfold.cli.main import app
-from sevenfold.config import ConfigError
-from sevenfold.data import MixtureLoader, PackedLoader, TokenDataset
+from sevenfold.config import ConfigError, DataError
+from sevenfold.data import MixtureLoader, PackedLoader, PrepareConfig, TokenDataset, prepare
 from sevenfold.models.checkpoint import load_model
 from sevenfold.models.presets import preset
 from sevenfold.train import load_run_config, read_metrics, train
 from sevenfold.train.checkpoint import list_checkpoints, load_checkpoint, run_tensors
 from sevenfold.train.recipe import long_context_stages, write_stages
 from sevenfold.train.run import _build
-from sevenfold.train.run_data import open_data, training_loader
+from sevenfold.train.run_data import open_data, training_loader, validation_loader
 from sevenfold.train.stages import find_start, first_rows
 from sevenfold.train.validation import validate
 
@@ -28,6 +28,7 @@ SOURCES = [
     {"name": "short", "weight": 0.5, "end_weight": 0.2, "max_tokens": 60},
     {"name": "long", "weight": 0.5, "end_weight": 0.8, "min_tokens": 60},
 ]
+WORDS = "the river held its colour while nine grey herons stood quite still beside old stones"
 
 
 def mixed(data_path: Path, out: Path, **sections: dict):
@@ -38,7 +39,8 @@ def mixed(data_path: Path, out: Path, **sections: dict):
 
 
 def tensors_of(config, checkpoint: Path) -> dict[str, torch.Tensor]:
-    trainer = _build(config, open_data(config), torch.device("cpu"))
+    data = open_data(config)
+    trainer = _build(config, data, training_loader(data, {}), torch.device("cpu"))
     tensors = run_tensors(trainer.model, trainer.optimizer)
     load_checkpoint(checkpoint, tensors)
     return flat(tensors)
@@ -173,6 +175,8 @@ def test_the_recipe_is_the_published_table(tmp_path: Path) -> None:
     stages = list(long_context_stages(base_run(tmp_path), questions=Path("qa")).values())
     assert [s.data.seq_len for s in stages] == [131_072, 524_288, 1_048_576]
     assert [s.model.rope_theta for s in stages] == [5e6, 1e7, 1e7]
+    for stage in stages:
+        assert stage.data.mixture_tokens == stage.run.steps * stage.batch.tokens_per_step
     tokens = [s.run.steps * s.batch.tokens_per_step for s in stages]
     for found, billions in zip(tokens, (300, 32, 26), strict=True):
         assert abs(found - billions * 1e9) < 2**20  # to a step
@@ -197,7 +201,7 @@ def test_the_recipe_is_the_published_table(tmp_path: Path) -> None:
     assert borders["data-medium"] == (32_768, 131_072)
     assert borders["data-long"] == (131_072, None)
     questions = [s for s in stages[0].data.sources if s.name == "questions"]
-    assert [(q.weight, q.begin_share) for q in questions] == [(0.1, 0.8)]
+    assert [(q.weight, q.begin_share, q.max_tokens) for q in questions] == [(0.1, 0.8, 2**17 + 1)]
     lr = base_run(tmp_path).optimizer.lr
     assert {s.optimizer.lr for s in stages} == {lr * (1 - 0.85 * 0.5**0.5)}
 
@@ -222,14 +226,133 @@ def test_the_command_writes_stages_that_load(tmp_path: Path) -> None:
 
 def test_the_run_files_beside_the_160m_run_are_the_recipes() -> None:
     folder = Path(__file__).parents[2] / "configs"
-    stages = long_context_stages(load_run_config(folder / "160m-gpu.toml"))
+    questions = Path("data/long-questions/tokens")
+    stages = long_context_stages(load_run_config(folder / "160m-gpu.toml"), questions=questions)
     files = {name: folder / "long-context" / f"{name}.toml" for name in stages}
     assert {name: load_run_config(file) for name, file in files.items()} == stages
 
 
+def long_documents(folder: Path, counts: dict[int, int], tokenizer: Path | None = None) -> Path:
+    """A dataset of so many documents of about so many tokens, a fifth of them held out."""
+    (folder / "text").mkdir(parents=True)
+    words = WORDS.split()
+    for length, count in counts.items():
+        for i in range(count):
+            said = " ".join(words[(i * j + i + length) % len(words)] for j in range(1, length))
+            (folder / "text" / f"{length}-{i:02}.txt").write_text(said[: 3 * length])
+    out = folder / "tokens"
+    made = {"vocab_size": 300} if tokenizer is None else {"tokenizer": tokenizer}
+    text = (folder / "text",)
+    prepare(PrepareConfig(sources=text, out=out, validation_fraction=0.2, **made))
+    return out
+
+
+@pytest.fixture(scope="session")
+def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return long_documents(tmp_path_factory.mktemp("long"), {60: 60, 300: 20, 1500: 12})
+
+
+def long_base(data_path: Path, out: Path, **sections: dict):
+    table = run_table(data_path, out)
+    table["run"] |= {"steps": 2}
+    table["data"] |= {"seq_len": 64}
+    table["batch"] = {"tokens_per_step": 4096, "micro_batch_rows": 8}
+    table["validation"] = {"every_steps": 4, "num_samples": 32}
+    return config_of(table, **sections)
+
+
+def test_the_recipes_stages_run_one_after_another(long_path: Path, tmp_path: Path) -> None:
+    base = long_base(long_path, tmp_path / "base")
+    train(base)
+    # 23, 1 and 1 steps of 4,096, 4,096 and 8,192 tokens.
+    stages = long_context_stages(base, longest_tokens=8192, stage_tokens=113_000)
+    assert [s.validation.num_samples * s.data.seq_len for s in stages.values() if s.validation] == [
+        2048,
+        4096,
+        8192,
+    ]
+    for path in write_stages(stages, tmp_path / "files"):
+        config = load_run_config(path)
+        assert train(config).progress.step == config.run.steps
+        lines = read_metrics(config.run.out / "metrics.jsonl")
+        assert all(np.isfinite(line["loss"]) for line in lines)
+        assert np.isfinite(lines[-1]["validation_loss"])
+
+
+def test_stages_count_what_the_base_run_read_of_their_classes(
+    long_path: Path, tmp_path: Path
+) -> None:
+    base = long_base(long_path, tmp_path / "base")
+    train(base)
+    stages = list(long_context_stages(base, longest_tokens=8192, stage_tokens=113_000).values())
+    lengths = TokenDataset.open(long_path, "train").document_lengths()
+    read, total = 2 * 4096, lengths.sum()
+    classes = {"short": lengths < 256, "medium": (lengths >= 256) & (lengths < 1024)}
+    classes["long"] = lengths >= 1024
+    shares = {f"data-{name}": lengths[inside].sum() / total for name, inside in classes.items()}
+    start = find_start(stages[0])
+    assert start is not None
+    expected = {name: round(read * shares[name]) for name in ("data-short", "data-medium")}
+    assert start.tokens_read == {"data": read} | expected
+    assert all(rows > 0 for rows in first_rows(stages[0], start).values())
+    # The second stage has long documents too, of which the base run alone has read.
+    first = config_of(stages[0].model_dump(mode="json"), run={"steps": 1})
+    train(first)
+    start = find_start(stages[1])
+    assert start is not None
+    assert start.tokens_read["data-long"] == round(read * shares["data-long"])
+    rows = training_loader(open_data(first), first_rows(first, find_start(first))).rows_read(4)
+    assert start.tokens_read["data-short"] == 1024 * rows["data-short"]
+    assert sum(rows.values()) == 4 + sum(-(-count // 1024) for count in expected.values())
+
+
+def test_parts_of_other_data_or_wider_ones_begin_anew(long_path: Path, tmp_path: Path) -> None:
+    sources = [{"name": "middle", "path": str(long_path), "min_tokens": 60, "max_tokens": 256}]
+    table = run_table(long_path, tmp_path / "a")
+    table["data"] = {"seq_len": 32, "sources": sources}
+    train(config_of(table, run={"steps": 1}))
+    other = long_documents(tmp_path / "other", {60: 60}, tokenizer=long_path)
+    table["data"]["sources"] = [
+        {"name": "wider", "path": str(long_path), "min_tokens": 60},
+        {"name": "other", "path": str(other), "min_tokens": 60, "max_tokens": 256},
+    ]
+    start = find_start(config_of(table, run={"start_from": str(tmp_path / "a")}))
+    assert start is not None
+    assert start.tokens_read == {"middle": 96}
+
+
+def test_a_refused_class_can_be_left_out(tmp_path: Path) -> None:
+    base = long_base(long_documents(tmp_path, {60: 80, 600: 30}), tmp_path / "base")
+    train(base)
+    _, stage, _ = long_context_stages(base, longest_tokens=8192, stage_tokens=113_000).values()
+    stage = config_of(stage.model_dump(mode="json"), run={"start_from": str(tmp_path / "base")})
+    with pytest.raises(DataError, match=r"source 'data-long' must have .* leave the source out"):
+        train(stage)
+    assert not stage.run.out.exists()
+    kept = [s for s in stage.model_dump(mode="json")["data"]["sources"] if s["name"] != "data-long"]
+    assert train(config_of(stage.model_dump(mode="json"), data={"sources": kept})).final
+
+
+def test_validation_takes_the_classes_that_are_held_out(tmp_path: Path) -> None:
+    path = long_documents(tmp_path, {60: 60, 600: 1})
+    lengths = {n: TokenDataset.open(path, n).document_lengths() for n in ("train", "validation")}
+    assert (max(lengths["train"]) >= 256, max(lengths["validation"]) < 256) == (True, True)
+    base = long_base(path, tmp_path / "base")
+    stage, *_ = long_context_stages(base, longest_tokens=8192, stage_tokens=113_000).values()
+    loader, num_rows = validation_loader(stage)
+    assert num_rows == -(-int(sum(lengths["validation"] - 1)) // 1024)
+    assert max(loader.sample(0).lengths) < 256
+    sources = [{"name": "long", "path": str(path), "min_tokens": 256}]
+    with pytest.raises(DataError, match="source 'long' must have a document of 256 tokens or more"):
+        validation_loader(
+            config_of(run_table(path, tmp_path), data={"path": None, "sources": sources})
+        )
+
+
 def test_losses_by_position_and_length_are_the_tokens_own(run_values: dict) -> None:
     config = config_of(run_values, data={"seq_len": 700}, batch={"tokens_per_step": 700})
-    trainer = _build(config, open_data(config), torch.device("cpu"))
+    data = open_data(config)
+    trainer = _build(config, data, training_loader(data, {}), torch.device("cpu"))
     documents = [np_ids(n, seed) for seed, n in enumerate((40, 300, 360))]
     loader = Rows(documents)
     model = trainer.model.double()

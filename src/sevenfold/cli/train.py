@@ -1,5 +1,6 @@
 """`sevenfold train`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 from rich.console import Console
 
 from sevenfold.cli.train_plan import print_plan
+from sevenfold.config import ConfigError
 from sevenfold.train import RunConfig, TrainResult, load_run_config, train
 from sevenfold.train.display import show_run
 from sevenfold.train.recipe import (
@@ -27,6 +29,12 @@ def train_command(
         bool,
         typer.Option("--dry-run", help="Print mesh, memory and time of a rank; train nothing."),
     ] = False,
+    gpu_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--gpu-gib", min=0.0, help="With --dry-run: say whether a rank fits so many GiB."
+        ),
+    ] = None,
     plot: Annotated[
         bool,
         typer.Option(
@@ -40,11 +48,15 @@ def train_command(
         ),
     ] = None,
     longest: Annotated[
-        int, typer.Option(help="With --stages: tokens of the last stage's rows.")
-    ] = LONGEST_TOKENS,
+        int | None,
+        typer.Option(
+            help="With --stages: tokens of the last stage's rows.", show_default=f"{LONGEST_TOKENS}"
+        ),
+    ] = None,
     stage_tokens: Annotated[
-        int, typer.Option(help="With --stages: tokens of all stages.")
-    ] = STAGE_TOKENS,
+        int | None,
+        typer.Option(help="With --stages: tokens of all stages.", show_default=f"{STAGE_TOKENS}"),
+    ] = None,
     questions: Annotated[
         Path | None, typer.Option(help="With --stages: dataset of long questions and answers.")
     ] = None,
@@ -54,6 +66,10 @@ def train_command(
     With a [parallel] table, start it by torchrun: one process a rank.
     """
     console = Console()
+    _check_together({"--dry-run": dry_run, "--plot": plot, "--stages": stages is not None})
+    lengths = {"--longest": longest, "--stage-tokens": stage_tokens, "--questions": questions}
+    _check_needed("--stages", stages is not None, lengths)
+    _check_needed("--dry-run", dry_run, {"--gpu-gib": gpu_gib})
     if plot and run.is_dir():
         _plot(run, console)
         return
@@ -62,19 +78,38 @@ def train_command(
         _plot(config.run.out, console)
         return
     if stages is not None:
-        lengths = {"longest_tokens": longest, "stage_tokens": stage_tokens}
-        written = long_context_stages(config, **lengths, questions=questions)
+        written = long_context_stages(
+            config,
+            longest_tokens=LONGEST_TOKENS if longest is None else longest,
+            stage_tokens=STAGE_TOKENS if stage_tokens is None else stage_tokens,
+            questions=questions,
+        )
         for path in write_stages(written, stages):
             console.print(f"written to {path}", highlight=False, soft_wrap=True)
         return
     if dry_run:
-        print_plan(config, console)
+        print_plan(config, console, gpu_gib=gpu_gib)
         return
     with show_run(config, console) as show:
         result = train(config, on_step=show)
     if not result.is_first:
         return
     console.print(_ending(result, config, run), highlight=False, soft_wrap=True)
+
+
+def _check_together(asked: dict[str, bool]) -> None:
+    given = [name for name, is_asked in asked.items() if is_asked]
+    if len(given) > 1:
+        raise ConfigError(
+            f"{' and '.join(given)} must not stand together, for each does one thing in place of "
+            f"training; give one of them"
+        )
+
+
+def _check_needed(command: str, is_asked: bool, options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given and not is_asked:
+        raise ConfigError(f"{', '.join(given)} must come with {command}, got none")
 
 
 def _plot(run: Path, console: Console) -> None:

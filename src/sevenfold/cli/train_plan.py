@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from sevenfold.models.training_memory import TrainingMemory
 from sevenfold.parallel import ParallelConfig
 from sevenfold.parallel.estimate import Rates, Work, rank_memory, step_time
 from sevenfold.parallel.rehearsal import heaviest_rank
@@ -12,24 +13,27 @@ _GIB = 2**30
 _SHARE_OF_PEAK = 0.5
 
 
-def print_plan(config: RunConfig, console: Console) -> None:
-    """Print what a run would be on each rank."""
+def print_plan(config: RunConfig, console: Console, *, gpu_gib: float | None = None) -> None:
+    """Print what a run would be on each rank, and whether it fits a GPU of so many GiB."""
     work = _work(config)
     console.print(_mesh_line(config, work), highlight=False, soft_wrap=True)
     console.print(_mesh_table(config.parallel))
-    console.print(_memory_table(config, work))
+    memory = rank_memory(config.model, config.parallel, work)
+    console.print(_memory_table(config, memory))
+    if gpu_gib is not None:
+        console.print(_fit_line(memory, gpu_gib), highlight=False, soft_wrap=True)
     console.print(_time_table(config, work))
 
 
 def _work(config: RunConfig) -> Work:
     rows = config.rows_at(0)
-    every = config.checkpointing.every_layers
     return Work(
         seq_len=config.data.seq_len,
         step_rows=rows,
         micro_batch_rows=min(config.batch.micro_batch_rows or rows, rows),
         element_bytes=4 if config.precision.autocast is None else 2,
-        recomputed_layers=0 if every is None else -(-config.model.num_hidden_layers // every),
+        stream_bytes=4 if config.precision.stream is None else 2,
+        recompute_every=config.checkpointing.every_layers,
     )
 
 
@@ -68,9 +72,8 @@ def _stages(parallel: ParallelConfig) -> str:
     return "layers" if each == 1 else f"layers, in {each} stages each"
 
 
-def _memory_table(config: RunConfig, work: Work) -> Table:
-    memory = rank_memory(config.model, config.parallel, work)
-    table = Table(title="Memory of a rank", title_justify="left")
+def _memory_table(config: RunConfig, memory: TrainingMemory) -> Table:
+    table = Table(title="Memory of a rank at the highest point of a step", title_justify="left")
     table.add_column("what")
     table.add_column("GiB", justify="right")
     held = heaviest_rank(config.model, config.parallel)
@@ -80,16 +83,23 @@ def _memory_table(config: RunConfig, work: Work) -> Table:
     )
     parts = {
         "weights, fp32": memory.weights,
-        "gradients, fp32": memory.gradients,
-        "moments, fp32": memory.moments,
-        "gathered weights (outermost unit, two blocks)": memory.whole_weights,
-        "their gradients": memory.whole_gradients,
-        "activations (estimate)": memory.activations,
+        "gradients that exist there, fp32": memory.gradients,
+        "moments of AdamW, fp32": memory.moments,
+        "copies of weights in bf16": memory.cast_weights,
+        "weights gathered, their gradients": memory.gathered,
+        "kept by blocks for the backward": memory.kept,
+        "of the block that goes backward": memory.working,
+        "the batch, products' workspace": memory.batch + memory.workspace,
         "total, without the allocator's overhead": memory.total,
     }
     for name, size in parts.items():
         table.add_row(name, f"{size / _GIB:,.2f}")
     return table
+
+
+def _fit_line(memory: TrainingMemory, gpu_gib: float) -> str:
+    fits = "fits" if memory.total <= gpu_gib * _GIB else "does not fit"
+    return f"A rank {fits} a GPU of {gpu_gib:,g} GiB: it takes {memory.total / _GIB:,.2f}"
 
 
 def _time_table(config: RunConfig, work: Work) -> Table:

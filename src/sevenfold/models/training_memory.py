@@ -1,9 +1,9 @@
 """Bytes of one GPU at the highest point of a training step, as a function of the configuration.
 
-What the Triton path keeps is counted tensor by tensor: products in bf16, weights, gradients and
-moments in fp32. The highest point is in the backward of a block: while its feed-forward goes
-backward, or softmax attention. An allocator's own overhead comes on top, as do the buffers of NCCL;
-neither is a part of torch.cuda.max_memory_allocated either.
+What the Triton path keeps is counted tensor by tensor: products in bf16 unless told, weights,
+gradients and moments in fp32. The highest point is in the backward of a block: while its
+feed-forward goes backward, or softmax attention. An allocator's own overhead comes on top, as do
+the buffers of NCCL; neither is a part of torch.cuda.max_memory_allocated either.
 """
 
 from dataclasses import dataclass
@@ -51,29 +51,70 @@ class TrainingMemory:
         return held + self.gathered + self.batch + self.kept + self.working + self.workspace
 
 
+@dataclass(frozen=True)
+class HeldWeights:
+    """Elements of the weights as one rank has them.
+
+    Args:
+        own: of all that the rank keeps, with moments.
+        own_block: of a block among them, on average.
+        block: of a block, whole as it is computed with, on average.
+        head: of the head, whole; its gradient comes first and stays.
+        gathered_bytes: where ranks divide weights, of those that are whole at once, and of
+            gradients before they are divided.
+    """
+
+    own: int
+    own_block: int
+    block: int
+    head: int
+    gathered_bytes: int
+
+
 def training_memory(
     config: ModelConfig,
     num_tokens: int,
     *,
     recompute_every: int | None = None,
     stream_bytes: int = _BF16,
+    product_bytes: int = _BF16,
     context_ranks: int = 1,
+    held: HeldWeights | None = None,
+    accumulates: bool = False,
 ) -> TrainingMemory:
     """Count what a training step of one micro-batch holds at its highest point.
 
     Args:
-        config: the model.
+        config: the model; of a rank that has a part of it, its layers, heads and widths.
         num_tokens: of the micro-batch, over all its rows; of context ranks, those that each holds.
         recompute_every: blocks 0, k, 2 k ... are computed again in the backward; None keeps all.
         stream_bytes: of a value of the residual stream: 2 with precision.stream = "bf16", else 4.
-        context_ranks: that divide the row, one document, and the weights; keys go by ring.
+        product_bytes: of what products take: 2 with precision.autocast = "bf16", else 4.
+        context_ranks: that divide the row, one document; keys go by ring.
+        held: weights of a rank; None is all of them, divided over context_ranks alone.
+        accumulates: whether all gradients exist already, of micro-batches before.
 
     Returns:
         The bytes of the layer at which they are most.
     """
-    step = _Step(config, num_tokens, recompute_every, stream_bytes, context_ranks)
-    points = [_at_layer(step, layer) for layer in range(config.num_hidden_layers)]
+    held = _divided(config, context_ranks) if held is None else held
+    step = _Step(config, num_tokens, recompute_every, stream_bytes, product_bytes, context_ranks)
+    points = [
+        _at_layer(step, held, layer, accumulates=accumulates)
+        for layer in range(config.num_hidden_layers)
+    ]
     return max(points, key=lambda point: point.total)
+
+
+def kept_bytes(
+    config: ModelConfig, *, recompute_every: int | None, stream_bytes: int, product_bytes: int
+) -> int:
+    """Return what all blocks keep for the backward of one token, bytes.
+
+    The arguments are those of training_memory.
+    """
+    step = _Step(config, 1, recompute_every, stream_bytes, product_bytes, 1)
+    return sum(_kept(step, layer) for layer in range(config.num_hidden_layers))
 
 
 def longest_tokens(
@@ -111,6 +152,7 @@ class _Step(NamedTuple):
     tokens: int
     every: int | None
     stream: int
+    product: int
     ranks: int
 
     def recomputes(self, layer: int) -> bool:
@@ -118,35 +160,36 @@ class _Step(NamedTuple):
         return self.every is not None and layer % self.every == 0
 
 
-def _at_layer(step: _Step, layer: int) -> TrainingMemory:
+def _divided(config: ModelConfig, ranks: int) -> HeldWeights:
+    """All weights, over so many ranks."""
+    parameters = count_parameters(config)
+    total, head = parameters.total, config.vocab_size * config.hidden_size
+    outside = parameters.embedding + parameters.lm_head + config.hidden_size
+    block = (total - outside) // config.num_hidden_layers
+    # A block's weights and the next one's, its gradients and those that are on their way.
+    gathered = total - config.num_hidden_layers * block + 4 * block if ranks > 1 else 0
+    return HeldWeights(total // ranks, block // ranks, block, head, gathered * _FP32)
+
+
+def _at_layer(step: _Step, held: HeldWeights, layer: int, *, accumulates: bool) -> TrainingMemory:
     """While the backward of one layer is at its widest: later layers have gradients, no tensors."""
-    config, ranks = step.config, step.ranks
-    total, per_block = count_parameters(config).total, _block_parameters(config)
-    outer = total - config.num_hidden_layers * per_block
+    config = step.config
     later = config.num_hidden_layers - layer - 1
     kept = config.hidden_size * step.stream + sum(_kept(step, number) for number in range(layer))
-    cast = sum(
-        per_block for number in range(layer + 1) if not step.recomputes(number) or number == layer
-    )
-    # A block's weights and the next one's, its gradients and those that are on their way.
-    gathered = outer + 4 * per_block if ranks > 1 else 0
-    head = config.vocab_size * config.hidden_size
+    cast = sum(not step.recomputes(number) or number == layer for number in range(layer + 1))
+    gradients = held.head + later * held.own_block
+    if accumulates:  # the head's arrives whole beside its divided sum
+        gradients = held.own + (held.head if held.gathered_bytes else 0)
     return TrainingMemory(
-        weights=total * _FP32 // ranks,
-        gradients=(head + later * per_block // ranks) * _FP32,
-        moments=_MOMENTS * total * _FP32 // ranks,
-        cast_weights=cast * _BF16,
-        gathered=gathered * _FP32,
+        weights=held.own * _FP32,
+        gradients=gradients * _FP32,
+        moments=_MOMENTS * held.own * _FP32,
+        cast_weights=cast * held.block * _BF16 if step.product == _BF16 else 0,
+        gathered=held.gathered_bytes,
         batch=step.tokens * _BATCH_VALUES * _INT64,
         kept=step.tokens * kept,
         working=max(_feeding(step, layer), _mixing(step, layer)),
     )
-
-
-def _block_parameters(config: ModelConfig) -> int:
-    parameters = count_parameters(config)
-    outside = parameters.embedding + parameters.lm_head + config.hidden_size
-    return (parameters.total - outside) // config.num_hidden_layers
 
 
 def _kept(step: _Step, layer: int) -> int:
@@ -154,16 +197,17 @@ def _kept(step: _Step, layer: int) -> int:
     given = step.config.hidden_size * step.stream
     if step.recomputes(layer):
         return given
-    return given + _inside(step, layer) + _feed_forward(step.config)
+    return given + _inside(step, layer) + _feed_forward(step)
 
 
 def _inside(step: _Step, layer: int) -> int:
     """Of one token in one block: both norms' results as products take them, the sum, the mixer."""
     D, I, keys = _widths(step.config)
-    norms = D * (2 * _BF16 + step.stream)
+    norms = D * (2 * step.product + step.stream)
     if step.config.layer_types[layer] == "linear_attention":
-        return norms + 9 * I * _BF16  # qkv before and after SiLU, o, gate, what leaves the norm
-    return norms + (2 * I + 2 * keys) * _BF16 + step.config.num_attention_heads * _FP32
+        # qkv before and after SiLU, o, gate, what leaves the norm.
+        return norms + 9 * I * step.product
+    return norms + (2 * I + 2 * keys) * step.product + step.config.num_attention_heads * _FP32
 
 
 def _widths(config: ModelConfig) -> tuple[int, int, int]:
@@ -176,13 +220,13 @@ def _feeding(step: _Step, layer: int) -> int:
     """While the feed-forward goes backward."""
     config, inside = step.config, _inside(step, layer)
     if config.moe is not None or not step.recomputes(layer):
-        widest = _widest(config, step.stream)
-        return step.tokens * (inside + _feed_forward(config) + widest)
+        widest = _widest(step)
+        return step.tokens * (inside + _feed_forward(step) + widest)
     D, F = config.hidden_size, config.intermediate_size
     # What arrives, the stream's share of it, and the gradient of the input, for all tokens; of a
     # piece gate and up, their gradients, that of what leaves SwiGLU, and the output. The weights'
     # gradients are summed from piece to piece.
-    piece = min(step.tokens, PIECE_TOKENS) * (5 * F + D) * _BF16
+    piece = min(step.tokens, PIECE_TOKENS) * (5 * F + D) * step.product
     return step.tokens * (inside + 3 * D * step.stream) + piece + 3 * D * F * _FP32
 
 
@@ -193,35 +237,37 @@ def _mixing(step: _Step, layer: int) -> int:
     D, I, keys = _widths(step.config)
     lse = step.config.num_attention_heads * _FP32
     # What the norm gave, the stream's gradient; q, k, v, o, the gradient of o.
-    held = D * (_BF16 + step.stream) + (3 * I + 2 * keys) * _BF16 + lse
+    held = D * (step.product + step.stream) + (3 * I + 2 * keys) * step.product + lse
     if step.ranks == 1:
         # Gradients of q, k and v; FlashAttention sums that of q in fp32.
-        return step.tokens * (held + (I + 2 * keys) * _BF16 + I * _FP32)
+        return step.tokens * (held + (I + 2 * keys) * step.product + I * _FP32)
     # In fp32 the gradients of own queries and keys, and of the keys that have arrived. In bf16
     # these keys, a copy that FlashAttention reads, and what it gives; of the queries half have
     # another half's keys to meet.
     sums = (I + 2 * keys + 2 * keys) * _FP32
-    arrived = 3 * 2 * keys * _BF16 + I * (_BF16 + _FP32) // 2
+    arrived = 3 * 2 * keys * step.product + I * (step.product + _FP32) // 2
     return step.tokens * (held + sums + arrived)
 
 
-def _feed_forward(config: ModelConfig) -> int:
-    F = config.intermediate_size
+def _feed_forward(step: _Step) -> int:
+    config, F = step.config, step.config.intermediate_size
     if config.moe is None:
-        return 3 * F * _BF16  # gate and up, and what leaves SwiGLU
+        return 3 * F * step.product  # gate and up, and what leaves SwiGLU
     moe, k = config.moe, config.moe.num_experts_per_tok
     # Gate and up of each choice; of the router logits and probabilities, weights, and the plan.
-    routed = k * 2 * F * _BF16 + 3 * moe.num_local_experts * _FP32 + k * (2 * _FP32 + 2 * _INT64)
-    shared = 3 * (moe.shared_intermediate_size or 0) * _BF16
+    routed = 3 * moe.num_local_experts * _FP32
+    routed += k * (2 * F * step.product + 2 * _FP32 + 2 * _INT64)
+    shared = 3 * (moe.shared_intermediate_size or 0) * step.product
     return routed + shared
 
 
-def _widest(config: ModelConfig, stream: int) -> int:
+def _widest(step: _Step) -> int:
     """Of one token: gradients beside what is kept, while SwiGLU goes backward."""
+    config = step.config
     D, F = config.hidden_size, config.intermediate_size
-    arriving = 2 * D * stream  # of the block's output, and the stream's share of it
+    arriving = 2 * D * step.stream  # of the block's output, and the stream's share of it
     if config.moe is None:
-        return arriving + 2 * F * _BF16
+        return arriving + 2 * F * step.product
     k = config.moe.num_experts_per_tok
     # Rows of the output, the hidden rows and their gradient, gate and up.
-    return arriving + k * (D + 4 * F) * _BF16
+    return arriving + k * (D + 4 * F) * step.product

@@ -1,25 +1,29 @@
 """What a layout costs each rank: bytes and seconds, by arithmetic alone.
 
-Weights, gradients and moments are counted parameter by parameter on the meta device, and are exact.
-Activations and times are estimates: they leave out allocator and kernel overheads, and say of what
-they are made.
+Weights and moments are counted parameter by parameter on the meta device, and are exact. What a
+step holds besides is that of models.training_memory, for the layers, heads and widths of a rank.
+Times are estimates, and say of what they are made.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.models.accounting import training_flops
+from sevenfold.models.training_memory import (
+    HeldWeights,
+    TrainingMemory,
+    kept_bytes,
+    training_memory,
+)
 from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.parts import parts_of
 from sevenfold.parallel.pipeline import rank_stages
 
 _FP32_BYTES, _BF16_BYTES = 4, 2
-# torch.optim.AdamW keeps two moments beside the weight and the gradient.
-_MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,26 @@ class Work:
     step_rows: rows of a step, over all ranks.
     micro_batch_rows: rows that go through the model at once, over all ranks.
     element_bytes: of activations in products; 2 for bf16.
-    recomputed_layers: blocks whose activations are computed again in the backward.
+    stream_bytes: of a value of the residual stream.
+    recompute_every: every k-th block is computed again in the backward; None keeps all.
     """
 
     seq_len: int
     step_rows: int
     micro_batch_rows: int
     element_bytes: int
-    recomputed_layers: int
+    stream_bytes: int = _FP32_BYTES
+    recompute_every: int | None = None
 
     @property
     def num_micro_batches(self) -> int:
         """Passes through the model in a step."""
         return math.ceil(self.step_rows / self.micro_batch_rows)
+
+    def recomputed_share(self, num_layers: int) -> float:
+        """Return the share of a model's blocks that are computed again."""
+        every = self.recompute_every
+        return 0.0 if every is None else math.ceil(num_layers / every) / num_layers
 
 
 @dataclass(frozen=True)
@@ -58,29 +69,6 @@ class Rates:
     near_bytes_per_s: float = 300e9
     far_bytes_per_s: float = 40e9
     node_ranks: int = 8
-
-
-@dataclass(frozen=True)
-class RankMemory:
-    """Bytes of one rank.
-
-    whole_weights: what fully_shard has gathered at once: the outermost unit, and two blocks, or
-        all of them with gather_once.
-    whole_gradients: of the outermost unit and one block, before they are divided.
-    """
-
-    weights: int
-    gradients: int
-    moments: int
-    whole_weights: int
-    whole_gradients: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        divided = self.weights + self.gradients + self.moments
-        return divided + self.whole_weights + self.whole_gradients + self.activations
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,7 @@ class _Unit:
     divided: int
 
 
-def rank_memory(model: ModelConfig, parallel: ParallelConfig, work: Work) -> RankMemory:
+def rank_memory(model: ModelConfig, parallel: ParallelConfig, work: Work) -> TrainingMemory:
     """Count what a rank holds at the highest point of a step.
 
     Args:
@@ -126,20 +114,60 @@ def rank_memory(model: ModelConfig, parallel: ParallelConfig, work: Work) -> Ran
 
 def _pipeline_rank_memory(
     model: ModelConfig, parallel: ParallelConfig, work: Work, rank: int
-) -> RankMemory:
+) -> TrainingMemory:
+    part, tokens = _rank_part(model, parallel, rank), _rank_tokens(parallel, work)
+    how = {
+        "recompute_every": work.recompute_every,
+        "stream_bytes": work.stream_bytes,
+        "product_bytes": work.element_bytes,
+    }
+    memory = training_memory(
+        part,
+        tokens,
+        **how,
+        context_ranks=parallel.context,
+        held=_held_weights(model, parallel, rank),
+        accumulates=work.num_micro_batches > 1,
+    )
+    waiting = (_in_flight(parallel, work, rank) - 1) * tokens * kept_bytes(part, **how)
+    # Blocks that are gathered in bf16 need no copies.
+    cast = memory.cast_weights if parallel.gather_dtype is None else 0
+    return replace(memory, kept=memory.kept + round(waiting), cast_weights=cast)
+
+
+def _rank_part(model: ModelConfig, parallel: ParallelConfig, rank: int) -> ModelConfig:
+    """The layers of a pipeline rank, and of them what one tensor rank computes.
+
+    Experts that divide their width otherwise meet as many more tokens as they are wider.
+    """
+    t, moe = parallel.tensor, model.moe
+    if moe is not None and moe.shared_intermediate_size is not None:
+        width = moe.shared_intermediate_size // t
+        moe = moe.model_copy(update={"shared_intermediate_size": width})
+    changes = {
+        "layer_types": tuple(model.layer_types[n] for n in _layers(model, parallel, rank)),
+        "num_attention_heads": model.num_attention_heads // t,
+        "num_key_value_heads": model.num_key_value_heads // t,
+        "intermediate_size": model.intermediate_size // t,
+        "moe": moe,
+    }
+    return model.model_copy(update=changes)
+
+
+def _held_weights(model: ModelConfig, parallel: ParallelConfig, rank: int) -> HeldWeights:
     outer, *blocks = _units(model, parallel, rank)
-    divided = sum(unit.divided for unit in (outer, *blocks)) * _FP32_BYTES
-    largest = max(unit.whole for unit in blocks)
-    gathers = parallel.token_ranks > 1
-    whole = sum(unit.whole for unit in blocks) if parallel.gather_once else 2 * largest
-    gathered = outer.whole * _FP32_BYTES + whole * _element_bytes(parallel)
-    return RankMemory(
-        weights=divided,
-        gradients=divided,
-        moments=_MOMENTS * divided,
-        whole_weights=gathered if gathers else 0,
-        whole_gradients=(outer.whole + largest) * _FP32_BYTES if gathers else 0,
-        activations=int(_activation_bytes(model, parallel, work, rank)),
+    whole, own = sum(unit.whole for unit in blocks), sum(unit.divided for unit in blocks)
+    block = whole // len(blocks)
+    # A block and the next one, or all; gradients of a block, and those that are on their way.
+    gathered = (whole if parallel.gather_once else 2 * block) * _element_bytes(parallel)
+    gathered += (outer.whole + 2 * block) * _FP32_BYTES
+    is_last = rank == parallel.pipeline - 1
+    return HeldWeights(
+        own=outer.divided + own,
+        own_block=own // len(blocks),
+        block=block,
+        head=model.vocab_size * model.hidden_size // parallel.tensor if is_last else 0,
+        gathered_bytes=gathered if parallel.token_ranks > 1 else 0,
     )
 
 
@@ -161,7 +189,8 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
         The times; the exchange of a group that spans nodes runs at the far rate.
     """
     flops = training_flops(model, [work.seq_len]) * work.step_rows
-    again = work.recomputed_layers / model.num_hidden_layers / 3  # a forward is a third of a step
+    # A forward is a third of a step.
+    again = work.recomputed_share(model.num_hidden_layers) / 3
     # Stages wait while the first micro-batches come, and the last leave: arXiv 2104.04473.
     idle = (parallel.pipeline - 1) / (parallel.pipeline_stages * work.num_micro_batches)
     compute = flops * (1 + again) * (1 + idle) / parallel.num_ranks / rates.flops_per_s
@@ -173,6 +202,7 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
         "tensor": parallel.tensor,
         "context": parallel.tensor * parallel.context,
         "expert": parallel.expert_width * parallel.expert,
+        "expert_tensor": parallel.expert_width,
     }
     speeds = {
         name: rates.near_bytes_per_s if span <= rates.node_ranks else rates.far_bytes_per_s
@@ -224,42 +254,11 @@ def _rank_tokens(parallel: ParallelConfig, work: Work) -> int:
     return work.micro_batch_rows * work.seq_len // parallel.token_ranks
 
 
-def _activation_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work, rank: int) -> float:
-    """Kept for the backward: every block's, or its input and one block's at a time.
-
-    Of a pipeline's first ranks several micro-batches are on their way at once.
-    """
-    tokens, layers = _rank_tokens(parallel, work), len(_layers(model, parallel, rank))
-    per_block = max(_block_bytes(model, parallel, work, kind) for kind in model.layer_types)
-    recomputed = layers * work.recomputed_layers / model.num_hidden_layers
-    inputs = recomputed * model.hidden_size * _FP32_BYTES
-    at_work = per_block if work.recomputed_layers else 0
-    waiting = tokens * ((layers - recomputed) * per_block + inputs)
-    return waiting * _in_flight(parallel, work, rank) + tokens * at_work
-
-
 def _in_flight(parallel: ParallelConfig, work: Work, rank: int) -> float:
     """Micro-batches whose activations a pipeline rank keeps at once."""
     P, V = parallel.pipeline, parallel.pipeline_stages
     most = P - rank if V == 1 else ((V - 1) * P + 2 * (P - rank - 1) + 1) / V
     return min(work.num_micro_batches, most)
-
-
-def _block_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work, layer_type: str) -> int:
-    """Of one token in one block: four values of the stream, and what enters products."""
-    D, e = model.hidden_size, work.element_bytes
-    heads = model.num_attention_heads // parallel.tensor
-    stream = 4 * D * _FP32_BYTES + 2 * D * e
-    if layer_type == "linear_attention":
-        mixer = 9 * heads * model.head_dim * e  # qkv twice, o, gate, what leaves the norm
-    else:
-        kv_heads = model.num_key_value_heads // parallel.tensor
-        mixer = 2 * (heads + kv_heads) * model.head_dim * e
-    width = model.intermediate_size // parallel.tensor
-    if model.moe is None:
-        return stream + mixer + 3 * width * e
-    chosen = model.moe.num_experts_per_tok
-    return stream + mixer + chosen * (3 * width * e + 2 * D * e)
 
 
 def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -> dict[str, float]:
@@ -270,7 +269,7 @@ def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -
     units = max(by_rank, key=lambda units: sum(unit.whole for unit in units))
     tokens, e = _rank_tokens(parallel, work) * passes, work.element_bytes
     D, layers = model.hidden_size, max(len(units) - 1 for units in by_rank)
-    forwards = 1 + work.recomputed_layers / model.num_hidden_layers
+    forwards = 1 + work.recomputed_share(model.num_hidden_layers)
     outer, *blocks = (unit.whole - unit.divided for unit in units)
     reduced = (outer + sum(blocks)) * _FP32_BYTES * passes
     gathered = (outer * _FP32_BYTES + sum(blocks) * _element_bytes(parallel)) * passes
@@ -285,20 +284,20 @@ def _exchanged_bytes(model: ModelConfig, parallel: ParallelConfig, work: Work) -
     keys_sent = (layers - num_linear) * (c - 1) * keys * (forwards + 1)
     chosen = 0 if model.moe is None else model.moe.num_experts_per_tok
     routed = tokens / t if parallel.routes_tokens else tokens
-    there_and_back = 2 * chosen * D * e * routed * (x - 1) / x
-    if parallel.routes_tokens:
-        # Rows gathered and summed over an expert's width, and tokens joined over tensor ranks.
-        w = parallel.expert_width
-        there_and_back += 2 * chosen * D * e * routed * (w - 1)
-        there_and_back += 2 * D * e * tokens * (t - 1) / t
-    tensor_sums = 1 if parallel.routes_tokens else 2
+    there_and_back = 2 * chosen * D * e * routed
+    # Rows are gathered and summed over an expert's width, where tokens travel to it.
+    width = parallel.expert_width if parallel.routes_tokens else 1
+    # A sum sends twice what a gather does. Of a layer two are summed, or the mixer's is, and
+    # results of the experts gathered, of which each tensor rank has those of its tokens.
+    tensor_gathers = 3 if parallel.routes_tokens else 4
     stages = parallel.pipeline_stages if parallel.pipeline > 1 else 0
     return {
         # Gathered forward and, unless they stay, backward; and the gradients divided.
         "weights": (1.0 if parallel.gather_once else 2.0) * gathered + reduced,
         "copies": 2.0 * divided * (parallel.replicate - 1) / parallel.replicate,
         "pipeline": 2.0 * stages * tokens * D * _FP32_BYTES,
-        "tensor": layers * tensor_sums * (forwards + 1) * tokens * D * e * 2 * (t - 1) / t,
+        "tensor": layers * tensor_gathers * (forwards + 1) * tokens * D * e * (t - 1) / t,
         "context": states + keys_sent,
-        "expert": layers * (forwards + 1) * there_and_back,
+        "expert": layers * (forwards + 1) * there_and_back * (x - 1) / x,
+        "expert_tensor": layers * (forwards + 1) * there_and_back * (width - 1),
     }

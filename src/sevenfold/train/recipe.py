@@ -63,14 +63,14 @@ def long_context_stages(
     Rows grow from an eighth of the longest over a half to the whole, each stage begins with the
     weights, moments and data of the one before, and weights of the sources move linearly from the
     last stage's to its own. The rotary base is 500 and then 1,000 times the base run's. The rate
-    is the base run's last.
+    is the base run's last. Validation reads as many tokens as the base run's, but at least a row.
 
     Args:
         base: the run that the stages follow; its sources are parted by length.
         longest_tokens: of a row of the last stage, a multiple of 8 that is 8,192 or more.
         stage_tokens: of all three stages.
-        questions: dataset of long questions and answers, a tenth of the last fifth of each stage;
-            None goes without.
+        questions: dataset of long texts with questions and answers, a tenth of the last fifth of
+            each stage, those that a row holds; None goes without.
 
     Returns:
         The stages by name, in order.
@@ -89,7 +89,7 @@ def long_context_stages(
         tables = _tables(base, before, stage, longest_tokens, stage_tokens)
         sources = _sources(base, weights, stage, longest_tokens)
         if questions is not None:
-            sources.append(_questions(questions))
+            sources.append(_questions(questions, tables["data"]["seq_len"]))
         tables["data"]["sources"] = sources
         before, weights = parse_config(RunConfig, tables, f"stage {stage.name}"), stage.weights
         found[stage.name] = before
@@ -133,6 +133,10 @@ def _tables(
     tables["schedule"] = {"kind": "constant"}
     tables["batch"] = {"tokens_per_step": rows * seq_len, "micro_batch_rows": base.parallel.data}
     tables["checkpointing"] = {"every_layers": 1}
+    if base.validation is not None:
+        held_out = base.validation.num_samples * base.data.seq_len // seq_len
+        held_out = max(base.parallel.data, held_out - held_out % base.parallel.data)
+        tables["validation"] |= {"num_samples": held_out}
     tables["data"] = {
         "seq_len": seq_len,
         "mixture_tokens": steps * rows * seq_len,
@@ -168,10 +172,12 @@ def _weight(source: SourceSection) -> float:
     return source.weight if source.end_weight is None else source.end_weight
 
 
-def _questions(path: Path) -> dict[str, Any]:
+def _questions(path: Path, seq_len: int) -> dict[str, Any]:
     return {
         "name": _QUESTIONS,
         "path": str(path),
         "weight": _QUESTIONS_WEIGHT,
         "begin_share": _QUESTIONS_BEGIN,
+        # A longer text's questions would come in another row than what they ask about.
+        "max_tokens": seq_len + 1,
     }

@@ -1,11 +1,10 @@
 """A whole run: open its folder, resume, train, save, export."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
@@ -14,7 +13,7 @@ from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_optimizer
 from sevenfold.parallel import Layout, Pipeline, build_model, groups_by_mesh
-from sevenfold.train.batch import ALONE
+from sevenfold.train.batch import ALONE, SampleSource
 from sevenfold.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -90,6 +89,9 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
     """
     data = open_data(config)
     start = find_start(config)
+    # Before the folder is written: data that is refused may be changed.
+    loader = training_loader(data, first_rows(config, start))
+    held_out = _held_out_rows(config)
     with (
         join_ranks(config.parallel, config.run) as (layout, run),
         run_setting(run) as device,
@@ -97,11 +99,14 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> TrainResult:
     ):
         first_for_all(layout, lambda: _prepare_folder(config, data, start))
         newest, begun = _find_newest(config)
-        trainer = _build(config, data, device, layout, first_rows(config, start))
+        trainer = _build(config, data, loader, device, layout)
         progress = _resume(trainer, newest, start)
         with watched(config.run.out, layout.rank, config.guard) as pulse:
             trainer = replace(trainer, pulse=pulse)
-            progress = _continue(trainer, progress, on_step, lambda: request.received is not None)
+            validation = _validation(trainer, held_out)
+            progress = _continue(
+                trainer, progress, on_step, lambda: request.received is not None, validation
+            )
         final = _export(trainer, data) if progress.step == config.run.steps else None
     stopped_by = None if request.received is None else request.received.name
     return TrainResult(config.run.out, final, progress, begun, stopped_by, layout.is_first)
@@ -131,9 +136,9 @@ def _find_newest(config: RunConfig) -> tuple[Path | None, int | None]:
 def _build(
     config: RunConfig,
     data: RunData,
+    loader: SampleSource,
     device: torch.device,
     layout: Layout = ALONE,
-    first_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> Trainer:
     model = build_model(
         _with_end_of_text(config.model, data),
@@ -150,7 +155,6 @@ def _build(
         by_mesh=groups_by_mesh,
         parts=gathered(model, layout),
     )
-    loader = training_loader(data, first_rows)
     pipeline = None
     if config.parallel.pipeline > 1:
         pipeline = Pipeline(model, layout, stream=stream_dtype(model, config.precision.stream))
@@ -179,7 +183,11 @@ def _resume(trainer: Trainer, checkpoint: Path | None, start: Start | None) -> P
 
 
 def _continue(
-    trainer: Trainer, progress: Progress, on_step: OnStep | None, stop: Callable[[], bool]
+    trainer: Trainer,
+    progress: Progress,
+    on_step: OnStep | None,
+    stop: Callable[[], bool],
+    validation: Callable[[], ValidationResult] | None,
 ) -> Progress:
     config, device = trainer.config, trainer.model.device
     listeners = () if on_step is None else (on_step,)
@@ -199,7 +207,7 @@ def _continue(
             trainer=trainer,
             metrics=metrics,
             listeners=listeners if trainer.layout.is_first else (),
-            validate=_validation(trainer),
+            validate=validation,
             flops=FlopsCounter(config.model),
             peak_flops=peak_flops,
             saver=saver,
@@ -230,8 +238,8 @@ def _rewind(trainer: Trainer, saver: Saver) -> Progress | None:
     return load_checkpoint(newest, tensors, layout=trainer.layout)
 
 
-def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
-    config = trainer.config
+def _held_out_rows(config: RunConfig) -> SampleSource | None:
+    """The rows to validate on; None without [validation]."""
     if config.validation is None:
         return None
     loader, num_rows = validation_loader(config)
@@ -241,11 +249,20 @@ def _validation(trainer: Trainer) -> Callable[[], ValidationResult] | None:
             f"validation.num_samples must not exceed the {num_rows} rows of "
             f"the validation split, got {num_samples}"
         )
+    return loader
+
+
+def _validation(
+    trainer: Trainer, loader: SampleSource | None
+) -> Callable[[], ValidationResult] | None:
+    config = trainer.config
+    if config.validation is None or loader is None:
+        return None
     return partial(
         validate,
         trainer.model,
         loader,
-        num_samples,
+        config.validation.num_samples,
         micro_batch_rows=config.batch.micro_batch_rows,
         autocast=config.precision.autocast,
         layout=trainer.layout,

@@ -1,6 +1,7 @@
 """The data of a run: its sources opened, and the loader over them."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,20 +96,23 @@ def training_loader(data: RunData, first_rows: Mapping[str, int]) -> SampleSourc
 
 
 def validation_loader(config: RunConfig) -> tuple[SampleSource, int]:
-    """Return the rows of the validation splits, at the last weights, and how many there are."""
-    sources = [s for s in config.data.all_sources() if s.begin_share == 0]
+    """Return the rows of the validation splits, at the last weights, and how many there are.
+
+    Few documents are held out: a source takes part if one of them has its length.
+
+    Raises:
+        DataError: none has, or a split cannot be read.
+    """
+    weighed = [s for s in config.data.all_sources() if s.begin_share == 0 and _end_of(s) > 0]
+    datasets = {s.name: TokenDataset.open(s.path, "validation") for s in weighed}
+    sources = [s for s in weighed if _has_documents(s, datasets[s.name])] or weighed
     loaders = {
-        s.name: _packed(s, TokenDataset.open(s.path, "validation"), config.data.seq_len, seed=None)
-        for s in sources
+        s.name: _packed(s, datasets[s.name], config.data.seq_len, seed=None) for s in sources
     }
     num_rows = sum(loader.num_samples_per_epoch() for loader in loaders.values())
     if len(sources) == 1:
         return loaders[sources[0].name], num_rows
-    last = [
-        MixtureSource(s.name, loaders[s.name], _end_of(s), _end_of(s))
-        for s in sources
-        if _end_of(s) > 0
-    ]
+    last = [MixtureSource(s.name, loaders[s.name], _end_of(s), _end_of(s)) for s in sources]
     return MixtureLoader(last, seed=0, num_rows=num_rows, block_rows=len(last)), num_rows
 
 
@@ -137,6 +141,12 @@ def _mixture(
 
 def _end_of(source: SourceSection) -> float:
     return source.weight if source.end_weight is None else source.end_weight
+
+
+def _has_documents(source: SourceSection, dataset: TokenDataset) -> bool:
+    lengths = dataset.document_lengths()
+    above = lengths >= source.min_tokens
+    return bool((above & (lengths < (source.max_tokens or math.inf))).any())
 
 
 def _packed(

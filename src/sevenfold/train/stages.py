@@ -5,6 +5,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from pydantic import Field
+
 from sevenfold.config import ConfigError, StrictModel, parse_config
 from sevenfold.data import MixtureLoader
 from sevenfold.train.checkpoint import list_checkpoints, read_progress
@@ -15,18 +18,46 @@ from sevenfold.train.run_folder import CHECKPOINTS, CONFIG_FILE
 STAGE_FILE = "stage.json"
 
 
+class Documents(StrictModel):
+    """The documents of a source: of a dataset those from min_tokens to below max_tokens."""
+
+    fingerprint: str
+    min_tokens: int
+    max_tokens: int | None
+
+    @property
+    def end_tokens(self) -> float:
+        """max_tokens; infinite without one."""
+        return math.inf if self.max_tokens is None else self.max_tokens
+
+    def have(self, others: "Documents") -> bool:
+        """Whether all of another source's documents are among them."""
+        same = self.fingerprint == others.fingerprint
+        return (
+            same and self.min_tokens <= others.min_tokens and others.end_tokens <= self.end_tokens
+        )
+
+    def num_tokens(self, lengths: np.ndarray) -> int:
+        """Return their tokens; lengths are those of all the dataset's documents."""
+        inside = (lengths >= self.min_tokens) & (lengths < self.end_tokens)
+        return int(lengths[inside].sum())
+
+
 class Start(StrictModel):
     """What a run begins with.
 
     Args:
         checkpoint: weights, moments and generators.
         step: updates that made them.
-        tokens_read: of each source, by name, in all stages before.
+        tokens_read: of each source, by name, in all stages before; of one that is a part of an
+            earlier one, its share of what was read of that.
+        documents: of each source of the stages before, by name.
     """
 
     checkpoint: Path
     step: int
     tokens_read: dict[str, int]
+    documents: dict[str, Documents] = Field(default_factory=dict)
 
 
 def find_start(config: RunConfig) -> Start | None:
@@ -52,19 +83,57 @@ def find_start(config: RunConfig) -> Start | None:
             f"{progress.step} of its {earlier.run.steps} steps; finish it, or end it there with "
             f"--set run.steps={progress.step}"
         )
-    tokens = tokens_read(earlier, progress.next_sample)
-    return Start(checkpoint=checkpoints[-1], step=progress.step, tokens_read=tokens)
+    start = find_start(earlier)
+    documents = {**({} if start is None else start.documents), **_documents(earlier)}
+    tokens = _tokens_read(earlier, start, progress.next_sample)
+    return Start(
+        checkpoint=checkpoints[-1],
+        step=progress.step,
+        tokens_read={**tokens, **_read_of_parts(config, tokens, documents)},
+        documents=documents,
+    )
 
 
-def tokens_read(config: RunConfig, next_sample: int) -> dict[str, int]:
-    """Return the tokens of each source that a run and those before it have read by a sample."""
+def _tokens_read(config: RunConfig, start: Start | None, next_sample: int) -> dict[str, int]:
+    """The tokens of each source that a run and those before it have read by a sample."""
     rows = dict.fromkeys((s.name for s in config.data.all_sources()), next_sample)
-    start = find_start(config)
     loader = training_loader(open_data(config), first_rows(config, start))
     if isinstance(loader, MixtureLoader):
         rows = loader.rows_read(next_sample)
     known = {} if start is None else start.tokens_read
     return {**known, **{name: count * config.data.seq_len for name, count in rows.items()}}
+
+
+def _documents(config: RunConfig) -> dict[str, Documents]:
+    datasets = open_data(config).datasets
+    return {
+        s.name: Documents(
+            fingerprint=datasets[s.name].manifest.fingerprint,
+            min_tokens=s.min_tokens,
+            max_tokens=s.max_tokens,
+        )
+        for s in config.data.all_sources()
+    }
+
+
+def _read_of_parts(
+    config: RunConfig, tokens: Mapping[str, int], earlier: Mapping[str, Documents]
+) -> dict[str, int]:
+    """What was read of new sources that are parts of earlier ones, by their shares of the tokens.
+
+    An earlier order of pieces mixes all lengths, so that only their number can be known.
+    """
+    found, datasets = {}, open_data(config).datasets
+    for name, own in _documents(config).items():
+        wholes = [n for n, documents in earlier.items() if n in tokens and documents.have(own)]
+        if name in tokens or not wholes:
+            continue
+        # The narrowest: what wider ones have read of it is counted in it already.
+        whole = min(wholes, key=lambda n: earlier[n].end_tokens - earlier[n].min_tokens)
+        lengths = datasets[name].document_lengths()
+        share = own.num_tokens(lengths) / earlier[whole].num_tokens(lengths)
+        found[name] = round(tokens[whole] * share)
+    return found
 
 
 def first_rows(config: RunConfig, start: Start | None) -> Mapping[str, int]:
