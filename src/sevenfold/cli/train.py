@@ -18,6 +18,21 @@ from sevenfold.train.recipe import (
     write_stages,
 )
 
+GpuGib = Annotated[
+    float | None,
+    typer.Option("--gpu-gib", min=0.0, help="With --dry-run: say whether a rank fits so many GiB."),
+]
+Longest = Annotated[
+    int | None,
+    typer.Option(
+        help="With --stages: tokens of the last stage's rows.", show_default=f"{LONGEST_TOKENS}"
+    ),
+]
+StageTokens = Annotated[
+    int | None,
+    typer.Option(help="With --stages: tokens of all stages.", show_default=f"{STAGE_TOKENS}"),
+]
+
 
 def train_command(
     run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")],
@@ -29,12 +44,7 @@ def train_command(
         bool,
         typer.Option("--dry-run", help="Print mesh, memory and time of a rank; train nothing."),
     ] = False,
-    gpu_gib: Annotated[
-        float | None,
-        typer.Option(
-            "--gpu-gib", min=0.0, help="With --dry-run: say whether a rank fits so many GiB."
-        ),
-    ] = None,
+    gpu_gib: GpuGib = None,
     plot: Annotated[
         bool,
         typer.Option(
@@ -47,16 +57,8 @@ def train_command(
             help="Write the run files of long context that follow this run; train nothing."
         ),
     ] = None,
-    longest: Annotated[
-        int | None,
-        typer.Option(
-            help="With --stages: tokens of the last stage's rows.", show_default=f"{LONGEST_TOKENS}"
-        ),
-    ] = None,
-    stage_tokens: Annotated[
-        int | None,
-        typer.Option(help="With --stages: tokens of all stages.", show_default=f"{STAGE_TOKENS}"),
-    ] = None,
+    longest: Longest = None,
+    stage_tokens: StageTokens = None,
     questions: Annotated[
         Path | None, typer.Option(help="With --stages: dataset of long questions and answers.")
     ] = None,
@@ -78,12 +80,11 @@ def train_command(
         _plot(config.run.out, console)
         return
     if stages is not None:
-        written = long_context_stages(
-            config,
-            longest_tokens=LONGEST_TOKENS if longest is None else longest,
-            stage_tokens=STAGE_TOKENS if stage_tokens is None else stage_tokens,
-            questions=questions,
-        )
+        sizes = {
+            "longest_tokens": LONGEST_TOKENS if longest is None else longest,
+            "stage_tokens": STAGE_TOKENS if stage_tokens is None else stage_tokens,
+        }
+        written = long_context_stages(config, questions=questions, **sizes)
         for path in write_stages(written, stages):
             console.print(f"written to {path}", highlight=False, soft_wrap=True)
         return
@@ -92,9 +93,8 @@ def train_command(
         return
     with show_run(config, console) as show:
         result = train(config, on_step=show)
-    if not result.is_first:
-        return
-    console.print(_ending(result, config, run), highlight=False, soft_wrap=True)
+    if result.is_first:
+        console.print(_ending(result, config, run), highlight=False, soft_wrap=True)
 
 
 def _check_together(asked: dict[str, bool]) -> None:
