@@ -148,6 +148,20 @@ def test_a_row_over_a_border_and_its_gradients_are_the_recurrences(
         check_error(name, ours, truth.float(), truth)
 
 
+def test_what_would_be_wrong_is_refused(alone: dist.ProcessGroup) -> None:
+    class Forgetful:
+        log_decay = torch.tensor([float("-inf"), -0.1])
+
+    with pytest.raises(ValueError, match=r"log_decay must be finite on context ranks, got \(-inf"):
+        ContextLightning(Forgetful(), alone)
+    (part,), attend = divided([5, 7], 1), ContextLightning(Mixer(), alone)
+    leaves = [torch.randn(1, 12, 4, 3, requires_grad=True) for _ in range(3)]
+    o = attend(*leaves, part, None)[0]
+    (dq,) = torch.autograd.grad(o.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
 @given(LENGTHS, RANKS)
 @settings(deadline=None, max_examples=20)
 def test_what_comes_back_of_states_is_the_transpose_of_what_was_sent(

@@ -8,6 +8,7 @@ import torch
 from parallel_helpers import MODEL, MOE
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sevenfold.config import parse_config
@@ -62,6 +63,13 @@ def test_dimension_zero_or_the_side_of_hidden_size(
     name: str, num_rows: int, shards: int, width: int, dimension: int
 ) -> None:
     assert weights_dimension(parts_of(name), num_rows, shards, width) == dimension
+
+
+def test_experts_that_nobody_shares_are_no_part_of_what_is_gathered(group: None) -> None:
+    own = divided(shard=2, expert=2, gather_dtype="bf16")
+    assert not any(isinstance(layer.mlp.experts, FSDPModule) for layer in own.layers)
+    shared = divided(shard=2, gather_dtype="bf16")
+    assert all(isinstance(layer.mlp.experts, FSDPModule) for layer in shared.layers)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # the last norm's result on a CPU

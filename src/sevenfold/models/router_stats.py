@@ -11,7 +11,7 @@ class RouterCounts(NamedTuple):
     """What one layer's router did with T tokens, k choices each.
 
     totals: [P, 2 E + 1], as route_and_count returns them: their sum over P is meant.
-    kept: [E] or fewer; choices that were not dropped, whose sum is meant.
+    kept: [n], choices that were not dropped, of some experts or token groups; the sum is meant.
     num_choices: T k.
     """
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 
 
 def copy_to_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -142,6 +143,7 @@ class _CopyToRanks(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _summed(grads[0], ctx.group), None
 
@@ -152,6 +154,7 @@ class _SumOfParts(torch.autograd.Function):
         return _summed(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
@@ -163,6 +166,7 @@ class _SplitTokens(torch.autograd.Function):
         return _own_tokens(x, group, stretches)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _joined_tokens(grads[0], *ctx.how), None, None
 
@@ -174,6 +178,7 @@ class _JoinTokens(torch.autograd.Function):
         return _joined_tokens(x, group, stretches)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _own_tokens(grads[0], *ctx.how), None, None
 
@@ -185,6 +190,7 @@ class _GatherRows(torch.autograd.Function):
         return _gathered_rows(rows, sizes, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _summed_rows(grads[0], *ctx.how), None, None
 
@@ -196,6 +202,7 @@ class _SumRows(torch.autograd.Function):
         return _summed_rows(rows, sizes, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _gathered_rows(grads[0], *ctx.how), None, None
 
@@ -207,6 +214,7 @@ class _Begin(torch.autograd.Function):
         return flight.start(rows, flight.sent, flight.received)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.flight.finish(), None
 
@@ -218,6 +226,7 @@ class _End(torch.autograd.Function):
         return flight.finish().view_as(underway)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         flight: Flight = ctx.flight
         flight.start(grads[0], flight.received, flight.sent)

@@ -61,7 +61,7 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
     for block in own_blocks(model):
         if layout.config.routes_tokens and isinstance(block.mlp, MixtureOfExperts) and not alone:
             shard(block.mlp.experts, layout.expert_mesh, again=again, narrow=narrow)
-        unit = _products(block) if narrow else block
+        unit = _products(block, alone) if narrow else block
         shard(unit, layout.weight_mesh, again=again, narrow=narrow)
     # The head is read after the forward, so the outermost unit stays whole until the backward.
     shard(model, layout.weight_mesh, again=False, narrow=False)
@@ -73,16 +73,18 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
         unit.set_force_sum_reduction_for_comms(True)
 
 
-def _products(block: Block) -> list[nn.Module]:
+def _products(block: Block, alone: set[nn.Parameter]) -> list[nn.Module]:
     """The parts of a block whose weights meet nothing but products, which autocast takes in bf16.
 
-    The others, norms and routers, are small, and the outermost unit's.
+    The others, norms and routers, are small, and the outermost unit's. A part that no rank shares
+    is none: called once more, for another token group, it would have the unit gathered again.
     """
     apart = getattr(block.mlp, "coefficient", None)  # in fp32, as the router
     found = [
         part for part in block.modules() if isinstance(part, Linear | Experts) and part is not apart
     ]
-    return [part for part in found if not isinstance(part, FSDPModule)]
+    shared = [part for part in found if not alone.issuperset(part.parameters())]
+    return [part for part in shared if not isinstance(part, FSDPModule)]
 
 
 def _experts_of_one_rank(model: HybridModel, layout: Layout) -> set[nn.Parameter]:

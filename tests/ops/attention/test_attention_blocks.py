@@ -155,6 +155,12 @@ def test_cudnn_takes_equal_sequences_of_few_lengths(monkeypatch: pytest.MonkeyPa
     assert taken == [*range(1024, 16 * 1024, 1024), *range(16 * 1024, 32 * 1024, 2048), 32 * 1024,
                      36 * 1024]  # fmt: skip
     assert "must be at most 536870912" in str(blocks_cudnn.refusal(q, q, _alone(2**26)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        refusal = blocks_cudnn.refusal(q, q, _alone(1024))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "under torch.use_deterministic_algorithms(True)" in str(refusal)
     with pytest.raises(UnsupportedError, match=r"lengths must all be one product of 1024, a power"):
         attention_block(*inputs((4,), 2, 2, torch.bfloat16), _alone(4), impl="cudnn")
 

@@ -154,6 +154,15 @@ def test_each_part_of_the_totals_has_a_gradient_of_its_own() -> None:
     check_kernel(lambda x: triton_route.route_and_count(x, k)[2], by_parts, [logits], [dtotals])
 
 
+@pytest.mark.parametrize(("E", "parts"), [(64, 3), (100, 1)])
+def test_totals_of_many_experts_are_summed_at_once(E: int, parts: int) -> None:
+    """Their parts would be larger than the logits, and a layer keeps them."""
+    logits = 3 * random(40, E)
+    totals = triton_route.in_few_parts(*triton_route.route_and_count(logits, 2))[2]
+    assert totals.shape == (parts, 2 * E + 1)
+    assert totals.sum(0)[E : 2 * E].sum() == 80
+
+
 def test_a_gradient_of_the_weights_alone() -> None:
     logits, dy = [3 * random(40, 8)], [random(40, 2, seed=1)]
     counted = with_grads(lambda x: triton_route.route_and_count(x, 2)[0], logits, dy)

@@ -61,6 +61,9 @@ def test_what_does_not_fit_is_refused() -> None:
     how = {"from_end": True}
     with pytest.raises(ValueError, match=r"spans must lie in the 23 tokens, got \(20, 4\)"):
         lightning_added(a, b, RATES, [Span(20, 4)], **how)
+    aside = torch.empty(*b.shape, 2)[..., 0]
+    with pytest.raises(ValueError, match="y's last stride must be 1, got 2"):
+        lightning_add_read(aside, a, states, RATES, SPANS[0], **how)
     with pytest.raises(ValueError, match=r"states must have shape .*\[N, H, K, V\]"):
         lightning_add_read(b, a, states[:1], RATES, SPANS[0], **how)
     with pytest.raises(TypeError, match="states must"):

@@ -6,6 +6,7 @@ at 327 (benchmarks/results/kernels/nvidia-h200.json, causal, 32,768 tokens of 64
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sevenfold.ops.attention import cudnn
@@ -19,6 +20,8 @@ _MOST_ELEMENTS = 2**29
 
 def refusal(q: Tensor, v: Tensor, block: Block) -> str | None:
     """Why it cannot compute this, or should not, if so."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "impl cudnn must not be taken under torch.use_deterministic_algorithms(True)"
     for name, lengths in (("lengths", block.lengths), ("key_lengths", block.key_lengths)):
         if len(set(lengths)) != 1 or not _is_of_few(lengths[0]):
             return (

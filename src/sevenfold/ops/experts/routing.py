@@ -71,7 +71,7 @@ def route_and_count(
     if _choose("route_and_count", logits, impl) is Impl.TRITON:
         from sevenfold.ops.experts import triton_route
 
-        return triton_route.route_and_count(logits, num_chosen)
+        return triton_route.in_few_parts(*triton_route.route_and_count(logits, num_chosen))
     probabilities = logits.softmax(-1)
     weights, experts = _route(probabilities, num_chosen)
     # A comparison, for torch.bincount makes the host wait for a GPU.

@@ -20,6 +20,9 @@ from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.triton_launched import launched
 
 _TILE_ELEMENTS, _WARPS = 1024, 4
+# Parts take some 8 T E^2 / 1024 bytes, which a layer keeps to the end of its micro-batch: those of
+# more experts are summed at once, by a launch of its own.
+_MANY_EXPERTS = 64
 
 
 @launched
@@ -117,6 +120,12 @@ def route_and_count(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Te
     results = _counted_results(logits, num_chosen)
     _run(logits, *results)
     return results
+
+
+def in_few_parts(weights: Tensor, experts: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of route_and_count, whose totals take no more memory than the logits."""
+    many = totals.shape[1] // 2 > _MANY_EXPERTS
+    return weights, experts, totals.sum(0, keepdim=True) if many else totals
 
 
 def _run(logits: Tensor, weights: Tensor, experts: Tensor, totals: Tensor | None) -> None:

@@ -50,7 +50,7 @@ def lightning_added(
         a: [T, H, K], bf16, fp16, fp32 or fp64. Its products with the weighed b have its dtype, as
             in the recurrence's kernels; sums are fp32 at least.
         b: [T, H, V], dtype of a.
-        log_decay: [H] fp32, <= 0.
+        log_decay: [H] fp32, finite and <= 0.
         spans: of the T tokens.
         from_end: whether the border is at the spans' ends, or at their starts.
         impl: "eager" or "triton" (bf16, fp16 or fp32 on a GPU, widths up to 256); None takes
@@ -85,7 +85,7 @@ def lightning_add_read(
         y_i = y_i + decay^d_i x_i^T S_n
 
     Args:
-        y: [T, H, V], dtype of x.
+        y: [T, H, V], dtype of x, with values side by side: a last stride of 1.
         x: [T, H, K].
         states: [N, H, K, V] fp32 (fp64 for fp64); rounded to x's dtype for the product.
         log_decay, spans, from_end, impl: as in lightning_added; spans do not overlap.
@@ -94,6 +94,8 @@ def lightning_add_read(
         ValueError, TypeError, UnsupportedError: as lightning_added.
     """
     _check("y", x, y, log_decay, spans)
+    if y.stride(2) != 1:
+        raise ValueError(f"y's last stride must be 1, got {y.stride(2)}")
     check_shape("states", states, (len(spans), *x.shape[1:], y.shape[2]), "[N, H, K, V]")
     check_dtype("states", states, (torch.promote_types(x.dtype, torch.float32),))
     with torch.no_grad(), full_precision(x.device):

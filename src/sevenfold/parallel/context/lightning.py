@@ -18,11 +18,13 @@ tokens next to a border, as far as a head reaches. Source: arXiv 2501.08313 sect
 2502.07563 (LASP-2).
 """
 
+import math
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 
 from sevenfold.models import Batch
 from sevenfold.models.mixers.lightning import LightningState
@@ -49,9 +51,19 @@ class ContextLightning:
     """Stands in for LightningAttention.attend on a context rank."""
 
     def __init__(self, mixer: HasDecay, group: dist.ProcessGroup) -> None:
-        """Args: the layer's mixer, whose decay [H] may move to a device; group of context ranks."""
+        """Take the part of one layer's attention.
+
+        Args:
+            mixer: the layer's, whose decay [H] may move to a device.
+            group: of context ranks.
+
+        Raises:
+            ValueError: a head forgets all at once, log_decay = -inf.
+        """
         self.mixer, self.group = mixer, group
         self.on_host = tuple(mixer.log_decay.tolist())
+        if not all(map(math.isfinite, self.on_host)):
+            raise ValueError(f"log_decay must be finite on context ranks, got {self.on_host}")
 
     def __call__(
         self,
@@ -129,8 +141,10 @@ class _Leave(torch.autograd.Function):
         return q.view_as(q), k.view_as(k), v.view_as(v)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         passage, (dq, dk, dv) = ctx.passage, grads
+        # o hangs on q, k and v, so the backward of _Enter has run, whatever a gradient is asked of.
         (k, v), (do, before) = ctx.saved_tensors, passage.held
         passage.held = None
         # In place: they are the recurrence's own results, and nobody else's.
@@ -155,6 +169,7 @@ class _Enter(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         passage, (q, before), (do,) = ctx.passage, ctx.saved_tensors, grads
         dbefore = passage.added(q[0], do[0], from_end=False)
