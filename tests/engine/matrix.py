@@ -110,9 +110,9 @@ def nearly(model: HybridModel) -> HybridModel:
     return other
 
 
-HEAD, *OTHERS = repeating(12, [66, 76])
-# All but one share a head. Each ends so near a page's border that its output crosses it.
-TEXTS = [*([*HEAD, *tail] for tail in repeating(13, [9, 11, 7])), *OTHERS]
+# Prompts that share a head. Each ends so near a page's border that its output crosses it.
+(HEAD,) = repeating(12, [66])
+TEXTS = [[*HEAD, *tail] for tail in repeating(13, [9, 11, 7, 10])]
 # What pushes others' prefixes out.
 FILLING = repeating(2, [140, 140, 140])
 
@@ -165,9 +165,8 @@ def _items(case: Case) -> tuple[int, int]:
             return MAX_RUNNING, 100
         case "evicting":
             return MAX_RUNNING, 26
-    # Two requests with nothing in common have all but the page that one of them needs next; those
-    # that share a head need fewer.
-    return 2, 9 if case.cached else 10
+    # All with one head, or two with nothing in common, but for a page that one of them needs next.
+    return (MAX_RUNNING, 9) if case.cached else (2, 10)
 
 
 class Run:
@@ -285,8 +284,9 @@ class Run:
         self._finish()
 
     def _submit(self, name: str, text: list[int], num_tokens: int, priority: int = 0) -> None:
-        most = None if self.case.cached else 0
-        request = Request(name, tuple(text), num_tokens, priority=priority, max_cached_tokens=most)
+        # Without a salt of its own, a request that takes no prefix shares the pages of equal ones.
+        how = {} if self.case.cached else {"max_cached_tokens": 0, "salt": name.encode()}
+        request = Request(name, tuple(text), num_tokens, priority=priority, **how)
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         self.engine.submit(request, params)
         self.requests[name] = request
