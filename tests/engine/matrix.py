@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 
+import pytest
 import torch
 from covering import covering
+from device_helpers import FakeCapture, new_runner
 from speculation_helpers import repeating
 from tokenizers import Tokenizer
 
 from sevenfold.engine import SamplingParams
+from sevenfold.engine import worker as worker_module
 from sevenfold.engine.ahead import Begun
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory import MemoryPlan, plan_memory
@@ -36,7 +39,7 @@ DRAFTS: dict[str, SpeculationConfig | None] = {
     "chain": PromptLookupConfig(draft_tokens=3, min_match_tokens=1, adaptive=False),
     "tree": PromptLookupConfig(draft_tokens=5, branches=2, min_match_tokens=1, adaptive=False),
     "model": DraftModelConfig(
-        draft_tokens=3, adaptive=False, memory_bytes=1 << 20, context_tokens=CONTEXT_TOKENS
+        draft_tokens=3, adaptive=False, memory_bytes=1 << 22, context_tokens=CONTEXT_TOKENS
     ),
 }
 MEMORY = ("ample", "evicting", "preempting")
@@ -90,13 +93,13 @@ QUICK = [Case(*values) for values in covering([astuple(case) for case in CASES],
 REST = [case for case in CASES if case not in set(QUICK)]
 
 
-LOUD = slice(40, 44)
+LOUD = range(40, 44)
 
 
 def outspoken(model: HybridModel) -> HybridModel:
     """A model that says a few tokens often: what it said before foretells some of its outputs."""
     with torch.no_grad():
-        model.lm_head.weight[LOUD] *= 3.0
+        model.lm_head.weight[list(LOUD)] *= 3.0
     return model
 
 
@@ -110,11 +113,26 @@ def nearly(model: HybridModel) -> HybridModel:
     return other
 
 
-# Prompts that share a head. Each ends so near a page's border that its output crosses it.
-(HEAD,) = repeating(12, [66])
-TEXTS = [[*HEAD, *tail] for tail in repeating(13, [9, 11, 7, 10])]
+# Prompts that share a head, in which each loud token follows each: there is more than one guess.
+# Each ends so near a page's border that its output crosses it.
+HEAD = [*repeating(0, [50])[0], *(LOUD["abcd".index(c)] for c in "aabacadbbcbdccdd")]
+TEXTS = [[*HEAD, *tail] for tail in repeating(1, [9, 11, 7, 10])]
 # What pushes others' prefixes out.
 FILLING = repeating(2, [140, 140, 140])
+
+
+def fake_graphs(case: Case, monkeypatch: pytest.MonkeyPatch) -> FakeCapture:
+    """What stands for recorded steps on a CPU, in engines that are made from now on."""
+    captured = FakeCapture()
+    if case.graphs:
+        # In batch-invariant mode all steps have one size.
+        sizes = (MAX_RUNNING,) if case.invariant else (2, MAX_RUNNING)
+        monkeypatch.setattr(
+            worker_module,
+            "make_runner",
+            lambda model, storage, *_, **__: new_runner(model, storage, captured, sizes),
+        )
+    return captured
 
 
 def engine_of(case: Case, model: HybridModel, draft: HybridModel, tokenizer: Tokenizer) -> Engine:
@@ -206,7 +224,7 @@ class Run:
         longest = max(chunk.end - chunk.first for step in self.steps for chunk in step.prefills)
         assert longest <= 2 * self.case.chunk_tokens + MAX_RUNNING
         assert longest > 16 or self.case.chunk_tokens == 16
-        if not self.case.graphs:
+        if self.engine._worker.ahead is None:
             assert self.num_ahead == 0
         elif self.case.drafts == "plain" or (self.case.mix == "alone" and not self._has_model):
             assert self.num_ahead > 0

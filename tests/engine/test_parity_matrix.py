@@ -10,12 +10,10 @@ from itertools import combinations
 
 import pytest
 from covering import met
-from device_helpers import FakeCapture, new_runner
 from engine_helpers import tiny_model, uncached
 from matrix import (
     AXES,
     CASES,
-    MAX_RUNNING,
     NUM_TOKENS,
     QUICK,
     REST,
@@ -24,12 +22,12 @@ from matrix import (
     Case,
     Run,
     engine_of,
+    fake_graphs,
     nearly,
     outspoken,
 )
 from tokenizers import Tokenizer
 
-from sevenfold.engine import worker as worker_module
 from sevenfold.models import HybridModel
 
 
@@ -46,21 +44,13 @@ def wanted() -> list[list[int]]:
 
 
 def check(case: Case, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = FakeCapture()
-    if case.graphs:
-        # In batch-invariant mode all steps have one size.
-        sizes = (MAX_RUNNING,) if case.invariant else (2, MAX_RUNNING)
-        monkeypatch.setattr(
-            worker_module,
-            "make_runner",
-            lambda model, storage, *_, **__: new_runner(model, storage, captured, sizes),
-        )
+    captured = fake_graphs(case, monkeypatch)
     run = Run(case, engine_of(case, *models(), tokenizer))
     run.run()
     for turn in run.turns:
         assert [request.generated for request in turn] == wanted()
     run.check_effects()
-    assert (captured.replayed > 0) == case.graphs
+    assert (captured.replayed > 0) == (run.engine._worker.ahead is not None) == case.graphs
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
