@@ -51,10 +51,10 @@ class Case:
 
     drafts: a key of DRAFTS. chunk_tokens: least of a prompt in a step. mix: requests come one
     after another ends, all together, or later ones, which rank first, while earlier ones run.
-    memory: for all that is asked; for all that runs,
-    so that prefixes have to go; or for less, so that requests have to. cached: whether requests may go on from prefixes. graphs: whether steps
-    are recorded, and begun ahead. host: prefixes that make room go to the host's memory.
-    invariant: batch-invariant mode.
+    memory: enough for all that is asked; for all that runs, so that prefixes have to go; or for
+    less, so that requests have to. cached: whether requests may go on from prefixes. graphs:
+    whether steps are recorded, and begun ahead. host: prefixes that make room go to the host's
+    memory. invariant: batch-invariant mode.
     """
 
     drafts: str
