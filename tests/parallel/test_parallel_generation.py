@@ -8,10 +8,11 @@ from parallel_generation import by_decoder, generate, model_of, serve
 from parallel_helpers import run_ranks
 
 
-def test_ranks_decode_the_greedy_tokens_of_one_process(tmp_path: Path) -> None:
-    run_ranks("decoding", 2, tmp_path, "lf")
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_decode_the_greedy_tokens_of_one_process(num_ranks: int, tmp_path: Path) -> None:
+    run_ranks("decoding", num_ranks, tmp_path, "lf")
     alone = by_decoder(model_of("lf", True), 3)
-    for rank in range(2):
+    for rank in range(num_ranks):
         assert torch.load(tmp_path / f"lf.{rank}.pt", weights_only=True) == alone
 
 
