@@ -13,6 +13,7 @@ from torch import Tensor
 from sevenfold.models import HybridModel, ModelConfig, MoEConfig
 from sevenfold.models.checkpoint import load_model, save_model
 from sevenfold.models.feed_forward import Router
+from sevenfold.ops import router_logits
 from sevenfold.ops.testing import check_error, error_bound
 
 T = 300  # more than one of transformers' blocks of 256, and not a multiple
@@ -97,13 +98,13 @@ def narrowest_choice(model: HybridModel, ids: Tensor) -> float:
     """The least lead of a chosen expert over one that was not, over all layers and tokens."""
     leads = []
 
-    def record(router: Router, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
-        falling = outputs[0].softmax(-1).sort(descending=True).values
+    def record(router: Router, inputs: tuple[Tensor]) -> None:
+        falling = router_logits(inputs[0], router.weight).softmax(-1).sort(descending=True).values
         last = router.num_chosen - 1
         leads.append(float((falling[:, last] - falling[:, last + 1]).min()))
 
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    hooks = [router.register_forward_hook(record) for router in routers]
+    hooks = [router.register_forward_pre_hook(record) for router in routers]
     model(ids)
     for hook in hooks:
         hook.remove()
