@@ -7,7 +7,6 @@ from dataclasses import replace
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sevenfold.config import ConfigError
 from sevenfold.engine.ahead import Ahead, Chosen
 from sevenfold.engine.cache import CacheCounters, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
@@ -34,7 +33,7 @@ from sevenfold.engine.speculation import (
     Taken,
     Walk,
     build_drafter,
-    check_rings,
+    check_speculates,
 )
 from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
@@ -97,7 +96,11 @@ class Engine:
         self._underway: dict[str, Underway] = {}
         self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
-        self._speculator = self._build_speculator(speculation, draft)
+        check_speculates(speculation, draft, plan)
+        self._speculator: Speculator | None = None
+        if speculation is not None:
+            drafter = build_drafter(speculation, draft, model, tokenizer)
+            self._speculator = Speculator(speculation, drafter, self._worker, self._sampler_of)
         self.num_nonfinite = 0  # requests that failed because their logits were not finite
         self._guesses = False  # whether any request has guesses for the next step
 
@@ -188,17 +191,6 @@ class Engine:
     def speculation_counters(self) -> SpeculationCounters | None:
         """What speculation has done; None where the engine guesses no tokens."""
         return None if self._speculator is None else replace(self._speculator.counters)
-
-    def _build_speculator(
-        self, config: SpeculationConfig | None, draft: DraftModel | None
-    ) -> Speculator | None:
-        if config is None:
-            if draft is not None:
-                raise ConfigError("draft must be None without speculation, got a DraftModel")
-            return None
-        check_rings(config, self.cache.plan)
-        drafter = build_drafter(config, draft, self._model, self._tokenizer)
-        return Speculator(config, drafter, self._worker, self._sampler_of)
 
     def _propose(self) -> None:
         """Guess what follows for the requests that decode."""

@@ -121,6 +121,9 @@ class ModelDrafter:
             rows = logits[torch.tensor(ready, device=logits.device)]
             for i, found in zip(ready, self._guess(chosen, rows, most), strict=True):
                 paths[served[i]] = found
+        elif logits.is_cuda:
+            # Its time is the guesses', not that of the step which runs behind it.
+            torch.cuda.synchronize(logits.device)
         return paths
 
     def forget(self, request_id: str) -> None:
