@@ -104,7 +104,7 @@ class ModelDrafter:
                 return
             self._runner.run(rows)
 
-    def read(self, request: Request, num_tokens: int) -> None:
+    def read(self, requests: Sequence[Request], num_computed: int) -> None:
         """Nothing: a prompt takes the device's time, and memory that others may need now."""
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from sevenfold.engine.request import Request
 from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import Output, Sampler
+from sevenfold.engine.scheduler import PrefillChunk
 from sevenfold.engine.speculation.acceptance import Progress, Walk, walk_drafts
 from sevenfold.engine.speculation.config import SpeculationConfig
 from sevenfold.engine.speculation.drafter import Ask, Drafter
@@ -133,16 +134,17 @@ class Speculator:
         """Do what happens once, on a GPU, before a request waits for it, until it is stopped."""
         self._drafter.warm_up(stopped)
 
-    def read(self, request: Request, num_tokens: int) -> None:
-        """Look at more of a prompt while the device computes so many of its tokens."""
-        self._drafter.read(request, num_tokens)
+    def read(self, decoding: Sequence[Request], chunks: Sequence[PrefillChunk]) -> None:
+        """Look at more of the prompts of a step while the device computes it."""
+        requests = [*decoding, *(chunk.request for chunk in chunks)]
+        self._drafter.read(requests, sum(chunk.end - chunk.first for chunk in chunks))
 
-    def check(self, drafted: Sequence[Drafted], num_rows: int) -> list[Walk]:
+    def check(self, drafted: Sequence[Drafted], decoding: Sequence[Request]) -> list[Walk]:
         """Check the drafts of some requests, one or more, in one run of the model.
 
         Args:
             drafted: the requests.
-            num_rows: those that decode in this step, with a draft or without.
+            decoding: all that decode in this step, with a draft or without.
 
         Returns:
             How far each draft is right; what was taken is not recorded yet.
@@ -152,6 +154,7 @@ class Speculator:
             for one in drafted
         ]
         logits, starts = self._worker.check(drafts)
+        self.read(decoding, ())
         walks = [
             Walk(one.progress, draft.tree, first)
             for one, draft, first in zip(drafted, drafts, starts, strict=True)
@@ -163,7 +166,7 @@ class Speculator:
             rejected=[draft for draft, walk in pairs if not walk.is_finite],
         )
         for walk in walks:
-            self._count(walk, num_rows)
+            self._count(walk, len(decoding))
         return walks
 
     def note_plain(self, num_rows: int, seconds: float | None, *, is_steady: bool) -> None:
@@ -199,12 +202,12 @@ class Speculator:
         self._allowance.spend(steps - 1 - saved)
         self._allowance.earn()
 
-    def forget(self, requests: Sequence[Request], *, ended: bool) -> None:
+    def forget(self, preempted: Sequence[Request], ended: Sequence[Request]) -> None:
         """Give up what is kept for requests; the pace of one that comes back is kept."""
-        for request in requests:
+        for request in (*preempted, *ended):
             self._drafter.forget(request.id)
-            if ended:
-                self._drafted.pop(request.id, None)
+        for request in ended:
+            self._drafted.pop(request.id, None)
 
     def _count(self, walk: Walk, num_rows: int) -> None:
         """Note what became of a draft."""
