@@ -7,7 +7,6 @@ from dataclasses import replace
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sevenfold.config import ConfigError
 from sevenfold.engine.ahead import Ahead, Chosen
 from sevenfold.engine.cache import CacheCounters, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
@@ -34,7 +33,7 @@ from sevenfold.engine.speculation import (
     Taken,
     Walk,
     build_drafter,
-    check_rings,
+    check_speculates,
 )
 from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.engine.text import TextStream
@@ -97,7 +96,11 @@ class Engine:
         self._underway: dict[str, Underway] = {}
         self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
-        self._speculator = self._build_speculator(speculation, draft)
+        check_speculates(speculation, draft, plan)
+        self._speculator: Speculator | None = None
+        if speculation is not None:
+            drafter = build_drafter(speculation, draft, model, tokenizer)
+            self._speculator = Speculator(speculation, drafter, self._worker, self._sampler_of)
         self.num_nonfinite = 0  # requests that failed because their logits were not finite
         self._guesses = False  # whether any request has guesses for the next step
 
@@ -175,12 +178,13 @@ class Engine:
         step = self.scheduler.step()
         self._worker.prepare(self.cache.take_fresh())
         if self._speculator is not None:
-            self._speculator.forget(step.preempted, ended=False)
-            self._speculator.forget(step.ended, ended=True)
+            self._speculator.forget(step.preempted, step.ended)
         events = [self._end(request) for request in step.ended]
         if self._speculator is not None and any(row.draft_tokens for row in step.decodes):
             events += self._decode_drafts(self._speculator, step.decodes, began_s)
-            events += self._take(self._prefill(step.prefills))
+            prefilled = self._prefill(step.prefills)
+            self._speculator.read((), step.prefills)
+            events += self._take(prefilled)
         else:
             events += self._decode_plainly(step, began_s)
         return [event for event in events if event is not None]
@@ -188,17 +192,6 @@ class Engine:
     def speculation_counters(self) -> SpeculationCounters | None:
         """What speculation has done; None where the engine guesses no tokens."""
         return None if self._speculator is None else replace(self._speculator.counters)
-
-    def _build_speculator(
-        self, config: SpeculationConfig | None, draft: DraftModel | None
-    ) -> Speculator | None:
-        if config is None:
-            if draft is not None:
-                raise ConfigError("draft must be None without speculation, got a DraftModel")
-            return None
-        check_rings(config, self.cache.plan)
-        drafter = build_drafter(config, draft, self._model, self._tokenizer)
-        return Speculator(config, drafter, self._worker, self._sampler_of)
 
     def _propose(self) -> None:
         """Guess what follows for the requests that decode."""
@@ -223,8 +216,7 @@ class Engine:
         if not self._guesses and not (is_guessed and prefilled):
             self._run_ahead([one for one in (decoded, prefilled) if one is not None])
         if self._speculator is not None:
-            for chunk in step.prefills:
-                self._speculator.read(chunk.request, chunk.end - chunk.first)
+            self._speculator.read([row.request for row in step.decodes], step.prefills)
         events = self._take(decoded) + self._take(prefilled)
         if not self.scheduler.num_decoding:
             self._ahead.forget()
@@ -256,13 +248,14 @@ class Engine:
                 row = self._row(request, request.num_computed_tokens + 1 + num_guesses)
                 drafted.append(Drafted(self._underway[request.id], row, num_guesses))
         self._sampler = None
-        return speculator.check(drafted, len(rows))
+        return speculator.check(drafted, [row.request for row in rows])
 
     def _take_walk(self, walk: Walk) -> list[TokenEvent | None]:
+        underway = self._underway[walk.request.id]
         if walk.is_refused:
-            self.scheduler.fail(walk.request, self._underway[walk.request.id].refusal)
+            self.scheduler.fail(walk.request, underway.refusal)
             return []
-        return self._record(self._underway[walk.request.id], walk.taken, stopped=walk.stopped)
+        return self._record(underway, walk.taken, stopped=walk.stopped)
 
     def _decode(self, step: Step) -> Chosen | None:
         """Choose one token of each request, if there are any; most often that is under way."""

@@ -16,7 +16,7 @@ _PARAMS = (
 
 
 def warm_up(worker: Worker, limits: SchedulerConfig, note: Note) -> None:
-    """Run what requests within the limits will need; on a CPU there is nothing.
+    """Run what requests within the limits will need; on a CPU checks of drafts, if there are any.
 
     On a GPU: compiles kernels, by several threads, and runs and records steps and prefills of the
     sizes that requests will need. No result changes, nothing is cached, and no memory is taken that
@@ -31,13 +31,13 @@ def warm_up(worker: Worker, limits: SchedulerConfig, note: Note) -> None:
     Raises:
         WarmUpStoppedError: the worker was told to stop.
     """
-    if not worker.has_first_times:
-        return
     longest = worker.model.config.max_position_embeddings
     chunk_tokens = limits.lone_chunk_tokens or limits.max_step_tokens
     if limits.batch_invariant:
         chunk_tokens = limits.min_chunk_tokens
     worker.warm_up(min(limits.max_request_tokens or longest, longest), chunk_tokens, note)
+    if not worker.has_first_times:
+        return
     vocab_size, device = worker.model.config.vocab_size, worker.model.device
     for params in _PARAMS:
         for num_rows in (1, 2):

@@ -95,6 +95,9 @@ class Worker:
     def warm_up(self, most_tokens: int, chunk_tokens: int, note: Note) -> None:
         """Compile kernels, and run and record what requests will need, on memory of nobody.
 
+        On a CPU checks of drafts alone, whose loops take seconds to compile: a request without a
+        draft comes through all others.
+
         Args:
             most_tokens: of a request.
             chunk_tokens: of a prompt that are computed at once, at most.
@@ -103,10 +106,13 @@ class Worker:
         Raises:
             WarmUpStoppedError: stop_warm_up was called.
         """
-        if not self.has_first_times:
-            return
         began_s = time.monotonic()
         reach = Reach(most_tokens, chunk_tokens, self.runner.page_tokens, self.storage.has_states)
+        if not self.has_first_times:
+            if self._verifier is not None:
+                self._check_first(self._verifier, first_drafts(reach, (2,))[-1])
+                note(f"the check of drafts ready after {time.monotonic() - began_s:.1f} s")
+            return
         runs, drafts = self._first_runs(reach), self._first_drafts(reach)
         num_kernels = self._rehearse(runs, drafts)
         note(f"{num_kernels} kernels compiled after {time.monotonic() - began_s:.1f} s")
@@ -122,6 +128,15 @@ class Worker:
             torch.cuda.empty_cache()
         seconds = time.monotonic() - began_s
         note(f"{len(runs) + len(drafts)} sizes of runs ready after {seconds:.1f} s")
+
+    def _check_first(self, verifier: Verifier, drafts: list[DraftRow]) -> None:
+        """Check drafts on the sink, and take what they gave along, into a ring and into a state."""
+        for _ in range(2):
+            self._check_wanted()
+            verifier.run(drafts)
+            verifier.accept([(draft, [0]) for draft in drafts])
+        self._check_wanted()
+        self._pending.commit([SINK])
 
     def stop_warm_up(self) -> None:
         """End a warm-up before its next run; called by any thread, or by a signal's handler."""

@@ -8,14 +8,17 @@ from speculation_helpers import SMALLER, build, is_idle, repeating, run, submit,
 from tokenizers import Tokenizer
 
 from sevenfold.config import ConfigError
+from sevenfold.engine import engine as engine_module
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.request import Request
 from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import Output, SamplingParams
 from sevenfold.engine.speculation import DraftModel
+from sevenfold.engine.speculation import speculator as speculator_module
 from sevenfold.engine.speculation.draft_model import ModelDrafter
 from sevenfold.engine.speculation.drafter import Ask
+from sevenfold.engine.speculation.pace import CREDIT_RATE, FIRST_CREDIT
 
 
 def test_another_tokenizer_is_refused(tokenizer: Tokenizer) -> None:
@@ -170,3 +173,50 @@ def test_what_never_pays_is_tried_by_what_may_be_lost(tokenizer: Tokenizer) -> N
         submit(engine, f"right {n}", [1, 2, 3], 120)
         run(engine)
     assert speculator.counters.num_drafts > drafts + 30
+
+
+class Clock:
+    """Stands still but where it is told that time has passed."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+def test_catching_up_is_paid_for_and_is_no_step_time(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of many chunks, outputs that end before a guess: nothing is drafted, and it costs."""
+    clock, step_s, chunk_s = Clock(), 0.01, 0.025
+    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(speculator_module, "time", clock)
+    model = tiny_model("lsf", max_position_embeddings=200)
+    config = SMALLER.model_copy(update={"adaptive": True, "max_chunk_tokens": 8})
+    engine = build(model, tokenizer, config, DraftModel(model, tokenizer))
+    speculator, num_chunks = engine._speculator, 0
+    run_step, catch_up = engine._worker.run, speculator._drafter._catch_up
+
+    def slow_step(rows: list[Row]) -> torch.Tensor:
+        clock.now_s += step_s
+        return run_step(rows)
+
+    def slow_catch_up(asks: list[Ask]) -> torch.Tensor:
+        nonlocal num_chunks
+        num_chunks, clock.now_s = num_chunks + 1, clock.now_s + chunk_s
+        return catch_up(asks)
+
+    monkeypatch.setattr(engine._worker, "run", slow_step)
+    monkeypatch.setattr(speculator._drafter, "_catch_up", slow_catch_up)
+    num_steps, chunk_steps = 0, chunk_s / step_s
+    for n in range(60):
+        submit(engine, str(n), range(n, n + 90), 6)
+        while engine.has_work:
+            engine.step()
+            num_steps += 1
+            lost = num_chunks * chunk_steps
+            assert lost <= FIRST_CREDIT + CREDIT_RATE * num_steps + chunk_steps + 1e-9
+    assert num_chunks > 2
+    assert engine.speculation_counters().num_drafts == 0
+    assert speculator._times._of(1).plain.value == pytest.approx(step_s)

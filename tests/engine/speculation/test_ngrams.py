@@ -10,7 +10,7 @@ from sevenfold.engine.sampling import Output, SamplingParams
 from sevenfold.engine.speculation.config import PromptLookupConfig
 from sevenfold.engine.speculation.drafter import Ask
 from sevenfold.engine.speculation.ngrams import NgramIndex
-from sevenfold.engine.speculation.prompt_lookup import MAX_INDEXED_TOKENS, PromptLookup
+from sevenfold.engine.speculation.prompt_lookup import MOST_READ_TOKENS, PromptLookup
 
 TEXTS = st.lists(st.integers(0, 2), max_size=40)
 
@@ -65,8 +65,11 @@ def test_a_long_prompt_is_indexed_step_by_step_and_an_output_as_it_comes() -> No
     prompt = (7, 8, 9, *range(100, 30_100))
     asked = Asked(Request("a", prompt, 100))
     asked.request.generated += [500, 501]
-    asked.drafter.read(asked.request, 20_000 - 2 * MAX_INDEXED_TOKENS)
-    steps = [asked.paths() for _ in range(3)]
+    asked.drafter.read([asked.request], 20_000 - 3 * MOST_READ_TOKENS)
+    steps = []
+    for _ in range(3):
+        steps.append(asked.paths())
+        asked.drafter.read([asked.request], 0)
     # What 500, 501 once went on with has left the history; 20,101 and 20,102 have not.
     assert steps == [[], [], []]
     asked.request.generated += [20_101, 20_102]
@@ -75,3 +78,18 @@ def test_a_long_prompt_is_indexed_step_by_step_and_an_output_as_it_comes() -> No
     assert asked.paths() == [[7, 20_101, 20_102]]
     asked.drafter.forget("a")
     assert asked.paths() == []
+
+
+def test_of_several_prompts_the_first_is_read_first() -> None:
+    drafter = PromptLookup(PromptLookupConfig())
+    requests = [
+        Request(name, tuple(range(length)), 9)
+        for name, length in (("a", 10), ("b", MOST_READ_TOKENS), ("c", 30))
+    ]
+    known = lambda: [indexed.num_tokens for indexed in drafter._indexed.values()]  # noqa: E731
+    drafter.read(requests, 0)
+    assert known() == [10, MOST_READ_TOKENS - 10]
+    drafter.read(requests, 0)
+    assert known() == [10, MOST_READ_TOKENS, 30]
+    drafter.read(requests[:1], 0)
+    assert known() == [10, MOST_READ_TOKENS, 30]

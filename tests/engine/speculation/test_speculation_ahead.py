@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.ahead import Ahead
 from sevenfold.engine.engine import Engine
-from sevenfold.engine.speculation import PromptLookupConfig, SpeculationConfig
+from sevenfold.engine.speculation import PromptLookupConfig, SpeculationConfig, prompt_lookup
 
 RESTING = CHAIN.model_copy(update={"min_match_tokens": 8})  # finds next to nothing
 
@@ -119,4 +119,32 @@ def test_a_prompt_is_read_while_it_is_computed(tokenizer: Tokenizer) -> None:
         assert index["a"].num_tokens >= request.num_computed_tokens
     assert engine.speculation_counters().num_drafts == 0
     run(engine)
+    assert not index
+
+
+@pytest.mark.parametrize("is_adaptive", [True, False], ids=["watched", "at once"])
+def test_prompts_from_the_cache_are_guessed_from_soon(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, *, is_adaptive: bool
+) -> None:
+    """Next turns of eight conversations: no chunk of theirs is computed, but the last."""
+    monkeypatch.setattr(prompt_lookup, "MOST_READ_TOKENS", 112)
+    mode = CHAIN.model_copy(update={"adaptive": is_adaptive})
+    engine = build(
+        shared_model("lsf"), tokenizer, mode, slabs=400, max_running=32, max_step_tokens=4000
+    )
+    texts = repeating(3, [112] * 8)
+    for name, num_tokens in (("first", 2), ("next", 40)):
+        for n, text in enumerate(texts):
+            submit(engine, f"{name} {n}", text, num_tokens)
+        if name == "first":
+            run(engine)
+    found, index = [], engine._speculator._drafter._indexed
+    for _ in range(9):
+        engine.step()
+        found.append(sum(one.num_tokens >= 112 for one in index.values()))
+    # The first step computes the last tokens of each: one prompt is read a step, and these.
+    assert all(n + 1 <= num for n, num in enumerate(found[:8]))
+    assert found[8] == 8
+    run(engine)
+    assert engine.speculation_counters().num_drafts > 0 or is_adaptive
     assert not index

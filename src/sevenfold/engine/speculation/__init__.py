@@ -1,7 +1,7 @@
 """Speculative decoding: guesses of the next tokens, checked together in one run of the model."""
 
 from sevenfold.engine.speculation.acceptance import Taken, Walk
-from sevenfold.engine.speculation.build import build_drafter, check_rings
+from sevenfold.engine.speculation.build import build_drafter, check_speculates
 from sevenfold.engine.speculation.config import (
     RING_TOKENS,
     DraftModelConfig,
@@ -27,5 +27,5 @@ __all__ = [
     "Verifier",
     "Walk",
     "build_drafter",
-    "check_rings",
+    "check_speculates",
 ]

@@ -43,9 +43,14 @@ def build_drafter(
     return PromptLookup(config)
 
 
-def check_rings(config: SpeculationConfig, plan: MemoryPlan) -> None:
-    """Raise ConfigError unless a plan has room for drafts beside its states."""
-    if plan.has_states and plan.ring_tokens < config.draft_tokens + 1:
+def check_speculates(
+    config: SpeculationConfig | None, draft: DraftModel | None, plan: MemoryPlan
+) -> None:
+    """Raise ConfigError where nothing would use a draft model, or a plan has no room for drafts."""
+    if config is None:
+        if draft is not None:
+            raise ConfigError("draft must be None without speculation, got a DraftModel")
+    elif plan.has_states and plan.ring_tokens < config.draft_tokens + 1:
         raise ConfigError(
             f"plan.ring_tokens must be at least draft_tokens + 1 = {config.draft_tokens + 1} to "
             f"speculate, got {plan.ring_tokens}; plan_memory(..., ring_tokens=RING_TOKENS)"

@@ -104,7 +104,7 @@ class ModelDrafter:
                 return
             self._runner.run(rows)
 
-    def read(self, request: Request, num_tokens: int) -> None:
+    def read(self, requests: Sequence[Request], num_computed: int) -> None:
         """Nothing: a prompt takes the device's time, and memory that others may need now."""
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:
@@ -121,6 +121,9 @@ class ModelDrafter:
             rows = logits[torch.tensor(ready, device=logits.device)]
             for i, found in zip(ready, self._guess(chosen, rows, most), strict=True):
                 paths[served[i]] = found
+        elif logits.is_cuda:
+            # Its time is the guesses', not that of the step which runs behind it.
+            torch.cuda.synchronize(logits.device)
         return paths
 
     def forget(self, request_id: str) -> None:

@@ -37,8 +37,8 @@ class Drafter(Protocol):
         """Do what happens once, on a GPU, before a request waits for it, until it is stopped."""
         ...
 
-    def read(self, request: Request, num_tokens: int) -> None:
-        """Look at more of a prompt, of which so many tokens are being computed."""
+    def read(self, requests: Sequence[Request], num_computed: int) -> None:
+        """Look at more of prompts while the device computes so many tokens of them, or decodes."""
         ...
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:

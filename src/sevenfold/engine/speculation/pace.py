@@ -58,6 +58,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._timed: dict[int, _Timed] = {}
+        self._has_failed = False
 
     def note_plain(self, num_rows: int, seconds: float) -> None:
         """Add a step of so many rows without drafts, but the first."""
@@ -82,6 +83,17 @@ class StepTimes:
         if not drafted.num_samples and timed.plain.value:
             seconds = min(seconds, MOST_COST * timed.plain.value)
         return self.in_steps(num_rows, drafted.add(seconds))
+
+    def note_failed(self, num_rows: int, seconds: float) -> float:
+        """Add guessing from which no draft was taken; returns what it counts as, in steps.
+
+        All of it, but for the first time, in which things may happen once.
+        """
+        steps = self.in_steps(num_rows, seconds)
+        if not steps:
+            return 0.0
+        is_first, self._has_failed = not self._has_failed, True
+        return min(steps, MOST_COST) if is_first else steps
 
     def in_steps(self, num_rows: int, seconds: float) -> float | None:
         """Return seconds in steps of so many rows without drafts, if their time is known."""

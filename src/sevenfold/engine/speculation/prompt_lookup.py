@@ -8,8 +8,8 @@ from sevenfold.engine.speculation.config import PromptLookupConfig
 from sevenfold.engine.speculation.drafter import Ask, Paths
 from sevenfold.engine.speculation.ngrams import NgramIndex
 
-# Of a prompt, in a step that decodes: 0.05 to 0.2 ms.
-MAX_INDEXED_TOKENS = 256
+# Of all prompts in a step, beside those that the step computes: 0.6 ms.
+MOST_READ_TOKENS = 2048
 
 
 @dataclass
@@ -39,9 +39,14 @@ class PromptLookup:
     def warm_up(self, stopped: Callable[[], bool]) -> None:
         """Nothing: it runs no model."""
 
-    def read(self, request: Request, num_tokens: int) -> None:
-        """Add so many tokens more of a prompt to its index."""
-        self._extended(request, num_tokens)
+    def read(self, requests: Sequence[Request], num_computed: int) -> None:
+        """Add more of prompts to their indices, of the first requests first."""
+        left = num_computed + MOST_READ_TOKENS
+        for request in requests:
+            if left <= 0:
+                return
+            known = len(self._of(request).index)
+            left -= len(self._extended(request, left).index) - known
 
     def propose(self, asks: Sequence[Ask]) -> list[Paths]:
         """Return what followed the longest matches of each request's last tokens."""
@@ -52,19 +57,23 @@ class PromptLookup:
         self._indexed.pop(request_id, None)
 
     def _continuations(self, ask: Ask) -> Paths:
-        indexed = self._extended(ask.request, MAX_INDEXED_TOKENS)
+        indexed = self._extended(ask.request, 0)
         if indexed.num_tokens < ask.request.num_tokens:
             return []
         return indexed.index.continuations(ask.num_tokens, ask.num_branches)
 
     def _extended(self, request: Request, most: int) -> _Indexed:
         """The request's index, with more of its prompt, and then with all of its output."""
-        indexed, num_prompt = self._indexed.get(request.id), len(request.prompt)
-        if indexed is None:
-            first = max(0, num_prompt - self._config.history_tokens)
-            indexed = self._indexed[request.id] = _Indexed(NgramIndex(self._config), first)
+        indexed, num_prompt = self._of(request), len(request.prompt)
         known = indexed.num_tokens
-        indexed.index.extend(request.prompt[known : known + most])
+        if known < num_prompt:
+            indexed.index.extend(request.prompt[known : known + most])
         if indexed.num_tokens >= num_prompt:
             indexed.index.extend(request.generated[indexed.num_tokens - num_prompt :])
         return indexed
+
+    def _of(self, request: Request) -> _Indexed:
+        if request.id not in self._indexed:
+            first = max(0, len(request.prompt) - self._config.history_tokens)
+            self._indexed[request.id] = _Indexed(NgramIndex(self._config), first)
+        return self._indexed[request.id]

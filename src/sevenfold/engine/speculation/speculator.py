@@ -1,5 +1,6 @@
 """Which requests get drafts in a step, and what became of them."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -7,6 +8,7 @@ from typing import NamedTuple, Protocol
 from sevenfold.engine.request import Request
 from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import Output, Sampler
+from sevenfold.engine.scheduler import PrefillChunk
 from sevenfold.engine.speculation.acceptance import Progress, Walk, walk_drafts
 from sevenfold.engine.speculation.config import SpeculationConfig
 from sevenfold.engine.speculation.drafter import Ask, Drafter
@@ -97,6 +99,7 @@ class Speculator:
         self._typical_gain = 1.0  # of the drafts of all requests
         self._num_looked_up = 0
         self._owes = False  # whether a step that is not ahead is so for a guess's sake
+        self._drafting_s, self._num_decoding = 0.0, 0  # of the last call of propose
         self._drafted: dict[str, _Drafting] = {}
         self.counters = SpeculationCounters()
 
@@ -113,37 +116,35 @@ class Speculator:
         Returns:
             Whether there is a guess, or will be.
         """
+        self._drafting_s, self._num_decoding = 0.0, len(decoding)
         for request, _ in decoding:
             request.draft_tokens = 0
         if self.watches:
             self._follow(decoding)
         asks = self._wanted(decoding)
-        if is_under_way and not (self._drafter.is_free and not self._config.adaptive):
-            self._watch(decoding)
-            self._owes |= bool(asks)
-            return bool(asks)
-        has_guesses = bool(asks) and self._draft(asks)
         if is_under_way:
-            for request, _ in decoding:
-                request.draft_tokens = 0
+            holds = bool(asks) and self._would_draft(asks)
+        else:
+            holds = bool(asks) and self._draft(asks)
         self._watch(decoding)
-        self._owes |= has_guesses
-        return has_guesses
+        self._owes |= holds
+        return holds
 
     def warm_up(self, stopped: Callable[[], bool]) -> None:
         """Do what happens once, on a GPU, before a request waits for it, until it is stopped."""
         self._drafter.warm_up(stopped)
 
-    def read(self, request: Request, num_tokens: int) -> None:
-        """Look at more of a prompt while the device computes so many of its tokens."""
-        self._drafter.read(request, num_tokens)
+    def read(self, decoding: Sequence[Request], chunks: Sequence[PrefillChunk]) -> None:
+        """Look at more of the prompts of a step while the device computes it."""
+        requests = [*decoding, *(chunk.request for chunk in chunks)]
+        self._drafter.read(requests, sum(chunk.end - chunk.first for chunk in chunks))
 
-    def check(self, drafted: Sequence[Drafted], num_rows: int) -> list[Walk]:
+    def check(self, drafted: Sequence[Drafted], decoding: Sequence[Request]) -> list[Walk]:
         """Check the drafts of some requests, one or more, in one run of the model.
 
         Args:
             drafted: the requests.
-            num_rows: those that decode in this step, with a draft or without.
+            decoding: all that decode in this step, with a draft or without.
 
         Returns:
             How far each draft is right; what was taken is not recorded yet.
@@ -153,6 +154,7 @@ class Speculator:
             for one in drafted
         ]
         logits, starts = self._worker.check(drafts)
+        self.read(decoding, ())
         walks = [
             Walk(one.progress, draft.tree, first)
             for one, draft, first in zip(drafted, drafts, starts, strict=True)
@@ -164,7 +166,7 @@ class Speculator:
             rejected=[draft for draft, walk in pairs if not walk.is_finite],
         )
         for walk in walks:
-            self._count(walk, num_rows)
+            self._count(walk, len(decoding))
         return walks
 
     def note_plain(self, num_rows: int, seconds: float | None, *, is_steady: bool) -> None:
@@ -172,11 +174,15 @@ class Speculator:
 
         Args:
             num_rows: that decoded.
-            seconds: that it took; None if not for them alone.
+            seconds: that it took, guessing before it included; None if not for them alone.
             is_steady: whether it and the next one were begun ahead, where they can be.
         """
+        if self._drafting_s:
+            # Guesses that came to nothing, or a prompt that a smaller model caught up with.
+            self._allowance.spend(self._times.note_failed(self._num_decoding, self._drafting_s))
         if not num_rows:
             return
+        seconds = None if seconds is None else seconds - self._drafting_s
         if seconds is not None and is_steady:
             self._times.note_plain(num_rows, seconds)
             self._owes = False
@@ -196,12 +202,12 @@ class Speculator:
         self._allowance.spend(steps - 1 - saved)
         self._allowance.earn()
 
-    def forget(self, requests: Sequence[Request], *, ended: bool) -> None:
+    def forget(self, preempted: Sequence[Request], ended: Sequence[Request]) -> None:
         """Give up what is kept for requests; the pace of one that comes back is kept."""
-        for request in requests:
+        for request in (*preempted, *ended):
             self._drafter.forget(request.id)
-            if ended:
-                self._drafted.pop(request.id, None)
+        for request in ended:
+            self._drafted.pop(request.id, None)
 
     def _count(self, walk: Walk, num_rows: int) -> None:
         """Note what became of a draft."""
@@ -283,9 +289,18 @@ class Speculator:
         most = max(self._most_guesses(ask) for ask in asks)
         return 1 + gain / num_rows >= self._times.cost(num_rows, most)
 
+    def _would_draft(self, asks: Sequence[Ask]) -> bool:
+        """Whether to hold the step behind one that runs: for guesses, if looking costs nothing."""
+        if self._drafter.is_free and not self._config.adaptive:
+            return any(self._drafter.propose(asks))
+        return True
+
     def _draft(self, asks: Sequence[Ask]) -> bool:
         """Guess, and ask the scheduler for room; returns whether there is a guess."""
-        for ask, paths in zip(asks, self._drafter.propose(asks), strict=True):
+        began_s = time.perf_counter()
+        proposed = self._drafter.propose(asks)
+        self._drafting_s = time.perf_counter() - began_s
+        for ask, paths in zip(asks, proposed, strict=True):
             drafting = self._of(ask.request)
             drafting.tree = DraftTree.merged(paths, self._most_guesses(ask))
             ask.request.draft_tokens = len(drafting.tree)

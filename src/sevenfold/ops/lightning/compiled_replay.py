@@ -32,7 +32,9 @@ def verify(
 ) -> Tensor:
     """Run a draft of every sequence; arguments and result as in the public operator."""
     B, T = q.shape[:2]
-    sees = np.tri(T, dtype=np.bool_)[None] if ancestors is None else ancestors.numpy()
+    # Of another layout it would be compiled once more, for seconds.
+    tree = None if ancestors is None else ancestors.contiguous().numpy()
+    sees = np.tri(T, dtype=np.bool_)[None] if tree is None else tree
     o = torch.empty(v.shape)
     use_torch_threads()
     tokens = [x.detach().contiguous().numpy() for x in (q, k, v)]
@@ -54,7 +56,7 @@ def commit(
 
 def _rows(slots: Tensor, accepted: Tensor | None, B: int) -> tuple[np.ndarray, np.ndarray]:
     taken = np.empty((B, 0), np.int32) if accepted is None else accepted.contiguous().numpy()
-    return slots.long().numpy(), taken
+    return slots.long().contiguous().numpy(), taken
 
 
 @njit(inline="always")
