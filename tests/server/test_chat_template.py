@@ -41,7 +41,11 @@ def test_the_default_template() -> None:
     ]
     made = template.render(messages, None, [Cut(1), Cut(4), Cut(2, 1)])
     assert made.text == "System: Be brief.\nUser: Hi\nAssistant: Ho\nUser: Hum\nAssistant:"
-    ends = ("System: Be brief.\n", made.text.removesuffix("Assistant:"), "System: Be brief.\nUser: H")
+    ends = (
+        "System: Be brief.\n",
+        made.text.removesuffix("Assistant:"),
+        "System: Be brief.\nUser: H",
+    )
     assert made.shared == tuple(map(len, ends))
     tools = [{"type": "function", "function": {"name": "look"}}]
     with_tools = template.render(HELLO, tools).text
@@ -165,7 +169,11 @@ def test_shorter_conversations_never_cost_a_request_its_answer() -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     huge = "{{ 'x' * 10**10 }}"
     for bad, num_shared in ((endless, None), (huge, 2)):
-        text = "{% if messages|length == 1 and messages[0].content == 'hello' %}" + bad + "{% endif %}ok"
+        text = (
+            "{% if messages|length == 1 and messages[0].content == 'hello' %}"
+            + bad
+            + "{% endif %}ok"
+        )
         template = ChatTemplate(TemplateSource(text), 4.0)
         worker = template._process
         made = template.render(HELLO * 2, None, [Cut(2), Cut(1), Cut(2)])

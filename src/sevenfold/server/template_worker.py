@@ -9,10 +9,10 @@ and answers with one; whoever started it kills it when it takes too long.
      "spare_s": float}                            -> {"text": str, "shared": [int | null]}
     anything that goes wrong                      -> {"error": str}
 
-The text is the whole conversation's. A cut is its first messages, of which the last may keep but the
-beginning of its content; shared says how many characters the cut's text begins with in common. Null
-stands where the template refuses a cut, or where its text would cost too much: cuts are rendered
-last, one after the other, until spare_s seconds of the job are gone.
+The text is the whole conversation's. A cut is its first messages, of which the last may keep but
+the beginning of its content; shared says how many characters the cut's text begins with in common.
+Null stands where the template refuses a cut, or where its text would cost too much: cuts are
+rendered last, one after the other, until spare_s seconds of the job are gone.
 """
 
 import datetime
@@ -41,7 +41,7 @@ class _RefusedError(TemplateError):
 
 
 class _LateError(BaseException):
-    """The time for cuts is over; no Exception, so that no render takes it for a fault of its own."""
+    """The time for cuts is over; no Exception, as those are faults of one cut."""
 
 
 def _stop_cuts(*_: object) -> None:
@@ -125,7 +125,9 @@ def _rendered(renderer: Renderer, job: dict[str, Any], began_s: float) -> dict[s
     return {"text": text, "shared": shared}
 
 
-def _shared(renderer: Renderer, job: dict[str, Any], text: str, cut: list[int | None]) -> int | None:
+def _shared(
+    renderer: Renderer, job: dict[str, Any], text: str, cut: list[int | None]
+) -> int | None:
     num_messages, num_content = cut
     messages = job["messages"][:num_messages]
     if num_content is not None:
