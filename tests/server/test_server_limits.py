@@ -373,3 +373,17 @@ async def test_pages_bring_everything_themselves() -> None:
         assert (await client.get("/version")).json() == {"version": version("sevenfold")}
         document = (await client.get("/openapi.json")).json()
     assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/health"}
+
+
+async def test_a_long_chat_of_many_messages_is_rendered() -> None:
+    engine = ScriptedEngine(max_context_tokens=1 << 24)
+    turn = {"content": "x y " * 75, "cache_control": {"type": "ephemeral"}}
+    messages = [{"role": role, **turn} for role in ("user", "assistant") * 2000]
+    for one in messages[4:]:
+        del one["cache_control"]
+    settings = ServerSettings(template_timeout_s=20.0)
+    async with client_of(engine, settings=settings) as client:
+        response = await chat(client, messages=messages)
+    assert response.status_code == 200, response.text
+    [asked] = engine.asked
+    assert len(asked.marks) == 6  # after all, after all but one, and where the caller says

@@ -1,11 +1,13 @@
 """Tools that are strict: free text, and calls whose arguments follow their schemas."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from server_helpers import (
     EOS,
     VOCAB_SIZE,
@@ -19,6 +21,7 @@ from server_helpers import (
 from sevenfold.engine.grammar import GrammarCompiler, GrammarConstraint
 from sevenfold.server import GenerationRequest, ServerSettings, TemplateSource, TokenOutput
 from sevenfold.server.api_chat import ToolFunction
+from sevenfold.server.output_parser import OutputParser
 from sevenfold.server.strict_tools import strict_grammar
 
 pytestmark = pytest.mark.anyio
@@ -104,6 +107,41 @@ def test_a_prompt_that_has_opened_the_reasoning() -> None:
     assert taken(free + RIGHT, constraint(thinking=True)) == free + RIGHT + "|"
     assert taken(free + WRONG, constraint(thinking=True)) == free + WRONG.removesuffix("z")
     assert taken(WRONG, constraint(thinking=True)) == WRONG + "|"
+
+
+# A form of calls that the parser reads and the grammar has not.
+OTHER = '{"name": "look", "parameters": {"at": "z"}}'
+PIECES = [
+    *("<think>", "</think>", "<tool_calls>", "</tool_calls>", "<tool_call>", "</tool_call>"),
+    *("\xa0", "\u2003", "\x0b", "\n", " ", "\t", ",", "{", "}", '"', "text"),
+    *('{"name"', ": ", '"look"', '"say"', ', "arguments": ', ', "parameters": '),
+    *('{"at": "x"}', '{"at": "z"}', OTHER),
+    *(RIGHT, WRONG + '"}}', ANY),
+]
+KINDS = {thinking: constraint(thinking=thinking) for thinking in (False, True)}
+
+
+def calls_of(pushes: Iterable[str], *, thinking: bool) -> list[tuple[str, str]]:
+    parser = OutputParser(thinking=thinking, tools=("look", "say"), forced=False)
+    parts = [part for text in pushes for part in parser.push(text)] + parser.finish()
+    return [(part.call.name, part.call.arguments) for part in parts if part.call is not None]
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=14), thinking=st.booleans())
+@example(pieces=["\xa0", "<think>", "</tool_calls>", "{", "</think>", OTHER], thinking=False)
+@example(pieces=[RIGHT, WRONG + '"}}'], thinking=False)
+def test_what_the_grammar_lets_through_is_read_as_right_calls(pieces, thinking) -> None:
+    """The parser sees no call where the grammar sees text, however the text arrives."""
+    ruled, said = KINDS[thinking].fresh(), ""
+    for piece in pieces:
+        kept = taken(piece, ruled).removesuffix("|")
+        said += kept
+        if kept != piece:
+            break
+    calls = calls_of([said], thinking=thinking)
+    assert calls_of(said, thinking=thinking) == calls
+    assert all(json.loads(told)["at"] in ("x", "y") for name, told in calls if name == "look")
 
 
 @dataclass

@@ -15,6 +15,8 @@ from sevenfold.server.errors import ApiError, bad_request
 MAX_TEMPLATE_CHARS = 256 << 10
 _START_S = 60.0  # a busy machine takes seconds to start a process
 _WORKER = Path(__file__).with_name("template_worker.py")
+# Of the time for a conversation; what is left is for whatever the worker is slow at.
+_SPARE_SHARE = 0.25
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 # For a checkpoint that has none: plain lines, which any text model can go on from.
@@ -100,6 +102,29 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A conversation's first messages, one or more.
+
+    num_content: characters, or parts, that the last of them keeps of its content; None keeps all.
+    """
+
+    num_messages: int
+    num_content: int | None = None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation's text.
+
+    shared: for each cut, how many characters the text begins with in common with the cut's, which
+        no answer's beginning follows; None for one that the template refuses or that was left out.
+    """
+
+    text: str
+    shared: tuple[int | None, ...] = ()
+
+
 class ChatTemplate:
     """Renders conversations by one worker process, which is killed when it takes too long."""
 
@@ -124,30 +149,37 @@ class ChatTemplate:
 
     def render(
         self,
-        renders: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
+        messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
-    ) -> list[str | None]:
-        """Return the texts of conversations; blocks, so call it from a thread.
+        cuts: Sequence[Cut] = (),
+    ) -> Rendered:
+        """Return the text of a conversation; blocks, so call it from a thread.
 
         Args:
-            renders: messages each, and whether the answer's beginning follows them.
+            messages: the answer's beginning follows them.
             tools: what the answer may call.
-
-        Returns:
-            A text each; None for one but the first that the template refuses.
+            cuts: shorter conversations, those that matter most first. They cost no request its
+                answer: of a long text the first six are rendered, and those for which a quarter
+                of the time does not suffice are left out.
 
         Raises:
-            ApiError: the template refuses the first, or takes too long.
+            ApiError: the template refuses the messages, or takes too long.
         """
+        job = {
+            "messages": messages,
+            "tools": tools,
+            "cuts": [(cut.num_messages, cut.num_content) for cut in cuts],
+            "spare_s": _SPARE_SHARE * self._timeout_s,
+        }
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._started()
-            answer = self._ask({"tools": tools, "renders": renders}, self._timeout_s)
+            answer = self._ask(job, self._timeout_s)
         if "error" in answer:
             raise bad_request(
                 f"messages must suit the model's chat template: {answer['error']}", "messages"
             )
-        return answer["texts"]
+        return Rendered(answer["text"], tuple(answer["shared"]))
 
     def close(self) -> None:
         """End the worker."""

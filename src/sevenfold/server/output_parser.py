@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal
 
-from sevenfold.server.tool_calls import CLOSING, ParsedCall, may_be_bare_call, take_call
+from sevenfold.server.tool_calls import CLOSING, SPACE, ParsedCall, may_be_bare_call, take_call
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -66,7 +66,7 @@ class OutputParser:
             self._read_calls()
         rest, self._text = self._text, ""
         if self._state is _State.CALLS:
-            kept = "" if not rest.strip() else self._opening + rest
+            kept = "" if not rest.strip(SPACE) else self._opening + rest
             self._emit("content", kept)
         else:
             thinking = self._state is _State.THINKING
@@ -91,7 +91,7 @@ class OutputParser:
                 self._calls(maybe_complete)
 
     def _start(self) -> None:
-        begun = self._text.lstrip()
+        begun = self._text.lstrip(SPACE)
         if begun.startswith(OPEN):
             self._text, self._skips_breaks = begun[len(OPEN) :], True
             self._state = _State.THINKING
@@ -102,7 +102,7 @@ class OutputParser:
         if self._forced:
             self._state = _State.BARE_CALL
         elif self._tools and may_be_bare_call(self._text):
-            if self._text.strip() and "}" in self._text:
+            if "}" in self._text:
                 self._state = _State.BARE_CALL
         elif self._text:
             self._state = _State.CONTENT
@@ -128,7 +128,7 @@ class OutputParser:
             return
         body, tag, after = self._text.partition(self._closing)
         if tag:
-            kept = self._opening + body + tag if body.strip(" \t\r\n,") else ""
+            kept = self._opening + body + tag if body.strip(SPACE + ",") else ""
             self._emit("content", kept)
             self._text, self._skips_breaks = after, True
             self._state = _State.CONTENT
@@ -146,6 +146,7 @@ class OutputParser:
             self._text = rest
             if self._state is not _State.CALLS:
                 self._state, self._skips_breaks = _State.CONTENT, True
+                return
 
     def _until(self, tag: str, kind: Literal["reasoning", "content"]) -> bool:
         """Give text up to a tag; True if the tag was there, which is then dropped."""

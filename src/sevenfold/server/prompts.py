@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sevenfold.server.api_chat import Message, Tool
+from sevenfold.server.api_chat import Message, TextPart, Tool
 from sevenfold.server.api_common import MAX_CACHE_MARKS
-from sevenfold.server.chat_template import ChatTemplate
+from sevenfold.server.chat_template import ChatTemplate, Cut
 from sevenfold.server.codec import Codec
 from sevenfold.server.errors import bad_request
 from sevenfold.server.output_parser import OPEN
@@ -51,13 +50,12 @@ class Prompts:
             raise bad_request(
                 "tools must be left out: the model's chat template has no place for them", "tools"
             )
-        cuts = _asked_cuts(messages)
+        ends = _turn_ends(messages)
+        asked = [self._cut(messages, *one) for one in _asked_cuts(messages)]
+        cuts = list(dict.fromkeys([*map(Cut, ends[:2]), *asked, *map(Cut, ends[2:])]))
         made = [self._message(n, message) for n, message in enumerate(messages)]
-        # Where the next request of this conversation, or another with its system prompt, parts.
-        turns = [made[:end] for end in _turn_ends(messages)]
-        asked = [[*made[:n], self._message(n, cut)] for n, cut in cuts]
         shown = [tool.model_dump(exclude_none=True) for tool in tools or ()]
-        return await asyncio.to_thread(self._chat, made, [*turns, *asked], shown or None)
+        return await asyncio.to_thread(self._chat, made, cuts, shown or None)
 
     async def text(self, text: str, param: str) -> Prompt:
         """Encode a text."""
@@ -67,20 +65,24 @@ class Prompts:
     def _chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        prefixes: Sequence[Sequence[Mapping[str, Any]]],
+        cuts: Sequence[Cut],
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> Prompt:
-        renders = [(messages, True), *((prefix, False) for prefix in prefixes)]
-        text, *shorter = self._template.render(renders, tools)
-        if text is None:
-            raise AssertionError("the first render succeeds or raises")
-        places = [num_shared(text, one) for one in shorter if one]
+        rendered = self._template.render(messages, tools, cuts)
+        text, places = rendered.text, [place for place in rendered.shared if place]
         ids, marks = self._codec.encode_marked(text, places, "messages")
         return Prompt(tuple(ids), marks, text.rstrip().endswith(OPEN))
 
+    def _cut(self, messages: Sequence[Message], index: int, num_parts: int | None) -> Cut:
+        content = messages[index].content
+        if num_parts is None or not isinstance(content, list) or num_parts == len(content):
+            return Cut(index + 1)
+        kept = self._content(content[:num_parts])
+        return Cut(index + 1, len(kept))
+
     def _message(self, index: int, message: Message) -> dict[str, Any]:
         role = "system" if message.role == "developer" else message.role
-        made: dict[str, Any] = {"role": role, "content": self._content(message)}
+        made: dict[str, Any] = {"role": role, "content": self._content(message.content)}
         named = {
             "name": message.name,
             "reasoning_content": _reasoning(message, index),
@@ -101,8 +103,7 @@ class Prompts:
             ]
         return made
 
-    def _content(self, message: Message) -> Any:
-        content = message.content
+    def _content(self, content: str | Sequence[TextPart] | None) -> Any:
         texts = (
             [content or ""]
             if isinstance(content, str) or content is None
@@ -111,14 +112,6 @@ class Prompts:
         if self._template.takes_parts:
             return [{"type": "text", "text": text} for text in texts]
         return "\n".join(texts)
-
-
-def num_shared(text: str, other: str) -> int:
-    """Return how many characters two texts begin with in common."""
-    if text.startswith(other):
-        return len(other)
-    lengths = range(1, len(other) + 1)
-    return bisect_left(lengths, True, key=lambda n: not text.startswith(other[:n]))
 
 
 def check_length(
@@ -176,24 +169,28 @@ def _arguments(text: str, index: int) -> dict[str, Any]:
 
 
 def _turn_ends(messages: Sequence[Message]) -> list[int]:
-    """Messages after which a mark pays: the system prompt, all, and all but 1, 2, 4, 8, ..."""
+    """Messages after which a mark pays, the first the most.
+
+    The next request of this conversation parts after all of them, or after all but 1, 2, 4, 8, ...,
+    and another with its system prompt after that.
+    """
     roles = [message.role for message in messages]
     num_system = next((n for n, role in enumerate(roles) if role not in _SYSTEM), 0)
-    back = [0, *(2**n for n in range(_MOST_TURN_ENDS - 1))]
-    ends = {len(messages) - num_left for num_left in back}
-    return sorted({num_system, *(end for end in ends if end > num_system)} - {0})
+    back = [len(messages) - 2**n for n in range(_MOST_TURN_ENDS - 1)]
+    ends = [len(messages), num_system, *(end for end in back if end > num_system)]
+    return [end for end in dict.fromkeys(ends) if end > 0]
 
 
-def _asked_cuts(messages: Sequence[Message]) -> list[tuple[int, Message]]:
-    """Which messages their caller marked, and what there is of each up to its mark."""
+def _asked_cuts(messages: Sequence[Message]) -> list[tuple[int, int | None]]:
+    """Which messages their caller marked, and how many parts there are up to each mark."""
     cuts = []
     for n, message in enumerate(messages):
         parts = message.content if isinstance(message.content, list) else []
         for end, part in enumerate(parts, 1):
             if part.cache_control is not None:
-                cuts.append((n, message.model_copy(update={"content": parts[:end]})))
+                cuts.append((n, end))
         if message.cache_control is not None:
-            cuts.append((n, message))
+            cuts.append((n, None))
     if len(cuts) > MAX_CACHE_MARKS:
         raise bad_request(
             f"cache_control must be given {MAX_CACHE_MARKS} times at most, got {len(cuts)}",

@@ -3,17 +3,25 @@
 Run as a file, so that it imports neither torch nor this package. It reads one JSON object a line
 and answers with one; whoever started it kills it when it takes too long.
 
-    {"source": str, "variables": {...}}                          -> {"tools": bool, "parts": bool}
-    {"tools": [...] | null, "renders": [[messages, generate]]}   -> {"texts": [str | null]}
-    anything that goes wrong                                     -> {"error": str}
+    {"source": str, "variables": {...}}           -> {"tools": bool, "parts": bool}
+    {"messages": [...], "tools": [...] | null,
+     "cuts": [[num_messages, num_content | null]],
+     "spare_s": float}                            -> {"text": str, "shared": [int | null]}
+    anything that goes wrong                      -> {"error": str}
 
-Of several renders only the first must succeed; another that fails is null.
+The text is the whole conversation's. A cut is its first messages, of which the last may keep but
+the beginning of its content; shared says how many characters the cut's text begins with in common.
+Null stands where the template refuses a cut, or where its text would cost too much: cuts are
+rendered last, one after the other, until spare_s seconds of the job are gone.
 """
 
 import datetime
 import json
 import resource
+import signal
 import sys
+import time
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +30,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_MEMORY_BYTES = 1 << 30
 MAX_RENDERED_CHARS = 32 << 20
+# Of a longer text only the first few cuts are rendered: others wait for the worker meanwhile.
+MAX_CUT_CHARS = 1 << 20
+NUM_CUTS_BEYOND = 6
 _PROBE = "probe8f3a"
 
 
 class _RefusedError(TemplateError):
     """The template itself says that the conversation is wrong."""
+
+
+class _LateError(BaseException):
+    """The time for cuts is over; no Exception, as those are faults of one cut."""
+
+
+def _stop_cuts(*_: object) -> None:
+    raise _LateError
 
 
 def _refuse(message: str) -> None:
@@ -81,16 +100,42 @@ class Renderer:
         return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
 
 
-def _texts(renderer: Renderer, job: dict[str, Any]) -> dict[str, Any]:
-    texts: list[str | None] = []
-    for messages, generate in job["renders"]:
-        try:
-            texts.append(renderer.render(messages, job["tools"], generate))
-        except Exception:
-            if not texts:
-                raise
-            texts.append(None)
-    return {"texts": texts}
+def num_shared(text: str, other: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    if text.startswith(other):
+        return len(other)
+    lengths = range(1, len(other) + 1)
+    return bisect_left(lengths, True, key=lambda n: not text.startswith(other[:n]))
+
+
+def _rendered(renderer: Renderer, job: dict[str, Any], began_s: float) -> dict[str, Any]:
+    text = renderer.render(job["messages"], job["tools"], True)
+    shared: list[int | None] = [None] * len(job["cuts"])
+    left_s = began_s + job["spare_s"] - time.monotonic()
+    if left_s <= 0:
+        return {"text": text, "shared": shared}
+    num = len(shared) if len(text) <= MAX_CUT_CHARS else NUM_CUTS_BEYOND
+    try:
+        signal.setitimer(signal.ITIMER_REAL, left_s)
+        for n, cut in enumerate(job["cuts"][:num]):
+            shared[n] = _shared(renderer, job, text, cut)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except _LateError:
+        pass
+    return {"text": text, "shared": shared}
+
+
+def _shared(
+    renderer: Renderer, job: dict[str, Any], text: str, cut: list[int | None]
+) -> int | None:
+    num_messages, num_content = cut
+    messages = job["messages"][:num_messages]
+    if num_content is not None:
+        messages[-1] = messages[-1] | {"content": messages[-1]["content"][:num_content]}
+    try:
+        return num_shared(text, renderer.render(messages, job["tools"], False))
+    except Exception:  # a template may fail in any way that Python can
+        return None
 
 
 def _answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -103,6 +148,7 @@ def _answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Serve the parent until it closes the pipe."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    signal.signal(signal.SIGALRM, _stop_cuts)
     renderer: Renderer | None = None
 
     def load(job: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +157,9 @@ def main() -> None:
         return {"tools": renderer.takes_tools, "parts": renderer.takes_parts}
 
     def work(line: str) -> dict[str, Any]:
+        began_s = time.monotonic()
         job = json.loads(line)
-        return load(job) if renderer is None else _texts(renderer, job)
+        return load(job) if renderer is None else _rendered(renderer, job, began_s)
 
     for line in sys.stdin:
         answer = _answered(lambda line=line: work(line))

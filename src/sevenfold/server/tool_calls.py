@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 CLOSING = {"<tool_calls>": "</tool_calls>", "<tool_call>": "</tool_call>"}
-_BARE = re.compile(r'\{\s*"name"\s*:')
-_SPACE = " \t\r\n,"
+# JSON's, and that of the grammar of strict calls: what one reads as a call the other must as well.
+SPACE = " \t\r\n"
+_BARE = re.compile(rf'\{{[{SPACE}]*"name"[{SPACE}]*:')
 _decoder = json.JSONDecoder()
 
 
@@ -31,7 +32,7 @@ def take_call(text: str) -> tuple[ParsedCall | None, str]:
     Returns:
         The call and what follows it; None and the whole text while it is incomplete or no call.
     """
-    body = text.lstrip(_SPACE)
+    body = text.lstrip(SPACE + ",")
     try:
         value, end = _decoder.raw_decode(body)
     except (json.JSONDecodeError, RecursionError):
@@ -42,12 +43,12 @@ def take_call(text: str) -> tuple[ParsedCall | None, str]:
 
 def may_be_bare_call(text: str) -> bool:
     """Whether a text is, or may become, an answer that is nothing but a call."""
-    begun = text.lstrip()
+    begun = text.lstrip(SPACE)
     return not begun or bool(_BARE.match(begun)) or _begins_bare(begun)
 
 
 def _begins_bare(begun: str) -> bool:
-    squeezed = re.sub(r"\s", "", begun)
+    squeezed = re.sub(f"[{SPACE}]", "", begun)
     return '{"name":'.startswith(squeezed)
 
 

@@ -51,6 +51,24 @@ def test_a_session_keeps_its_turn_through_a_crowd(layers) -> None:
     assert hits == {None: 0, "mine": 6 * P}
 
 
+@pytest.mark.parametrize("marks", [(), (2 * P,), (2 * P, 4 * P), (6 * P,)])
+def test_marks_that_lie_anywhere_cost_no_session_its_prompt(marks: tuple[int, ...]) -> None:
+    run = runner(60)
+    prompt = (*QUESTION, 7)
+    run.serve(prompt, marks=marks, output=blocks("thinking aloud"), session="mine")
+    crowd(run, 120)
+    assert run.serve(NEXT, session="mine") == 6 * P
+
+
+def test_a_turn_that_ends_long_before_the_prompt_is_kept() -> None:
+    run = runner(60)
+    opened = (*QUESTION, *blocks("opening"))
+    marks = (len(QUESTION),)
+    run.serve(opened, marks=marks, output=blocks("thinking aloud"), session="mine")
+    crowd(run, 120)
+    assert run.serve(NEXT, session="mine") == 6 * P
+
+
 def test_the_end_of_an_output_is_kept_too() -> None:
     run = runner(60)
     output = blocks("abcdefghij")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FIRST_SPACED_TOKENS = 1024
-MOST_MARKS = 16  # of which each may have a snapshot
+MOST_MARKS = 16  # the last, of which each may have a snapshot; the first always has one
 DECODE_INTERVAL_TOKENS = 64
 
 
@@ -27,9 +27,8 @@ def wanted_snapshots(places: PromptPlaces, page_tokens: int) -> dict[int, bool]:
 
     Needed ones: the first mark (the system prompt ends), the last (the generation prompt begins),
     the prompt's end unless the last mark is in the block before it, and the branch. The others are
-    good to have: the other marks, or of more than MOST_MARKS the 2nd, 3rd, 5th, 9th, ... from the
-    end, and 1,024 * 2**n tokens where nothing else lies within a quarter of it. So their number
-    grows with the logarithm.
+    good to have: of the other marks the last MOST_MARKS, and 1,024 * 2**n tokens where nothing else
+    lies within a quarter of it. So their number grows with the logarithm.
 
     Args:
         places: the prompt.
@@ -40,11 +39,7 @@ def wanted_snapshots(places: PromptPlaces, page_tokens: int) -> dict[int, bool]:
     """
     # A turn that ends inside the first block has no border before its end.
     marks = [mark // page_tokens * page_tokens for mark in places.marks if mark >= page_tokens]
-    if len(marks) > MOST_MARKS:
-        others = [marks[-(2**n + 1)] for n in range(32) if 2**n < len(marks)]
-    else:
-        others = marks
-    wanted = dict.fromkeys(others, False)
+    wanted = dict.fromkeys(marks[-MOST_MARKS:], False)
     needed = [*marks[:1], *marks[-1:], places.branch_tokens // page_tokens * page_tokens]
     end = (places.num_tokens - 1) // page_tokens * page_tokens
     if not marks or end - marks[-1] > page_tokens:

@@ -51,19 +51,20 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, name: tuple[bytes, str], path: Sequence[Node], turn_tokens: int) -> None:
+    def keep(self, name: tuple[bytes, str], path: Sequence[Node], leaves: Sequence[int]) -> None:
         """Hold a path for a session, in place of what it held before.
 
         Args:
             name: salt and name.
             path: nodes of the tree, first block first.
-            turn_tokens: where the answer began: what follows may not come again as it is.
+            leaves: token counts after which the next request may leave the path.
         """
         anchored = [node for node in path if node.anchor is not None]
         if self._plan.has_states:
             path = path[: path.index(anchored[-1]) + 1] if anchored else ()
-        before = [node for node in anchored if node.num_tokens <= turn_tokens]
-        ends = {id(node): node.anchor for node in (*before[-1:], *anchored[-1:])}
+        before = [[node for node in anchored if node.num_tokens <= leave] for leave in leaves]
+        last = [nodes[-1] for nodes in (*before, anchored) if nodes]
+        ends = {id(node): node.anchor for node in last}
         anchors = [anchor for anchor in ends.values() if anchor is not None]
         num_bytes = (
             len(path) * self._plan.page_bytes
@@ -154,8 +155,10 @@ class SessionCache(CacheManager):
         if keep and request.session is not None:
             holding = self._holding(request)
             self._settle(holding)
-            turn = request.marks[-1] if request.marks else len(request.prompt)
-            self._sessions.keep((request.salt, request.session), holding.path, turn)
+            # What follows the answer's beginning may not come again as it is. That lies at the
+            # last mark where a template opens the answer behind it; but marks may lie anywhere.
+            leaves = (*request.marks[-1:], len(request.prompt))
+            self._sessions.keep((request.salt, request.session), holding.path, leaves)
         super().close(request, keep=keep)
 
     def clear(self) -> None:
