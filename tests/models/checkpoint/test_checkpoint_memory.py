@@ -104,8 +104,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, i
         pytest.skip("RssAnon is Linux's")
     folder = tmp_path_factory.mktemp("memory")
     command = [sys.executable, "-c", MEASURE, str(folder)]
-    # glibc's own first value. Named, it stays: else glibc soon keeps tensors of tens of MB that were
-    # freed, which count as held, or are used again and do not count.
+    # glibc's own first value. Named, it stays: else glibc keeps freed tensors of tens of MB, which
+    # count as held, or are used again and do not count.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
