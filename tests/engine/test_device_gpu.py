@@ -1,5 +1,6 @@
 """What only a GPU shows of the engine's runner: graphs, no waiting, the same bits in company."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -235,3 +236,30 @@ def test_recorded_outputs_of_many_sizes_share_their_memory() -> None:
         x.normal_()
         recorded[rows].replay()
         assert torch.equal(recorded[rows].output, x[:rows] * y)
+
+
+class Ring:
+    """What only the collector of garbage frees: it holds itself."""
+
+    def __init__(self, held: object) -> None:
+        self.held, self.itself = held, self
+
+
+def test_a_graph_that_nobody_holds_is_not_freed_while_another_is_recorded() -> None:
+    x = torch.randn(64, device=GPU)
+    before = gc.get_threshold()
+
+    def run() -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            gc.set_threshold(1)
+            assert [[] for _ in range(1000)]
+        return x * 3
+
+    gc.set_threshold(10**6)
+    try:
+        Ring(CudaCapture(GPU)(lambda: x * 2))
+        captured = CudaCapture(GPU)(run)
+    finally:
+        gc.set_threshold(*before)
+    captured.replay()
+    assert torch.equal(captured.output, x * 3)
