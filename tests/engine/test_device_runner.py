@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from device_helpers import PAGE_TOKENS, FakeCapture, Places, new_runner, new_storage, prompt
@@ -20,7 +21,7 @@ from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.runner import Runner
 from sevenfold.engine.runners import is_recordable
 from sevenfold.engine.storage import Storage
-from sevenfold.engine.transfer import Arriving, side_by_side, upload
+from sevenfold.engine.transfer import Arriving, side_by_side, upload, upload_parts
 from sevenfold.models import Batch, HybridModel, empty_state
 from sevenfold.ops import advance_rows
 from sevenfold.ops.testing import check_error
@@ -246,6 +247,13 @@ def test_numbers_go_and_come() -> None:
     assert upload([], CPU).dtype == torch.int64
     columns = [torch.tensor([5, 6]), torch.tensor([True, False])]
     assert Arriving(side_by_side(columns)).numbers() == [[5, 6], [1, 0]]
+
+
+def test_parts_are_sent_together_each_on_a_border_of_16_bytes() -> None:
+    """Else kernels would be compiled anew for prompts whose numbers lie otherwise."""
+    sent = upload_parts([np.arange(n) + n for n in (3, 0, 251, 2, 1)], CPU)
+    assert [x.tolist() for x in sent] == [[*range(n, 2 * n)] for n in (3, 0, 251, 2, 1)]
+    assert [(x.data_ptr() - sent[0].data_ptr()) % 16 for x in sent if len(x)] == [0] * 4
 
 
 def test_bytes_of_graphs_grow_with_rows_by_the_formula() -> None:

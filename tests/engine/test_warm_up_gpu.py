@@ -46,9 +46,10 @@ def test_no_request_waits_for_a_kernel_or_a_recording(
     for n, text in enumerate(prompts(0, LENGTHS)):
         submit(engine, str(n), text, 9)
         run(engine)
-    for n, text in enumerate(prompts(3, LENGTHS[:5])):
-        submit(engine, f"crowd {n}", text, 9)
-    run(engine)
+    for crowd in (3, 5):
+        for n, text in enumerate(prompts(crowd, LENGTHS[:crowd])):
+            submit(engine, f"{n} of {crowd}", text, 9)
+        run(engine)
     assert compiled == []
     assert recorded == [len(x._recorder.recorded) for x in (runner._graphs, runner._prefills)]
 

@@ -356,6 +356,27 @@ async def test_a_stop_gives_the_start_up(
     assert not caplog.records  # it is no failure
 
 
+async def test_a_start_up_that_nobody_awaits_any_more_says_so(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, begun, stopped = make_engine(llm), threading.Event(), threading.Event()
+
+    def warm_up(note: Callable[[str], None]) -> None:
+        begun.set()
+        assert stopped.wait(60)
+
+    monkeypatch.setattr(engine._engine, "warm_up", warm_up)
+    lines: list[str] = []
+    warming = asyncio.create_task(engine.warm_up(lines.append))
+    assert await asyncio.to_thread(begun.wait, 60)
+    warming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await warming
+    assert re.fullmatch(r"given up after \d+\.\d s: the server is to stop", lines[0])
+    stopped.set()
+    engine.close()
+
+
 async def test_it_warms_up_in_the_thread_that_takes_its_steps(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

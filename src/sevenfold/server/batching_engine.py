@@ -171,6 +171,10 @@ class BatchingEngine:
                 or is stopped.
         """
         began_s = time.monotonic()
+
+        def give_up() -> None:
+            note(f"given up after {time.monotonic() - began_s:.1f} s: the server is to stop")
+
         most = self.max_context_tokens
         new_tokens = max(1, min(_WARM_TOKENS, most - 1))
         sampling = SamplingParams(max_tokens=new_tokens, seed=0, ignore_eos=True)
@@ -185,11 +189,15 @@ class BatchingEngine:
             await asyncio.gather(*(self._run_through(request) for request in asked))
         except EngineStoppedError as error:
             if self._failure is None:
-                note(f"given up after {time.monotonic() - began_s:.1f} s: the server is to stop")
+                give_up()
                 raise
             raise EngineStoppedError(
                 f"the engine must take its first steps, got {self._failure}"
             ) from error
+        except asyncio.CancelledError:
+            # The server has ended before the run under way.
+            give_up()
+            raise
         except RequestFailedError as error:
             raise RequestFailedError(
                 f"{self.model_name} must answer a first request: {error}; its weights may be broken"

@@ -67,7 +67,7 @@ class Int8Course:
     def replay(self) -> None:
         slots = self.slots()
         q, k, v = self.tokens(len(slots))
-        for slot in slots.tolist():
+        for slot in slots[slots >= 0].tolist():
             self.drafted[slot] = 0
         options = {"scale": 0.5}
         self.call(
@@ -88,7 +88,7 @@ class Int8Course:
         self.call(
             (lightning_attention_verify_int8, lightning_attention_verify), tokens, slots, options
         )
-        for slot in slots.tolist():
+        for slot in slots[slots >= 0].tolist():
             self.drafted[slot] = 1 if tree else T
 
     def commit(self) -> None:
