@@ -20,12 +20,12 @@ LIMITS = {"slabs": 140, "max_step_tokens": 1000, "max_running": 5}
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
-    """Names of the kernels that Triton makes ready from now on."""
+    """The kernels that Triton makes ready from now on: names, and what they are compiled for."""
     from triton import knobs
 
     names: list[str] = []
     with knobs.runtime.scope():
-        knobs.runtime.jit_post_compile_hook = lambda **known: names.append(known["fn"].name)
+        knobs.runtime.jit_post_compile_hook = lambda **known: names.append(f"{known['fn'].module} {known['key']}")
         yield names
 
 
@@ -46,8 +46,8 @@ def test_no_request_waits_for_a_kernel_or_a_recording(
     for n, text in enumerate(prompts(0, LENGTHS)):
         submit(engine, str(n), text, 9)
         run(engine)
-    for crowd in (3, 5):
-        for n, text in enumerate(prompts(crowd, LENGTHS[:crowd])):
+    for crowd in ((2, 70, 33), (100, 33), (16, 16), (1, 1, 1, 1), LENGTHS[:5], (64, 64, 64)):
+        for n, text in enumerate(prompts(sum(crowd), list(crowd))):
             submit(engine, f"{n} of {crowd}", text, 9)
         run(engine)
     assert compiled == []

@@ -25,8 +25,15 @@ _END_S = 10.0
 class Ranks:
     """The other ranks of a model, in processes of their own; they end with this one."""
 
-    def __init__(self, joined: Joined, processes: Sequence[subprocess.Popen]) -> None:
+    def __init__(
+        self,
+        joined: Joined,
+        processes: Sequence[subprocess.Popen],
+        meeting: tempfile.TemporaryDirectory,
+    ) -> None:
         self._joined, self._processes = joined, processes
+        # NCCL meets there once more, when a group is first used.
+        self._meeting = meeting
         self._worker: LeadingWorker | None = None
         self._end = weakref.finalize(self, _end, processes)
 
@@ -59,6 +66,7 @@ class Ranks:
                     process.wait(_END_S)
             self._joined.leave()
             self._end()
+            self._meeting.cleanup()
 
     @property
     def _channel(self) -> Channel:
@@ -98,26 +106,27 @@ def start_ranks(
             f"tensor_parallel must be at most the {torch.cuda.device_count()} GPUs of this "
             f"machine, got {num_ranks}"
         )
-    with tempfile.TemporaryDirectory(prefix="sevenfold-ranks-") as folder:
-        ranks = [
-            Joining(
-                checkpoint=str(checkpoint),
-                device=device,
-                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-                weights=weights,
-                rank=rank,
-                num_ranks=num_ranks,
-                store=str(Path(folder) / "store"),
-            )
-            for rank in range(num_ranks)
-        ]
-        processes = [_start(joining) for joining in ranks[1:]]
-        try:
-            joined = join(ranks[0])
-        except BaseException:
-            _end(processes)
-            raise
-    return joined.model, Ranks(joined, processes)
+    meeting = tempfile.TemporaryDirectory(prefix="sevenfold-ranks-")
+    ranks = [
+        Joining(
+            checkpoint=str(checkpoint),
+            device=device,
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            weights=weights,
+            rank=rank,
+            num_ranks=num_ranks,
+            store=str(Path(meeting.name) / "store"),
+        )
+        for rank in range(num_ranks)
+    ]
+    processes = [_start(joining) for joining in ranks[1:]]
+    try:
+        joined = join(ranks[0])
+    except BaseException:
+        _end(processes)
+        meeting.cleanup()
+        raise
+    return joined.model, Ranks(joined, processes, meeting)
 
 
 def _start(joining: Joining) -> subprocess.Popen:

@@ -171,7 +171,8 @@ def _over_keys(
     return acc, m, l
 
 
-@triton.jit(do_not_specialize=["N"])
+# Numbers of a step and not of a model: as compiled for one, it serves any.
+@triton.jit(do_not_specialize=["pages_row", "T", "N", "rows"])
 def _attend_kernel(
     q, k, v, pages, key_lengths, starts, ancestors, depths, o, lse, scale, window,
     q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head, pages_row,
