@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ def compiled() -> Iterator[list[str]]:
 
     names: list[str] = []
     with knobs.runtime.scope():
-        knobs.runtime.jit_post_compile_hook = lambda **known: names.append(f"{known['fn'].module} {known['key']}")
+        knobs.runtime.jit_post_compile_hook = lambda **known: names.append(
+            f"{known['fn'].module} {known['key']}"
+        )
         yield names
 
 

@@ -17,6 +17,7 @@ from sevenfold.ops import lightning_attention
 from sevenfold.parallel import ParallelConfig, Place, divide_row
 from sevenfold.parallel.context import lightning
 from sevenfold.parallel.context.lightning import ContextLightning
+from sevenfold.parallel.expert_runs import ExpertRuns
 from sevenfold.parallel.experts import ExpertRoute
 
 
@@ -76,18 +77,20 @@ def test_a_token_group_travels_while_the_experts_run_on_another(
     torch.nn.init.normal_(moe.experts.gate_up_proj)
     torch.nn.init.normal_(moe.experts.down_proj)
     route = ExpertRoute(moe, layout)
-    run = route._run_experts
+    run = ExpertRuns.__call__
 
     def told(*arguments: Any) -> Tensor:
         events.append("work")
         return _Tells.apply(run(*arguments), events)
 
-    monkeypatch.setattr(route, "_run_experts", told)
+    monkeypatch.setattr(ExpertRuns, "__call__", told)
     tokens = torch.randn(12, 16, requires_grad=True)
     y, _ = route(tokens, torch.full((12, 2), 0.5), torch.arange(24).view(12, 2) % 4)
-    # Flights 0, 1 and 3 go to the experts; 2, 4 and 5 bring back what those made of them.
-    forward = ["start 0", "start 1", "finish 0", "work", "start 2", "start 3", "finish 1", "work"]
-    forward += ["start 4", "finish 3", "work", "start 5", "finish 2", "finish 4", "finish 5"]
+    # Flights 0, 1 and 3 go to the experts; 2, 4 and 5 bring back what those made of them. Of each
+    # group half of what stays is computed before what comes is waited for, the other half after.
+    forward = ["start 0", "work", "finish 0", "start 1", "work", "start 2", "work"]
+    forward += ["work", "finish 1", "start 3", "work", "start 4", "work"]
+    forward += ["work", "finish 3", "work", "start 5", "work", "finish 2", "finish 4", "finish 5"]
     assert events == forward
     events.clear()
     y.sum().backward()

@@ -13,8 +13,8 @@ from sevenfold.models.accounting import count_parameters
 from sevenfold.models.training_memory import training_memory
 from sevenfold.ops import plan_dispatch
 from sevenfold.parallel import ParallelConfig
+from sevenfold.parallel.capacity import limited, order_of_pieces, share_capacity
 from sevenfold.parallel.estimate import Rates, Work, rank_memory, step_time
-from sevenfold.parallel.experts import limited, order_of_pieces, share_capacity
 from sevenfold.parallel.layout import place_of
 from sevenfold.parallel.parts import parts_of, tensor_slice
 from sevenfold.parallel.rehearsal import heaviest_rank, rehearse

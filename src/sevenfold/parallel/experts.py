@@ -18,19 +18,19 @@ from torch import distributed as dist
 
 from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.ops import Dispatch, autocast, combine, gather_rows, plan_dispatch
+from sevenfold.parallel.capacity import limited, order_of_pieces, share_capacity
 from sevenfold.parallel.collectives import (
     Flight,
     begin_exchange,
     end_exchange,
-    gather_rows_of_ranks,
     join_tokens,
     split_tokens,
-    sum_rows_of_ranks,
 )
-from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.context.cut import NUM_STRETCHES
-from sevenfold.parallel.layout import Layout, Place
+from sevenfold.parallel.expert_runs import ExpertRuns, Run
+from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of, tensor_slice
+from sevenfold.parallel.reading import Reading
 
 
 def divide_experts(moe: MixtureOfExperts, layout: Layout) -> None:
@@ -84,33 +84,43 @@ class _Ready(NamedTuple):
     rows: Tensor | None
 
 
-class _Arriving(NamedTuple):
-    """The rows that this rank's experts take, and its peers' of expert_tensor beside them.
+class _Part(NamedTuple):
+    """Rows that stay on this rank, and what they are."""
 
-    sizes: rows that arrive at each rank of expert_tensor.
-    plan: of all of them; of one row that is none where there are none.
-    """
-
-    sizes: list[int]
-    plan: Dispatch
+    rows: Tensor
+    run: Run
 
 
 class _Underway(NamedTuple):
-    """A token group on its way to the experts."""
+    """A token group on its way to the experts.
+
+    plan: of all its rows, sorted by expert.
+    before, after: rows for the ranks before this one and behind it.
+    early, late: rows between, which stay: those to compute while rows come, and while what became
+        of those goes back.
+    joining: rows that stay and are computed with those that come.
+    rows: those that come, by the flight; arriving: what they are, with those that join them.
+    """
 
     plan: Dispatch
+    before: int
+    after: int
+    early: list[_Part]
+    joining: list[Tensor]
+    late: list[_Part]
     rows: Tensor
     flight: Flight
-    arriving: _Arriving
+    arriving: Run
 
 
 class ExpertRoute:
     """Stands in for MixtureOfExperts.routed where tokens travel to their experts.
 
-    Ranks of tensor parallelism hold the same tokens, and each sends its part of them. Token groups
-    follow one another: one travels while the experts run on the one before, and their results
-    travel back while they run on the next. Once a layer the host waits for the counts of choices,
-    which the exchange needs there, while the device sorts the tokens.
+    Ranks of tensor parallelism hold the same tokens, and each sends its part of them. What a rank
+    has for its own experts stays: one half of it is computed while the others' rows come, the other
+    while what became of those goes back. Token groups follow one another: one travels while the
+    experts run on the one before. Once a layer the host waits for the counts of choices, which the
+    exchange needs there, while the device sorts the tokens.
     """
 
     def __init__(self, moe: MixtureOfExperts, layout: Layout) -> None:
@@ -124,6 +134,7 @@ class ExpertRoute:
         self.stretches = NUM_STRETCHES if config.context > 1 else 1
         self.num_groups = config.expert_token_groups
         self.order = order_of_pieces(config, layout.place, self.num_groups)
+        self.matrices: tuple[Tensor, ...] | None = None  # within a call
 
     @property
     def index(self) -> int:
@@ -146,22 +157,28 @@ class ExpertRoute:
         ready = self._ready(groups[0], capacity)
         counts = reading.numbers()
         quotas = self._quotas(counts, capacity)
-        underway, returning = self._depart(groups[0], ready, counts, quotas), []
+        runs = ExpertRuns(self.experts, self.width_peers, self.size[1])
+        underway, returning = self._depart(groups[0], ready, counts, quotas, runs), []
         for after in (*groups[1:], None):
-            arrived = underway
+            now = underway
+            early = [_run(runs, *part) for part in now.early]
+            arrived = end_exchange(now.rows, now.flight)
             if after is not None:
-                underway = self._depart(after, self._ready(after, capacity), counts, quotas)
-            done = self._run_experts(end_exchange(arrived.rows, arrived.flight), arrived.arriving)
-            back = Flight(arrived.flight.received, arrived.flight.sent, self.peers)
-            returning.append((arrived.plan, begin_exchange(done, back), back))
-        sums = [
-            combine(end_exchange(rows, back), group.weights.to(rows.dtype), plan)
-            for group, (plan, rows, back) in zip(groups, returning, strict=True)
-        ]
-        kept = [plan.rows_per_expert for plan, _, _ in returning]
-        return self._joined(_cat(sums), _cat(kept))
+                ready = self._ready(after, capacity)
+                underway = self._depart(after, ready, counts, quotas, runs)
+            *joined, done = _run_together(runs, [*now.joining, arrived], now.arriving)
+            back = Flight(now.flight.received, now.flight.sent, self.peers)
+            rows = begin_exchange(done, back)
+            late = [_run(runs, *part) for part in now.late]
+            returning.append((now, [*early, *joined, *late], rows, back))
+        sums = []
+        for group, (now, own, rows, back) in zip(groups, returning, strict=True):
+            rows = _in_order(now, own, end_exchange(rows, back))
+            sums.append(combine(rows, group.weights.to(rows.dtype), now.plan))
+        kept = [now.plan.rows_per_expert for now, *_ in returning]
+        return self._on_all(_cat(sums), _cat(kept))
 
-    def _joined(self, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_all(self, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         if self.copies is None:
             return y, kept
         kept = kept.clone()
@@ -173,13 +190,13 @@ class ExpertRoute:
         of_stretch = [size + (n < rest) for n in range(self.num_groups)]
         return _Pieces(tuple(of_stretch * self.stretches), self.stretches)
 
-    def _counts(self, experts: Tensor, pieces: _Pieces) -> "_Reading":
+    def _counts(self, experts: Tensor, pieces: _Pieces) -> Reading:
         """[ranks, pieces, E] int64: choices."""
         every = torch.arange(self.num_experts, device=experts.device)
         own = [(x.reshape(-1, 1) == every).sum(0) for x in experts.split(list(pieces.sizes))]
         gathered = experts.new_empty(len(self.order) // len(own), len(own), self.num_experts)
         dist.all_gather_into_tensor(gathered, torch.stack(own)[None], group=self.routers)
-        return _Reading(gathered)
+        return Reading(gathered)
 
     def _capacity(self, num_tokens: int) -> int | None:
         """Rows that an expert takes of all ranks' tokens; None is any number."""
@@ -199,131 +216,53 @@ class ExpertRoute:
         plan = plan_dispatch(group.experts, self.num_experts, None)
         return _Ready(plan, gather_rows(group.tokens, plan) if capacity is None else None)
 
-    def _depart(self, group: _Group, ready: _Ready, counts: Tensor, quotas: Tensor) -> _Underway:
+    def _depart(
+        self, group: _Group, ready: _Ready, counts: Tensor, quotas: Tensor, runs: ExpertRuns
+    ) -> _Underway:
         """Send a token group on its way, and sort what arrives before it has arrived."""
         pieces, plan, rows = group.pieces, ready.plan, ready.rows
         if rows is None:
             plan = limited(plan, counts[self.index, pieces], quotas[self.index, pieces])
             rows = gather_rows(group.tokens, plan)
         by_rank = quotas[:, pieces].sum(1).view(*self.size, self.size[0], -1)
-        expert, part = self.place.expert, self.place.expert_tensor
-        own = by_rank[:, :, expert]  # [expert, expert_tensor, E / expert]
-        sent, received = by_rank[expert, part].sum(-1).tolist(), own[:, part].sum(-1).tolist()
+        own, part = self.place.expert, self.place.expert_tensor
+        mine = by_rank[:, :, own].transpose(0, 1)  # [expert_tensor, expert, E / expert]
+        sent, received = by_rank[own, part].sum(-1).tolist(), mine[part].sum(-1).tolist()
+        before, after, stay = sum(sent[:own]), sum(sent[own + 1 :]), sent[own]
+        sent[own] = received[own] = 0  # what stays is no part of the exchange
+        halves = [stay // 2, stay - stay // 2] if runs.in_parts else [stay]
+        first, *staying, last = rows.split([before, *halves, after])
         flight = Flight(sent, received, self.peers)
-        underway = begin_exchange(rows, flight)
-        return _Underway(plan, underway, flight, _arriving(own.transpose(0, 1), rows.device))
-
-    def _run_experts(self, arrived: Tensor, arriving: _Arriving) -> Tensor:
-        """Run rows that come from rank after rank, sorted by expert within each: the same order."""
-        sizes, plan = arriving
-        if len(sizes) > 1:
-            arrived = gather_rows_of_ranks(arrived, sizes, self.width_peers)
-        num_rows = len(arrived)
-        if not num_rows:
-            arrived = torch.cat([arrived, arrived.new_zeros(1, arrived.shape[1])])
-        done = self.experts(arrived, arrived.new_ones(len(arrived), 1), plan)
-        # A slice's gradient is a copy.
-        done = done if num_rows else done[:0]
-        return sum_rows_of_ranks(done, sizes, self.width_peers) if len(sizes) > 1 else done
+        leaving = [part for part in (first, last) if len(part)] or [first]
+        underway = begin_exchange(_cat(leaving), flight)
+        others = [n for n in range(self.size[0]) if n != own]
+        if not runs.in_parts:
+            arriving = Run.of(mine[:, [own, *others]], rows.device, may_be_sorted=False)
+            return _Underway(plan, before, after, [], staying, [], underway, flight, arriving)
+        parts = map(_Part, staying, Run.halves(mine[part, own], rows.device))
+        early, late = ([part] for part in parts)
+        arriving = Run.of(mine[:, others], rows.device, may_be_sorted=True)
+        return _Underway(plan, before, after, early, [], late, underway, flight, arriving)
 
 
-def _arriving(counts: Tensor, device: torch.device) -> _Arriving:
-    """Plan rows by their counts [expert_tensor, expert, E / expert] on the host."""
-    sizes, E = counts.sum((1, 2)).tolist(), counts.shape[-1]
-    local = torch.arange(E, device=device).repeat(counts.numel() // E)
-    each = _sent(counts.flatten(), device)
-    expert = torch.repeat_interleave(local, each, output_size=sum(sizes))
-    # Experts without a token take a gradient of zero: their shards' reduction waits for it.
-    expert = expert if sum(sizes) else expert.new_zeros(1)
-    return _Arriving(sizes, plan_dispatch(expert[:, None], E, None))
+def _run(runs: ExpertRuns, rows: Tensor, run: Run) -> Tensor:
+    """What the experts make of rows that stay; of none, none."""
+    return runs(rows, run) if len(rows) else rows
+
+
+def _run_together(runs: ExpertRuns, parts: list[Tensor], run: Run) -> tuple[Tensor, ...]:
+    """What the experts make of several rows at once, apart again."""
+    done = runs(_cat(parts), run)
+    return done.split([len(part) for part in parts]) if len(parts) > 1 else (done,)
+
+
+def _in_order(now: _Underway, own: list[Tensor], back: Tensor) -> Tensor:
+    """Put what became of a token group's rows in the order of its plan."""
+    first, last = back.split([now.before, now.after])
+    # Those without rows, too: every rank's gradient goes back, and a rank that has none answers.
+    return torch.cat([first, *own, last])
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
     """Join parts; one alone is not copied."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-class _Reading:
-    """Numbers on their way to the host, from where the device's work stands."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.event, self.host = None, x
-        if x.device.type == "cuda":
-            self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            self.host.copy_(x, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def numbers(self) -> Tensor:
-        """Wait for them, and not for what the device was given since."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.host
-
-
-def _sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host; from pinned memory, or the copy would wait for all work before it."""
-    if device.type != "cuda":
-        return numbers
-    return numbers.pin_memory().to(device, non_blocking=True)
-
-
-def order_of_pieces(config: ParallelConfig, place: Place, num_groups: int) -> list[int]:
-    """Sort all pieces of the ranks that share an expert's capacity by their tokens' order.
-
-    Args:
-        config: degrees.
-        place: of one of the ranks.
-        num_groups: token groups of each rank; each has a piece of every stretch.
-
-    Returns:
-        Indices into [ranks, stretches, token groups], flat, the first tokens first.
-    """
-    size = config.expert * config.expert_width
-    weights = place.data % config.shard * config.context + place.context
-    first = (weights * config.tensor + place.tensor) // size * size
-    keys = []
-    for rank in range(first, first + size):
-        row, tensor = divmod(rank, config.tensor)
-        data, context = divmod(row, config.context)
-        stretches = (context, 2 * config.context - 1 - context) if config.context > 1 else (0,)
-        keys += [(data, s, tensor, n) for s in stretches for n in range(num_groups)]
-    return sorted(range(len(keys)), key=keys.__getitem__)
-
-
-def share_capacity(counts: Tensor, capacity: int) -> Tensor:
-    """Give each expert's capacity to the pieces in their order.
-
-        quota_p = min(count_p, max(0, capacity - sum over q < p of count_q))
-
-    Args:
-        counts: [pieces, E] choices, in the tokens' order.
-        capacity: rows that one expert takes in the whole group.
-
-    Returns:
-        [pieces, E].
-    """
-    earlier = counts.cumsum(0) - counts
-    return torch.minimum(counts, (capacity - earlier).clamp(min=0))
-
-
-def limited(plan: Dispatch, counts: Tensor, quota: Tensor) -> Dispatch:
-    """Keep the first choices of each expert in each piece.
-
-    Args:
-        plan: of all choices.
-        counts: [pieces, E] on the host; choices of each expert in the tokens' pieces.
-        quota: [pieces, E] on the host; how many of them stay, the first.
-    """
-    if torch.equal(counts, quota):
-        return plan
-    device, R = plan.choice.device, len(plan.choice)
-    # The plan is sorted by expert, and within an expert by token: piece after piece.
-    by_expert, stay = counts.t().flatten(), quota.t().flatten()
-    first = torch.repeat_interleave(by_expert.cumsum(0) - by_expert, by_expert)
-    stays = torch.arange(R) - first < torch.repeat_interleave(stay, by_expert)
-    choice = plan.choice[_sent(torch.nonzero(stays).flatten(), device)]
-    row = torch.full((plan.row.numel(),), len(choice), device=device)
-    row[choice] = torch.arange(len(choice), device=device)
-    rows_per_expert = _sent(quota.sum(0).to(torch.int32), device)
-    return Dispatch(choice, row.view(plan.row.shape), rows_per_expert)

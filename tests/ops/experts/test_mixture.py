@@ -13,6 +13,7 @@ from sevenfold.ops import (
     Impl,
     combine,
     gather_rows,
+    grouped_swiglu,
     mixture,
     plan_dispatch,
     route,
@@ -60,6 +61,22 @@ def test_mixture_is_the_weighted_sum_of_the_experts(capacity: int | None) -> Non
     check_error("y in bf16", mixture(*low, plan), by_tokens(*low, plan), exact)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(lambda *t: mixture(*t, plan), leaves)
+
+
+def test_grouped_swiglu_is_the_mixture_of_rows_that_are_sorted() -> None:
+    plan, leaves = plan_dispatch(EXPERTS, 4, None), inputs()
+    _, _, gate_up, down = leaves
+    rows = gather_rows(leaves[0], plan)
+    exact = mixture(*leaves, plan)
+    found = combine(grouped_swiglu(rows, gate_up, down, plan.rows_per_expert), leaves[1], plan)
+    check_error("y", found, exact.float(), exact)
+    rows, gate_up, down = (x.requires_grad_() for x in (rows.detach(), gate_up, down))
+    count = plan.rows_per_expert
+    assert torch.autograd.gradcheck(lambda *t: grouped_swiglu(*t, count), (rows, gate_up, down))
+    low = [x.detach().float() for x in (rows, gate_up, down)]
+    rounded = grouped_swiglu(*(x.bfloat16() for x in low), count)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(grouped_swiglu(*low, count), rounded)
 
 
 def test_autocast_rounds_rows_and_projections() -> None:
@@ -120,6 +137,8 @@ def test_triton_needs_a_gpu() -> None:
         ("x must be bf16 on a GPU for impl triton, got torch.float32 on cpu",
          lambda: mixture(x, weights, gate_up, down, plan, impl="triton")),
         ("x must be bf16 on a GPU for impl triton, got torch.float32 on cpu",
+         lambda: grouped_swiglu(x, gate_up, down, plan.rows_per_expert, impl="triton")),
+        ("x must be bf16 on a GPU for impl triton, got torch.float32 on cpu",
          lambda: router_logits(x, x, impl="triton")),
         ("logits must be bf16, fp16 or fp32 on a GPU", lambda: route(x, 2, impl="triton")),
         ("logits must be bf16, fp16 or fp32 on a GPU",
@@ -145,6 +164,17 @@ def test_wrong_arguments() -> None:
         mixture(x, weights, gate_up, down.mT, plan)
     with pytest.raises(TypeError, match=r"down_proj must be torch.float64, got torch.float32"):
         mixture(x, weights, gate_up, down.float(), plan)
+    count = plan.rows_per_expert
+    with pytest.raises(ValueError, match=r"x must have shape \[R, D\] = \[4, 6\], got \[4, 5\]"):
+        grouped_swiglu(x[:, :5], gate_up, down, count)
+    with pytest.raises(ValueError, match=r"down_proj must have shape \[E, D, F\] = \[4, 6, 5\]"):
+        grouped_swiglu(x, gate_up, down.mT, count)
+    with pytest.raises(ValueError, match=r"rows_per_expert must have shape \[E\] = \[4\]"):
+        grouped_swiglu(x, gate_up, down, count[1:])
+    with pytest.raises(TypeError, match=r"rows_per_expert must be torch.int32, got torch.int64"):
+        grouped_swiglu(x, gate_up, down, count.long())
+    with pytest.raises(TypeError, match=r"down_proj must be torch.float64, got torch.float32"):
+        grouped_swiglu(x, gate_up, down.float(), count)
     with pytest.raises(ValueError, match="num_chosen must be from 1 to 6, got 7"):
         route(x, 7)
     with pytest.raises(ValueError, match="num_chosen must be from 1 to 6, got 0"):

@@ -18,6 +18,7 @@ from sevenfold.ops.experts import (
     route_and_count,
     router_logits,
     triton_dispatch,
+    triton_grouped_swiglu,
     triton_mixture,
     triton_route,
     triton_router,
@@ -293,6 +294,41 @@ def test_mixture_keeps_to_the_error_rule(
     run = by_tokens(choices(T, k, E), plan)
     dy = random(T, D, dtype=MIXTURE_DTYPE, seed=9)
     check_kernel(by_kernel(plan), run, [x, weights, *projections], [dy])
+
+
+def by_expert(rows_per_expert: list[int]):
+    """Sorted rows as the formula reads: each expert's through its matrices."""
+
+    def run(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        parts = []
+        for rows, first, second in zip(x.split(rows_per_expert), gate_up, down, strict=True):
+            gate, up = (rows @ first.mT).chunk(2, -1)
+            parts.append(F.silu(gate) * up @ second.mT)
+        return torch.cat(parts)
+
+    return run
+
+
+SORTED = [([3, 0, 5, 1], 16, 8), ([0, 4, 0], 8, 24)]
+if not INTERPRETED:
+    SORTED += [([300, 0, 129, 270], 256, 192), ([1] * 64, 128, 320)]
+
+
+@pytest.mark.parametrize(("rows_per_expert", "D", "width"), SORTED)
+def test_sorted_rows_keep_to_the_error_rule(rows_per_expert: list[int], D: int, width: int) -> None:
+    R, E = sum(rows_per_expert), len(rows_per_expert)
+    x, _, *projections = mixture_inputs(R, 1, E, D, width)
+    x, projections = x.to(MIXTURE_DTYPE), [p.to(MIXTURE_DTYPE) for p in projections]
+    ends = torch.tensor(rows_per_expert, device=DEVICE).cumsum(0, dtype=torch.int32)
+
+    def kernel(*leaves: Tensor) -> Tensor:
+        return triton_grouped_swiglu.grouped_swiglu(*leaves, ends)[0]
+
+    dy = random(R, D, dtype=MIXTURE_DTYPE, seed=9)
+    check_kernel(kernel, by_expert(rows_per_expert), [x, *projections], [dy])
+    grads = with_grads(kernel, [x, *projections], [dy])[2:]
+    for grad in grads:
+        assert [bool(expert.any()) for expert in grad] == [n > 0 for n in rows_per_expert]
 
 
 def test_an_expert_that_nobody_chose_gets_a_zero_gradient() -> None:

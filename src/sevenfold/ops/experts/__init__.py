@@ -8,6 +8,7 @@ from sevenfold.ops.experts.dispatch import (
     gather_rows,
     plan_dispatch,
 )
+from sevenfold.ops.experts.grouped_swiglu import grouped_swiglu
 from sevenfold.ops.experts.mixture import default_mixture_impl, mixture
 from sevenfold.ops.experts.router import default_router_impl, router_logits
 from sevenfold.ops.experts.routing import default_route_impl, route, route_and_count
@@ -22,6 +23,7 @@ __all__ = [
     "default_router_impl",
     "gather_rows",
     "grouped_linear",
+    "grouped_swiglu",
     "mixture",
     "plan_dispatch",
     "route",

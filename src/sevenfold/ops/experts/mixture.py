@@ -28,7 +28,7 @@ def default_mixture_impl(x: Tensor, gate_up_proj: Tensor) -> Impl:
     """
     if _numba_refusal(x, gate_up_proj) is None:
         return Impl.NUMBA
-    return Impl.EAGER if _triton_refusal(x, gate_up_proj) else Impl.TRITON
+    return Impl.EAGER if triton_refusal(x, gate_up_proj) else Impl.TRITON
 
 
 def mixture(
@@ -72,7 +72,7 @@ def mixture(
     chosen = choose_impl("mixture", impl, default_mixture_impl(x, gate_up_proj), _IMPLS)
     if chosen is Impl.EAGER:
         return _eager(x, weights, gate_up_proj, down_proj, dispatch)
-    refusal = (_numba_refusal if chosen is Impl.NUMBA else _triton_refusal)(x, gate_up_proj)
+    refusal = (_numba_refusal if chosen is Impl.NUMBA else triton_refusal)(x, gate_up_proj)
     if refusal:
         raise UnsupportedError(refusal)
     plan = (dispatch.choice, dispatch.row, dispatch.rows_per_expert)
@@ -112,7 +112,7 @@ def _numba_refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:
     return _width_refusal(gate_up_proj, _NUMBA_MULTIPLE, Impl.NUMBA)
 
 
-def _triton_refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:
+def triton_refusal(x: Tensor, gate_up_proj: Tensor) -> str | None:
     """Why triton cannot compute this, if it cannot."""
     if x.device.type != "cuda" or _dtype(x) is not torch.bfloat16:
         return f"x must be bf16 on a GPU for impl triton, got {_dtype(x)} on {x.device}"
