@@ -24,12 +24,14 @@ def compiled() -> Iterator[list[str]]:
     """The kernels that Triton makes ready from now on: names, and what they are compiled for."""
     from triton import knobs
 
-    names: list[str] = []
+    kernels: list[str] = []
+
+    def note(**known: Any) -> None:
+        kernels.append(f"{known['fn'].module} {known['fn'].name} {known['key']}")
+
     with knobs.runtime.scope():
-        knobs.runtime.jit_post_compile_hook = lambda **known: names.append(
-            f"{known['fn'].module} {known['key']}"
-        )
-        yield names
+        knobs.runtime.jit_post_compile_hook = note
+        yield kernels
 
 
 def model_of(mix: str) -> HybridModel:
