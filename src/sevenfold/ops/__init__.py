@@ -2,16 +2,19 @@
 
 from sevenfold.ops.attention import (
     Block,
+    KeptResult,
     attention,
     attention_block,
     attention_block_backward,
     attention_cached,
     attention_chunks,
+    attention_kept,
     attention_paged,
     attention_paged_tree,
     attention_pages,
     join_blocks,
     suits_chunks,
+    suits_keeping,
     write_pages,
 )
 from sevenfold.ops.cross_entropy import IGNORED_LABEL, linear_cross_entropy
@@ -124,6 +127,7 @@ __all__ = [
     "Impl",
     "Int8ReplayPool",
     "Int8Rows",
+    "KeptResult",
     "LightningRows",
     "LightningWeights",
     "Noise",
@@ -144,6 +148,7 @@ __all__ = [
     "attention_block_backward",
     "attention_cached",
     "attention_chunks",
+    "attention_kept",
     "attention_paged",
     "attention_paged_tree",
     "attention_pages",
@@ -212,6 +217,7 @@ __all__ = [
     "suits_device_rows",
     "suits_device_weights",
     "suits_few_rows",
+    "suits_keeping",
     "swiglu",
     "to_scaled_fp16",
     "write_pages",
