@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class KeptAttention:
         kept = KeptResult()
         return self._within(kept), self._within(kept)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, state: Any) -> Tensor:
         """Attend q [B, T, H, D] to keys, or give what the first run gave."""
         if self._kept is None:
             return self._attend(q, k, v, batch, state)

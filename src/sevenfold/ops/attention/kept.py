@@ -79,10 +79,11 @@ class _Kept(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: Block, kept: KeptResult
     ) -> Tensor:
-        if kept.known is None:
-            kept.keep(*attention_block(q, k, v, block))
-        o, lse = kept.known
-        o = o.view_as(o)
+        known = kept.known
+        if known is None:
+            known = attention_block(q, k, v, block)
+            kept.keep(*known)
+        o, lse = known[0].view_as(known[0]), known[1]
         ctx.block = block
         ctx.save_for_backward(q, k, v, o, lse)
         return o
