@@ -42,7 +42,8 @@ def test_a_sibling_serves_a_device_and_says_so_once_for_a_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(TABLES["scan"]["H200"], "32", {"warps": 2})
-    with pytest.warns(UserWarning) as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         assert best_config("scan", "64", "H100") == {"warps": 8}
         assert best_config("scan", "32", "H100") == {"warps": 2}
         assert best_config("scan", "128", "H100") == {"warps": 4}
