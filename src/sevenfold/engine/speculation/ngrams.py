@@ -30,7 +30,7 @@ class NgramIndex:
     def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens at the text's end."""
         end, mask, latest = self._end, self._mask, self._latest
-        for place, token in enumerate(tokens, start=len(self._text) + 1):
+        for place, token in enumerate(map(int, tokens), start=len(self._text) + 1):
             end = (end << _ID_BITS | token) & mask
             self._earlier.append(latest.get(end))
             latest[end] = place
