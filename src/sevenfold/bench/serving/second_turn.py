@@ -59,7 +59,7 @@ def _measure(
     asked = serving.submit(first, _ANSWER_TOKENS, salt=salt, turn=length)
     held = _held_bytes(serving)
     question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
-    prompt = [*first, *asked.generated, *question]
+    prompt = (*first, *asked.generated, *question)  # as a request has it
     runs: dict[str, Callable[[], object]] = {
         "cached": partial(_turn, serving, prompt, salt),
         "whole": partial(_turn, serving, prompt, None),
@@ -87,7 +87,7 @@ def _measure(
     }
 
 
-def _turn(serving: Serving, prompt: list[int], salt: bytes | None) -> None:
+def _turn(serving: Serving, prompt: Sequence[int], salt: bytes | None) -> None:
     serving.submit(prompt, 1, salt=salt)
     serving.run()
 
