@@ -1,12 +1,13 @@
 """Where the time of a chat's second turn goes: second_turn_parts.py OUT.json [tiny]
 
-bench-2b in bf16 behind 32,768 tokens, 16 of whose successors are new, as `sevenfold bench serve`
-asks. Prints, for turns that follow one another and for turns behind a whole prefill: medians and
-least of the wall's microseconds by part, without a profiler; the GPU's time from the state's copy
-to the token's, by events; the recorded prefill alone, one replay behind another; and of turns under
-a profiler each call that gave the GPU something, when it came and when the GPU did it, with the
-kernels of the graph by their time and the standstills between them. What is measured is written at
-the end. A last word `tiny` tries it on a CPU, where nothing is recorded, with the host's operators.
+bench-2b in bf16 behind 32,768 tokens, 16 of an answer and 64 of a question. Asked again, as
+`sevenfold bench serve` does, all but the last 16 are found; with another question each time, all
+but 80. Prints of both, and of the first behind a whole prefill, medians and least of the wall's
+microseconds by part, without a profiler; of the first the GPU's time from the state's copy to the
+token's, by events, the recorded prefills alone, one replay behind another, and of a turn under a
+profiler each call that gave the GPU something, when it came and when the GPU did it, with kernels
+by their time and the standstills between them. What is measured is written at the end. A last word
+`tiny` tries it on a CPU, where nothing is recorded, with the host's operators.
 """
 
 import json
@@ -99,11 +100,15 @@ def watch(engine):
     wrapped(engine, "step", nothing, lambda: marks.setdefault("told", clock()))
     if TINY:
         wrapped(worker, "_run", lambda: mark("filled"), lambda: mark("launched"))
-        return None
+        return {}
     recorded = worker.runner._prefills._recorder.recorded
-    size = min(recorded)
-    inputs, captured = recorded[size]
+    captured = {size: entry[1] for size, entry in sorted(recorded.items())}
+    for size, (inputs, own) in list(recorded.items()):
+        recorded[size] = (inputs, Captured(noted(own), own.output))
+    return captured
 
+
+def noted(captured):
     def replay():
         note("replayed")
         mark("filled")
@@ -111,8 +116,7 @@ def watch(engine):
         mark("launched")
         note("computed")
 
-    recorded[size] = (inputs, Captured(replay, captured.output))
-    return captured
+    return replay
 
 
 clock = time.perf_counter
@@ -277,6 +281,13 @@ def show_kernels(kernels):
         print(f"    {us:9.1f} {num:5} {name}")
 
 
+def question(config, chat, number):
+    """The chat with a question of that number."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(config.vocab_size, (QUESTION_TOKENS,), generator=generator)
+    return (*chat, *ids.tolist())
+
+
 def built():
     config = preset(PRESET)
     if not TINY:  # as `sevenfold bench serve` has it, whose peer rotates whole heads
@@ -296,27 +307,31 @@ def main():
     first = random_ids(config, CHAT_TOKENS).tolist()
     asked = serving.submit(first, ANSWER_TOKENS, salt=SALT, turn=CHAT_TOKENS)
     serving.run()
-    prompt = [*first, *asked.generated, *random_ids(config, QUESTION_TOKENS).tolist()]
-    for _ in range(3):
-        serving.submit(prompt, 1, salt=SALT)
+    chat = (*first, *asked.generated)
+    prompt = question(config, chat, 0)
+    for warm in (prompt, prompt, prompt, question(config, chat, 1), question(config, chat, 2)):
+        serving.submit(warm, 1, salt=SALT)
         serving.run()
     freeze_heap()
     captured = watch(serving.engine)
-    rows = {"device": name, "behind one another": []}
-    rows["behind one another"] = parts_of([turn(serving, prompt) for _ in range(REPEATS)])
-    show_pairs("turns behind one another", rows["behind one another"])
+    rows = {"device": name}
+    rows["asked again"] = parts_of([turn(serving, prompt) for _ in range(REPEATS)])
+    show_pairs("asked again", rows["asked again"])
+    others = [turn(serving, question(config, chat, 3 + n)) for n in range(REPEATS)]
+    rows["another question"] = parts_of(others)
+    show_pairs("another question each time", rows["another question"])
     later = []
     for _ in range(REPEATS // 3):
         serving.submit(prompt, 1)
         serving.run()
         later.append(turn(serving, prompt))
     rows["behind a whole prefill"] = parts_of(later)
-    show_pairs("each behind a whole prefill", rows["behind a whole prefill"])
-    if captured is not None:
+    show_pairs("asked again behind a whole prefill", rows["behind a whole prefill"])
+    if captured:
         rows["on the GPU"] = on_gpu(serving, prompt)
-        show_pairs("of the GPU", rows["on the GPU"])
-        rows["replays"] = replay_us(captured)
-        print("\nreplays behind one another, us", rows["replays"])
+        show_pairs("of the GPU, asked again", rows["on the GPU"])
+        rows["replays"] = {size: replay_us(one) for size, one in captured.items() if size <= 128}
+        print("\nreplays behind one another by recorded tokens, us", rows["replays"])
     traces = [traced(serving, prompt) for _ in range(PROFILED)]
     if TINY:
         rows["operators"] = operators(traces[-1])
