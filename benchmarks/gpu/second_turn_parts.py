@@ -267,7 +267,8 @@ def show_trace(row):
     for call in row["calls"]:
         print(
             f"  {call['call'][:24]:24} {call['at_us']:9.1f} {call['host_us']:7.1f}; "
-            f"{call['on_gpu_at_us']:9.1f} {call['gpu_us']:8.1f} {call['num']:4} {call['first'][:60]}"
+            f"{call['on_gpu_at_us']:9.1f} {call['gpu_us']:8.1f} {call['num']:4} "
+            f"{call['first'][:60]}"
         )
     print(f"  busy {row['busy_us']:.1f} us, idle between {row['idle_us']:.1f} in {row['num_gaps']}")
     for gap, at, name in row["longest"]:

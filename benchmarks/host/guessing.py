@@ -1,4 +1,4 @@
-"""What the host does from a token's arrival to the next launch, with and without guesses: guessing.py [REPEATS]
+"""What guesses cost the host from a token to the next launch: guessing.py [REPEATS]
 
 The engine over a runner for a GPU that launches nothing, on a CPU, with bench-2b's 14 lightning
 layers and 512 tokens of `sevenfold bench speculate`'s hostile text, of which there is always a

@@ -24,8 +24,8 @@ def parts_of(layer: LinearStorage) -> dict[str, Tensor]:
     assert layer.snapshots.exact is not None
     parts = {"states": layer.states[:SHOWN], "snapshots": layer.snapshots.exact[-SHOWN:]}
     if layer.drafts is not None:
-        rings = layer.drafts
-        parts |= {"k": rings.ring_k[:SHOWN], "v": rings.ring_v[:SHOWN], "count": rings.count[:SHOWN]}
+        rings = {"k": layer.drafts.ring_k, "v": layer.drafts.ring_v, "count": layer.drafts.count}
+        parts |= {name: ring[:SHOWN] for name, ring in rings.items()}
     return parts
 
 
@@ -38,7 +38,8 @@ def test_a_state_goes_into_a_snapshot_and_back(ring_tokens: int) -> None:
             tensor.copy_(torch.randint(1, 99, tensor.shape, generator=generator))
     wanted = [{name: tensor.clone() for name, tensor in parts.items()} for parts in layers]
     first = storage.layers[0]
-    assert isinstance(first, LinearStorage) and first.snapshots.exact is not None
+    assert isinstance(first, LinearStorage)
+    assert first.snapshots.exact is not None
     snapshot = len(first.snapshots.exact) + SNAPSHOT
     storage.snapshot([STATE], [snapshot])
     for parts in layers:
