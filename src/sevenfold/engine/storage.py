@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sevenfold.config import UnsupportedError
 from sevenfold.engine.cache import Copy, Fresh
+from sevenfold.engine.exact_items import ExactItems
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.engine.precision import linear_layers
@@ -194,10 +194,7 @@ class Storage:
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
         if self._exact is not None:
-            _copy_items(self._exact.snapshots, snapshots, self._exact.states, states)
-            if self._exact.counts is not None:
-                for state in states:
-                    self._exact.counts[state].zero_()
+            self._exact.restore(snapshots, states)
             return
         for layer, (source, target) in self._linear(snapshots, states):
             layer.restore(source, target)
@@ -205,7 +202,7 @@ class Storage:
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
         """Copy states into snapshots, rounded to their precision."""
         if self._exact is not None:
-            _copy_items(self._exact.states, states, self._exact.snapshots, snapshots)
+            self._exact.snapshot(states, snapshots)
             return
         for layer, (source, target) in self._linear(states, snapshots):
             layer.snapshot(source, target)
@@ -235,20 +232,9 @@ def _decays(config: ModelConfig, device: torch.device) -> list[Tensor]:
     return [layer_log_decay(H, layer, L).to(device) for layer in linear_layers(config)]
 
 
-class _ExactItems(NamedTuple):
-    """All layers of each state and of each snapshot, both [items, bytes], alike within.
-
-    counts: [items, layers * H] int32, of the tokens in the rings of each state; None without rings.
-    """
-
-    states: Tensor
-    snapshots: Tensor
-    counts: Tensor | None
-
-
 def _exact_items(
     config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype
-) -> _ExactItems | None:
+) -> ExactItems | None:
     """Views by which a state is copied at once, not layer by layer: each layer is a launch."""
     if not plan.has_states or plan.state.sections != plan.snapshot.sections:
         return None
@@ -256,15 +242,7 @@ def _exact_items(
     where = [(tenant, 0, torch.uint8, shape) for tenant in (Tenant.STATE, Tenant.SNAPSHOT)]
     states, snapshots = (_pool(arena, plan.layout, *each) for each in where)
     counts = _ring_counts(config, plan, arena, dtype) if plan.ring_tokens else None
-    return _ExactItems(states, snapshots, counts)
-
-
-def _copy_items(
-    source: Tensor, sources: Sequence[int], target: Tensor, targets: Sequence[int]
-) -> None:
-    """Copy items one by one: megabytes each, so that few copies beat their gathering."""
-    for a, b in zip(sources, targets, strict=True):
-        target[b].copy_(source[a])
+    return ExactItems(states, snapshots, counts)
 
 
 def _host_arena(num_bytes: int, device: torch.device) -> Tensor:
