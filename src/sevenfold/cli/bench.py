@@ -15,6 +15,7 @@ from sevenfold.bench.precision import run_precision_benchmark
 from sevenfold.bench.precision_states import run_state_benchmark
 from sevenfold.bench.record import write_record
 from sevenfold.cli.bench_train import train_command
+from sevenfold.engine.heap import freeze_heap
 
 if TYPE_CHECKING:
     from sevenfold.bench.serving.sides import Sides
@@ -182,7 +183,9 @@ def _sides(preset: str, device: str, dtype: str | None) -> "tuple[Sides, dict[st
         "matmul_flops_per_s": sides.rates.flops_per_s,
         "read_bytes_per_s": sides.rates.bytes_per_s,
     }
-    return sides, check_sides(sides) | rates
+    checked = check_sides(sides)
+    freeze_heap()  # of both sides: neither shall wait for a walk through the other's objects
+    return sides, checked | rates
 
 
 class _Record:
