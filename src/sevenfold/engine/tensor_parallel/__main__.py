@@ -13,7 +13,7 @@ def main() -> None:
     part = Part.model_validate_json(joined.channel.receive_text())
     worker = Worker(joined.model, part.plan(joined.model), part.worker)
     follow(worker, joined.channel)
-    joined.leave()
+    joined.leave(worker)
 
 
 if __name__ == "__main__":
