@@ -32,6 +32,12 @@ def sum_for_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return copy_to_ranks(sum_of_parts(x, group), group)
 
 
+def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum x over the ranks where it lies, without a gradient; returns it."""
+    dist.all_reduce(x, group=group)
+    return x
+
+
 def split_tokens(x: Tensor, group: dist.ProcessGroup, stretches: int) -> Tensor:
     """Take own tokens of what all ranks hold: the rank's part of each of some equal stretches.
 

@@ -16,12 +16,17 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from sevenfold.models import Batch, HybridModel, LayerState
-from sevenfold.models.block import Block
+from sevenfold.models.block import Block, OverRanks
 from sevenfold.models.feed_forward import MixtureOfExperts, SwiGLU
 from sevenfold.models.mixers import LightningAttention, SoftmaxAttention
 from sevenfold.models.mixers.lightning import gated_group_norm
 from sevenfold.ops import head_logits
-from sevenfold.parallel.collectives import copy_to_ranks, sum_for_parts, sum_of_parts
+from sevenfold.parallel.collectives import (
+    copy_to_ranks,
+    sum_for_parts,
+    sum_in_place,
+    sum_of_parts,
+)
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of, tensor_slice
 from sevenfold.parallel.pipeline import own_blocks
@@ -54,6 +59,8 @@ def divide_tensors(model: HybridModel, layout: Layout) -> None:
     for block in own_blocks(model):
         _divide_mixer(block, index, size, group)
         _divide_mlp(block.mlp, layout.config.routes_tokens, group)
+        if not layout.config.routes_tokens:
+            block.ranks = OverRanks(partial(sum_in_place, group=group), size)
     start = index * (model.config.vocab_size // size)
     # Callables take the place of methods; a module keeps its parameters under their names.
     if isinstance(model.embed_tokens, nn.Embedding):
@@ -193,6 +200,6 @@ def _cross_entropy(
 def _logits(model: HybridModel, group: dist.ProcessGroup, hidden: Tensor) -> Tensor:
     """Logits of the whole vocabulary, on all ranks."""
     part = head_logits(hidden, model.lm_head.weight)
-    gathered = list(part.new_empty(dist.get_world_size(group), *part.shape))
-    dist.all_gather(gathered, part.contiguous(), group=group)
-    return torch.cat(gathered, -1)
+    gathered = part.new_empty(dist.get_world_size(group), *part.shape)
+    dist.all_gather_into_tensor(gathered, part[None].contiguous(), group=group)
+    return gathered.movedim(0, -2).flatten(-2)
