@@ -200,6 +200,6 @@ def _cross_entropy(
 def _logits(model: HybridModel, group: dist.ProcessGroup, hidden: Tensor) -> Tensor:
     """Logits of the whole vocabulary, on all ranks."""
     part = head_logits(hidden, model.lm_head.weight)
-    gathered = part.new_empty(dist.get_world_size(group), *part.shape)
-    dist.all_gather_into_tensor(gathered, part[None].contiguous(), group=group)
-    return gathered.movedim(0, -2).flatten(-2)
+    gathered = list(part.new_empty(dist.get_world_size(group), *part.shape))
+    dist.all_gather(gathered, part.contiguous(), group=group)
+    return torch.cat(gathered, -1)

@@ -135,4 +135,7 @@ def join(joining: Joining) -> Joined:
         timeout=_PATIENCE,
     )
     layout = Layout.join(parallel, device.type)
-    return Joined(divided.connect(layout), Channel(layout.group("tensor")))
+    ranks = layout.group("tensor")
+    # NCCL connects at a group's first use: now, before free memory is divided and anything recorded.
+    dist.all_reduce(torch.zeros(1, device=device), group=ranks)
+    return Joined(divided.connect(layout), Channel(ranks))
