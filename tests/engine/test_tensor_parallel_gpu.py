@@ -35,7 +35,7 @@ MIXES = {
     "bf16 window": ("lsf", torch.bfloat16, {}),
 }
 CHAIN = PromptLookupConfig(min_match_tokens=1, adaptive=False)
-TEXTS = prompts(0, [1, 70, 3, 17, 16]) + [[5, 6, 7] * 30]
+TEXTS = [*prompts(0, [1, 70, 3, 17, 16]), [5, 6, 7] * 30]
 NUM_TOKENS = 24
 MEMORY = 64 << 20
 

@@ -54,15 +54,16 @@ def device_mix(layer: Block) -> DeviceMix | None:
             end = partial(softmax_over_ranks, mixer.o_proj.weight, residual, ranks)
         return _softmax(mixer, norm, residual, end)
     # What stands in for it on a rank has the same parts.
-    if mixer.norm_groups > 1:
+    heads: LightningAttention = mixer  # pyright: ignore[reportAssignmentType]
+    if heads.norm_groups > 1:
         return None
-    weights = lightning_weights(mixer)
+    weights = lightning_weights(heads)
     if not suits_device_weights((weights.qkv, weights.gate, weights.out)):
         return None
     end = partial(_joined_lightning, weights, residual)
     if ranks is not None:
-        end = partial(lightning_over_ranks, weights, residual, ranks, mixer.norm_groups == 1)
-    return _lightning(mixer, norm, weights, residual, end)
+        end = partial(lightning_over_ranks, weights, residual, ranks, heads.norm_groups == 1)
+    return _lightning(heads, norm, weights, residual, end)
 
 
 def device_feed(layer: Block) -> Callable[[Tensor], Tensor] | None:
@@ -131,9 +132,7 @@ def _lightning(
     return mix
 
 
-def _softmax(
-    mixer: SoftmaxAttention, norm: Norm, residual: Residual, end: SoftmaxEnd
-) -> DeviceMix:
+def _softmax(mixer: SoftmaxAttention, norm: Norm, residual: Residual, end: SoftmaxEnd) -> DeviceMix:
     weights, turn = (mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight), None
     if mixer.rotary_dim:
         device = weights[0].device

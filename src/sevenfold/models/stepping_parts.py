@@ -1,4 +1,4 @@
-"""Ends of half layers that ranks hold in part: each rank's kernels, one sum over ranks, one kernel."""
+"""Half layers that ranks hold in part: each rank's kernels, one sum over ranks, one kernel more."""
 
 from torch import Tensor
 

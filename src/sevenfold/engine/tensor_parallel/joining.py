@@ -136,6 +136,6 @@ def join(joining: Joining) -> Joined:
     )
     layout = Layout.join(parallel, device.type)
     ranks = layout.group("tensor")
-    # NCCL connects at a group's first use: now, before free memory is divided and anything recorded.
+    # NCCL connects at a group's first use: before memory is divided, and anything is recorded.
     dist.all_reduce(torch.zeros(1, device=device), group=ranks)
     return Joined(divided.connect(layout), Channel(ranks))

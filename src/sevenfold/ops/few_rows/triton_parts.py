@@ -1,8 +1,8 @@
-"""Half a layer whose channels lie on several ranks: what is summed over them, and what becomes of it.
+"""Half a layer whose channels lie on several ranks: what they sum, and what becomes of the sum.
 
-    r_i = (sum of o_i^2 / K + eps)^(-1/2)                  of rank i's K channels, in its product
-    part_i = (W_i (o_i r_i w_i sigmoid(g_i)) / r_i, sum of o_i^2)
-    y = alpha * stream + beta * R * sum of W_i (...) / r_i      R = (sum of o^2 / K_all + eps)^(-1/2)
+    r_i = (sum of o_i^2 / K + eps)^(-1/2)                   of rank i's K channels
+    p_i = W_i (r_i o_i w_i sigmoid(g_i)) / r_i              what it adds, beside sum of o_i^2
+    y = alpha * stream + beta * R * sum of p_i              R = (sum of o^2 / K_all + eps)^(-1/2)
 
 A factor of a whole row may come after the product: so one sum over ranks does for the norm over all
 channels and for the product behind it. Sums are fp32, the M rows' squares behind their products.
