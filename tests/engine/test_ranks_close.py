@@ -43,7 +43,7 @@ class LeavesTogether:
 
 def ranks_of(leaving: Leaving, process: object, stop: object = lambda: None) -> Ranks:
     ranks = Ranks(leaving, [process], tempfile.TemporaryDirectory(prefix="test-ranks-"))
-    ranks._worker = SimpleNamespace(stop=stop)
+    ranks._worker = SimpleNamespace(stop=stop, has_left=False)
     return ranks
 
 
@@ -85,6 +85,18 @@ def test_a_rank_that_has_ended_is_no_error() -> None:
     leaving = Leaving()
     ranks_of(leaving, LeavesTogether(leaving), stop).close()
     assert len(leaving.workers) == 1
+
+
+def test_ranks_that_wait_in_a_warm_up_are_killed_at_once() -> None:
+    """They would hear nothing: this rank has given it up."""
+    leaving = Leaving()
+    process = LeavesTogether(leaving)
+    killed, process.kill = [], lambda: killed.append(leaving.began.set())
+    ranks = ranks_of(leaving, process)
+    ranks._worker.has_left = True
+    ranks.close()
+    assert len(killed) == 1
+    assert leaving.workers == [ranks._worker]
 
 
 def test_recordings_go_before_the_group(monkeypatch: pytest.MonkeyPatch) -> None:

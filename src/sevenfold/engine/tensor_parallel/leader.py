@@ -20,6 +20,8 @@ class LeadingWorker(Worker):
     """A Worker whose ranks do the same, in the same order; one message for each run of the model.
 
     Whatever needs no other rank is told with the next run.
+
+    has_left: whether this rank gave up a warm-up, in which the others wait for it and hear nothing.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class LeadingWorker(Worker):
         """Allocate the plan's memory; arguments but channel as Worker's."""
         super().__init__(model, plan, config)
         self._channel, self._orders = channel, Orders()
+        self.has_left = False
         if self.ahead is not None:
             self.ahead = _LeadingAhead(self.ahead, self._orders, channel)
 
@@ -35,7 +38,9 @@ class LeadingWorker(Worker):
         """As Worker.warm_up, on all ranks."""
         self._orders.warm_up(most_tokens, chunk_tokens)
         self._channel.send(self._orders.take())
+        self.has_left = True
         super().warm_up(most_tokens, chunk_tokens, note)
+        self.has_left = False
 
     def prepare(self, fresh: Fresh) -> None:
         """As Worker.prepare, on all ranks."""

@@ -68,11 +68,14 @@ class Ranks:
         """
         if not self._end.alive:
             return
+        worker = self._worker
         leaving = Thread(target=self._leave, name="sevenfold-leave", daemon=True)
+        if worker is None or worker.has_left:  # they wait for a plan, or for this rank
+            self._end()
         leaving.start()
-        if self._worker is not None:  # else they wait for a plan
+        if self._end.alive:
             _wait(self._processes, time.monotonic() + _END_S)
-        self._end()
+            self._end()
         leaving.join(_END_S)
         if leaving.is_alive():
             _log.warning("the first rank did not leave its group within %g s", _END_S)
