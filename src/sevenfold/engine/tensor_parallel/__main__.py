@@ -15,7 +15,7 @@ def main() -> None:
     worker = Worker(joined.model, part.plan(joined.model), part.worker)
     freeze_heap()  # a rank that collects garbage holds up all of them
     follow(worker, joined.channel)
-    joined.leave()
+    joined.leave(worker)
 
 
 if __name__ == "__main__":
