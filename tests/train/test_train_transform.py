@@ -106,6 +106,24 @@ def test_what_softmax_attention_gave_is_kept(
     assert len(runs) == 2 * 2  # nothing is kept where nothing goes backward
 
 
+def test_a_graph_of_recomputed_blocks_goes_backward_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept_attention, "suits_keeping", lambda *_: True)
+    model = tiny_model(**FOUR)
+    recompute_blocks(model, 1)
+    loss = model.train()(STEP.micro_batches[0].input_ids).square().mean()
+    weight = model.layers[0].self_attn.out_proj.weight
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+
+
+def test_attention_is_computed_again_where_that_is_asked_for() -> None:
+    model = tiny_model(**FOUR)
+    recompute_blocks(model, 1, keep_attention=False)
+    assert not any(isinstance(b.self_attn.attend, KeptAttention) for b in model.layers[1::2])
+
+
 def test_a_recomputed_feed_forward_runs_twice_on_pieces_of_its_tokens() -> None:
     model, shapes = tiny_model(**FOUR), []
     recompute_blocks(model, 1)

@@ -34,6 +34,7 @@ def _work(config: RunConfig) -> Work:
         element_bytes=4 if config.precision.autocast is None else 2,
         stream_bytes=4 if config.precision.stream is None else 2,
         recompute_every=config.checkpointing.every_layers,
+        keeps_attention=config.checkpointing.keep_attention,
     )
 
 

@@ -79,6 +79,7 @@ def training_memory(
     stream_bytes: int = _BF16,
     product_bytes: int = _BF16,
     context_ranks: int = 1,
+    keeps_attention: bool = True,
     held: HeldWeights | None = None,
     accumulates: bool = False,
 ) -> TrainingMemory:
@@ -91,6 +92,7 @@ def training_memory(
         stream_bytes: of a value of the residual stream: 2 with precision.stream = "bf16", else 4.
         product_bytes: of what products take: 2 with precision.autocast = "bf16", else 4.
         context_ranks: that divide the row, one document; keys go by ring.
+        keeps_attention: whether recomputed blocks keep what softmax attention gave.
         held: weights of a rank; None is all of them, divided over context_ranks alone.
         accumulates: whether all gradients exist already, of micro-batches before.
 
@@ -98,7 +100,15 @@ def training_memory(
         The bytes of the layer at which they are most.
     """
     held = _divided(config, context_ranks) if held is None else held
-    step = _Step(config, num_tokens, recompute_every, stream_bytes, product_bytes, context_ranks)
+    step = _Step(
+        config,
+        num_tokens,
+        recompute_every,
+        stream_bytes,
+        product_bytes,
+        context_ranks,
+        keeps_attention,
+    )
     points = [
         _at_layer(step, held, layer, accumulates=accumulates)
         for layer in range(config.num_hidden_layers)
@@ -107,13 +117,18 @@ def training_memory(
 
 
 def kept_bytes(
-    config: ModelConfig, *, recompute_every: int | None, stream_bytes: int, product_bytes: int
+    config: ModelConfig,
+    *,
+    recompute_every: int | None,
+    stream_bytes: int,
+    product_bytes: int,
+    keeps_attention: bool = True,
 ) -> int:
     """Return what all blocks keep for the backward of one token, bytes.
 
     The arguments are those of training_memory.
     """
-    step = _Step(config, 1, recompute_every, stream_bytes, product_bytes, 1)
+    step = _Step(config, 1, recompute_every, stream_bytes, product_bytes, 1, keeps_attention)
     return sum(_kept(step, layer) for layer in range(config.num_hidden_layers))
 
 
@@ -124,6 +139,7 @@ def longest_tokens(
     recompute_every: int | None = 1,
     stream_bytes: int = _BF16,
     context_ranks: int = 1,
+    keeps_attention: bool = True,
     multiple: int = 4096,
 ) -> int:
     """Return the most tokens of a micro-batch that fit, a multiple of `multiple`; 0 if none do.
@@ -135,6 +151,7 @@ def longest_tokens(
         "recompute_every": recompute_every,
         "stream_bytes": stream_bytes,
         "context_ranks": context_ranks,
+        "keeps_attention": keeps_attention,
     }
     while training_memory(config, high * multiple, **how).total <= device_bytes:
         low, high = high, 2 * high
@@ -154,6 +171,7 @@ class _Step(NamedTuple):
     stream: int
     product: int
     ranks: int
+    keeps_attention: bool
 
     def recomputes(self, layer: int) -> bool:
         """Whether a block is computed again."""
@@ -202,7 +220,9 @@ def _kept(step: _Step, layer: int) -> int:
 
 def _result(step: _Step, layer: int) -> int:
     """Of one token: what softmax attention over all tokens gave, which does not run again."""
-    if step.config.layer_types[layer] != "full_attention":
+    # Of fp32 on one GPU nothing is kept: there is no kernel that gives what is needed.
+    keeps = step.keeps_attention and (step.product == _BF16 or step.ranks > 1)
+    if not keeps or step.config.layer_types[layer] != "full_attention":
         return 0
     _, I, _ = _widths(step.config)
     return I * step.product + step.config.num_attention_heads * _FP32

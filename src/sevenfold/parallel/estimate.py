@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sevenfold.models import HybridModel, ModelConfig
-from sevenfold.models.accounting import training_flops
+from sevenfold.models.accounting import prefill_flops, training_flops
 from sevenfold.models.training_memory import (
     HeldWeights,
     TrainingMemory,
@@ -36,6 +36,7 @@ class Work:
     element_bytes: of activations in products; 2 for bf16.
     stream_bytes: of a value of the residual stream.
     recompute_every: every k-th block is computed again in the backward; None keeps all.
+    keeps_attention: whether those blocks keep what softmax attention over all tokens gave.
     """
 
     seq_len: int
@@ -44,6 +45,7 @@ class Work:
     element_bytes: int
     stream_bytes: int = _FP32_BYTES
     recompute_every: int | None = None
+    keeps_attention: bool = True
 
     @property
     def num_micro_batches(self) -> int:
@@ -120,6 +122,7 @@ def _pipeline_rank_memory(
         "recompute_every": work.recompute_every,
         "stream_bytes": work.stream_bytes,
         "product_bytes": work.element_bytes,
+        "keeps_attention": work.keeps_attention,
     }
     memory = training_memory(
         part,
@@ -191,6 +194,8 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
     flops = training_flops(model, [work.seq_len]) * work.step_rows
     # A forward is a third of a step.
     again = work.recomputed_share(model.num_hidden_layers) / 3
+    if work.keeps_attention:
+        again *= 1 - _attention_share(model, work.seq_len)
     # Stages wait while the first micro-batches come, and the last leave: arXiv 2104.04473.
     idle = (parallel.pipeline - 1) / (parallel.pipeline_stages * work.num_micro_batches)
     compute = flops * (1 + again) * (1 + idle) / parallel.num_ranks / rates.flops_per_s
@@ -209,6 +214,13 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
         for name, span in spans.items()
     }
     return StepTime(compute, {name: size / speeds[name] for name, size in sent.items() if size})
+
+
+def _attention_share(model: ModelConfig, num_tokens: int) -> float:
+    """What of a forward's FLOPs is softmax attention over all tokens, between its products."""
+    pairs = num_tokens * (num_tokens + 1) // 2
+    layer = 4 * model.num_attention_heads * model.head_dim * pairs
+    return model.count("full_attention") * layer / prefill_flops(model, num_tokens)
 
 
 def _units(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Sequence[_Unit]:

@@ -165,9 +165,16 @@ class CompileSection(StrictModel):
 
 
 class CheckpointingSection(StrictModel):
-    """Recompute every k-th block in the backward instead of keeping its activations; None: none."""
+    """What blocks keep for the backward.
+
+    Args:
+        every_layers: recompute every k-th block instead of keeping its activations; None: none.
+        keep_attention: of a recomputed block what softmax attention gave, on a GPU, instead of
+            computing that again.
+    """
 
     every_layers: _Positive | None = None
+    keep_attention: bool = True
 
 
 class GuardSection(StrictModel):

@@ -27,8 +27,9 @@ def transform_blocks(model: HybridModel, config: RunConfig) -> None:
     """Apply what fully_shard must find done: the stream's dtype, recomputation."""
     if config.precision.stream is not None:
         narrow_stream(model)
-    if config.checkpointing.every_layers is not None:
-        recompute_blocks(model, config.checkpointing.every_layers)
+    section = config.checkpointing
+    if section.every_layers is not None:
+        recompute_blocks(model, section.every_layers, keep_attention=section.keep_attention)
 
 
 def narrow_stream(model: HybridModel) -> None:
@@ -41,16 +42,17 @@ def stream_dtype(model: HybridModel, stream: str | None) -> torch.dtype:
     return model.dtype if stream is None else torch.bfloat16
 
 
-def recompute_blocks(model: HybridModel, every_layers: int) -> None:
+def recompute_blocks(model: HybridModel, every_layers: int, *, keep_attention: bool = True) -> None:
     """Keep only the input of every k-th block, and run the block again in the backward.
 
     A dense feed-forward runs again by pieces of tokens, so that its width exists for one of them.
-    Softmax attention over all tokens does not run again on a GPU: its result is kept.
     Router statistics are outputs of the first run, so recomputation does not count them twice.
 
     Args:
         model: changed in place; parameters and their names stay.
         every_layers: k; blocks 0, k, 2 k ... are recomputed, so 1 is all of them.
+        keep_attention: whether softmax attention over all tokens does not run again on a GPU, but
+            its result is kept.
     """
     for block in list(model.layers)[::every_layers]:
         # A pipeline rank lacks some blocks.
@@ -60,7 +62,7 @@ def recompute_blocks(model: HybridModel, every_layers: int) -> None:
             )
         how = {}
         mixer = getattr(block, "self_attn", None)
-        if isinstance(mixer, SoftmaxAttention) and mixer.window is None:
+        if keep_attention and isinstance(mixer, SoftmaxAttention) and mixer.window is None:
             mixer.attend = attend = KeptAttention(mixer)
             how["context_fn"] = attend.contexts
         # Nothing in a block draws random numbers, so there is no generator to restore.

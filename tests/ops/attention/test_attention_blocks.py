@@ -173,14 +173,16 @@ def _alone(length: int) -> Block:
     return Block([length], [length], SCALE, causal=True)
 
 
-@pytest.mark.parametrize(("lengths", "most"), [((6,), None), ((3, 3), None), ((2, 2, 2), 1)])
+@pytest.mark.parametrize(
+    ("lengths", "most"), [((6,), None), ((3, 3), None), ((2, 2, 2), 1), ((2, 2, 2), 70)]
+)
 @pytest.mark.parametrize("causal", [True, False])
 def test_equal_sequences_go_to_cudnn_at_once(
     lengths: tuple[int, ...], most: int | None, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain products of each sequence stand in for the library, in its layout.
 
-    One by one where they are too much for one call.
+    In several calls where they are too much for one.
     """
 
     def each(function, do, tokens, more, scale):
@@ -219,7 +221,10 @@ def test_equal_sequences_go_to_cudnn_at_once(
         results += [o, lse, *module.backward(do, (q, k, v), o, lse, block)]
     for name, ours, exact in zip(("o", "lse", "dq", "dk", "dv"), found, expected, strict=True):
         check_error(name, ours, exact.float(), exact)
-    assert calls == ([len(lengths)] if most is None else [1] * len(lengths))
+    at_once = {None: [len(lengths)], 1: [1, 1, 1], 70: [1, 1, 1]}
+    if causal:  # there keys are no more than queries
+        at_once[70] = [2, 1]
+    assert calls == at_once[most]
 
 
 def test_the_librarys_operators_take_what_they_are_given() -> None:
@@ -253,6 +258,16 @@ def test_attention_is_kept_for_a_second_run(
     grads = [torch.autograd.grad(o, leaves, do) for o in (first, second)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert not suits_keeping(leaves[0], leaves[2], lengths)  # fp64 on a CPU
+    third = attention_kept(*leaves, **how, kept=result)
+    do = torch.ones_like(third).requires_grad_()
+    (grad,) = torch.autograd.grad(third, leaves[:1], do, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    with FakeTensorMode():
+        for width, suits in ((64, True), (20, False), (320, False)):
+            q = torch.empty(1, 16, 4, width, dtype=torch.bfloat16, device="cuda")
+            assert suits_keeping(q, q, lengths) == suits
+            assert not suits_keeping(q, q, [16, 0])
 
 
 @pytest.mark.gpu
@@ -272,7 +287,7 @@ def test_more_than_one_call_takes_goes_sequence_by_sequence(
         return [o, lse, *blocks_cudnn.backward(do, (q, k, v), o, lse, block)]
 
     together = run()
-    monkeypatch.setattr(blocks_cudnn, "_MOST_ELEMENTS", 2048 * 4 * 64)
+    monkeypatch.setattr(blocks_cudnn, "_MOST_ELEMENTS", 2 * 2048 * 4 * 64)
     for a, b in zip(together, run(), strict=True):
         check_error("apart", b, a, a.double())
 

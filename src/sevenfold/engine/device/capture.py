@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -80,16 +81,21 @@ class CudaCapture:
         self._graphs.clear()
 
 
+# The collector is the process's: one recording at a time turns it off and on.
+_one_at_a_time = Lock()
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Collect no garbage meanwhile: CUDA refuses a recording in which another graph is freed."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+    with _one_at_a_time:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                gc.enable()
 
 
 class _Unowned:

@@ -4,8 +4,7 @@ On an H200 it multiplies at 540 TFLOP/s, forward and backward, where PyTorch's F
 at 327 (benchmarks/results/kernels/nvidia-h200.json, causal, 32,768 tokens of 64 heads of 128).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from sevenfold.ops.attention.block import Block
 # cuDNN builds a plan for every shape that a thread has not met: of lengths there must be few.
 _UNIT_TOKENS, _MOST_ODD = 1024, 15
 # Of all heads' queries or keys in a call: in fp32 they take 2^31 bytes, beyond which nobody has
-# tried. More sequences than that go one by one.
+# tried. More sequences than that go in several calls.
 _MOST_ELEMENTS = 2**29
 
 
@@ -41,8 +40,9 @@ def refusal(q: Tensor, v: Tensor, block: Block) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """Arguments and results as in attention_block."""
-    if _is_too_much(q, block):
-        found = [forward(*of) for of in _one_by_one((q,), (k, v), block)]
+    if len(block.lengths) > _most_sequences(q, block):
+        calls = _in_turn(q, block)
+        found = [forward(q[at], k[keys], v[keys], part) for at, keys, part in calls]
         o, lse = zip(*found, strict=True)
         return torch.cat(o), torch.cat(lse, 1)
     tokens = _batched((q, k, v), block)
@@ -54,9 +54,12 @@ def backward(
     do: Tensor, tokens: Sequence[Tensor], o: Tensor, lse: Tensor, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in attention_block_backward."""
-    if _is_too_much(tokens[0], block):
-        each = _one_by_one((do, tokens[0], o, lse.t()), tokens[1:], block)
-        found = [backward(do, (q, k, v), o, lse.t(), one) for do, q, o, lse, k, v, one in each]
+    q, k, v = tokens
+    if len(block.lengths) > _most_sequences(q, block):
+        found = [
+            backward(do[at], (q[at], k[keys], v[keys]), o[at], lse[:, at], part)
+            for at, keys, part in _in_turn(q, block)
+        ]
         dq, dk, dv = (torch.cat(parts) for parts in zip(*found, strict=True))
         return dq, dk, dv
     do, o = _batched((do, o), block)
@@ -72,21 +75,24 @@ def _elements(q: Tensor, num_tokens: int) -> int:
     return num_tokens * q.shape[1] * q.shape[2]
 
 
-def _is_too_much(q: Tensor, block: Block) -> bool:
-    most = max(sum(block.lengths), sum(block.key_lengths))
-    return len(block.lengths) > 1 and _elements(q, most) > _MOST_ELEMENTS
+def _most_sequences(q: Tensor, block: Block) -> int:
+    """Sequences of a call, at least one."""
+    longest = max(block.lengths[0], block.key_lengths[0])
+    return max(1, _MOST_ELEMENTS // _elements(q, longest))
 
 
-def _one_by_one(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], block: Block
-) -> Iterator[tuple[Any, ...]]:
-    """Each sequence's part of tensors with a row a query, of those with a row a key; its block."""
-    parts = [x.split(list(block.lengths)) for x in queries]
-    parts += [x.split(list(block.key_lengths)) for x in keys]
-    sizes = zip(block.lengths, block.key_lengths, strict=True)
-    for n, (length, key_length) in enumerate(sizes):
-        one = Block([length], [key_length], block.scale, causal=block.causal)
-        yield *(part[n] for part in parts), one
+def _in_turn(q: Tensor, block: Block) -> list[tuple[slice, slice, Block]]:
+    """Queries, keys and sequences of each call."""
+    length, key_length = block.lengths[0], block.key_lengths[0]
+    total, most, calls = len(block.lengths), _most_sequences(q, block), []
+    for first in range(0, total, most):
+        end = min(first + most, total)
+        part = Block(
+            [length] * (end - first), [key_length] * (end - first), block.scale, block.causal
+        )
+        queries = slice(first * length, end * length)
+        calls.append((queries, slice(first * key_length, end * key_length), part))
+    return calls
 
 
 def _is_of_few(length: int) -> bool:

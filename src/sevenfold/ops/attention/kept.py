@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from sevenfold.ops.attention import flash
 from sevenfold.ops.attention.block import Block
 from sevenfold.ops.attention.blocks import (
     attention_block,
@@ -43,9 +45,10 @@ def suits_keeping(q: Tensor, v: Tensor, lengths: Sequence[int]) -> bool:
         v: [B, T, G, D].
         lengths: tokens of each sequence.
     """
+    if min(lengths, default=0) < 1 or flash.refusal(q, v):
+        return False
     block = Block(lengths, lengths, 1.0, causal=True)
-    whole = bool(lengths) and min(lengths) > 0 and q.shape[-1] == v.shape[-1]
-    return whole and default_block_impl(q.flatten(0, 1), v.flatten(0, 1), block) is not Impl.EAGER
+    return default_block_impl(q.flatten(0, 1), v.flatten(0, 1), block) is not Impl.EAGER
 
 
 def attention_kept(
@@ -89,6 +92,7 @@ class _Kept(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         found = attention_block_backward(grads[0], (q, k, v), o, lse, ctx.block)

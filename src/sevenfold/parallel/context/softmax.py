@@ -1,6 +1,7 @@
 """Softmax attention over a row that several ranks hold: keys and values travel to the queries.
 
-    gather   all keys that a rank's documents need in one exchange, kept for the backward
+    gather   all keys that a rank's documents need in one exchange, kept for the backward unless the
+             block is recomputed: then they are fetched again
     ring     rank after rank, each exchange beside the products of the one before; blocks join by
              their log-sum-exp, and the backward fetches them again: a rank never holds the row
 
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 
 from sevenfold.models import Batch
 from sevenfold.models.state import KVState, PagedKV, PagedTree
@@ -262,6 +264,7 @@ class _BlockAttention(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, *kept = ctx.saved_tensors
         own, exchange, scale, (do,) = ctx.own, ctx.exchange, ctx.scale, grads
