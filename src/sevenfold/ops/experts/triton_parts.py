@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sevenfold.ops.experts.triton_rows import COLUMNS, TOKENS, WARPS
+from sevenfold.ops.experts.triton_rows import COLUMNS, WARPS
 from sevenfold.ops.operator import operator
 from sevenfold.ops.row_launch import cdiv
 from sevenfold.ops.triton_launched import launched
@@ -24,39 +24,32 @@ _ENDS = ["first_end", "second_end", "num_rows"]
 
 
 @triton.jit
-def _load(
-    first_ptr, second_ptr, third_ptr, row, first_end, second_end, num_rows, D, column, inside
-):  # fmt: skip
-    """The rows' columns in fp32; zeros for the row of a dropped choice."""
-    in_first, in_second = row < first_end, (row >= first_end) & (row < second_end)
-    in_third = (row >= second_end) & (row < num_rows)
-    first = tl.load(first_ptr + row * D + column, inside & in_first, 0.0)
-    second = tl.load(second_ptr + (row - first_end) * D + column, inside & in_second, 0.0)
-    third = tl.load(third_ptr + (row - second_end) * D + column, inside & in_third, 0.0)
-    return tl.where(in_first, first, tl.where(in_second, second, third)).to(tl.float32)
+def _place(first_ptr, second_ptr, third_ptr, row, first_end, second_end, D):
+    """Where a row lies; a place like another for the row of a dropped choice."""
+    second = tl.where(
+        row < second_end, second_ptr + (row - first_end) * D, third_ptr + (row - second_end) * D
+    )
+    return tl.where(row < first_end, first_ptr + row * D, second)
 
 
 @launched
 @triton.jit(do_not_specialize=_ENDS)
 def _sum_kernel(
     first_ptr, second_ptr, third_ptr, weights_ptr, row_ptr, y_ptr,
-    first_end, second_end, num_rows, num_tokens, D,
-    K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    first_end, second_end, num_rows, D, K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (token < num_tokens) & (column < D)
-    y = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    y = tl.zeros((COLUMNS,), tl.float32)
     for j in tl.static_range(K):
-        row = tl.load(row_ptr + token * K + j, token < num_tokens, num_rows)
-        x = _load(
-            first_ptr, second_ptr, third_ptr, row, first_end, second_end, num_rows, D, column,
-            inside,
-        )  # fmt: skip
+        row = tl.load(row_ptr + token * K + j)
+        place = _place(first_ptr, second_ptr, third_ptr, row, first_end, second_end, D)
+        inside = (column < D) & (row < num_rows)
+        x = tl.load(place + column, inside, 0.0).to(tl.float32)
         if weights_ptr is not None:
-            x *= tl.load(weights_ptr + token * K + j, token < num_tokens, 0.0).to(tl.float32)
+            x *= tl.load(weights_ptr + token * K + j).to(tl.float32)
         y += x
-    tl.store(y_ptr + token * D + column, y, inside)
+    tl.store(y_ptr + token * D + column, y, column < D)
 
 
 @launched
@@ -64,30 +57,22 @@ def _sum_kernel(
 def _combine_backward_kernel(
     dy_ptr, first_ptr, second_ptr, third_ptr, weights_ptr, row_ptr,
     dfirst_ptr, dsecond_ptr, dthird_ptr, dweights_ptr,
-    first_end, second_end, num_rows, num_tokens, D,
-    K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    first_end, second_end, num_rows, D, K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    token = tl.program_id(0).to(tl.int64)
     for j in tl.static_range(K):
-        row = tl.load(row_ptr + token * K + j, token < num_tokens, num_rows)
-        weight = tl.load(weights_ptr + token * K + j, token < num_tokens, 0.0).to(tl.float32)
-        in_first, in_second = row < first_end, (row >= first_end) & (row < second_end)
-        in_third = (row >= second_end) & (row < num_rows)
-        dweight = tl.zeros((TOKENS, COLUMNS), tl.float32)
+        row = tl.load(row_ptr + token * K + j)
+        weight = tl.load(weights_ptr + token * K + j).to(tl.float32)
+        place = _place(first_ptr, second_ptr, third_ptr, row, first_end, second_end, D)
+        target = _place(dfirst_ptr, dsecond_ptr, dthird_ptr, row, first_end, second_end, D)
+        dweight = tl.zeros((COLUMNS,), tl.float32)
         for start in range(0, D, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)[None, :]
-            kept = (row < num_rows) & (column < D)
+            column = start + tl.arange(0, COLUMNS)
+            kept = (column < D) & (row < num_rows)
             dy = tl.load(dy_ptr + token * D + column, kept, 0.0).to(tl.float32)
-            dweight += dy * _load(
-                first_ptr, second_ptr, third_ptr, row, first_end, second_end, num_rows, D, column,
-                kept,
-            )  # fmt: skip
-            drow = weight * dy
-            tl.store(dfirst_ptr + row * D + column, drow, kept & in_first)
-            tl.store(dsecond_ptr + (row - first_end) * D + column, drow, kept & in_second)
-            tl.store(dthird_ptr + (row - second_end) * D + column, drow, kept & in_third)
-        total = tl.sum(dweight, 1, keep_dims=True)
-        tl.store(dweights_ptr + token * K + j, total, token < num_tokens)
+            dweight += dy * tl.load(place + column, kept, 0.0).to(tl.float32)
+            tl.store(target + column, weight * dy, kept)
+        tl.store(dweights_ptr + token * K + j, tl.sum(dweight, 0))
 
 
 def _ends(parts: tuple[Tensor, ...]) -> tuple[int, int, int]:
@@ -99,9 +84,9 @@ def _sum(parts: tuple[Tensor, ...], weights: Tensor | None, row: Tensor) -> Tens
     D = parts[0].shape[1]
     y = torch.empty(len(row), D, dtype=parts[0].dtype, device=parts[0].device)
     if y.numel():
-        _sum_kernel[(cdiv(len(y), TOKENS), cdiv(D, COLUMNS))](
-            *(part.contiguous() for part in parts), weights, row, y, *_ends(parts), len(y), D,
-            K=row.shape[1], TOKENS=TOKENS, COLUMNS=COLUMNS, num_warps=WARPS,
+        _sum_kernel[(len(y), cdiv(D, COLUMNS))](
+            *(part.contiguous() for part in parts), weights, row, y, *_ends(parts), D,
+            K=row.shape[1], COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return y
 
@@ -129,10 +114,10 @@ def combine_parts_backward(
     dparts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in parts]
     dweights = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
     if len(dy):
-        _combine_backward_kernel[(cdiv(len(dy), TOKENS),)](
+        _combine_backward_kernel[(len(dy),)](
             dy.contiguous(), *(part.contiguous() for part in parts), weights.contiguous(), row,
-            *dparts, dweights, *_ends(parts), *dy.shape,
-            K=row.shape[1], TOKENS=TOKENS, COLUMNS=COLUMNS, num_warps=WARPS,
+            *dparts, dweights, *_ends(parts), dy.shape[1],
+            K=row.shape[1], COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return *dparts, dweights
 
