@@ -32,7 +32,9 @@ def test_ranks_give_what_one_process_gives(choices: Choices, folder: Path) -> No
         for rank in range(choices.num_ranks)
     ]
     # In the order of the ranks lie tokens as well as experts.
-    for name, parts, *known in zip(Result._fields, zip(*ranks, strict=True), eager, exact, strict=True):
+    for name, parts, *known in zip(
+        Result._fields, zip(*ranks, strict=True), eager, exact, strict=True
+    ):
         check_error(f"{choices.name}: {name}", torch.cat(parts), *known)
     dropped = (exact.dweights == 0).sum()
     assert bool(dropped) == choices.drops

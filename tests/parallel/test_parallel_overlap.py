@@ -14,7 +14,7 @@ from sevenfold.config import parse_config
 from sevenfold.models import ModelConfig
 from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.ops import lightning_attention
-from sevenfold.parallel import ParallelConfig, Place, capacity, divide_row, experts
+from sevenfold.parallel import ParallelConfig, Place, capacity, divide_row, expert_runs, experts
 from sevenfold.parallel.context import lightning
 from sevenfold.parallel.context.lightning import ContextLightning
 from sevenfold.parallel.expert_runs import ExpertRuns
@@ -111,7 +111,7 @@ def test_rows_leave_as_soon_as_the_counts_have_come(
     alone: dist.ProcessGroup,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Then all numbers that the device needs go there at once, and what stays is computed."""
+    """Then what stays is computed, and all numbers that the device needs go there at once."""
     events = flights_told(monkeypatch)
 
     def tell(owner: Any, name: str, event: str) -> None:
@@ -127,11 +127,11 @@ def test_rows_leave_as_soon_as_the_counts_have_come(
     tell(Reading, "numbers", "counts")
     tell(experts, "plan_dispatch", "sort")
     tell(experts, "gather_rows", "copy tokens")
-    tell(experts, "sent", "numbers")
+    tell(expert_runs, "sent", "numbers")
     tell(capacity, "sent", "numbers of drops")
     tell(ExpertRuns, "__call__", "work")
     route(torch.randn(6, 16), torch.full((6, 2), 0.5), torch.arange(12).view(6, 2) % 4)
     assert events == [
-        *("sort", "copy tokens", "counts", "start 0", "numbers", "work", "finish 0"),
+        *("sort", "copy tokens", "counts", "start 0", "work", "numbers", "finish 0"),
         *("work", "start 1", "work", "finish 1"),
     ]

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from sevenfold.models.feed_forward import Experts
 from sevenfold.ops import Dispatch, autocast, grouped_swiglu, mixture, plan_dispatch
 from sevenfold.parallel.collectives import gather_rows_of_ranks, sum_rows_of_ranks
+from sevenfold.parallel.reading import sent
 
 
 class Run(NamedTuple):
@@ -24,25 +25,13 @@ class Run(NamedTuple):
     sizes: list[int]
     how: Tensor | Dispatch
 
-
-class Arrivals(NamedTuple):
-    """Rows of several sources, each source's sorted by expert.
-
-    sizes: rows of each rank of expert_tensor.
-    numbers: to be sent to the rows' device: where each expert's rows end if they are all sorted,
-        else the rows of each expert of each source.
-    """
-
-    sizes: list[int]
-    numbers: np.ndarray
-    are_sorted: bool
-
     @staticmethod
-    def of(counts: np.ndarray, *, may_be_sorted: bool) -> "Arrivals":
-        """Say what rows are, from source after source.
+    def of(counts: np.ndarray, device: torch.device, *, may_be_sorted: bool) -> "Run":
+        """Say what rows are that come from source after source, each sorted by expert.
 
         Args:
             counts: [expert_tensor, sources, E / expert].
+            device: of the rows.
             may_be_sorted: whether those of one source need no plan.
         """
         sizes, E = counts.sum((1, 2)).tolist(), counts.shape[-1]
@@ -50,30 +39,25 @@ class Arrivals(NamedTuple):
             # Experts without a token take a gradient of zero: their shards' reduction waits for it.
             counts = (np.arange(E) == 0)[None, None]
         if may_be_sorted and counts.shape[0] * counts.shape[1] == 1:
-            return Arrivals(sizes, counts.ravel().cumsum(), are_sorted=True)
-        return Arrivals(sizes, counts.ravel(), are_sorted=False)
+            return Run(sizes, *sent([counts.cumsum()], device))
+        (each,) = sent([counts.ravel()], device)
+        num_rows = max(1, sum(sizes))
+        expert = torch.repeat_interleave(each.long(), output_size=num_rows) % E
+        return Run(sizes, plan_dispatch(expert[:, None], E, None))
 
-    def run(self, numbers: Tensor, num_experts: int) -> Run:
-        """Say how to run them; numbers on their device."""
-        if self.are_sorted:
-            return Run(self.sizes, numbers)
-        num_rows = max(1, sum(self.sizes))
-        expert = torch.repeat_interleave(numbers.long(), output_size=num_rows) % num_experts
-        return Run(self.sizes, plan_dispatch(expert[:, None], num_experts, None))
+    @staticmethod
+    def halves(rows_per_expert: Tensor) -> tuple[Tensor, Tensor]:
+        """Say where experts end in both halves of sorted rows; the first is the smaller.
 
+        Args:
+            rows_per_expert: [E / expert] int32.
 
-def ends_of_halves(counts: np.ndarray) -> list[np.ndarray]:
-    """Say where experts end in both halves of rows that are sorted by expert.
-
-    Args:
-        counts: [E / expert].
-
-    Returns:
-        [E / expert] of the first half, which is the smaller, and of the second.
-    """
-    ends = counts.cumsum()
-    first = np.minimum(ends, ends[-1] // 2)
-    return [first, ends - first]
+        Returns:
+            [E / expert] int32 of each half.
+        """
+        ends = rows_per_expert.cumsum(0, dtype=torch.int32)
+        first = torch.minimum(ends, ends[-1:] // 2)
+        return first, ends - first
 
 
 class ExpertRuns:

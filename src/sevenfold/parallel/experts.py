@@ -35,10 +35,10 @@ from sevenfold.parallel.collectives import (
     split_tokens,
 )
 from sevenfold.parallel.context.cut import NUM_STRETCHES
-from sevenfold.parallel.expert_runs import Arrivals, ExpertRuns, Run, ends_of_halves
+from sevenfold.parallel.expert_runs import ExpertRuns, Run
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of, tensor_slice
-from sevenfold.parallel.reading import Reading, sent
+from sevenfold.parallel.reading import Reading
 
 
 def divide_experts(moe: MixtureOfExperts, layout: Layout) -> None:
@@ -85,31 +85,44 @@ class _Group(NamedTuple):
     experts: Tensor
 
 
-class _Ready(NamedTuple):
-    """A token group before it departs: its plan, and the rows unless some may be dropped."""
+class _Choices(NamedTuple):
+    """Choices that all ranks' tokens made, and those that are kept: [ranks, pieces, E]."""
+
+    made: np.ndarray
+    kept: np.ndarray
+
+
+class _LaidOut(NamedTuple):
+    """A token group before it departs.
+
+    plan, rows: of all its rows, sorted by expert, this rank's experts first.
+    ends: where its experts' rows end in both halves of those that stay; none unless they are run in
+        halves.
+    """
 
     plan: Dispatch
-    rows: Tensor | None
+    rows: Tensor
+    ends: tuple[Tensor, ...]
 
 
 class _Underway(NamedTuple):
     """A token group on its way to the experts.
 
-    plan: of all its rows, sorted by expert, this rank's experts first.
+    plan: of all its rows.
     early, late: rows that stay: those to compute while rows come, and while what became of those
         goes back; or all and none, to compute with those that come.
-    halves: how to run early and late; none where they are computed with those that come.
-    rows: those that come, by the flight; arrivals, numbers: what they are.
+    ends: of early and late.
+    rows: those that come, by the flight.
+    counts: [expert_tensor, sources, E / expert] of what comes, and of what is computed with it.
     """
 
     plan: Dispatch
     early: Tensor
     late: Tensor
-    halves: list[Run]
+    ends: tuple[Tensor, ...]
     rows: Tensor
     flight: Flight
-    arrivals: Arrivals
-    numbers: Tensor
+    counts: np.ndarray
 
 
 class ExpertRoute:
@@ -155,25 +168,24 @@ class ExpertRoute:
         reading, capacity = self._counts(experts, pieces), self._capacity(len(tokens))
         parts = map(pieces.split, (tokens, weights, experts))
         groups = [_Group(*group) for group in zip(pieces.groups, *parts, strict=True)]
-        # The first group's rows are sorted while the host waits for the counts.
-        ready = self._ready(groups[0], capacity)
         runs = ExpertRuns(self.experts, self.width_peers, self.size[1])
-        counts = reading.numbers()
-        quotas = self._quotas(counts, capacity)
-        underway, returning = self._depart(groups[0], ready, counts, quotas, runs), []
+        # The first group's rows are laid out while the host waits for the counts.
+        ready = self._ready(groups[0], capacity, runs)
+        choices = self._limited(reading.numbers(), capacity)
+        underway, returning = self._depart(groups[0], ready, choices, runs), []
         for after in (*groups[1:], None):
             now = underway
-            early = _run(runs, now.early, now.halves[:1])
-            arriving = now.arrivals.run(now.numbers, self.num_experts // self.size[0])
+            early = _run(runs, now.early, now.ends[:1])
+            arriving = Run.of(now.counts, now.rows.device, may_be_sorted=runs.in_parts)
             arrived = end_exchange(now.rows, now.flight)
             if after is not None:
-                ready = self._ready(after, capacity)
-                underway = self._depart(after, ready, counts, quotas, runs)
-            joining = [] if now.halves else [early]
+                ready = self._ready(after, capacity, runs)
+                underway = self._depart(after, ready, choices, runs)
+            joining = [] if now.ends else [early]
             *joined, done = _run_together(runs, [*joining, arrived], arriving)
             back = Flight(now.flight.received, now.flight.sent, self.peers)
             rows = begin_exchange(done, back)
-            late = _run(runs, now.late, now.halves[1:])
+            late = _run(runs, now.late, now.ends[1:])
             returning.append((now.plan, joined[0] if joined else early, late, rows, back))
         sums = []
         for group, (plan, early, late, rows, back) in zip(groups, returning, strict=True):
@@ -209,18 +221,26 @@ class ExpertRoute:
             return None
         return self.capacity(num_tokens * self.size[0] * self.size[1])
 
-    def _quotas(self, counts: np.ndarray, capacity: int | None) -> np.ndarray:
-        """[ranks, pieces, E]: choices that are kept."""
+    def _limited(self, counts: np.ndarray, capacity: int | None) -> _Choices:
+        """Share the capacity over all choices [ranks, pieces, E]."""
         if capacity is None:
-            return counts
+            return _Choices(counts, counts)
         flat = counts.reshape(-1, self.num_experts)
-        quotas = np.empty_like(flat)
-        quotas[self.order] = share_capacity(flat[self.order], capacity)
-        return quotas.reshape(counts.shape)
+        kept = np.empty_like(flat)
+        kept[self.order] = share_capacity(flat[self.order], capacity)
+        return _Choices(counts, kept.reshape(counts.shape))
 
-    def _ready(self, group: _Group, capacity: int | None) -> _Ready:
+    def _ready(self, group: _Group, capacity: int | None, runs: ExpertRuns) -> Dispatch | _LaidOut:
+        """Sort a token group's choices, and lay its rows out unless some may be dropped."""
         plan = plan_dispatch(self._renamed(group.experts), self.num_experts, None)
-        return _Ready(plan, _gathered(group, plan) if capacity is None else None)
+        return plan if capacity is not None else self._laid_out(group, plan, runs)
+
+    def _laid_out(self, group: _Group, plan: Dispatch, runs: ExpertRuns) -> _LaidOut:
+        # Before it is known which of them stay: gather_parts says so, and has their gradients.
+        with torch.no_grad():
+            rows = gather_rows(group.tokens, plan)
+        own = plan.rows_per_expert[: self.num_experts // self.size[0]]
+        return _LaidOut(plan, rows, Run.halves(own) if runs.in_parts else ())
 
     def _renamed(self, experts: Tensor) -> Tensor:
         """Call this rank's experts the first: the rows that travel then lie end to end."""
@@ -231,47 +251,31 @@ class ExpertRoute:
         return torch.where(experts < end, (experts + own) % end, experts)
 
     def _depart(
-        self,
-        group: _Group,
-        ready: _Ready,
-        counts: np.ndarray,
-        quotas: np.ndarray,
-        runs: ExpertRuns,
+        self, group: _Group, ready: Dispatch | _LaidOut, choices: _Choices, runs: ExpertRuns
     ) -> _Underway:
-        """Send a token group on its way; only then say what stays, and what arrives."""
-        pieces, (plan, rows) = group.pieces, ready
-        if rows is None:
-            choices, kept = (x[self.index, pieces][:, self.own_first] for x in (counts, quotas))
-            plan = limited(plan, choices, kept)
-            rows = _gathered(group, plan)
-        by_rank = quotas[:, pieces].sum(1).reshape(*self.size, self.size[0], -1)
+        """Send a token group on its way."""
+        if isinstance(ready, Dispatch):
+            made, kept = (x[self.index, group.pieces][:, self.own_first] for x in choices)
+            ready = self._laid_out(group, limited(ready, made, kept), runs)
+        plan, rows, ends = ready
+        by_rank = choices.kept[:, group.pieces].sum(1).reshape(*self.size, self.size[0], -1)
         own, part = self.place.expert, self.place.expert_tensor
         mine = by_rank[:, :, own].swapaxes(0, 1)  # [expert_tensor, expert, E / expert]
-        sent_to, received = by_rank[own, part].sum(-1).tolist(), mine[part].sum(-1).tolist()
-        stay = sent_to[own]
-        sent_to[own] = received[own] = 0  # what stays is no part of the exchange
-        early = stay // 2 if runs.in_parts else stay
+        sent, received = by_rank[own, part].sum(-1).tolist(), mine[part].sum(-1).tolist()
+        stay = sent[own]
+        sent[own] = received[own] = 0  # what stays is no part of the exchange
+        early = stay // 2 if ends else stay
         sizes = (early, stay - early, len(rows) - stay)
         first, second, leaving = gather_parts(group.tokens, rows, plan, sizes)
-        flight = Flight(sent_to, received, self.peers)
+        flight = Flight(sent, received, self.peers)
         underway = begin_exchange(leaving, flight)
-        sources = self.others if runs.in_parts else [own, *self.others]
-        arrivals = Arrivals.of(mine[:, sources], may_be_sorted=runs.in_parts)
-        ends = ends_of_halves(mine[part, own]) if runs.in_parts else []
-        *ends, numbers = sent([*ends, arrivals.numbers], rows.device)
-        halves = [Run([n], each) for n, each in zip(sizes, ends, strict=False)]
-        return _Underway(plan, first, second, halves, underway, flight, arrivals, numbers)
+        sources = self.others if ends else [own, *self.others]
+        return _Underway(plan, first, second, ends, underway, flight, mine[:, sources])
 
 
-def _gathered(group: _Group, plan: Dispatch) -> Tensor:
-    """Copy tokens to their experts' rows before it is known where those go: gather_parts says."""
-    with torch.no_grad():
-        return gather_rows(group.tokens, plan)
-
-
-def _run(runs: ExpertRuns, rows: Tensor, how: list[Run]) -> Tensor:
+def _run(runs: ExpertRuns, rows: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
     """What the experts make of rows that stay; of none, and of those that wait, themselves."""
-    return runs(rows, *how) if how and len(rows) else rows
+    return runs(rows, Run([len(rows)], *ends)) if ends and len(rows) else rows
 
 
 def _run_together(runs: ExpertRuns, parts: list[Tensor], run: Run) -> tuple[Tensor, ...]:
