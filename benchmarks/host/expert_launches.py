@@ -1,10 +1,10 @@
-"""What the host does between the counts and the launches of expert parallelism: expert_launches.py [REPEATS]
+"""How soon a rank of experts launches once it has the counts: expert_launches.py [REPEATS [RANKS]]
 
-The first rank of two, or of as many as the second argument says, on a CPU, in a group that exchanges
-nothing: 16 tokens of 32 numbers to 2 of 8 experts each, so that the host's own work is what takes
-time. Prints medians of microseconds after the counts have come: to the launch of the exchange, to
-that of the first own rows, to their end, and to the end of the forward; then of the whole forward
-and backward. Copies to a device and its launches are no part of it.
+The first of two ranks, or of 4 or 8, on a CPU, in a group that exchanges nothing: 16 tokens of 32
+numbers to 2 of 8 experts each, so that the host's own work is what takes time. Prints medians and
+the least of microseconds after the counts have come: until the exchange is launched, until the
+first own rows are, until those are done, and until the forward is; then of the whole forward and
+backward. Copies to a device, and what its launches take, are no part of it.
 """
 
 import statistics
@@ -83,7 +83,7 @@ def main():
         began = time.perf_counter()
         y, _ = route(tokens, weights, experts)
         ended = time.perf_counter()
-        first = {name: at for name, at in reversed([*stamps, ("forward done", ended)])}
+        first = dict(reversed([*stamps, ("forward done", ended)]))
         y.sum().backward()
         if number >= WARM_UP:
             for part in PARTS:

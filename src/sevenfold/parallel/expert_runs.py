@@ -83,12 +83,16 @@ class ExpertRuns:
         num_rows = len(rows)
         if not num_rows:
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        if not isinstance(how, Dispatch):
-            done = grouped_swiglu(rows, *self._matrices, how)
-        elif self.in_parts:
-            done = mixture(rows, rows.new_ones(len(rows), 1), *self._matrices, how)
-        else:
-            done = self._experts(rows, rows.new_ones(len(rows), 1), how)
+        done = self._run(rows, how)
         # A slice's gradient is a copy.
         done = done if num_rows else done[:0]
         return sum_rows_of_ranks(done, sizes, self._width_peers) if len(sizes) > 1 else done
+
+    def _run(self, rows: Tensor, how: Tensor | Dispatch) -> Tensor:
+        if not self.in_parts:
+            assert isinstance(how, Dispatch)
+            return self._experts(rows, rows.new_ones(len(rows), 1), how)
+        gate_up, down = self._matrices
+        if isinstance(how, Dispatch):
+            return mixture(rows, rows.new_ones(len(rows), 1), gate_up, down, how)
+        return grouped_swiglu(rows, gate_up, down, how)

@@ -6,6 +6,7 @@ somebody's, so that nothing needs zeros.
 
 # Triton's decorator hides how a kernel is launched.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import Any
 

@@ -105,7 +105,7 @@ def total(rows: Tensor, weights: Tensor | None, row: Tensor) -> Tensor:
 
 @operator("sevenfold::gather_rows")
 def gather_rows(x: Tensor, row: Tensor, num_rows: int, is_full: bool) -> Tensor:
-    """[R, D] with each token at its rows, and zeros at those of nobody, of which a full has none."""
+    """[R, D] with each token at its rows, and zeros at those of nobody, if there may be some."""
     fill = torch.empty if is_full else torch.zeros
     rows = fill(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
     spread(x, row, rows)
