@@ -264,10 +264,12 @@ class ExpertRoute:
         sent, received = by_rank[own, part].sum(-1).tolist(), mine[part].sum(-1).tolist()
         stay = sent[own]
         sent[own] = received[own] = 0  # what stays is no part of the exchange
+        flight = Flight(sent, received, self.peers)
+        flight.start(rows[stay:], sent, received)
+        # The graph is told of it while the rows travel.
         early = stay // 2 if ends else stay
         sizes = (early, stay - early, len(rows) - stay)
         first, second, leaving = gather_parts(group.tokens, rows, plan, sizes)
-        flight = Flight(sent, received, self.peers)
         underway = begin_exchange(leaving, flight)
         sources = self.others if ends else [own, *self.others]
         return _Underway(plan, first, second, ends, underway, flight, mine[:, sources])
