@@ -1,10 +1,13 @@
-"""Time decoding steps of the engine, and what the GPU does in them: decode_step.py [BATCH ...]
+"""Time decoding steps of the engine, and what the GPU does in them.
+
+python benchmarks/gpu/decode_step.py [BATCH ...]
+python benchmarks/gpu/decode_step.py ranks [BATCH ...]      (two GPUs: the first rank's)
 
 Of bench-2b in bf16 with random weights, greedy, for each batch (1 by default), prompts of 512:
 
     wall      from step to step, as a caller sees it; and how long of it the host waits for tokens:
               where it hardly waits, it is the host that bounds the step
-    replay    the recorded step by itself, one behind another
+    replay    the recorded step by itself, one behind another; not of ranks, which replay together
     trace     each kernel's calls, time and idle time before it, a step; where a step's longest
               pauses are
     host      the functions of a step that take the host longest
@@ -24,9 +27,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from tensor_parallel import save
 from torch.profiler import ProfilerActivity, profile
 
 from sevenfold.bench.serving.sides import Serving, random_ids
+from sevenfold.engine import TextModel
 from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel, init_weights, preset
 
@@ -147,20 +152,42 @@ def print_host(engine):
     pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(28)
 
 
-def main():
+def whole():
     with GPU:
         model = init_weights(HybridModel(preset("bench-2b")), seed=0, drawn_on=GPU)
-    model = model.to(GPU, torch.bfloat16).eval().requires_grad_(False)
-    serving = Serving(model)
+    return Serving(model.to(GPU, torch.bfloat16).eval().requires_grad_(False))
+
+
+def of_two_ranks(folder):
+    save("bench-2b", "cuda", folder)
+    source = TextModel.load(folder, device="cuda", tensor_parallel=2)
+    return Serving(source.model, memory_bytes=8 << 30, ranks=source.ranks), source.ranks
+
+
+def main():
+    batches = sys.argv[1:]
+    if batches[:1] != ["ranks"]:
+        measure(whole(), batches, None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        serving, ranks = of_two_ranks(Path(folder) / "model")
+    try:
+        measure(serving, batches[1:], ranks)
+    finally:
+        ranks.close()
+
+
+def measure(serving, batches, ranks):
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
-    for batch in [int(text) for text in sys.argv[1:]] or [1]:
+    for batch in map(int, batches or ["1"]):
         print(f"batch {batch}", flush=True)
         started(serving, batch)
         time_wall(serving.engine, batch)
         print_trace(traced(serving.engine))
         print_host(serving.engine)
         drained(serving)
-        time_replay(serving.engine)
+        if ranks is None:
+            time_replay(serving.engine)
 
 
 if __name__ == "__main__":

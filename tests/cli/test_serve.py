@@ -1,6 +1,7 @@
 """`sevenfold serve`: it serves until a signal, and says in one line why it does not."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -213,6 +214,8 @@ def test_it_warms_up_unless_it_shall_be_ready_at_once(
         where = ("--port", "0", "--memory-gib", "0.05")
         assert exit_code("serve", tiny_run.checkpoint, *where, *options) == 0
         said.append(capfd.readouterr().out)
+        assert gc.get_freeze_count() > 10_000, "a full collection walks past all that stays"
+        gc.unfreeze()
     assert "warming up: half way\nfinal at http://127.0.0.1:" in said[0]
     assert "warming up" not in said[1]
     assert "final at http://127.0.0.1:" in said[1]

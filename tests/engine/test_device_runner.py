@@ -13,7 +13,12 @@ from tokenizers import Tokenizer
 
 from sevenfold.config import ConfigError
 from sevenfold.engine import worker as worker_module
-from sevenfold.engine.device import chunk_token_bytes, decode_batch_sizes, graph_bytes
+from sevenfold.engine.device import (
+    chunk_token_bytes,
+    decode_batch_sizes,
+    gathered_logits_bytes,
+    graph_bytes,
+)
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs
 from sevenfold.engine.device.staging import Staging
@@ -276,3 +281,10 @@ def test_bytes_of_graphs_grow_with_a_prefill_s_tokens_by_the_formula() -> None:
         shares = (min(length, 512) - 4) * 4 * 32 * 18
         found = graph_bytes(config, 4, length, element_bytes=2) - none
         assert found == length * (one - none) + shares
+
+
+def test_ranks_gather_their_logits_before_they_join_them() -> None:
+    config = tiny_model("lf").config
+    assert gathered_logits_bytes(config, 5, 1) == 0
+    # Of 5 rows 300 numbers that are gathered, twice, and 150 of this rank.
+    assert gathered_logits_bytes(config, 5, 2) == 4 * 5 * 750

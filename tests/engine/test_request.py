@@ -47,7 +47,17 @@ def test_some_tokens_are_those_of_all(first: int, end: int) -> None:
     assert request.tokens_between(first, end) == request.tokens[first:end]
 
 
-@pytest.mark.parametrize("prompt", [(1.5,), (1, True), ("a",), (None,)])
+@pytest.mark.parametrize("prompt", [(1.5,), (1, 2.0), ("a",), (None,)])
 def test_a_prompt_of_anything_but_integers(prompt: tuple[object, ...]) -> None:
     with pytest.raises(TypeError, match="prompt must hold integers alone"):
         Request("a", prompt, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", [(1, -1), (3, 1 << 32)])
+def test_a_prompt_of_what_is_no_id(prompt: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"from 0 to 2\*\*32 - 1, got {min(prompt)} to"):
+        Request("a", prompt, 1)
+
+
+def test_a_prompt_is_packed() -> None:
+    assert Request("a", (1, 2, 0xFFFF_FFFF), 1).packed == b"\1\0\0\0\2\0\0\0\xff\xff\xff\xff"

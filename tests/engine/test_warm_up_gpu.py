@@ -51,7 +51,7 @@ def test_no_request_waits_for_a_kernel_or_a_recording(
     for n, text in enumerate(prompts(0, LENGTHS)):
         submit(engine, str(n), text, 9)
         run(engine)
-    for crowd in ((2, 70, 33), (100, 33), (16, 16), (1, 1, 1, 1), LENGTHS[:5], (64, 64, 64)):
+    for crowd in ((2, 70, 33), (100, 33), (16, 16), (1, 1, 1, 1), LENGTHS[:5], (64,) * 3, (300, 5)):
         for n, text in enumerate(prompts(sum(crowd), list(crowd))):
             submit(engine, f"{n} of {crowd}", text, 9)
         run(engine)

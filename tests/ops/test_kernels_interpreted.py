@@ -22,6 +22,7 @@ GROUPS = {
     "layers": [
         "ops/few_rows/test_device_rows.py",
         "models/test_stepping_device.py",
+        "models/test_stepping_parts.py",
         "ops/fusions",
         "ops/quantised/test_quantised_kernels.py",
     ],

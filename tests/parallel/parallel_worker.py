@@ -17,6 +17,7 @@ import parallel_cases
 import parallel_choices
 import parallel_failures
 import parallel_generation
+import parallel_recorded
 import parallel_validation
 import torch
 from numba.core.registry import cpu_target
@@ -107,9 +108,19 @@ def serving(folder: Path, rank: int, layers: str) -> None:
             torch.save(found, folder / f"{layers}-{experts}.pt")
 
 
+def recorded(folder: Path, rank: int, layers: str) -> None:
+    """As serving, of a crowd, through the runner that records steps on a GPU."""
+    layout = Layout.join(ParallelConfig(tensor=dist.get_world_size()), "cpu")
+    for experts in (False, True):
+        model = parallel_generation.model_of(layers, experts)
+        divide_model(model, layout)
+        found = parallel_recorded.serve_recorded(model, Channel())
+        torch.save(found, folder / f"{layers}-{experts}.{rank}.pt")
+
+
 JOBS = {
     job.__name__: job
-    for job in (steps, runs, failing, validation, choosing, decoding, generation, serving)
+    for job in (steps, runs, failing, validation, choosing, decoding, generation, serving, recorded)
 }
 
 

@@ -1,5 +1,7 @@
 """A rank loads its part of a checkpoint alone, and LLM starts ranks that serve one."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -118,3 +120,23 @@ def test_an_llm_of_two_ranks_gives_the_tokens_of_one(
         llm.close()
     assert found[0] == found[1]
     assert all(max(tokens) < VOCAB_SIZE for tokens in found[0])
+
+
+LEFT_OPEN = """
+import sys
+import sevenfold as sf
+llm = sf.LLM(sys.argv[1], tensor_parallel=2, memory_bytes=4 << 20)
+llm.generate([[1, 2, 3]], sf.SamplingParams(max_tokens=2, temperature=0.0))
+print(llm._ranks._processes[0].pid)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_process_that_does_not_close(checkpoint: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN, str(checkpoint)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert not Path(f"/proc/{int(done.stdout)}").exists()

@@ -18,7 +18,8 @@ from sevenfold.models import HybridModel, preset
 from sevenfold.models.accounting import WeightFormat, kv_bytes, state_bytes
 from sevenfold.models.checkpoint.parts import stored_dtype
 from sevenfold.models.deployment import plan_deployment
-from sevenfold.parallel import Layout, ParallelConfig
+from sevenfold.models.stepping import _halves
+from sevenfold.parallel import Layout, ParallelConfig, divide_model
 from sevenfold.parallel.divided_loading import DividedModel, narrow_model
 
 TEXT_01 = preset("minimax-text-01")
@@ -102,3 +103,21 @@ def test_the_last_rank_holds_as_much_as_the_first() -> None:
 
 def test_bf16_does_not_fit() -> None:
     assert bytes_of(rank_of(None)) > 80 * 10**9
+
+
+def test_a_rank_decodes_by_the_kernels_of_a_few_rows() -> None:
+    """Both halves of every layer in bf16; with 8-bit weights its modules."""
+    row = torch.empty(1, 1, TEXT_01.hidden_size, dtype=torch.bfloat16, device=META)
+    for weights, serves in ((None, True), ("int8", False)):
+        halves = [_halves(block, row) for block in rank_of(weights).layers]
+        assert all((half.mix is not None) == serves for half in halves)
+        assert all((half.feed is not None) == serves for half in halves)
+
+
+def test_tokens_that_travel_to_experts_are_summed_there() -> None:
+    with META:
+        model = HybridModel(TEXT_01)
+    parallel = ParallelConfig(tensor=8, expert=8, expert_tensor=1)
+    with fake_group(0):
+        divide_model(model, Layout.join(parallel, "cpu"))
+    assert all(block.ranks is None for block in model.layers)

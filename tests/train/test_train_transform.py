@@ -5,9 +5,13 @@ import torch
 from train_helpers import MOE, HandLoader, hand_sample, tiny_model
 
 from sevenfold.models.layers import RMSNorm
+from sevenfold.ops import attention_block
+from sevenfold.ops.attention import kept
 from sevenfold.ops.testing import check_error
+from sevenfold.train import kept_attention
 from sevenfold.train.batch import read_step
 from sevenfold.train.by_pieces import by_pieces
+from sevenfold.train.kept_attention import KeptAttention
 from sevenfold.train.step import forward_backward
 from sevenfold.train.transform import compile_parts, narrow_stream, recompute_blocks
 
@@ -71,6 +75,35 @@ def test_a_feed_forward_by_pieces_is_the_same(
     check_error("loss", losses_again[:1], losses[:1].to(dtype), exact_losses[:1])
     for name, gradient in gradients.items():
         check_error(name, gradients_again[name], gradient.to(dtype), exact[name])
+
+
+@pytest.mark.parametrize("autocast", [None, "bf16"])
+def test_what_softmax_attention_gave_is_kept(
+    autocast: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+
+    def told(*arguments, **named):
+        runs.append(arguments[0].shape)
+        return attention_block(*arguments, **named)
+
+    exact_losses, exact = results(tiny_model(dtype=torch.float64, **FOUR))
+    losses, gradients = results(tiny_model(**FOUR), autocast)
+    model = tiny_model(**FOUR)
+    recompute_blocks(model, 1)
+    assert [isinstance(getattr(b.self_attn, "attend", None), KeptAttention) for b in model.layers] \
+        == [False, True] * 2  # fmt: skip
+    monkeypatch.setattr(kept_attention, "suits_keeping", lambda *_: True)
+    monkeypatch.setattr(kept, "attention_block", told)
+    losses_again, gradients_again = results(model, autocast)
+    assert len(runs) == 2 * 2  # layers, micro-batches
+    dtype = torch.float32 if autocast is None else torch.bfloat16
+    check_error("loss", losses_again[:1], losses[:1].to(dtype), exact_losses[:1])
+    for name, gradient in gradients.items():
+        check_error(name, gradients_again[name], gradient.to(dtype), exact[name])
+    with torch.no_grad():
+        model.eval()(STEP.micro_batches[0].input_ids)
+    assert len(runs) == 2 * 2  # nothing is kept where nothing goes backward
 
 
 def test_a_recomputed_feed_forward_runs_twice_on_pieces_of_its_tokens() -> None:

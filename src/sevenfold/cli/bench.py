@@ -1,5 +1,6 @@
 """`sevenfold bench`: speed against peers and against the machine's floor."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from sevenfold.bench.precision import run_precision_benchmark
 from sevenfold.bench.precision_states import run_state_benchmark
 from sevenfold.bench.record import write_record
 from sevenfold.cli.bench_train import train_command
+from sevenfold.engine.heap import freeze_heap
 
 if TYPE_CHECKING:
     from sevenfold.bench.serving.sides import Sides
@@ -67,6 +69,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each side; medi
 
 @bench_app.command("prefill")
 def prefill_command(
+    context: typer.Context,
     preset: Preset = "bench-19m",
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -84,12 +87,13 @@ def prefill_command(
     sides, checked = _sides(preset, device, dtype)
     limits = {"peer_most_tokens": peer_most_tokens, "twin_most_tokens": twin_most_tokens}
     limits["repeats"] = repeats
-    with _Record(out, f"bench prefill --preset {preset} --device {device}", checked) as record:
+    with _Record(out, _given(context), checked) as record:
         run_prefill(sides, lengths or [8192, 131_072], **limits, report=record)
 
 
 @bench_app.command("decode")
 def decode_command(
+    context: typer.Context,
     preset: Preset = "bench-19m",
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -106,12 +110,13 @@ def decode_command(
 
     sides, checked = _sides(preset, device, dtype)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
-    with _Record(out, f"bench decode --preset {preset} --device {device}", checked) as record:
+    with _Record(out, _given(context), checked) as record:
         run_decode(sides, batches or [1, 64], **sizes, report=record)
 
 
 @bench_app.command("serve")
 def serve_command(
+    context: typer.Context,
     preset: Preset = "bench-19m",
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -127,12 +132,13 @@ def serve_command(
 
     sides, checked = _sides(preset, device, dtype)
     limits = {"peer_most_tokens": peer_most_tokens, "repeats": repeats}
-    with _Record(out, f"bench serve --preset {preset} --device {device}", checked) as record:
+    with _Record(out, _given(context), checked) as record:
         run_second_turn(sides, lengths or [32_768], **limits, report=record)
 
 
 @bench_app.command("speculate")
 def speculate_command(
+    context: typer.Context,
     preset: Preset = "bench-19m",
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -146,8 +152,20 @@ def speculate_command(
 
     sides, checked = _sides(preset, device, dtype)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
-    with _Record(out, f"bench speculate --preset {preset} --device {device}", checked) as record:
+    with _Record(out, _given(context), checked) as record:
         run_speculation(sides, **sizes, report=record)
+
+
+def _given(context: typer.Context) -> str:
+    """The command that was given, as its record tells it."""
+    words = ["sevenfold", "bench", str(context.info_name)]
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if name == "out" or source is None or source.name != "COMMANDLINE":
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [f"--{name.replace('_', '-')}", str(one)]
+    return shlex.join(words)
 
 
 def _sides(preset: str, device: str, dtype: str | None) -> "tuple[Sides, dict[str, Any]]":
@@ -165,14 +183,16 @@ def _sides(preset: str, device: str, dtype: str | None) -> "tuple[Sides, dict[st
         "matmul_flops_per_s": sides.rates.flops_per_s,
         "read_bytes_per_s": sides.rates.bytes_per_s,
     }
-    return sides, check_sides(sides) | rates
+    checked = check_sides(sides)
+    freeze_heap()  # of both sides: neither shall wait for a walk through the other's objects
+    return sides, checked | rates
 
 
 class _Record:
     """Says each row when it is done, and writes those so far: a run that is cut off loses none."""
 
     def __init__(self, out: Path, command: str, checked: Mapping[str, Any]) -> None:
-        self._out, self._command, self._device = out, f"sevenfold {command}", checked["device"]
+        self._out, self._command, self._device = out, command, checked["device"]
         self._same = {name: value for name, value in checked.items() if name != "device"}
         self._cases: list[dict[str, Any]] = []
         self._console = Console()

@@ -19,6 +19,7 @@ from sevenfold.cli.guessing import (
 from sevenfold.config import ConfigError, parse_config
 from sevenfold.engine.building import EngineOptions
 from sevenfold.engine.cache import SessionLimits
+from sevenfold.engine.heap import freeze_heap
 from sevenfold.engine.memory_report import plan_report
 from sevenfold.engine.precision import Precision
 
@@ -196,6 +197,7 @@ def _serve(
         async def prepare() -> None:
             if warm_up:
                 await engine.warm_up(lambda line: typer.echo(f"warming up: {line}"))
+            freeze_heap()
             typer.echo(f"{engine.model_name} at http://{shown}:{port} (chat at /, routes at /docs)")
 
         listen(app, settings, taken, prepare)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.cache import CacheManager
-from sevenfold.engine.device import DeviceRunner, Stepped
+from sevenfold.engine.device import Stepped
 from sevenfold.engine.request import Request
 from sevenfold.engine.rows import NextRow
 from sevenfold.engine.sampling import Logprobs, Sampler
 from sevenfold.engine.scheduler import DecodeRow, Scheduler
 from sevenfold.engine.transfer import Arriving, upload
-from sevenfold.engine.worker import Worker
+from sevenfold.engine.worker import RunsAhead, Worker
 
 Requests = tuple[Request | None, ...]
 NewSampler = Callable[[Sequence[Request]], Sampler]
@@ -121,7 +121,7 @@ class Ahead:
         self.chosen = None
 
     @staticmethod
-    def _stays(runner: DeviceRunner, chosen: Chosen, num_going: int) -> bool:
+    def _stays(runner: RunsAhead, chosen: Chosen, num_going: int) -> bool:
         """Whether a step keeps its rows and its sampler: no smaller one will do.
 
         Rows of requests that have ended are nobody's then.

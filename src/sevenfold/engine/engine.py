@@ -298,8 +298,9 @@ class Engine:
         if not yielding:
             return None
         requests = [chunks[n].request for n in yielding]
-        rows = logits[upload(yielding, logits.device)]
-        return self._choose(requests, rows, self._new_sampler(requests))
+        if len(yielding) < len(chunks):
+            logits = logits[upload(yielding, logits.device)]
+        return self._choose(requests, logits, self._new_sampler(requests))
 
     def _restore(self, chunks: Sequence[PrefillChunk]) -> None:
         """Read the states of requests that go on from a cached prefix, before their first chunk."""

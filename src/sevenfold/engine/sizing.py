@@ -8,6 +8,7 @@ from sevenfold.config import ConfigError
 from sevenfold.engine.device import (
     chunk_token_bytes,
     gathered_bytes,
+    gathered_logits_bytes,
     graph_bytes,
     prefill_sizes,
 )
@@ -147,7 +148,9 @@ def size_engine(
 def _recorded_bytes(model: HybridModel, draft_tokens: int) -> int:
     """What recorded runs take of a GPU, whether there will be any or not."""
     rows, tokens = _MOST_ROWS * (1 + draft_tokens), max(prefill_sizes(model.config), default=0)
-    return graph_bytes(model.config, rows, tokens, element_bytes=model.dtype.itemsize)
+    taken = graph_bytes(model.config, rows, tokens, element_bytes=model.dtype.itemsize)
+    num_ranks = model.config.vocab_size // len(model.lm_head.weight)
+    return taken + gathered_logits_bytes(model.config, rows, num_ranks)
 
 
 def _lone_chunk_tokens(model: HybridModel, taken_bytes: int) -> int:

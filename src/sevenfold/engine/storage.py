@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import prod
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sevenfold.config import UnsupportedError
 from sevenfold.engine.cache import Copy, Fresh
-from sevenfold.engine.memory import RING_COUNT_BYTES, MemoryPlan
+from sevenfold.engine.exact_items import ExactItems
+from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.engine.precision import linear_layers
 from sevenfold.engine.state_drafts import DraftRings, Int8Rings, RoundedRings
@@ -146,7 +147,7 @@ class Storage:
             tenant: _wide(self._arena, plan.layout, tenant)
             for tenant in (Tenant.STATE, Tenant.PAGE)
         }
-        self._exact = _exact_items(plan, self._arena) if self.is_exact else None
+        self._exact = _exact_items(config, plan, self._arena, dtype) if self.is_exact else None
         self._host = None if plan.host is None else _host_arena(plan.host_bytes, device)
 
     @property
@@ -193,7 +194,7 @@ class Storage:
     def restore(self, snapshots: Sequence[int], states: Sequence[int]) -> None:
         """Copy snapshots into states."""
         if self._exact is not None:
-            _copy_items(self._exact.snapshots, snapshots, self._exact.states, states)
+            self._exact.restore(snapshots, states)
             return
         for layer, (source, target) in self._linear(snapshots, states):
             layer.restore(source, target)
@@ -201,7 +202,7 @@ class Storage:
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
         """Copy states into snapshots, rounded to their precision."""
         if self._exact is not None:
-            _copy_items(self._exact.states, states, self._exact.snapshots, snapshots)
+            self._exact.snapshot(states, snapshots)
             return
         for layer, (source, target) in self._linear(states, snapshots):
             layer.snapshot(source, target)
@@ -231,28 +232,17 @@ def _decays(config: ModelConfig, device: torch.device) -> list[Tensor]:
     return [layer_log_decay(H, layer, L).to(device) for layer in linear_layers(config)]
 
 
-class _ExactItems(NamedTuple):
-    """All layers of each state and of each snapshot, both [items, bytes], alike within."""
-
-    states: Tensor
-    snapshots: Tensor
-
-
-def _exact_items(plan: MemoryPlan, arena: Tensor) -> _ExactItems | None:
-    """Views by which a state is copied at once, not layer by layer; None beside rings of drafts."""
-    if plan.ring_tokens or not plan.has_states or plan.state.sections != plan.snapshot.sections:
+def _exact_items(
+    config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype
+) -> ExactItems | None:
+    """Views by which a state is copied at once, not layer by layer: each layer is a launch."""
+    if not plan.has_states or plan.state.sections != plan.snapshot.sections:
         return None
     shape = (plan.state.num_bytes,)
     where = [(tenant, 0, torch.uint8, shape) for tenant in (Tenant.STATE, Tenant.SNAPSHOT)]
-    return _ExactItems(*(_pool(arena, plan.layout, *each) for each in where))
-
-
-def _copy_items(
-    source: Tensor, sources: Sequence[int], target: Tensor, targets: Sequence[int]
-) -> None:
-    """Copy items one by one: megabytes each, so that few copies beat their gathering."""
-    for a, b in zip(sources, targets, strict=True):
-        target[b].copy_(source[a])
+    states, snapshots = (_pool(arena, plan.layout, *each) for each in where)
+    counts = _ring_counts(config, plan, arena, dtype) if plan.ring_tokens else None
+    return ExactItems(states, snapshots, counts)
 
 
 def _host_arena(num_bytes: int, device: torch.device) -> Tensor:
@@ -356,14 +346,23 @@ def _rings(
 
     Behind the states of all layers lie the keys and values of all, and then the counts of all.
     """
-    H, D, num_layers = config.num_attention_heads, config.head_dim, config.count("linear_attention")
-    ring_bytes = H * plan.ring_tokens * D * dtype.itemsize
+    H = config.num_attention_heads
+    shape = (H, plan.ring_tokens, config.head_dim)
+    ring_bytes = prod(shape) * dtype.itemsize
     rings_at = [plan.state_bytes + (2 * linear + n) * ring_bytes for n in range(2)]
-    count_at = plan.state_bytes + 2 * num_layers * ring_bytes + linear * H * RING_COUNT_BYTES
-    shape = (H, plan.ring_tokens, D)
     ring_k, ring_v = (_pool(arena, plan.layout, Tenant.STATE, at, dtype, shape) for at in rings_at)
-    count = _pool(arena, plan.layout, Tenant.STATE, count_at, torch.int32, (H,))
-    return ring_k, ring_v, count
+    counts = _ring_counts(config, plan, arena, dtype)
+    return ring_k, ring_v, counts[:, linear * H : (linear + 1) * H]
+
+
+def _ring_counts(
+    config: ModelConfig, plan: MemoryPlan, arena: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Tokens in the rings of each state, of all layers, [items, layers * H] int32."""
+    H, num_layers = config.num_attention_heads, config.count("linear_attention")
+    ring_bytes = H * plan.ring_tokens * config.head_dim * dtype.itemsize
+    count_at = plan.state_bytes + 2 * num_layers * ring_bytes
+    return _pool(arena, plan.layout, Tenant.STATE, count_at, torch.int32, (num_layers * H,))
 
 
 def _pool(

@@ -18,11 +18,11 @@ from sevenfold.engine.speculation.verifier import DraftRow
 _ROOMY_ROWS = 8
 _UNRECORDED_ROWS = (1, 2, 4, 8)
 _DRAFTED_ROWS = (1, 2, 4)
-# Prompts that are computed as they come, alone where no prefill is recorded, and in company. A
-# kernel is compiled apart for numbers that 16 divides, and for 1: here are tokens of a run, and
-# pages of 64 tokens of its longest prompt, of each kind.
+# Prompts that are computed as they come, alone where no prefill is recorded, and in company. Some
+# kernels are compiled apart for numbers that 16 divides, and for 1: here are tokens of a run, and
+# pages of 64 tokens of its longest prompt, of each kind; and few tokens behind few and many keys.
 _ALONE = ((9,), (64,), (500,), (512,), (1000,), (1024,))
-_TOGETHER = ((9, 9), (20, 12), (515, 9), (500, 12), (1000, 5), (1000, 24))
+_TOGETHER = ((9, 9), (20, 12), (260, 9), (515, 9), (500, 12), (1000, 5), (1000, 24))
 _UNIT_TOKENS = 1024  # long chunks meet their keys in powers of two of these
 
 

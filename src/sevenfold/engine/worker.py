@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import Field
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sevenfold.config import StrictModel
 from sevenfold.engine.cache import Fresh
-from sevenfold.engine.device import DeviceRunner, draft_token_sizes
+from sevenfold.engine.device import CudaCapture, DeviceRunner, Stepped, draft_token_sizes
 from sevenfold.engine.invariant import InvariantRunner
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import SINK
-from sevenfold.engine.rows import Row
+from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.runner import Runner
 from sevenfold.engine.runners import make_runner, make_verifier
 from sevenfold.engine.speculation.pending import PendingDrafts
@@ -48,13 +48,25 @@ class WorkerConfig(StrictModel):
     chunk_tokens: Count | None = None
 
 
+class RunsAhead(Protocol):
+    """Runs the next tokens of requests before they have come to the host; see DeviceRunner."""
+
+    def num_step_rows(self, needed: int) -> int:
+        """Return how many rows a decoding step of as many requests computes."""
+        ...
+
+    def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Stepped:
+        """Run rows whose tokens [N] are on the device."""
+        ...
+
+
 class Worker:
     """Does what an engine decides. It decides nothing: ranks that are told the same stay alike.
 
     ahead: runs tokens that are on the device alone; None where that cannot be done.
     """
 
-    ahead: DeviceRunner | None
+    ahead: RunsAhead | None
 
     def __init__(self, model: HybridModel, plan: MemoryPlan, config: WorkerConfig) -> None:
         """Allocate the plan's memory.
@@ -217,6 +229,12 @@ class Worker:
         verifier = self._checked()
         verifier.accept(accepted)
         verifier.reject(rejected)
+
+    def close(self) -> None:
+        """Let go of what was recorded; nothing runs afterwards."""
+        capture = self.runner.capture if isinstance(self.runner, DeviceRunner) else None
+        if isinstance(capture, CudaCapture):
+            capture.release()
 
     def _checked(self) -> Verifier:
         if self._verifier is None:

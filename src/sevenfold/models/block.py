@@ -1,5 +1,7 @@
 """One layer: a mixer and a feed-forward, each with its norm and residual."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,17 @@ class Normed(NamedTuple):
     stream: Tensor
 
 
+@dataclass(frozen=True)
+class OverRanks:
+    """How ranks that hold a block in equal parts come to one result.
+
+    add: sums a tensor over them, in place, and returns it. num_ranks: how many there are.
+    """
+
+    add: Callable[[Tensor], Tensor]
+    num_ranks: int
+
+
 class Block(nn.Module):
     """A mixer and a feed-forward, each with its norm and residual (see ModelConfig)."""
 
@@ -38,6 +51,8 @@ class Block(nn.Module):
             self.mlp = MixtureOfExperts(config, config.moe)
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        # Of heads and widths that are divided, set by sevenfold.parallel; None where all are here.
+        self.ranks: OverRanks | None = None
 
     def forward(
         self, x: Tensor, batch: Batch, state: LayerState | None

@@ -85,23 +85,26 @@ def _halves(layer: Block, x: Tensor) -> _Halves:
     sources: list[tuple[dict[str, Any], str]] = [
         (module._parameters, name) for module, name, _ in _parameters(layer)
     ]
-    if isinstance(layer.self_attn, LightningAttention):
+    if "log_decay" in vars(layer.self_attn):
         sources.append((vars(layer.self_attn), "log_decay"))
     mix = feed = None
     if all(parameter.is_contiguous() for _, _, parameter in _parameters(layer)):
         to_mix, to_feed = (_mix, _feed) if x.device.type == "cpu" else (device_mix, device_feed)
-        mix = to_mix(layer) if _is_plain(layer.self_attn) else None
-        feed = to_feed(layer) if _is_plain(layer.mlp) else None
+        sums_parts = layer.ranks is not None
+        mix = to_mix(layer) if _is_plain(layer.self_attn, sums_parts) else None
+        feed = to_feed(layer) if _is_plain(layer.mlp, sums_parts) else None
     places = [held[name].data_ptr() for held, name in sources]
     return _Halves(mix, feed, tuple(sources), places)
 
 
-def _is_plain(half: nn.Module) -> bool:
+def _is_plain(half: nn.Module, sums_parts: bool) -> bool:
     """Whether a half holds its weights as parameters, and nothing stands in for its methods.
 
-    What holds weights otherwise has buffers; sevenfold.parallel replaces methods.
+    What holds weights otherwise has buffers; sevenfold.parallel replaces methods, which matters not
+    where Block.ranks sums the parts.
     """
-    replaced = any(vars(m).keys() & {"forward", "routed"} for m in half.modules())
+    names = set() if sums_parts else {"forward", "routed"}
+    replaced = any(vars(m).keys() & names for m in half.modules())
     return not replaced and next(half.buffers(), None) is None
 
 
@@ -143,6 +146,8 @@ def _mix_in_pool(rows: LightningRows, x: Tensor, state: PooledState) -> Tensor:
 def _feed(layer: Block) -> Feed | None:
     norm = norm_of(layer.post_attention_layernorm)
     residual, mlp = Residual(*layer.mlp_factors, layer.post_norm), layer.mlp
+    if layer.ranks is not None:
+        return None
     if not isinstance(mlp, MixtureOfExperts):
         return DenseRows(norm, mlp.gate_up_proj.weight, mlp.down_proj.weight, residual)
     if mlp.shared_mlp is not None:

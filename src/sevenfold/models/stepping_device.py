@@ -1,6 +1,7 @@
 """A few rows through a block on a GPU: half a layer in a few kernels around its mixer's own."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,15 @@ from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.models.layers import RMSNorm, frequency
 from sevenfold.models.mixers import LightningAttention, SoftmaxAttention
 from sevenfold.models.state import LayerState
+from sevenfold.models.stepping_parts import (
+    dense_over_ranks,
+    experts_over_ranks,
+    lightning_over_ranks,
+    softmax_over_ranks,
+)
 from sevenfold.ops import (
     DeviceExperts,
+    Fed,
     LightningWeights,
     Norm,
     Residual,
@@ -28,33 +36,46 @@ from sevenfold.ops import (
 )
 
 DeviceMix = Callable[[Tensor, Batch, LayerState], tuple[Tensor, LayerState]]
+# From what a mixer has computed, [M, H D], and what it was fed, or its stream, to the next stream.
+LightningEnd = Callable[[Tensor, Fed], Tensor]
+SoftmaxEnd = Callable[[Tensor, Tensor], Tensor]
 
 
 def device_mix(layer: Block) -> DeviceMix | None:
     """Return a block's first half over x [B, T, D] on a GPU; None where only its modules serve."""
     mixer, residual = layer.self_attn, Residual(*layer.mixer_factors, layer.post_norm)
-    norm = norm_of(layer.input_layernorm)
-    if isinstance(mixer, LightningAttention) and mixer.norm_groups == 1:
-        weights = lightning_weights(mixer)
-        if not suits_device_weights((weights.qkv, weights.gate, weights.out)):
-            return None
-        return _lightning(mixer, norm, weights, residual)
+    norm, ranks = norm_of(layer.input_layernorm), layer.ranks
     if isinstance(mixer, SoftmaxAttention):
         layers = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
         if not suits_device_weights([layer.weight for layer in layers]):
             return None
-        return _softmax(mixer, norm, residual)
-    return None
+        end = partial(_joined_softmax, mixer.o_proj.weight, residual)
+        if ranks is not None:
+            end = partial(softmax_over_ranks, mixer.o_proj.weight, residual, ranks)
+        return _softmax(mixer, norm, residual, end)
+    # What stands in for it on a rank has the same parts.
+    heads: LightningAttention = mixer  # pyright: ignore[reportAssignmentType]
+    if heads.norm_groups > 1:
+        return None
+    weights = lightning_weights(heads)
+    if not suits_device_weights((weights.qkv, weights.gate, weights.out)):
+        return None
+    end = partial(_joined_lightning, weights, residual)
+    if ranks is not None:
+        end = partial(lightning_over_ranks, weights, residual, ranks, heads.norm_groups == 1)
+    return _lightning(heads, norm, weights, residual, end)
 
 
 def device_feed(layer: Block) -> Callable[[Tensor], Tensor] | None:
     """Return a block's second half over rows [M, D] on a GPU; None where only its modules serve."""
-    norm, mlp = norm_of(layer.post_attention_layernorm), layer.mlp
+    norm, mlp, ranks = norm_of(layer.post_attention_layernorm), layer.mlp, layer.ranks
     residual = Residual(*layer.mlp_factors, layer.post_norm)
     if not isinstance(mlp, MixtureOfExperts):
         gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
         if not suits_device_weights((gate_up, down)):
             return None
+        if ranks is not None:
+            return partial(dense_over_ranks, norm, (gate_up, down), residual, ranks)
         return lambda x: dense_on_device(x, norm, gate_up, down, residual)
     router = mlp.gate
     experts = DeviceExperts(
@@ -64,6 +85,8 @@ def device_feed(layer: Block) -> Callable[[Tensor], Tensor] | None:
         return None
     if not suits_device_weights((experts.gate_up, experts.down)):
         return None
+    if ranks is not None:
+        return partial(experts_over_ranks, norm, experts, residual, ranks)
     return lambda x: experts_on_device(x, norm, experts, residual)
 
 
@@ -83,25 +106,36 @@ def norm_of(norm: RMSNorm) -> Norm:
     return Norm(norm.weight, norm.eps)
 
 
+def _joined_lightning(weights: LightningWeights, residual: Residual, o: Tensor, fed: Fed) -> Tensor:
+    return join_lightning(o, fed, weights, residual)
+
+
+def _joined_softmax(out: Tensor, residual: Residual, o: Tensor, stream: Tensor) -> Tensor:
+    return join_softmax(o, out, stream, residual)
+
+
 def _lightning(
-    mixer: LightningAttention, norm: Norm, weights: LightningWeights, residual: Residual
+    mixer: LightningAttention,
+    norm: Norm,
+    weights: LightningWeights,
+    residual: Residual,
+    end: LightningEnd,
 ) -> DeviceMix:
     def mix(x: Tensor, batch: Batch, state: LayerState) -> tuple[Tensor, LayerState]:
         B, T, _ = x.shape
         fed = feed_lightning(x.flatten(0, 1), norm, weights, residual)
         q, k, v = (y.unflatten(0, (B, T)) for y in fed.tokens)
         o, after = mixer.attend(q, k, v, batch, state)  # pyright: ignore[reportArgumentType]
-        y = join_lightning(o.reshape(B * T, -1), fed, weights, residual)
+        y = end(o.reshape(B * T, -1), fed)
         return y.view_as(x), state if after is None else after
 
     return mix
 
 
-def _softmax(mixer: SoftmaxAttention, norm: Norm, residual: Residual) -> DeviceMix:
-    weights = (mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight)
-    out, turn = mixer.o_proj.weight, None
+def _softmax(mixer: SoftmaxAttention, norm: Norm, residual: Residual, end: SoftmaxEnd) -> DeviceMix:
+    weights, turn = (mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight), None
     if mixer.rotary_dim:
-        device = out.device
+        device = weights[0].device
         turn = frequency(mixer.rotary_dim, mixer.rope_theta, device=device, dtype=torch.float32)
 
     def mix(x: Tensor, batch: Batch, state: LayerState) -> tuple[Tensor, LayerState]:
@@ -112,6 +146,6 @@ def _softmax(mixer: SoftmaxAttention, norm: Norm, residual: Residual) -> DeviceM
             rotate_on_device(q, k, batch.positions.flatten(), turn)
         q, k, v = (y.unflatten(0, (B, T)) for y in (q, k, v))
         o = mixer.attend(q, k, v, batch, state)  # pyright: ignore[reportArgumentType]
-        return join_softmax(o.reshape(B * T, -1), out, stream, residual).view_as(x), state
+        return end(o.reshape(B * T, -1), stream).view_as(x), state
 
     return mix

@@ -196,8 +196,16 @@ def _kept(step: _Step, layer: int) -> int:
     """Of one token: the block's input, and unless it is computed again what is inside."""
     given = step.config.hidden_size * step.stream
     if step.recomputes(layer):
-        return given
+        return given + _result(step, layer)
     return given + _inside(step, layer) + _feed_forward(step)
+
+
+def _result(step: _Step, layer: int) -> int:
+    """Of one token: what softmax attention over all tokens gave, which does not run again."""
+    if step.config.layer_types[layer] != "full_attention":
+        return 0
+    _, I, _ = _widths(step.config)
+    return I * step.product + step.config.num_attention_heads * _FP32
 
 
 def _inside(step: _Step, layer: int) -> int:

@@ -19,7 +19,7 @@ _COLUMNS, _MAX_ROWS, _WARPS = 16, 1024, 8
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _sum_kernel(
     parts_ptr, total_ptr, P, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip

@@ -20,7 +20,13 @@ def sum_of_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum what each rank computed in part; all ranks go on with the same sum.
 
     forward: sum over ranks of x        backward: dy
+
+    Args:
+        x: nobody else's: without a gradient the sum takes its place.
+        group: the ranks.
     """
+    if not torch.is_grad_enabled() and x.is_contiguous():
+        return sum_in_place(x, group)
     return _SumOfParts.apply(x, group)
 
 
@@ -30,6 +36,12 @@ def sum_for_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     forward: sum over ranks of x        backward: sum over ranks of dy
     """
     return copy_to_ranks(sum_of_parts(x, group), group)
+
+
+def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum x over the ranks where it lies, without a gradient; returns it."""
+    dist.all_reduce(x, group=group)
+    return x
 
 
 def split_tokens(x: Tensor, group: dist.ProcessGroup, stretches: int) -> Tensor:

@@ -16,12 +16,17 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from sevenfold.models import Batch, HybridModel, LayerState
-from sevenfold.models.block import Block
+from sevenfold.models.block import Block, OverRanks
 from sevenfold.models.feed_forward import MixtureOfExperts, SwiGLU
 from sevenfold.models.mixers import LightningAttention, SoftmaxAttention
 from sevenfold.models.mixers.lightning import gated_group_norm
 from sevenfold.ops import head_logits
-from sevenfold.parallel.collectives import copy_to_ranks, sum_for_parts, sum_of_parts
+from sevenfold.parallel.collectives import (
+    copy_to_ranks,
+    sum_for_parts,
+    sum_in_place,
+    sum_of_parts,
+)
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of, tensor_slice
 from sevenfold.parallel.pipeline import own_blocks
@@ -54,6 +59,8 @@ def divide_tensors(model: HybridModel, layout: Layout) -> None:
     for block in own_blocks(model):
         _divide_mixer(block, index, size, group)
         _divide_mlp(block.mlp, layout.config.routes_tokens, group)
+        if not layout.config.routes_tokens:
+            block.ranks = OverRanks(partial(sum_in_place, group=group), size)
     start = index * (model.config.vocab_size // size)
     # Callables take the place of methods; a module keeps its parameters under their names.
     if isinstance(model.embed_tokens, nn.Embedding):

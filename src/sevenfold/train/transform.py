@@ -10,8 +10,10 @@ from sevenfold.models import HybridModel
 from sevenfold.models.block import Block
 from sevenfold.models.feed_forward import SwiGLU
 from sevenfold.models.layers import RMSNorm
+from sevenfold.models.mixers import SoftmaxAttention
 from sevenfold.train.by_pieces import by_pieces
 from sevenfold.train.config import RunConfig
+from sevenfold.train.kept_attention import KeptAttention
 
 
 def transform_model(model: HybridModel, config: RunConfig) -> None:
@@ -43,6 +45,7 @@ def recompute_blocks(model: HybridModel, every_layers: int) -> None:
     """Keep only the input of every k-th block, and run the block again in the backward.
 
     A dense feed-forward runs again by pieces of tokens, so that its width exists for one of them.
+    Softmax attention over all tokens does not run again on a GPU: its result is kept.
     Router statistics are outputs of the first run, so recomputation does not count them twice.
 
     Args:
@@ -55,9 +58,14 @@ def recompute_blocks(model: HybridModel, every_layers: int) -> None:
             block.feed_dense = partial(  # pyright: ignore[reportAttributeAccessIssue]
                 by_pieces, block.mlp
             )
+        how = {}
+        mixer = getattr(block, "self_attn", None)
+        if isinstance(mixer, SoftmaxAttention) and mixer.window is None:
+            mixer.attend = attend = KeptAttention(mixer)
+            how["context_fn"] = attend.contexts
         # Nothing in a block draws random numbers, so there is no generator to restore.
         block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **how
         )
 
 

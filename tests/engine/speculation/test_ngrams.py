@@ -1,5 +1,6 @@
 """Prompt lookup against a search of the whole text."""
 
+import gc
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -47,6 +48,22 @@ def test_only_the_latest_places_are_compared() -> None:
     index.extend([1, 2, 3, 9, 3, 1, 2, 3])
     assert index.continuations(2, 2) == [[1, 2]]
     assert NgramIndex(config).continuations(2, 1) == []
+
+
+def test_ids_beside_each_other_are_not_mixed_up() -> None:
+    index = NgramIndex(PromptLookupConfig())
+    index.extend([1, 0, 5, 0, 1, 6, 0, 0, 1, 0])
+    assert index.continuations(2, 2) == [[5, 0]]
+    index.extend([0, (1 << 32) - 2, 9, 0, (1 << 32) - 2])
+    assert index.continuations(2, 2) == [[9, 0]]
+
+
+def test_a_token_leaves_nothing_to_the_garbage_collector() -> None:
+    index = NgramIndex(PromptLookupConfig())
+    gc.collect()
+    before = len(gc.get_objects())
+    index.extend(list(range(5000)))
+    assert len(gc.get_objects()) - before < 50
 
 
 @dataclass

@@ -12,11 +12,15 @@ from sevenfold.config import UnsupportedError
 from sevenfold.ops import (
     Block,
     Impl,
+    KeptResult,
+    attention,
     attention_block,
     attention_block_backward,
+    attention_kept,
     join_blocks,
+    suits_keeping,
 )
-from sevenfold.ops.attention import blocks_cudnn, blocks_eager, cudnn
+from sevenfold.ops.attention import blocks_cudnn, blocks_eager, cudnn, kept
 from sevenfold.ops.attention import default_block_impl as default_impl
 from sevenfold.ops.testing import check_error, poisoned_allocations
 
@@ -169,12 +173,15 @@ def _alone(length: int) -> Block:
     return Block([length], [length], SCALE, causal=True)
 
 
-@pytest.mark.parametrize("lengths", [(6,), (3, 3)])
+@pytest.mark.parametrize(("lengths", "most"), [((6,), None), ((3, 3), None), ((2, 2, 2), 1)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_equal_sequences_go_to_cudnn_at_once(
-    lengths: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
+    lengths: tuple[int, ...], most: int | None, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain products of each sequence stand in for the library, in its layout."""
+    """Plain products of each sequence stand in for the library, in its layout.
+
+    One by one where they are too much for one call.
+    """
 
     def each(function, do, tokens, more, scale):
         sizes = [[x.shape[2]] for x in tokens[:2]]
@@ -187,7 +194,10 @@ def test_equal_sequences_go_to_cudnn_at_once(
             found.append(function(*(rows + rest if rows else own), block))
         return [torch.stack(x) for x in zip(*found, strict=True)]
 
+    calls = []
+
     def attend(tokens, *, scale, causal):
+        calls.append(len(tokens[0]))
         o, lse = each(blocks_eager.forward, None, tokens, (), scale)
         return o.transpose(1, 2), lse
 
@@ -197,6 +207,8 @@ def test_equal_sequences_go_to_cudnn_at_once(
 
     for name, function in (("attend", attend), ("gradients", gradients)):
         monkeypatch.setattr(cudnn, name, function)
+    if most is not None:
+        monkeypatch.setattr(blocks_cudnn, "_MOST_ELEMENTS", most)
     keys = lengths if causal else [2 * n for n in lengths]
     block = Block(lengths, keys, SCALE, causal)
     q, do = (random(6, 4, D, dtype=torch.float64, seed=n) for n in range(2))
@@ -207,6 +219,7 @@ def test_equal_sequences_go_to_cudnn_at_once(
         results += [o, lse, *module.backward(do, (q, k, v), o, lse, block)]
     for name, ours, exact in zip(("o", "lse", "dq", "dk", "dv"), found, expected, strict=True):
         check_error(name, ours, exact.float(), exact)
+    assert calls == ([len(lengths)] if most is None else [1] * len(lengths))
 
 
 def test_the_librarys_operators_take_what_they_are_given() -> None:
@@ -217,6 +230,51 @@ def test_the_librarys_operators_take_what_they_are_given() -> None:
     assert (o.shape, lse.shape, lse.dtype) == (q.shape, (16, 2048), torch.float32)
     found = blocks_cudnn.backward(o, (q, k, k), o, lse, block)
     assert [x.shape for x in found] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize(("H", "G"), GROUPS)
+def test_attention_is_kept_for_a_second_run(
+    H: int, G: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [5, 9, 2]
+    leaves = [x[None].requires_grad_() for x in inputs(lengths, H, G, torch.float64)]
+    how = {"lengths": lengths, "scale": SCALE}
+    expected = attention(*leaves, **how)
+    assert torch.autograd.gradcheck(
+        lambda *t: attention_kept(*t, **how, kept=KeptResult()), leaves, fast_mode=True
+    )
+    result = KeptResult()
+    first = attention_kept(*leaves, **how, kept=result)
+    monkeypatch.setattr(kept, "attention_block", None)  # nothing is computed again
+    second = attention_kept(*leaves, **how, kept=result)
+    check_error("o", first.detach(), expected.detach().float(), expected.detach())
+    assert torch.equal(first, second)
+    do = torch.ones_like(first)
+    grads = [torch.autograd.grad(o, leaves, do) for o in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert not suits_keeping(leaves[0], leaves[2], lengths)  # fp64 on a CPU
+
+
+@pytest.mark.gpu
+def test_more_than_one_call_takes_goes_sequence_by_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if torch.cuda.get_device_capability() != cudnn.CAPABILITY:
+        pytest.skip("the kernel is for compute capability 9.0")
+    block = Block([1024] * 3, [2048] * 3, 64**-0.5, causal=False)
+    shapes = [(3072, 4, 64), (6144, 2, 64), (6144, 2, 64), (3072, 4, 64)]
+    q, k, v, do = (
+        random(*shape, dtype=torch.bfloat16, seed=i).cuda() for i, shape in enumerate(shapes)
+    )
+
+    def run() -> list[Tensor]:
+        o, lse = blocks_cudnn.forward(q, k, v, block)
+        return [o, lse, *blocks_cudnn.backward(do, (q, k, v), o, lse, block)]
+
+    together = run()
+    monkeypatch.setattr(blocks_cudnn, "_MOST_ELEMENTS", 2048 * 4 * 64)
+    for a, b in zip(together, run(), strict=True):
+        check_error("apart", b, a, a.double())
 
 
 @pytest.mark.gpu

@@ -128,6 +128,42 @@ def test_softmax_keeps_to_the_error_rule(
     check("y", y, exact)
 
 
+@pytest.mark.parametrize(("dtype", "placement"), PAIRS)
+@pytest.mark.parametrize("M", ROWS)
+@pytest.mark.parametrize("width", [w[:3] for w in WIDTHS])
+def test_parts_of_lightning_sum_to_the_whole(
+    width: tuple[int, int, int], M: int, dtype: torch.dtype, placement: str
+) -> None:
+    """Each rank has the whole's rows of half the channels; one sum does for norm and product."""
+    residual, (hidden, H, D) = POST if placement == "post" else PRE, width
+    case, sums = Lightning(M, (hidden, 2 * H, D), dtype), 0
+    case.o[0] /= 1e3  # a row whose norm is near its eps
+    with poisoned_allocations():
+        for rank in range(2):
+            w = case.weights
+            own = LightningWeights(
+                w.qkv.chunk(2)[rank],
+                w.gate.chunk(2)[rank],
+                Norm(w.norm.weight.chunk(2)[rank], w.norm.eps),
+                w.out.chunk(2, 1)[rank].contiguous(),
+                w.log_decay.chunk(2)[rank],
+            )
+            fed = ops.feed_lightning(case.x, case.norm, own, residual)
+            part = ops.part_of_lightning(case.o.chunk(2, 1)[rank].contiguous(), fed, own)
+            assert part.dtype is torch.float32
+            sums = sums + part
+        y = ops.join_part_of_lightning(sums, fed, own, residual, 2)
+    check("y", y, lambda dtype: case.y(residual, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_joins_the_stream(dtype: torch.dtype) -> None:
+    sums, stream = (random(3, 1100, seed=seed).to(dtype) for seed in (1, 2))
+    with poisoned_allocations():
+        y = ops.join_sum(sums, stream, PRE)
+    check("y", y, lambda dtype: joined(stream.to(dtype), sums.to(dtype), PRE))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_rotated_as_by_the_model(dtype: torch.dtype) -> None:
     from sevenfold.models.layers import frequency, rotate, rotation

@@ -1,4 +1,4 @@
-"""Tuning tables: a device's own row, else the default with a warning, else an error."""
+"""Tuning tables: a device's own row, else a sibling's or the default's with a warning."""
 
 import json
 import warnings
@@ -17,9 +17,12 @@ TABLES = {
 @pytest.fixture(autouse=True)
 def _tables(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuning, "_tables", lambda: TABLES)
-    best_config.cache_clear()
+    monkeypatch.setattr(tuning, "_SIBLINGS", {"H100": "H200"})
+    for cached in (best_config, tuning._say):
+        cached.cache_clear()
     yield
-    best_config.cache_clear()
+    for cached in (best_config, tuning._say):
+        cached.cache_clear()
 
 
 def test_a_device_takes_its_own_row() -> None:
@@ -33,6 +36,22 @@ def test_the_default_serves_other_devices_and_says_so_once() -> None:
         warnings.simplefilter("error")
         assert best_config("scan", "128", "H200") == {"warps": 4}
         assert best_config("scan", "64", "default") == {"warps": 4}
+
+
+def test_a_sibling_serves_a_device_and_says_so_once_for_a_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TABLES["scan"]["H200"], "32", {"warps": 2})
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert best_config("scan", "64", "H100") == {"warps": 8}
+        assert best_config("scan", "32", "H100") == {"warps": 2}
+        assert best_config("scan", "128", "H100") == {"warps": 4}
+    assert [str(one.message) for one in warned] == [
+        "scan has no tuning of its own on H100, and takes that of H200",
+        "scan has no tuning for 128 on H100, and takes the default",
+    ]
+    assert {one.filename for one in warned} == {__file__}
 
 
 @pytest.mark.parametrize(("kernel", "key"), [("scan", "32"), ("other", "64")])

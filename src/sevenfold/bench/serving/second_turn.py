@@ -28,9 +28,10 @@ def run_second_turn(
 ) -> list[dict[str, Any]]:
     """Time a second turn of chats whose first turn is so long.
 
-    Ours, cached: the first turn has been served, and 64 tokens are new. Ours, whole: the same
-    prompt under a salt that has cached nothing. Theirs: a prefill of the whole prompt. The cached
-    turn's tokens are checked to be the model's.
+    Ours, cached: the first turn has been served, 64 tokens follow the answer, and the call before
+    the timing has left all of it but what its last page lacks (`cached_tokens`). Ours, whole: the
+    same prompt under a salt that has cached nothing. Theirs: a prefill of the whole prompt. The
+    cached turn's tokens are checked to be the model's.
 
     Args:
         sides: checked.
@@ -59,7 +60,7 @@ def _measure(
     asked = serving.submit(first, _ANSWER_TOKENS, salt=salt, turn=length)
     held = _held_bytes(serving)
     question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
-    prompt = [*first, *asked.generated, *question]
+    prompt = (*first, *asked.generated, *question)  # as a request has it
     runs: dict[str, Callable[[], object]] = {
         "cached": partial(_turn, serving, prompt, salt),
         "whole": partial(_turn, serving, prompt, None),
@@ -87,7 +88,7 @@ def _measure(
     }
 
 
-def _turn(serving: Serving, prompt: list[int], salt: bytes | None) -> None:
+def _turn(serving: Serving, prompt: Sequence[int], salt: bytes | None) -> None:
     serving.submit(prompt, 1, salt=salt)
     serving.run()
 

@@ -17,6 +17,7 @@ from sevenfold.engine.engine import Engine
 from sevenfold.engine.request import Request
 from sevenfold.engine.sizing import size_engine
 from sevenfold.engine.speculation import SpeculationConfig
+from sevenfold.engine.tensor_parallel import Ranks
 from sevenfold.models import HybridModel, ModelConfig, init_weights, preset
 
 
@@ -82,14 +83,23 @@ class Serving:
         *,
         memory_bytes: int | None = None,
         speculation: SpeculationConfig | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Allocate memory; None takes a share of what is free."""
+        """Allocate memory; None takes a share of what is free.
+
+        ranks: with the other parts of the model, if there are any.
+        """
         self.source = TextModel(model, _tokenizer(model.config.vocab_size))
         self.plan, self.limits = size_engine(
             model, budget_bytes=memory_bytes, speculation=speculation
         )
         self.engine = Engine(
-            model, self.source.tokenizer, self.plan, self.limits, speculation=speculation
+            model,
+            self.source.tokenizer,
+            self.plan,
+            self.limits,
+            speculation=speculation,
+            ranks=ranks,
         )
         self._names = count()
 

@@ -25,7 +25,6 @@ class KeyChain:
         self._request, self._page_tokens = request, page_tokens
         self._root = sha256(_TAG + request.salt).digest()
         self._keys: list[bytes] = []
-        self._packed = b""  # of the prompt: its first blocks, or all of it
 
     def key(self, block: int) -> bytes:
         """Return the key of the prefix that ends with a block, all of whose tokens are known."""
@@ -105,14 +104,8 @@ class KeyChain:
             keys.append(key)
 
     def _view(self, num_blocks: int) -> memoryview:
-        """So many first blocks, which the prompt has; where more than half of it, all is packed."""
-        num_bytes = num_blocks * self._block_bytes
-        if len(self._packed) < num_bytes:
-            prompt, end = self._request.prompt, num_blocks * self._page_tokens
-            some = prompt if len(prompt) < 2 * end else prompt[:end]
-            # One call, whose arguments are the tuple itself: block by block is thrice as long.
-            self._packed = struct.Struct(f"<{len(some)}I").pack(*some)
-        return memoryview(self._packed)[:num_bytes]
+        """So many first blocks, which the prompt has."""
+        return memoryview(self._request.packed)[: num_blocks * self._block_bytes]
 
     def _block(self, block: int) -> bytes:
         first, size = block * self._page_tokens, self._page_tokens

@@ -42,11 +42,13 @@ class CudaCapture:
     memory. Logits of many sizes so take no more than those of the largest.
 
     The first runs outside a graph compile kernels and let libraries allocate what they keep, of
-    which each stream has its own: so all go to one.
+    which each stream has its own: so all go to one. Ranks meet there too, where the function speaks
+    to them: NCCL makes its connections, which no recording may do.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream(device)
 
@@ -60,9 +62,22 @@ class CudaCapture:
                     run()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
+            # By default other threads may not ask for events meanwhile, as NCCL's watchdog does.
+            recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+            with _no_collection(), recording:
                 output = run()
+        self._graphs.append(graph)
         return Captured(graph.replay, _unowned(output))
+
+    def release(self) -> None:
+        """Let go of all graphs, of which none is replayed any more.
+
+        From NCCL 2.26 on a communicator is not destroyed while a graph holds operations of its.
+        """
+        torch.cuda.synchronize(self._device)
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
 
 @contextmanager

@@ -40,6 +40,23 @@ def graph_bytes(
     return most_rows * (element_bytes * widths + logits) + shared + prefill + _LIBRARIES
 
 
+def gathered_logits_bytes(config: ModelConfig, most_rows: int, num_ranks: int) -> int:
+    """Return what recorded runs of ranks take beside graph_bytes: logits before they are joined.
+
+        4 most_rows vocab_size (2 + 1 / num_ranks)    where there are several
+
+    This rank's, all ranks' as they come, and apart from each other.
+
+    Args:
+        config: the model.
+        most_rows: of the largest decoding step.
+        num_ranks: that have parts of the vocabulary.
+    """
+    if num_ranks == 1:
+        return 0
+    return 4 * most_rows * (2 * config.vocab_size + config.vocab_size // num_ranks)
+
+
 def chunk_token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
     """Return the activations of one token of a prompt's chunk, at most.
 

@@ -10,19 +10,21 @@ from sevenfold.engine.speculation.pace import Pace
 from sevenfold.engine.speculation.tree import ROOT, DraftTree
 
 
-@dataclass
+@dataclass(slots=True)
 class Shadow:
     """A draft beside plain decoding.
 
     tree: the guesses.
     num_seen: tokens of the output that it has been compared with, or was made after.
     node: the last that was right.
+    num_right: guesses that were right.
     is_over: whether a token was not guessed, or all were.
     """
 
     tree: DraftTree
     num_seen: int
     node: int = ROOT
+    num_right: int = 0
     is_over: bool = False
 
     def follow(self, generated: Sequence[int], pace: Pace) -> None:
@@ -32,8 +34,9 @@ class Shadow:
             self.num_seen += 1
             if child is not None:
                 self.node = child
+                self.num_right += 1
                 pace.follow(1)
             is_whole = child is not None and child not in self.tree.parents
             if child is None or is_whole:
                 self.is_over = True
-                pace.observe(self.tree.depths[self.node], is_whole=is_whole)
+                pace.observe(self.num_right, is_whole=is_whole)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from sevenfold.engine.request import Request
+from sevenfold.engine.request import Request, Status
 from sevenfold.engine.rows import Row
 from sevenfold.engine.sampling import Output, Sampler
 from sevenfold.engine.scheduler import PrefillChunk
@@ -101,6 +101,7 @@ class Speculator:
         self._owes = False  # whether a step that is not ahead is so for a guess's sake
         self._drafting_s, self._num_decoding = 0.0, 0  # of the last call of propose
         self._drafted: dict[str, _Drafting] = {}
+        self._to_watch: Sequence[tuple[Request, Output]] = ()  # until the step is launched
         self.counters = SpeculationCounters()
 
     def propose(
@@ -126,7 +127,7 @@ class Speculator:
             holds = bool(asks) and self._would_draft(asks)
         else:
             holds = bool(asks) and self._draft(asks)
-        self._watch(decoding)
+        self._to_watch = decoding if self.watches else ()
         self._owes |= holds
         return holds
 
@@ -135,9 +136,11 @@ class Speculator:
         self._drafter.warm_up(stopped)
 
     def read(self, decoding: Sequence[Request], chunks: Sequence[PrefillChunk]) -> None:
-        """Look at more of the prompts of a step while the device computes it."""
+        """Look at more of the prompts of a step, and for guesses to watch, while the device
+        computes it: before its tokens are recorded."""
         requests = [*decoding, *(chunk.request for chunk in chunks)]
         self._drafter.read(requests, sum(chunk.end - chunk.first for chunk in chunks))
+        self._watch()
 
     def check(self, drafted: Sequence[Drafted], decoding: Sequence[Request]) -> list[Walk]:
         """Check the drafts of some requests, one or more, in one run of the model.
@@ -240,23 +243,28 @@ class Speculator:
                 if drafting.shadow.is_over:
                     drafting.shadow = None
 
-    def _watch(self, decoding: Sequence[tuple[Request, Output]]) -> None:
+    def _watch(self) -> None:
         """Guess for some requests without a draft, to see whether it will be right."""
-        if not self.watches:
-            return
-        most = self._config.draft_tokens
+        decoding, self._to_watch = self._to_watch, ()
         idle = [
-            Ask(request, output, min(most, request.num_remaining_tokens), self._config.branches)
+            (request, output)
             for request, output in decoding
-            if not request.draft_tokens and self._of(request).shadow is None
+            if not request.draft_tokens
+            and request.status is Status.DECODING  # nor given up meanwhile
+            and self._of(request).shadow is None
         ]
+        if not idle:
+            return
         # In turn, where there are more.
-        first = self._num_looked_up % len(idle) if idle else 0
-        asks = [*idle[first:], *idle[:first]][:_MOST_LOOKED_UP]
+        first, most = self._num_looked_up % len(idle), self._config.draft_tokens
+        asks = [
+            Ask(request, output, min(most, request.num_remaining_tokens), self._config.branches)
+            for request, output in [*idle[first:], *idle[:first]][:_MOST_LOOKED_UP]
+        ]
         self._num_looked_up += len(asks)
-        for ask, paths in zip(asks, self._drafter.propose(asks) if asks else (), strict=True):
-            tree = DraftTree.merged(paths, most)
-            if tree:
+        for ask, paths in zip(asks, self._drafter.propose(asks), strict=True):
+            if paths:
+                tree = DraftTree.merged(paths, most)
                 self._of(ask.request).shadow = Shadow(tree, len(ask.request.generated))
 
     def _wanted(self, decoding: Sequence[tuple[Request, Output]]) -> list[Ask]:
@@ -266,20 +274,21 @@ class Speculator:
         num_rows = len(decoding)
         if not self._allowance.allows or self._times.wants_plain(num_rows):
             return []
-        asks = self._asks(decoding)
-        promising = [ask for ask in asks if self._of(ask.request).pace.expected > 0]
-        if promising and self._pays(promising, num_rows):
-            return promising
+        paces = [self._of(request).pace for request, _ in decoding]
+        promising = [one for one, pace in zip(decoding, paces, strict=True) if pace.expected > 0]
+        asks = self._asks(promising)
+        if asks and self._pays(asks, num_rows):
+            return asks
         if not self._allowance.allows_try:
             return []
-        return [ask for ask in asks if self._is_worth_a_try(ask)][:1]
+        tried = [one for one, pace in zip(decoding, paces, strict=True) if self._may_try(pace)]
+        return self._asks(tried)[:1]
 
-    def _is_worth_a_try(self, ask: Ask) -> bool:
+    def _may_try(self, pace: Pace) -> bool:
         """Whether a draft may show that the cost is less than what was measured, or the gain more.
 
         Guesses that are watched show the gain by themselves.
         """
-        pace = self._of(ask.request).pace
         return not self.watches or pace.run >= self._config.draft_tokens
 
     def _pays(self, asks: Sequence[Ask], num_rows: int) -> bool:

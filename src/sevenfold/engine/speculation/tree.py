@@ -25,6 +25,9 @@ class DraftTree:
 
         Guesses of one depth come before deeper ones, those of earlier paths first.
         """
+        if len(paths) == 1:
+            chain = tuple(paths[0][:most])
+            return cls(chain, tuple(range(len(chain))))
         parents, children = [], {}
         at = [ROOT] * len(paths)
         for guesses in zip_longest(*paths):

@@ -1,9 +1,10 @@
-"""From the first rank to all others: messages of integers over the host's network."""
+"""From the first rank to all others: messages of integers over the host's network, and tokens."""
 
 from datetime import timedelta
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 _FIRST_NUMBERS = 1024  # of a message, that travel with its length
@@ -11,11 +12,19 @@ _PATIENCE = timedelta(days=365)  # ranks that serve wait for requests, however l
 
 
 class Channel:
-    """Broadcasts over gloo, in the host's memory, so that no message waits for a GPU."""
+    """Broadcasts over gloo, in the host's memory, so that no message waits for a GPU.
 
-    def __init__(self) -> None:
-        """Open it; every rank of the default group calls this."""
+    Tokens that are on a device go from device to device, so that the host does not wait for them.
+    """
+
+    def __init__(self, devices: dist.ProcessGroup | None = None) -> None:
+        """Open it; every rank of the default group calls this.
+
+        Args:
+            devices: over which the ranks' devices speak; None takes the default group.
+        """
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._devices = devices
 
     @property
     def is_first(self) -> bool:
@@ -47,6 +56,10 @@ class Channel:
     def receive_text(self) -> str:
         """Return the next message, which must be a text."""
         return self.receive().astype(np.uint8).tobytes().decode()
+
+    def share(self, numbers: Tensor) -> None:
+        """Fill int64 numbers, contiguous on each rank's device, with the first rank's."""
+        dist.broadcast(numbers, 0, self._devices)
 
     def _broadcast(self, numbers: np.ndarray) -> np.ndarray:
         group = self._group

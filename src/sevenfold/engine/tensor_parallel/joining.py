@@ -14,7 +14,7 @@ from sevenfold.engine.memory import MemoryPlan, plan_memory
 from sevenfold.engine.precision import SnapshotDtype, StateDtype
 from sevenfold.engine.quantised_weights import check_weights_device, exchange_weights
 from sevenfold.engine.tensor_parallel.channel import Channel
-from sevenfold.engine.worker import WorkerConfig
+from sevenfold.engine.worker import Worker, WorkerConfig
 from sevenfold.models import HybridModel
 from sevenfold.models.accounting import WeightFormat
 
@@ -84,8 +84,14 @@ class Joined:
     model: HybridModel
     channel: Channel
 
-    def leave(self) -> None:
-        """Leave the default group, which join has made."""
+    def leave(self, worker: Worker | None) -> None:
+        """Leave the default group, which join has made: on GPUs when all ranks do.
+
+        Args:
+            worker: of the model, which is closed first.
+        """
+        if worker is not None:
+            worker.close()
         dist.destroy_process_group()
 
 
@@ -128,5 +134,8 @@ def join(joining: Joining) -> Joined:
         world_size=joining.num_ranks,
         timeout=_PATIENCE,
     )
-    model = divided.connect(Layout.join(parallel, device.type))
-    return Joined(model, Channel())
+    layout = Layout.join(parallel, device.type)
+    ranks = layout.group("tensor")
+    # NCCL connects at a group's first use: before memory is divided, and anything is recorded.
+    dist.all_reduce(torch.zeros(1, device=device), group=ranks)
+    return Joined(divided.connect(layout), Channel(ranks))

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sevenfold.engine.cache import Fresh
+from sevenfold.engine.device import Stepped
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.rows import Row
+from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.speculation.verifier import Checked, DraftRow
 from sevenfold.engine.tensor_parallel.channel import Channel
-from sevenfold.engine.tensor_parallel.messages import Orders
-from sevenfold.engine.worker import Note, Worker, WorkerConfig
+from sevenfold.engine.tensor_parallel.messages import NextStep, Orders
+from sevenfold.engine.worker import Note, RunsAhead, Worker, WorkerConfig
 from sevenfold.models import HybridModel
 
 
@@ -18,6 +20,8 @@ class LeadingWorker(Worker):
     """A Worker whose ranks do the same, in the same order; one message for each run of the model.
 
     Whatever needs no other rank is told with the next run.
+
+    has_left: whether this rank gave up a warm-up, in which the others wait for it and hear nothing.
     """
 
     def __init__(
@@ -26,13 +30,17 @@ class LeadingWorker(Worker):
         """Allocate the plan's memory; arguments but channel as Worker's."""
         super().__init__(model, plan, config)
         self._channel, self._orders = channel, Orders()
-        self.ahead = None  # the other ranks are told ids
+        self.has_left = False
+        if self.ahead is not None:
+            self.ahead = _LeadingAhead(self.ahead, self._orders, channel)
 
     def warm_up(self, most_tokens: int, chunk_tokens: int, note: Note) -> None:
         """As Worker.warm_up, on all ranks."""
         self._orders.warm_up(most_tokens, chunk_tokens)
         self._channel.send(self._orders.take())
+        self.has_left = True
         super().warm_up(most_tokens, chunk_tokens, note)
+        self.has_left = False
 
     def prepare(self, fresh: Fresh) -> None:
         """As Worker.prepare, on all ranks."""
@@ -45,6 +53,12 @@ class LeadingWorker(Worker):
         if snapshots:
             self._orders.restore(snapshots, states)
         super().restore(snapshots, states)
+
+    def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
+        """As Worker.snapshot, on all ranks."""
+        if states:
+            self._orders.snapshot(states, snapshots)
+        super().snapshot(states, snapshots)
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """As Worker.run, on all ranks."""
@@ -72,3 +86,42 @@ class LeadingWorker(Worker):
         """End the other ranks' following."""
         self._orders.stop()
         self._channel.send(self._orders.take())
+
+
+class _LeadingAhead:
+    """Runs tokens that are on the first rank's device alone, on all ranks.
+
+    Most steps have the rows of the step before, and the tokens that every rank has found itself:
+    then hardly anything is told.
+    """
+
+    def __init__(self, runner: RunsAhead, orders: Orders, channel: Channel) -> None:
+        self._runner, self._orders, self._channel = runner, orders, channel
+        self._rows: Sequence[NextRow | None] = ()
+        self._best = torch.empty(0)
+
+    def num_step_rows(self, needed: int) -> int:
+        """As DeviceRunner.num_step_rows."""
+        return self._runner.num_step_rows(needed)
+
+    def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Stepped:
+        """As DeviceRunner.run_ahead, on all ranks."""
+        is_own = tokens.data_ptr() == self._best.data_ptr()
+        told = None if _follow(rows, self._rows) else list(rows)
+        self._orders.next_step(NextStep(told, is_own))
+        self._channel.send(self._orders.take())
+        if not is_own:
+            tokens = tokens.contiguous()
+            self._channel.share(tokens)
+        stepped = self._runner.run_ahead(rows, tokens)
+        self._rows, self._best = rows, stepped.best
+        return stepped
+
+
+def _follow(rows: Sequence[NextRow | None], before: Sequence[NextRow | None]) -> bool:
+    """Whether rows are those of the step before, one token on; pages that change are others."""
+    return len(rows) == len(before) and all(
+        (new is None and old is None)
+        or (new and old and new[:2] == (old.past + 1, old.state) and new.pages is old.pages)
+        for new, old in zip(rows, before, strict=True)
+    )

@@ -1,11 +1,14 @@
 """Starting the ranks that serve a model together on one machine."""
 
+import logging
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -20,6 +23,7 @@ from sevenfold.models.accounting import WeightFormat
 
 _FOLLOWER = "sevenfold.engine.tensor_parallel"
 _END_S = 10.0
+_log = logging.getLogger("sevenfold.engine")
 
 
 class Ranks:
@@ -58,15 +62,33 @@ class Ranks:
         return self._worker
 
     def close(self) -> None:
-        """End the other ranks."""
+        """End the other ranks; one that does not end in time is killed.
+
+        All leave at the same time: NCCL lets none go before the others do.
+        """
+        if not self._end.alive:
+            return
+        worker = self._worker
+        leaving = Thread(target=self._leave, name="sevenfold-leave", daemon=True)
+        if worker is None or worker.has_left:  # they wait for a plan, or for this rank
+            self._end()
+        leaving.start()
         if self._end.alive:
+            _wait(self._processes, time.monotonic() + _END_S)
+            self._end()
+        leaving.join(_END_S)
+        if leaving.is_alive():
+            _log.warning("the first rank did not leave its group within %g s", _END_S)
+        self._meeting.cleanup()
+
+    def _leave(self) -> None:
+        """Tell the others to leave, and do so."""
+        try:
             if self._worker is not None:
                 self._worker.stop()
-                for process in self._processes:
-                    process.wait(_END_S)
-            self._joined.leave()
-            self._end()
-            self._meeting.cleanup()
+        except RuntimeError as error:
+            _log.warning("a rank had ended before it was told to: %s", error)
+        self._joined.leave(self._worker)
 
     @property
     def _channel(self) -> Channel:
@@ -132,6 +154,15 @@ def start_ranks(
 def _start(joining: Joining) -> subprocess.Popen:
     command = [sys.executable, "-m", _FOLLOWER, joining.model_dump_json()]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+
+def _wait(processes: Sequence[subprocess.Popen], until_s: float) -> None:
+    """Wait for processes to end, at most until a time of time.monotonic."""
+    for process in processes:
+        try:
+            process.wait(max(0.0, until_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _log.warning("rank process %d did not end when it was told to: killed", process.pid)
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:

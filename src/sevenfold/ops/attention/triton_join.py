@@ -13,7 +13,7 @@ from sevenfold.ops.row_launch import cdiv, next_power_of_2
 _ROWS = 32  # 32 values of each part a thread at width 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _join_kernel(
     some, more, out, some_lse, more_lse,
     some_token, some_head, more_token, more_head, out_token, out_head, some_row, more_row, T,

@@ -218,7 +218,7 @@ def _attend_kernel(
     tl.store(out_at, out, inside[:, None] & (iv < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_heads", "splits"])
 def _combine_kernel(
     parts, lse, o, row_heads, splits,
     V: tl.constexpr, BV: tl.constexpr, MOST: tl.constexpr, OVERLAPS: tl.constexpr,

@@ -33,7 +33,7 @@ def _chosen(experts_ptr, num_choices, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _count_kernel(experts_ptr, counts_ptr, num_choices, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     _, chosen = _chosen(experts_ptr, num_choices, BLOCK, EXPERTS)
     target = counts_ptr + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
@@ -41,7 +41,7 @@ def _count_kernel(experts_ptr, counts_ptr, num_choices, BLOCK: tl.constexpr, EXP
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "capacity"])
 def _scan_kernel(
     counts_ptr, first_ptr, rows_per_expert_ptr, num_blocks, num_experts, capacity,
     BLOCKS: tl.constexpr, EXPERTS: tl.constexpr,
@@ -61,7 +61,7 @@ def _scan_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "num_rows", "capacity"])
 def _place_kernel(
     experts_ptr, counts_ptr, first_ptr, choice_ptr, row_ptr, num_choices, num_rows, capacity,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr,

@@ -23,7 +23,7 @@ _BACKWARD = {"ROWS": 2, "COLUMNS": 1024, "num_warps": 4}
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     gate_up_ptr, weights_ptr, choice_ptr, ends_ptr, hidden_ptr, R, F,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -42,7 +42,7 @@ def _forward_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _backward_kernel(
     dhidden_ptr, gate_up_ptr, weights_ptr, choice_ptr, ends_ptr,
     dgate_up_ptr, hidden_ptr, dweights_ptr, R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -26,7 +26,7 @@ _MANY_EXPERTS = 64
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _forward_kernel(
     logits_ptr, weights_ptr, experts_ptr, totals_ptr, num_tokens, E,
     K: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
@@ -67,7 +67,7 @@ def _forward_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _backward_kernel(
     dweights_ptr, weights_ptr, experts_ptr, logits_ptr, dtotals_ptr, dlogits_ptr,
     num_tokens, E, part_stride, column_stride,

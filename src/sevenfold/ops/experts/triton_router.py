@@ -44,7 +44,7 @@ def _split(x, low_dtype: tl.constexpr):
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _logits_kernel(
     x_ptr, weight_ptr, logits_ptr, T, E, D,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
@@ -62,7 +62,7 @@ def _logits_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _dx_kernel(
     dlogits_ptr, weight_ptr, dx_ptr, T, E, D,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -77,7 +77,7 @@ def _dx_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["T", "part_tokens"])
 def _dweight_kernel(
     dlogits_ptr, x_ptr, partial_ptr, T, E, D, part_tokens,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,

@@ -24,7 +24,7 @@ _TOKENS, COLUMNS, WARPS = 1, 2048, 4
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _spread_kernel(
     x_ptr, row_ptr, rows_ptr, num_tokens, num_rows, D,
     K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -39,7 +39,7 @@ def _spread_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _sum_kernel(
     rows_ptr, weights_ptr, row_ptr, y_ptr, num_tokens, num_rows, D,
     K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -58,7 +58,7 @@ def _sum_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _combine_backward_kernel(
     dy_ptr, rows_ptr, weights_ptr, row_ptr, drows_ptr, dweights_ptr, num_tokens, num_rows, D,
     K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,

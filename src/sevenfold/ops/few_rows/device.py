@@ -121,6 +121,49 @@ def join_lightning(o: Tensor, fed: Fed, weights: LightningWeights, residual: Res
     return triton_linear.join(o, weights.out, fed.stream, residual, tile, by)
 
 
+def part_of_lightning(o: Tensor, fed: Fed, weights: LightningWeights) -> Tensor:
+    """What a rank's heads add to join_lightning, where others have the norm's other channels.
+
+    Args:
+        o: [M, H D], contiguous, of this rank's H heads.
+        fed: what feed_lightning returned.
+        weights: this rank's part of the layer.
+
+    Returns:
+        [M D + M] fp32, to be summed over the ranks for join_part_of_lightning.
+    """
+    from sevenfold.ops.few_rows import triton_linear, triton_parts
+
+    tile = linear_tile(len(o), weights.out, len(weights.out))
+    by = triton_linear.GatedNorm(weights.norm, fed.gate)
+    return triton_parts.part(
+        o, triton_linear.gated_product(o, weights.out, by, tile), weights.norm.eps
+    )
+
+
+def join_part_of_lightning(
+    sums: Tensor, fed: Fed, weights: LightningWeights, residual: Residual, num_ranks: int
+) -> Tensor:
+    """As join_lightning, of what part_of_lightning returned on equal ranks, summed: [M, D]."""
+    from sevenfold.ops.few_rows import triton_parts
+
+    num_channels = num_ranks * len(weights.norm.weight)
+    return triton_parts.join_part(sums, fed.stream, residual, num_channels, weights.norm.eps)
+
+
+def join_sum(sums: Tensor, stream: Tensor, residual: Residual) -> Tensor:
+    """Join the stream with what ranks computed in part: alpha * stream + beta * sums [M, D].
+
+    Args:
+        sums: [M, D], contiguous: of each rank's half a layer with alpha 0 and beta 1.
+        stream: [M, D], contiguous.
+        residual: of the layer.
+    """
+    from sevenfold.ops.few_rows import triton_parts
+
+    return triton_parts.join_sum(sums, stream, residual)
+
+
 def feed_softmax(
     x: Tensor, norm: Norm, weights: Sequence[Tensor], residual: Residual
 ) -> tuple[list[Tensor], Tensor]:
@@ -140,6 +183,18 @@ def feed_softmax(
     tile = linear_tile(len(x), weights[0], sum(map(len, weights)))
     rows, u = triton_linear.project(x, norm, weights, tile)
     return rows, u if residual.post_norm else x
+
+
+def part_of_softmax(o: Tensor, weight: Tensor) -> Tensor:
+    """What a rank's heads add to join_softmax: W o [M, D], to be summed for join_sum.
+
+    Args:
+        o: [M, K], contiguous, of this rank's heads.
+        weight: [D, K].
+    """
+    from sevenfold.ops.few_rows import triton_linear
+
+    return triton_linear.product(o, weight, o.dtype)
 
 
 def join_softmax(o: Tensor, weight: Tensor, stream: Tensor, residual: Residual) -> Tensor:
@@ -175,11 +230,27 @@ def experts_on_device(x: Tensor, norm: Norm, experts: DeviceExperts, residual: R
     Returns:
         [M, D].
     """
+    return _fed_experts(x, norm, experts, residual)[0]
+
+
+def part_of_experts(
+    x: Tensor, norm: Norm, experts: DeviceExperts, *, post_norm: bool
+) -> tuple[Tensor, Tensor]:
+    """What a rank's part of every expert's width adds to experts_on_device, and the stream.
+
+    Sum the first over the ranks for join_sum: [M, D] each.
+    """
+    return _fed_experts(x, norm, experts, Residual(0.0, 1.0, post_norm))
+
+
+def _fed_experts(
+    x: Tensor, norm: Norm, experts: DeviceExperts, residual: Residual
+) -> tuple[Tensor, Tensor]:
     from sevenfold.ops.few_rows import triton_experts, triton_router
 
     choice = triton_router.choose(x, norm, experts.router, experts.num_chosen)
     stream = choice.u if residual.post_norm else x
-    return triton_experts.feed(choice, experts.gate_up, experts.down, stream, residual)
+    return triton_experts.feed(choice, experts.gate_up, experts.down, stream, residual), stream
 
 
 def dense_on_device(
@@ -197,13 +268,27 @@ def dense_on_device(
     Returns:
         [M, D].
     """
+    return _fed_dense(x, norm, (gate_up, down), residual)[0]
+
+
+def part_of_dense(
+    x: Tensor, norm: Norm, gate_up: Tensor, down: Tensor, *, post_norm: bool
+) -> tuple[Tensor, Tensor]:
+    """As part_of_experts, of a rank's part of a dense layer's width."""
+    return _fed_dense(x, norm, (gate_up, down), Residual(0.0, 1.0, post_norm))
+
+
+def _fed_dense(
+    x: Tensor, norm: Norm, weights: tuple[Tensor, Tensor], residual: Residual
+) -> tuple[Tensor, Tensor]:
     from sevenfold.ops.few_rows import triton_experts
     from sevenfold.ops.rms_norm import triton_rms_norm
 
-    u = triton_rms_norm.normed(x, None, *norm)
+    u, (gate_up, down) = triton_rms_norm.normed(x, None, *norm), weights
     tile = gate_up_tile(len(x), gate_up.unsqueeze(0))
     hidden = triton_experts.dense_gate_up(u, gate_up, tile)
-    return _join(hidden, down, u if residual.post_norm else x, residual)
+    stream = u if residual.post_norm else x
+    return _join(hidden, down, stream, residual), stream
 
 
 def logits_on_device(hidden: Tensor, weight: Tensor) -> Tensor:

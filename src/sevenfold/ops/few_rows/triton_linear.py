@@ -156,16 +156,19 @@ def _join_kernel(
     at, inside = m[None, :] * N + n[:, None], (m < M)[None, :] & (n < N)[:, None]
     if norm is None:
         wait_for_last(OVERLAPS)
-        joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
+        if stream is not None:
+            joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
         got = multiply(w, left, x, m * K, m < M, K, BN, BM, BK, WK, STAGES)
     else:
         rows, scale = held_rows(w, left, K, BK), held_row(norm, K, BK)
         wait_for_last(OVERLAPS)
-        joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
+        if stream is not None:
+            joined = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
         row, opened = held_row(x, K, BK), tl.sigmoid(held_row(gate, K, BK))
         row = (row * norm_factor(row, eps, K) * (scale * opened)).to(x.dtype.element_ty)
         got = times_row(rows, row)
-    got = alpha * joined + beta * got
+    if stream is not None:
+        got = alpha * joined + beta * got
     tl.store(y + at, got.to(y.dtype.element_ty), mask=inside)
 
 
@@ -178,12 +181,32 @@ def join(
     by: GatedNorm | None = None,
 ) -> Tensor:
     """alpha * stream + beta * W x: [M, N]; x is [M, K], first normalised and gated `by` this."""
+    y = torch.empty_like(stream)
+    _join(x, weight, y, (stream, residual.alpha, residual.beta), tile, by)
+    return y
+
+
+def gated_product(x: Tensor, weight: Tensor, by: GatedNorm, tile: Tile) -> Tensor:
+    """W (RMSNorm(x) * sigmoid(gate)) [M, N] fp32, x [M, K] normalised and gated `by` this."""
+    y = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
+    _join(x, weight, y, (None, 0.0, 1.0), tile, by)
+    return y
+
+
+def _join(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    joined: tuple[Tensor | None, float, float],
+    tile: Tile,
+    by: GatedNorm | None,
+) -> None:
+    """The product into y, joined with a stream by alpha and beta if there is one."""
     if by is not None and not _holds_row(tile, x):
         x, by = normed(x, by.gate, *by.norm), None
     (norm, eps), gate = by or ((None, 0.0), None)
-    y, N = torch.empty_like(stream), len(weight)
+    (stream, alpha, beta), N = joined, len(weight)
     _join_kernel[(cdiv(N, tile.BN),)](
-        x, norm, gate, weight, stream, y, len(x), N, eps, float(residual.alpha),
-        float(residual.beta), K=x.shape[1], **constants(tile), **overlapping(x),
+        x, norm, gate, weight, stream, y, len(x), N, eps, float(alpha), float(beta),
+        K=x.shape[1], **constants(tile), **overlapping(x),
     )  # fmt: skip
-    return y

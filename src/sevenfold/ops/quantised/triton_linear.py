@@ -15,7 +15,7 @@ from sevenfold.ops.quantised.triton_widen import rounded_to_fp8, widened
 from sevenfold.ops.row_launch import cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x, x_scale, codes, scale, y, M, N,
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,

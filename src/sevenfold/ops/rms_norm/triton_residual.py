@@ -28,7 +28,7 @@ from sevenfold.ops.triton_launched import launched
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     stream_ptr, update_ptr, weight_ptr, y_ptr, x_ptr, stream_stride, update_stride,
     num_rows, D, eps, alpha, beta, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -48,7 +48,7 @@ def _forward_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, dstream_ptr, dupdate_ptr, partial_ptr,
     dy_stride, dsum_stride, num_rows, D, eps, alpha, beta,

@@ -31,7 +31,7 @@ from sevenfold.ops.triton_overlap import wait_for_last
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, x_stride, gate_stride, num_rows, D, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -51,7 +51,7 @@ def _forward_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     dy_ptr, x_ptr, gate_ptr, weight_ptr, dx_ptr, dgate_ptr, partial_ptr,
     dy_stride, x_stride, gate_stride, num_rows, D, eps,

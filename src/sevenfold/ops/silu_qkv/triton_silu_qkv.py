@@ -34,7 +34,7 @@ def _silu_gradient(dy, x):
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, num_rows, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _forward_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, dqkv_ptr, num_rows, D,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -20,7 +20,7 @@ _TILE_ELEMENTS, _WARPS = 2048, 4
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     gate_up_ptr, y_ptr, stride, num_rows, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -33,7 +33,7 @@ def _forward_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     dy_ptr, gate_up_ptr, dgate_up_ptr, dy_stride, stride, num_rows, F,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

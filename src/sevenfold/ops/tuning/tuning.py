@@ -1,7 +1,7 @@
 """Tuning tables: which launch configuration a kernel takes on a device.
 
-Every JSON file beside this one has the form {kernel: {device name: {key: configuration}}}, where
-the device "default" serves every device without a row of its own, with a warning.
+Every JSON file beside this one has the form {kernel: {device name: {key: configuration}}}. A device
+without a row of its own takes that of its sibling, else that of "default", with a warning.
 """
 
 import json
@@ -12,6 +12,8 @@ from importlib import resources
 from sevenfold.config import UnsupportedError
 
 _DEFAULT = "default"
+# Of as many multiprocessors of the same kind; only their memory's rates differ.
+_SIBLINGS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 
 
 @cache
@@ -24,24 +26,29 @@ def best_config(kernel: str, key: str, device_name: str) -> dict[str, int]:
         device_name: as torch.cuda.get_device_name gives it.
 
     Returns:
-        Names and values of the configuration. Where the device has no row for the key it is the
-        default's, and a warning says so once for each kernel, key and device.
+        Names and values of the configuration. Where the device has no row for the key it is its
+        sibling's, and a warning says so once for each kernel; or the default's, and a warning says
+        so once for each kernel, key and device.
 
     Raises:
         UnsupportedError: not even the default has a row.
     """
     rows = _tables().get(kernel, {})
-    for device in (device_name, _DEFAULT):
-        config = rows.get(device, {}).get(key)
+    for device in (device_name, _SIBLINGS.get(device_name), _DEFAULT):
+        config = rows.get(device, {}).get(key) if device else None
         if config is None:
             continue
-        if device != device_name:
-            warnings.warn(
-                f"{kernel} has no tuning for {key} on {device_name}, and takes the default",
-                stacklevel=2,
-            )
+        if device == _DEFAULT != device_name:
+            _say(f"{kernel} has no tuning for {key} on {device_name}, and takes the default")
+        elif device != device_name:
+            _say(f"{kernel} has no tuning of its own on {device_name}, and takes that of {device}")
         return dict(config)
     raise UnsupportedError(f"{kernel} must have a tuning table for its key, got {key!r}")
+
+
+@cache
+def _say(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 @cache

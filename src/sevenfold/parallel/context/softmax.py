@@ -20,11 +20,14 @@ from sevenfold.models import Batch
 from sevenfold.models.state import KVState, PagedKV, PagedTree
 from sevenfold.ops import (
     Block,
+    KeptResult,
     attention,
     attention_block,
     attention_block_backward,
     attention_cached,
+    attention_kept,
     join_blocks,
+    suits_keeping,
 )
 from sevenfold.parallel.collectives import exchange_rows
 from sevenfold.parallel.context.batch import ContextBatch, context_batch
@@ -74,9 +77,25 @@ class ContextSoftmax:
             return attention(q, k, v, **how)
         if self.window is not None:
             return self._attend_window(q, k, v, own)
+        return self._attend_blocks(q, k, v, own, None)
+
+    def attend_kept(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kept: KeptResult
+    ) -> Tensor:
+        """Attend without a window or a state, once for two runs of a block."""
+        own = context_batch(batch, None)
+        if own.cut.crosses:
+            return self._attend_blocks(q, k, v, own, kept)
+        if not suits_keeping(q, v, own.lengths):
+            return attention(q, k, v, lengths=own.lengths, scale=self.scale)
+        return attention_kept(q, k, v, lengths=own.lengths, scale=self.scale, kept=kept)
+
+    def _attend_blocks(
+        self, q: Tensor, k: Tensor, v: Tensor, own: ContextBatch, kept: KeptResult | None
+    ) -> Tensor:
         exchange = self.exchange or chosen_exchange(k, v, own.cut.num_ranks)
         keys = Exchange(own, self.group, in_turn=exchange == "ring")
-        return _BlockAttention.apply(q[0], k[0], v[0], own, keys, self.scale)[None]
+        return _BlockAttention.apply(q[0], k[0], v[0], own, keys, self.scale, kept)[None]
 
     def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, own: ContextBatch) -> Tensor:
         """The last keys before each first piece lie beside its own; one call for each piece."""
@@ -215,7 +234,15 @@ class _BlockAttention(torch.autograd.Function):
         own: ContextBatch,
         exchange: Exchange,
         scale: float,
+        again: KeptResult | None,
     ) -> Tensor:
+        ctx.own, ctx.exchange, ctx.scale = own, exchange, scale
+        if again is not None and again.known is not None:
+            # The keys of others are fetched in the backward, as by ring.
+            o, lse = again.known
+            o = o.view_as(o)
+            ctx.save_for_backward(q, k, v, o, lse)
+            return o
         underway = exchange.start((k, v), exchange.steps[0])
         first, lse = attention_block(q, k, v, Block(own.lengths, own.lengths, scale, causal=True))
         o = first.to(lse.dtype)
@@ -227,7 +254,10 @@ class _BlockAttention(torch.autograd.Function):
                 found = attention_block(q[read.tokens], block_k, block_v, read.block(scale))
                 join_blocks(o[read.tokens], lse[:, read.tokens], *found)
         o = o.to(v.dtype)
-        ctx.own, ctx.exchange, ctx.scale = own, exchange, scale
+        if again is not None:
+            again.keep(o, lse)
+            # The first run's backward never comes.
+            kept = []
         ctx.save_for_backward(q, k, v, o, lse, *kept)
         return o
 
@@ -259,7 +289,7 @@ class _BlockAttention(torch.autograd.Function):
         if returning is not None:
             exchange.add(dkeys, *returning)
         dk, dv = dkeys.chunk(2, -1)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 def _add_gradients(
