@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import parallel_cases
+import parallel_choices
 import parallel_failures
 import parallel_generation
 import parallel_recorded
@@ -71,6 +72,13 @@ def validation(folder: Path, rank: int) -> None:
         torch.save(found, folder / f"{case.name}.{rank}.pt")
 
 
+def choosing(folder: Path, rank: int) -> None:
+    """Take every case of parallel_choices.py through a layer of experts, both ways."""
+    for case in (c for c in parallel_choices.CASES if c.num_ranks == dist.get_world_size()):
+        found = parallel_choices.result_of_rank(case, Layout.join(case.config, "cpu"), rank)
+        torch.save(found, folder / f"{case.name}.{rank}.pt")
+
+
 def decoding(folder: Path, rank: int, layers: str) -> None:
     """Greedy tokens of the decoder on a divided mixture of experts."""
     model = parallel_generation.model_of(layers, True)
@@ -112,7 +120,7 @@ def recorded(folder: Path, rank: int, layers: str) -> None:
 
 JOBS = {
     job.__name__: job
-    for job in (steps, runs, failing, validation, decoding, generation, serving, recorded)
+    for job in (steps, runs, failing, validation, choosing, decoding, generation, serving, recorded)
 }
 
 

@@ -14,11 +14,12 @@ from sevenfold.config import parse_config
 from sevenfold.models import ModelConfig
 from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.ops import lightning_attention
-from sevenfold.parallel import ParallelConfig, Place, divide_row
+from sevenfold.parallel import ParallelConfig, Place, capacity, divide_row, expert_runs, experts
 from sevenfold.parallel.context import lightning
 from sevenfold.parallel.context.lightning import ContextLightning
 from sevenfold.parallel.expert_runs import ExpertRuns
 from sevenfold.parallel.experts import ExpertRoute
+from sevenfold.parallel.reading import Reading
 
 
 class _Tells(torch.autograd.Function):
@@ -59,6 +60,20 @@ def test_states_travel_beside_the_recurrence_both_ways(
     assert events == ["start 0", "work", "finish 0"]
 
 
+def route_of_one(group: dist.ProcessGroup, token_groups: int, drops: bool) -> ExpertRoute:
+    """A layer's route whose only rank holds all experts."""
+    model = parse_config(ModelConfig, MODEL | {"moe": MOE}, "test")
+    layout = SimpleNamespace(
+        config=ParallelConfig(expert_token_groups=token_groups),
+        place=Place(0, 0, 0, 0),
+        group=lambda name: group,
+    )
+    moe = MixtureOfExperts(model, model.moe).train(drops)
+    torch.nn.init.normal_(moe.experts.gate_up_proj)
+    torch.nn.init.normal_(moe.experts.down_proj)
+    return ExpertRoute(moe, layout)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor:FutureWarning")
 @pytest.mark.parametrize("drops", [False, True])
 def test_a_token_group_travels_while_the_experts_run_on_another(
@@ -67,16 +82,7 @@ def test_a_token_group_travels_while_the_experts_run_on_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     events = flights_told(monkeypatch)
-    model = parse_config(ModelConfig, MODEL | {"moe": MOE}, "test")
-    layout = SimpleNamespace(
-        config=ParallelConfig(expert_token_groups=3),
-        place=Place(0, 0, 0, 0),
-        group=lambda name: alone,
-    )
-    moe = MixtureOfExperts(model, model.moe).train(drops)
-    torch.nn.init.normal_(moe.experts.gate_up_proj)
-    torch.nn.init.normal_(moe.experts.down_proj)
-    route = ExpertRoute(moe, layout)
+    route = route_of_one(alone, 3, drops)
     run = ExpertRuns.__call__
 
     def told(*arguments: Any) -> Tensor:
@@ -98,3 +104,34 @@ def test_a_token_group_travels_while_the_experts_run_on_another(
     turned = {"start": "finish", "finish": "start", "work": "work"}
     backward = [" ".join((turned[e.split()[0]], *e.split()[1:])) for e in reversed(forward)]
     assert events == backward
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor:FutureWarning")
+def test_rows_leave_as_soon_as_the_counts_have_come(
+    alone: dist.ProcessGroup,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then what stays is computed, and all numbers that the device needs go there at once."""
+    events = flights_told(monkeypatch)
+
+    def tell(owner: Any, name: str, event: str) -> None:
+        method = getattr(owner, name)
+
+        def told(*arguments: Any, **named: Any) -> Any:
+            events.append(event)
+            return method(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, told)
+
+    route = route_of_one(alone, 1, False)
+    tell(Reading, "numbers", "counts")
+    tell(experts, "plan_dispatch", "sort")
+    tell(experts, "gather_rows", "copy tokens")
+    tell(expert_runs, "sent", "numbers")
+    tell(capacity, "sent", "numbers of drops")
+    tell(ExpertRuns, "__call__", "work")
+    route(torch.randn(6, 16), torch.full((6, 2), 0.5), torch.arange(12).view(6, 2) % 4)
+    assert events == [
+        *("sort", "copy tokens", "counts", "start 0", "work", "numbers", "finish 0"),
+        *("work", "start 1", "work", "finish 1"),
+    ]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from parallel_helpers import MODEL, MOE, hidden_dim, tensor_dim
@@ -41,7 +42,7 @@ def test_tensor_ranks_divide_gate_and_up_apart() -> None:
 
 
 def test_capacity_goes_to_the_pieces_in_their_order() -> None:
-    counts = torch.tensor([[3, 0, 5], [4, 2, 0], [1, 2, 3]])
+    counts = np.array([[3, 0, 5], [4, 2, 0], [1, 2, 3]])
     quotas = share_capacity(counts, 4)
     assert quotas.tolist() == [[3, 0, 4], [1, 2, 0], [0, 2, 0]]
 
@@ -49,7 +50,7 @@ def test_capacity_goes_to_the_pieces_in_their_order() -> None:
 def test_limits_keep_the_first_tokens_as_one_process_would() -> None:
     experts = torch.tensor([[0, 1], [1, 2], [1, 0], [0, 2], [2, 1]])
     whole = plan_dispatch(experts, 3, None)
-    kept = limited(whole, torch.tensor([[3, 4, 3]]), torch.tensor([[2, 2, 2]]))
+    kept = limited(whole, np.array([[3, 4, 3]]), np.array([[2, 2, 2]]))
     exact = plan_dispatch(experts, 3, 2)
     assert torch.equal(kept.choice, exact.choice)
     assert torch.equal(kept.row, exact.row)
@@ -58,7 +59,7 @@ def test_limits_keep_the_first_tokens_as_one_process_would() -> None:
 
 def test_limits_count_within_each_piece() -> None:
     experts = torch.tensor([[0], [0], [0], [0], [1]])  # pieces of three tokens and of two
-    counts, quota = torch.tensor([[3, 0], [1, 1]]), torch.tensor([[1, 0], [1, 0]])
+    counts, quota = np.array([[3, 0], [1, 1]]), np.array([[1, 0], [1, 0]])
     kept = limited(plan_dispatch(experts, 2, None), counts, quota)
     assert kept.choice.tolist() == [0, 3]
     assert kept.row.flatten().tolist() == [0, 2, 2, 1, 2]

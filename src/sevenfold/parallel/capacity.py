@@ -1,7 +1,7 @@
 """An expert's capacity, shared over the tokens of the ranks that hold one copy of the experts."""
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from sevenfold.ops import Dispatch
 from sevenfold.parallel.config import ParallelConfig
@@ -32,7 +32,7 @@ def order_of_pieces(config: ParallelConfig, place: Place, num_groups: int) -> li
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
-def share_capacity(counts: Tensor, capacity: int) -> Tensor:
+def share_capacity(counts: np.ndarray, capacity: int) -> np.ndarray:
     """Give each expert's capacity to the pieces in their order.
 
         quota_p = min(count_p, max(0, capacity - sum over q < p of count_q))
@@ -45,26 +45,27 @@ def share_capacity(counts: Tensor, capacity: int) -> Tensor:
         [pieces, E].
     """
     earlier = counts.cumsum(0) - counts
-    return torch.minimum(counts, (capacity - earlier).clamp(min=0))
+    return np.minimum(counts, np.maximum(capacity - earlier, 0))
 
 
-def limited(plan: Dispatch, counts: Tensor, quota: Tensor) -> Dispatch:
+def limited(plan: Dispatch, counts: np.ndarray, quota: np.ndarray) -> Dispatch:
     """Keep the first choices of each expert in each piece.
 
     Args:
         plan: of all choices.
-        counts: [pieces, E] on the host; choices of each expert in the tokens' pieces.
-        quota: [pieces, E] on the host; how many of them stay, the first.
+        counts: [pieces, E], choices of each expert in the tokens' pieces.
+        quota: [pieces, E], how many of them stay, the first.
     """
-    if torch.equal(counts, quota):
+    if np.array_equal(counts, quota):
         return plan
-    device, R = plan.choice.device, len(plan.choice)
+    device, R = plan.choice.device, int(quota.sum())
     # The plan is sorted by expert, and within an expert by token: piece after piece.
-    by_expert, stay = counts.t().flatten(), quota.t().flatten()
-    first = torch.repeat_interleave(by_expert.cumsum(0) - by_expert, by_expert)
-    stays = torch.arange(R) - first < torch.repeat_interleave(stay, by_expert)
-    choice = plan.choice[sent(torch.nonzero(stays).flatten(), device)]
-    row = torch.full((plan.row.numel(),), len(choice), device=device)
-    row[choice] = torch.arange(len(choice), device=device)
-    rows_per_expert = sent(quota.sum(0).to(torch.int32), device)
-    return Dispatch(choice, row.view(plan.row.shape), rows_per_expert)
+    dropped = (counts - quota).T.ravel()
+    numbers = [quota.T.ravel(), dropped.cumsum() - dropped, quota.sum(0)]
+    stay, dropped_before, rows_per_expert = sent(numbers, device)
+    kept = torch.arange(R, device=device)
+    piece = torch.repeat_interleave(stay, output_size=R)
+    choice = plan.choice[kept + dropped_before[piece]]
+    row = torch.full((plan.row.numel(),), R, device=device)
+    row[choice] = kept
+    return Dispatch(choice, row.view(plan.row.shape), rows_per_expert, is_full=True)

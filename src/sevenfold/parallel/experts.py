@@ -12,12 +12,20 @@ Source: arXiv 2501.08313 section 2.2.2 (global router), 3.1 (groups, overlap).
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from sevenfold.models.feed_forward import MixtureOfExperts
-from sevenfold.ops import Dispatch, autocast, combine, gather_rows, plan_dispatch
+from sevenfold.ops import (
+    Dispatch,
+    autocast,
+    combine_parts,
+    gather_parts,
+    gather_rows,
+    plan_dispatch,
+)
 from sevenfold.parallel.capacity import limited, order_of_pieces, share_capacity
 from sevenfold.parallel.collectives import (
     Flight,
@@ -77,40 +85,44 @@ class _Group(NamedTuple):
     experts: Tensor
 
 
-class _Ready(NamedTuple):
-    """A token group before it departs: its plan, and the rows unless some may be dropped."""
+class _Choices(NamedTuple):
+    """Choices that all ranks' tokens made, and those that are kept: [ranks, pieces, E]."""
+
+    made: np.ndarray
+    kept: np.ndarray
+
+
+class _LaidOut(NamedTuple):
+    """A token group before it departs.
+
+    plan, rows: of all its rows, sorted by expert, this rank's experts first.
+    ends: where its experts' rows end in both halves of those that stay; none unless they are run in
+        halves.
+    """
 
     plan: Dispatch
-    rows: Tensor | None
-
-
-class _Part(NamedTuple):
-    """Rows that stay on this rank, and what they are."""
-
     rows: Tensor
-    run: Run
+    ends: tuple[Tensor, ...]
 
 
 class _Underway(NamedTuple):
     """A token group on its way to the experts.
 
-    plan: of all its rows, sorted by expert.
-    before, after: rows for the ranks before this one and behind it.
-    early, late: rows between, which stay: those to compute while rows come, and while what became
-        of those goes back.
-    joining: rows that stay and are computed with those that come.
-    rows: those that come, by the flight; arriving: what they are, with those that join them.
+    plan: of all its rows.
+    early, late: rows that stay: those to compute while rows come, and while what became of those
+        goes back; or all and none, to compute with those that come.
+    ends: of early and late.
+    rows: those that come, by the flight.
+    counts: [expert_tensor, sources, E / expert] of what comes, and of what is computed with it.
     """
 
     plan: Dispatch
-    before: int
-    after: int
-    early: list[_Part]
-    joining: list[Tensor]
-    late: list[_Part]
+    early: Tensor
+    late: Tensor
+    ends: tuple[Tensor, ...]
     rows: Tensor
     flight: Flight
-    arriving: Run
+    counts: np.ndarray
 
 
 class ExpertRoute:
@@ -134,7 +146,10 @@ class ExpertRoute:
         self.stretches = NUM_STRETCHES if config.context > 1 else 1
         self.num_groups = config.expert_token_groups
         self.order = order_of_pieces(config, layout.place, self.num_groups)
-        self.matrices: tuple[Tensor, ...] | None = None  # within a call
+        own = self.place.expert
+        self.others = [rank for rank in range(config.expert) if rank != own]
+        every = np.arange(self.num_experts).reshape(config.expert, -1)
+        self.own_first = every[[own, *self.others]].ravel()
 
     @property
     def index(self) -> int:
@@ -153,29 +168,31 @@ class ExpertRoute:
         reading, capacity = self._counts(experts, pieces), self._capacity(len(tokens))
         parts = map(pieces.split, (tokens, weights, experts))
         groups = [_Group(*group) for group in zip(pieces.groups, *parts, strict=True)]
-        # The first group's rows are sorted while the host waits for the counts.
-        ready = self._ready(groups[0], capacity)
-        counts = reading.numbers()
-        quotas = self._quotas(counts, capacity)
         runs = ExpertRuns(self.experts, self.width_peers, self.size[1])
-        underway, returning = self._depart(groups[0], ready, counts, quotas, runs), []
+        # The first group's rows are laid out while the host waits for the counts.
+        ready = self._ready(groups[0], capacity, runs)
+        choices = self._limited(reading.numbers(), capacity)
+        underway, returning = self._depart(groups[0], ready, choices, runs), []
         for after in (*groups[1:], None):
             now = underway
-            early = [_run(runs, *part) for part in now.early]
+            early = _run(runs, now.early, now.ends[:1])
+            arriving = Run.of(now.counts, now.rows.device, may_be_sorted=runs.in_parts)
             arrived = end_exchange(now.rows, now.flight)
             if after is not None:
-                ready = self._ready(after, capacity)
-                underway = self._depart(after, ready, counts, quotas, runs)
-            *joined, done = _run_together(runs, [*now.joining, arrived], now.arriving)
+                ready = self._ready(after, capacity, runs)
+                underway = self._depart(after, ready, choices, runs)
+            joining = [] if now.ends else [early]
+            *joined, done = _run_together(runs, [*joining, arrived], arriving)
             back = Flight(now.flight.received, now.flight.sent, self.peers)
             rows = begin_exchange(done, back)
-            late = [_run(runs, *part) for part in now.late]
-            returning.append((now, [*early, *joined, *late], rows, back))
+            late = _run(runs, now.late, now.ends[1:])
+            returning.append((now.plan, joined[0] if joined else early, late, rows, back))
         sums = []
-        for group, (now, own, rows, back) in zip(groups, returning, strict=True):
-            rows = _in_order(now, own, end_exchange(rows, back))
-            sums.append(combine(rows, group.weights.to(rows.dtype), now.plan))
-        kept = [now.plan.rows_per_expert for now, *_ in returning]
+        for group, (plan, early, late, rows, back) in zip(groups, returning, strict=True):
+            # Also where none went: every rank's gradient goes back, and one that has none answers.
+            parts = (early, late, end_exchange(rows, back))
+            sums.append(combine_parts(parts, group.weights.to(rows.dtype), plan))
+        kept = [plan.rows_per_expert for plan, *_ in returning]
         return self._on_all(_cat(sums), _cat(kept))
 
     def _on_all(self, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,63 +221,69 @@ class ExpertRoute:
             return None
         return self.capacity(num_tokens * self.size[0] * self.size[1])
 
-    def _quotas(self, counts: Tensor, capacity: int | None) -> Tensor:
-        """[ranks, pieces, E]: choices that are kept."""
+    def _limited(self, counts: np.ndarray, capacity: int | None) -> _Choices:
+        """Share the capacity over all choices [ranks, pieces, E]."""
         if capacity is None:
-            return counts
-        quotas = torch.empty_like(counts).flatten(0, 1)
-        quotas[self.order] = share_capacity(counts.flatten(0, 1)[self.order], capacity)
-        return quotas.view_as(counts)
+            return _Choices(counts, counts)
+        flat = counts.reshape(-1, self.num_experts)
+        kept = np.empty_like(flat)
+        kept[self.order] = share_capacity(flat[self.order], capacity)
+        return _Choices(counts, kept.reshape(counts.shape))
 
-    def _ready(self, group: _Group, capacity: int | None) -> _Ready:
-        plan = plan_dispatch(group.experts, self.num_experts, None)
-        return _Ready(plan, gather_rows(group.tokens, plan) if capacity is None else None)
+    def _ready(self, group: _Group, capacity: int | None, runs: ExpertRuns) -> Dispatch | _LaidOut:
+        """Sort a token group's choices, and lay its rows out unless some may be dropped."""
+        plan = plan_dispatch(self._renamed(group.experts), self.num_experts, None)
+        return plan if capacity is not None else self._laid_out(group, plan, runs)
+
+    def _laid_out(self, group: _Group, plan: Dispatch, runs: ExpertRuns) -> _LaidOut:
+        # Before it is known which of them stay: gather_parts says so, and has their gradients.
+        with torch.no_grad():
+            rows = gather_rows(group.tokens, plan)
+        own = plan.rows_per_expert[: self.num_experts // self.size[0]]
+        return _LaidOut(plan, rows, Run.halves(own) if runs.in_parts else ())
+
+    def _renamed(self, experts: Tensor) -> Tensor:
+        """Call this rank's experts the first: the rows that travel then lie end to end."""
+        own = self.num_experts // self.size[0]
+        end = (self.place.expert + 1) * own
+        if end == own:
+            return experts
+        return torch.where(experts < end, (experts + own) % end, experts)
 
     def _depart(
-        self, group: _Group, ready: _Ready, counts: Tensor, quotas: Tensor, runs: ExpertRuns
+        self, group: _Group, ready: Dispatch | _LaidOut, choices: _Choices, runs: ExpertRuns
     ) -> _Underway:
-        """Send a token group on its way, and sort what arrives before it has arrived."""
-        pieces, plan, rows = group.pieces, ready.plan, ready.rows
-        if rows is None:
-            plan = limited(plan, counts[self.index, pieces], quotas[self.index, pieces])
-            rows = gather_rows(group.tokens, plan)
-        by_rank = quotas[:, pieces].sum(1).view(*self.size, self.size[0], -1)
+        """Send a token group on its way."""
+        if isinstance(ready, Dispatch):
+            made, kept = (x[self.index, group.pieces][:, self.own_first] for x in choices)
+            ready = self._laid_out(group, limited(ready, made, kept), runs)
+        plan, rows, ends = ready
+        by_rank = choices.kept[:, group.pieces].sum(1).reshape(*self.size, self.size[0], -1)
         own, part = self.place.expert, self.place.expert_tensor
-        mine = by_rank[:, :, own].transpose(0, 1)  # [expert_tensor, expert, E / expert]
+        mine = by_rank[:, :, own].swapaxes(0, 1)  # [expert_tensor, expert, E / expert]
         sent, received = by_rank[own, part].sum(-1).tolist(), mine[part].sum(-1).tolist()
-        before, after, stay = sum(sent[:own]), sum(sent[own + 1 :]), sent[own]
+        stay = sent[own]
         sent[own] = received[own] = 0  # what stays is no part of the exchange
-        halves = [stay // 2, stay - stay // 2] if runs.in_parts else [stay]
-        first, *staying, last = rows.split([before, *halves, after])
         flight = Flight(sent, received, self.peers)
-        leaving = [part for part in (first, last) if len(part)] or [first]
-        underway = begin_exchange(_cat(leaving), flight)
-        others = [n for n in range(self.size[0]) if n != own]
-        if not runs.in_parts:
-            arriving = Run.of(mine[:, [own, *others]], rows.device, may_be_sorted=False)
-            return _Underway(plan, before, after, [], staying, [], underway, flight, arriving)
-        parts = map(_Part, staying, Run.halves(mine[part, own], rows.device))
-        early, late = ([part] for part in parts)
-        arriving = Run.of(mine[:, others], rows.device, may_be_sorted=True)
-        return _Underway(plan, before, after, early, [], late, underway, flight, arriving)
+        flight.start(rows[stay:], sent, received)
+        # The graph is told of it while the rows travel.
+        early = stay // 2 if ends else stay
+        sizes = (early, stay - early, len(rows) - stay)
+        first, second, leaving = gather_parts(group.tokens, rows, plan, sizes)
+        underway = begin_exchange(leaving, flight)
+        sources = self.others if ends else [own, *self.others]
+        return _Underway(plan, first, second, ends, underway, flight, mine[:, sources])
 
 
-def _run(runs: ExpertRuns, rows: Tensor, run: Run) -> Tensor:
-    """What the experts make of rows that stay; of none, none."""
-    return runs(rows, run) if len(rows) else rows
+def _run(runs: ExpertRuns, rows: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
+    """What the experts make of rows that stay; of none, and of those that wait, themselves."""
+    return runs(rows, Run([len(rows)], *ends)) if ends and len(rows) else rows
 
 
 def _run_together(runs: ExpertRuns, parts: list[Tensor], run: Run) -> tuple[Tensor, ...]:
     """What the experts make of several rows at once, apart again."""
     done = runs(_cat(parts), run)
     return done.split([len(part) for part in parts]) if len(parts) > 1 else (done,)
-
-
-def _in_order(now: _Underway, own: list[Tensor], back: Tensor) -> Tensor:
-    """Put what became of a token group's rows in the order of its plan."""
-    first, last = back.split([now.before, now.after])
-    # Those without rows, too: every rank's gradient goes back, and a rank that has none answers.
-    return torch.cat([first, *own, last])
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Numbers between the host and a device, without waiting for the work that lies before them."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,15 +16,20 @@ class Reading:
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def numbers(self) -> Tensor:
+    def numbers(self) -> np.ndarray:
         """Wait for them, and not for what the device was given since."""
         if self.event is not None:
             self.event.synchronize()
-        return self.host
+        # Sums of a few numbers take NumPy a third of the time that they take torch.
+        return self.host.numpy()
 
 
-def sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host; from pinned memory, or the copy would wait for all work before it."""
-    if device.type != "cuda":
-        return numbers
-    return numbers.pin_memory().to(device, non_blocking=True)
+def sent(parts: list[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
+    """Copy from the host at once: [numbers of each part] int32.
+
+    From pinned memory, or the copy would wait for all work before it.
+    """
+    numbers = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
+    if device.type == "cuda":
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.split([part.size for part in parts])

@@ -1,11 +1,21 @@
 """Dispatch: who goes where, who is dropped, and the way back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sevenfold.ops import Dispatch, combine, gather_rows, plan_dispatch
+from sevenfold.config import UnsupportedError
+from sevenfold.ops import (
+    Dispatch,
+    combine,
+    combine_parts,
+    gather_parts,
+    gather_rows,
+    plan_dispatch,
+)
 from sevenfold.ops.testing import check_error
 
 few = settings(derandomize=True, max_examples=60, deadline=None)
@@ -101,6 +111,56 @@ def test_combine_is_the_weighted_sum(plan: Dispatch) -> None:
     check_error("y", combine(rows, weights, plan), exact, exact)
     leaves = (rows.requires_grad_(), weights.requires_grad_())
     assert torch.autograd.gradcheck(lambda rows, weights: combine(rows, weights, plan), leaves)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 4), (0, 8, 0), (8, 0, 0), (0, 0, 8)])
+def test_parts_are_the_whole_apart(sizes: tuple[int, int, int]) -> None:
+    plan, x = PLANS[0], random(4, 3).requires_grad_()
+    weights = random(4, 2, seed=1).requires_grad_()
+    rows = gather_rows(x, plan).detach()
+    parts = gather_parts(x, rows, plan, sizes)
+    assert [len(part) for part in parts] == list(sizes)
+    assert torch.equal(torch.cat(parts), rows)
+    assert torch.equal(combine_parts(parts, weights, plan), combine(rows, weights, plan))
+
+    def there_and_back(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows = gather_rows(x, plan).detach()
+        first, second, third = gather_parts(x, rows, plan, sizes)
+        return combine_parts((first, 2 * second, third.square()), weights, plan)
+
+    def whole(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        first, second, third = gather_rows(x, plan).split(sizes)
+        return combine(torch.cat([first, 2 * second, third.square()]), weights, plan)
+
+    # Not gradcheck: what was copied ahead stays as it was.
+    found, exact = (
+        torch.autograd.grad(run(x, weights).sin().sum(), (x, weights))
+        for run in (there_and_back, whole)
+    )
+    assert all(map(torch.equal, found, exact))
+
+
+def test_parts_refuse_rows_of_nobody_and_other_sizes() -> None:
+    plan, x = PLANS[0], random(4, 3)
+    rows = gather_rows(x, plan)
+    spare = replace(plan, is_full=False)
+    with pytest.raises(ValueError, match="dispatch must be full, got a plan whose rows may belong"):
+        gather_parts(x, rows, spare, (3, 1, 4))
+    with pytest.raises(ValueError, match="dispatch must be full, got a plan whose rows may belong"):
+        combine_parts((rows, rows[:0], rows[:0]), x[:, :2], spare)
+    with pytest.raises(ValueError, match=r"parts must have 8 rows in all, got \(3, 1, 3\)"):
+        gather_parts(x, rows, plan, (3, 1, 3))
+    with pytest.raises(ValueError, match=r"parts must have 8 rows in all, got \(8, 8, 0\)"):
+        combine_parts((rows, rows, rows[:0]), x[:, :2], plan)
+    with pytest.raises(ValueError, match=r"rows must have shape \[R, D\] = \[8, 3\], got \[7, 3\]"):
+        gather_parts(x, rows[1:], plan, (3, 1, 4))
+    for name, run in (
+        ("x", lambda: gather_parts(x, rows, plan, (3, 1, 4), impl="triton")),
+        ("parts", lambda: combine_parts(
+            (rows, rows[:0], rows[:0]), x[:, :2], plan, impl="triton")),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match=f"{name} must be bf16, fp16 or fp32 on a GPU"):
+            run()
 
 
 def test_one_choice_for_each_token() -> None:

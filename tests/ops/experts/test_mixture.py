@@ -68,15 +68,15 @@ def test_grouped_swiglu_is_the_mixture_of_rows_that_are_sorted() -> None:
     _, _, gate_up, down = leaves
     rows = gather_rows(leaves[0], plan)
     exact = mixture(*leaves, plan)
-    found = combine(grouped_swiglu(rows, gate_up, down, plan.rows_per_expert), leaves[1], plan)
+    ends = plan.rows_per_expert.cumsum(0, dtype=torch.int32)
+    found = combine(grouped_swiglu(rows, gate_up, down, ends), leaves[1], plan)
     check_error("y", found, exact.float(), exact)
     rows, gate_up, down = (x.requires_grad_() for x in (rows.detach(), gate_up, down))
-    count = plan.rows_per_expert
-    assert torch.autograd.gradcheck(lambda *t: grouped_swiglu(*t, count), (rows, gate_up, down))
+    assert torch.autograd.gradcheck(lambda *t: grouped_swiglu(*t, ends), (rows, gate_up, down))
     low = [x.detach().float() for x in (rows, gate_up, down)]
-    rounded = grouped_swiglu(*(x.bfloat16() for x in low), count)
+    rounded = grouped_swiglu(*(x.bfloat16() for x in low), ends)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(grouped_swiglu(*low, count), rounded)
+        assert torch.equal(grouped_swiglu(*low, ends), rounded)
 
 
 def test_autocast_rounds_rows_and_projections() -> None:
@@ -169,9 +169,9 @@ def test_wrong_arguments() -> None:
         grouped_swiglu(x[:, :5], gate_up, down, count)
     with pytest.raises(ValueError, match=r"down_proj must have shape \[E, D, F\] = \[4, 6, 5\]"):
         grouped_swiglu(x, gate_up, down.mT, count)
-    with pytest.raises(ValueError, match=r"rows_per_expert must have shape \[E\] = \[4\]"):
+    with pytest.raises(ValueError, match=r"ends must have shape \[E\] = \[4\]"):
         grouped_swiglu(x, gate_up, down, count[1:])
-    with pytest.raises(TypeError, match=r"rows_per_expert must be torch.int32, got torch.int64"):
+    with pytest.raises(TypeError, match=r"ends must be torch.int32, got torch.int64"):
         grouped_swiglu(x, gate_up, down, count.long())
     with pytest.raises(TypeError, match=r"down_proj must be torch.float64, got torch.float32"):
         grouped_swiglu(x, gate_up, down.float(), count)

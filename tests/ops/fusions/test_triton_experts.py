@@ -15,16 +15,18 @@ from sevenfold.ops.experts import (
     Dispatch,
     default_router_impl,
     dispatch_eager,
+    gather_parts,
     route_and_count,
     router_logits,
     triton_dispatch,
     triton_grouped_swiglu,
     triton_mixture,
+    triton_parts,
     triton_route,
     triton_router,
     triton_rows,
 )
-from sevenfold.ops.testing import poisoned_allocations
+from sevenfold.ops.testing import check_error, poisoned_allocations
 
 pytestmark = GPU_UNLESS_INTERPRETED
 # The mixture's products take bf16 on a GPU; the interpreter has no bf16.
@@ -87,7 +89,7 @@ def test_rows_out_and_back(
     x, rows = random(T, D, dtype=dtype), random(R, D, dtype=dtype, seed=1)
     weights, dy = random(T, k, dtype=dtype, seed=2), random(T, D, dtype=dtype, seed=3)
     check_kernel(
-        lambda x: triton_rows.gather_rows(x, plan.row, R),
+        lambda x: triton_rows.gather_rows(x, plan.row, R, False),
         lambda x: eager_rows(x, plan),
         [x],
         [rows],
@@ -98,6 +100,45 @@ def test_rows_out_and_back(
         [rows, weights],
         [dy],
     )
+
+
+PARTED = [(9, 2, 5, (5, 6, 7)), (9, 2, 5, (0, 18, 0)), (9, 2, 5, (4, 0, 10)), (0, 2, 3, (0, 0, 0))]
+if not INTERPRETED:
+    PARTED += [(5000, 2, 8, (2501, 2500, 4999)), (3000, 8, 256, (17, 1, 23_000))]
+
+
+@pytest.mark.parametrize(("T", "k", "E", "sizes"), PARTED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_out_and_back(
+    T: int, k: int, E: int, sizes: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Also of a plan that lacks some choices, whose rows are all somebody's."""
+    order, row, rows_per_expert = dispatch_eager.plan(choices(T, k, E), E, None)
+    R, D = sum(sizes), 24
+    plan = Dispatch(order[:R], row.clamp(max=R), rows_per_expert, is_full=True)
+    x, dy = random(T, D, dtype=dtype), random(T, D, dtype=dtype, seed=3)
+    parts = list(random(R, D, dtype=dtype, seed=1).split(sizes))
+    weights = random(T, k, dtype=dtype, seed=2)
+
+    def gathered(x: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            rows = triton_rows.gather_rows(x, plan.row, R, True)
+        return gather_parts(x, rows, plan, sizes)
+
+    def eager_sum(parts: list[Tensor]) -> Tensor:
+        return dispatch_eager.sum_rows(torch.cat(parts), plan.row)
+
+    with poisoned_allocations():
+        check_kernel(
+            lambda *leaves: triton_parts.combine_parts(*leaves, plan.row),
+            lambda *leaves: eager_combine(torch.cat(leaves[:3]), leaves[3], plan.row),
+            [*parts, weights],
+            [dy],
+        )
+        found, exact = triton_parts.sum_parts(*parts, plan.row), [part.double() for part in parts]
+        check_error("sum", found, eager_sum(parts), eager_sum(exact))
+        if not INTERPRETED:
+            check_kernel(gathered, lambda x: x[plan.token].split(sizes), [x], parts)
 
 
 @pytest.mark.parametrize(
@@ -393,8 +434,11 @@ def test_opcheck() -> None:
     rest = (plan.choice, plan.row, plan.rows_per_expert)
     leaves = [leaf.to(MIXTURE_DTYPE).requires_grad_() for leaf in mixture_inputs(9, 2, 5, 16, 8)]
     check_op(triton_dispatch.plan_dispatch, (experts, 5, 3))
-    check_op(triton_rows.gather_rows, (leaves[0], plan.row, len(plan.choice)))
+    check_op(triton_rows.gather_rows, (leaves[0], plan.row, len(plan.choice), False))
     check_op(triton_rows.combine, (random(15, 4).requires_grad_(), leaves[1].float(), plan.row))
+    parts = [random(n, 4, seed=n).requires_grad_() for n in (5, 6, 4)]
+    check_op(triton_parts.sum_parts, (*(part.detach() for part in parts), plan.row))
+    check_op(triton_parts.combine_parts, (*parts, leaves[1].float(), plan.row))
     check_op(triton_router.router_logits, (leaves[0], random(5, 16).requires_grad_()))
     check_op(triton_route.route, (random(9, 5).requires_grad_(), 2))
     # Dropless: what lies behind the last expert's rows is not written.

@@ -21,11 +21,13 @@ class Dispatch:
     row [T, k]: where each choice stands among the rows, R for a choice that was dropped.
     rows_per_expert [E]: int32. They sum to R, or to less on a GPU, where R is the most that a
         capacity lets through and no count is read: the rows beyond the sum belong to nobody.
+    is_full: whether the host knows that every row is a choice's.
     """
 
     choice: Tensor
     row: Tensor
     rows_per_expert: Tensor
+    is_full: bool = False
 
     @property
     def token(self) -> Tensor:
@@ -65,12 +67,13 @@ def plan_dispatch(
     on_gpu = experts.device.type == "cuda"
     default = Impl.TRITON if on_gpu else Impl.EAGER
     if choose_impl("plan_dispatch", impl, default, _KNOWN) is Impl.EAGER:
-        return Dispatch(*dispatch_eager.plan(experts, num_experts, capacity))
+        return Dispatch(*dispatch_eager.plan(experts, num_experts, capacity), is_full=True)
     if not on_gpu:
         raise UnsupportedError(f"experts must lie on a GPU for impl triton, got {experts.device}")
     from sevenfold.ops.experts import triton_dispatch
 
-    return Dispatch(*triton_dispatch.plan_dispatch(experts, num_experts, capacity))
+    plan = triton_dispatch.plan_dispatch(experts, num_experts, capacity)
+    return Dispatch(*plan, is_full=capacity is None)
 
 
 def gather_rows(x: Tensor, dispatch: Dispatch, *, impl: Impl | str | None = None) -> Tensor:
@@ -93,7 +96,7 @@ def gather_rows(x: Tensor, dispatch: Dispatch, *, impl: Impl | str | None = None
     check_on_gpu("x", x)
     from sevenfold.ops.experts import triton_rows
 
-    return triton_rows.gather_rows(x, dispatch.row, len(dispatch.choice))
+    return triton_rows.gather_rows(x, dispatch.row, len(dispatch.choice), dispatch.is_full)
 
 
 def combine(

@@ -27,6 +27,12 @@ def gather_rows(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
     return _GatherRows.apply(x, token, row)
 
 
+def sum_rows(rows: Tensor, row: Tensor) -> Tensor:
+    """The sum of each token's rows, without a gradient."""
+    parts = _choices(rows, row)
+    return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0])
+
+
 def combine(rows: Tensor, weights: Tensor, token: Tensor, row: Tensor) -> Tensor:
     """The weighted sum of each token's rows."""
     return _Combine.apply(rows, weights, token, row)
@@ -40,9 +46,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        parts = _choices(grads[0], ctx.row)
-        dx = parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0])
-        return dx, None, None
+        return sum_rows(grads[0], ctx.row), None, None
 
 
 class _Combine(torch.autograd.Function):

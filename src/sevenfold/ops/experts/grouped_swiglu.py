@@ -18,7 +18,7 @@ def grouped_swiglu(
     x: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    rows_per_expert: Tensor,
+    ends: Tensor,
     *,
     impl: Impl | str | None = None,
 ) -> Tensor:
@@ -30,7 +30,7 @@ def grouped_swiglu(
         x: [R, D], sorted by expert, any floating dtype; under autocast all are cast.
         gate_up_proj: [E, 2 F, D] in the dtype of x, W_gate above W_up.
         down_proj: [E, D, F] in the dtype of x.
-        rows_per_expert: [E] int32, summing to R; an expert may have none.
+        ends: [E] int32, where each expert's rows end, the last at R; an expert may have none.
         impl: "eager" (grouped_linear and swiglu, each with its default) or "triton" (one operator
             that keeps no hidden rows for its backward, bf16 on a GPU); None takes triton where it
             can run. A named one never falls back.
@@ -46,8 +46,8 @@ def grouped_swiglu(
     E, F2, D = gate_up_proj.shape
     check_shape("x", x, (len(x), D), "[R, D]")
     check_shape("down_proj", down_proj, (E, D, F2 // 2), "[E, D, F]")
-    check_shape("rows_per_expert", rows_per_expert, (E,), "[E]")
-    check_dtype("rows_per_expert", rows_per_expert, (torch.int32,))
+    check_shape("ends", ends, (E,), "[E]")
+    check_dtype("ends", ends, (torch.int32,))
     refusal = triton_refusal(x, gate_up_proj)
     default = Impl.EAGER if refusal else Impl.TRITON
     chosen = choose_impl("grouped_swiglu", impl, default, _IMPLS)
@@ -55,11 +55,11 @@ def grouped_swiglu(
     for name, projection in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         check_dtype(name, projection, (x.dtype,))
     if chosen is Impl.EAGER:
+        rows_per_expert = torch.diff(ends, prepend=ends.new_zeros(1))
         hidden = swiglu(grouped_linear(x, gate_up_proj, rows_per_expert))
         return grouped_linear(hidden, down_proj, rows_per_expert)
     if refusal:
         raise UnsupportedError(refusal)
     from sevenfold.ops.experts import triton_grouped_swiglu
 
-    ends = torch.cumsum(rows_per_expert, 0, dtype=torch.int32)
     return triton_grouped_swiglu.grouped_swiglu(x, gate_up_proj, down_proj, ends)[0]
