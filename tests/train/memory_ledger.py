@@ -39,6 +39,7 @@ _ANSWERS = {
     "default_impl": lambda *_: Impl.TRITON,
     "default_block_impl": lambda *_: Impl.FLASH,
     "default_linear_impl": lambda *_: Impl.EAGER,
+    "suits_keeping": lambda *_: True,
     "suits_numba": lambda *_: False,
 }
 
