@@ -80,6 +80,7 @@ def training_memory(
     product_bytes: int = _BF16,
     context_ranks: int = 1,
     keeps_attention: bool = True,
+    expert_ranks: int | None = None,
     held: HeldWeights | None = None,
     accumulates: bool = False,
 ) -> TrainingMemory:
@@ -93,6 +94,7 @@ def training_memory(
         product_bytes: of what products take: 2 with precision.autocast = "bf16", else 4.
         context_ranks: that divide the row, one document; keys go by ring.
         keeps_attention: whether recomputed blocks keep what softmax attention gave.
+        expert_ranks: over which experts are divided, and tokens travel; None where they do not.
         held: weights of a rank; None is all of them, divided over context_ranks alone.
         accumulates: whether all gradients exist already, of micro-batches before.
 
@@ -108,6 +110,7 @@ def training_memory(
         product_bytes,
         context_ranks,
         keeps_attention,
+        expert_ranks,
     )
     points = [
         _at_layer(step, held, layer, accumulates=accumulates)
@@ -123,12 +126,14 @@ def kept_bytes(
     stream_bytes: int,
     product_bytes: int,
     keeps_attention: bool = True,
+    expert_ranks: int | None = None,
 ) -> int:
     """Return what all blocks keep for the backward of one token, bytes.
 
     The arguments are those of training_memory.
     """
-    step = _Step(config, 1, recompute_every, stream_bytes, product_bytes, 1, keeps_attention)
+    sizes = (recompute_every, stream_bytes, product_bytes, 1, keeps_attention, expert_ranks)
+    step = _Step(config, 1, *sizes)
     return sum(_kept(step, layer) for layer in range(config.num_hidden_layers))
 
 
@@ -172,6 +177,7 @@ class _Step(NamedTuple):
     product: int
     ranks: int
     keeps_attention: bool
+    expert_ranks: int | None
 
     def recomputes(self, layer: int) -> bool:
         """Whether a block is computed again."""
@@ -286,7 +292,18 @@ def _feed_forward(step: _Step) -> int:
     routed = 3 * moe.num_local_experts * _FP32
     routed += k * (2 * F * step.product + 2 * _FP32 + 2 * _INT64)
     shared = 3 * (moe.shared_intermediate_size or 0) * step.product
-    return routed + shared
+    return routed + shared + _travelling(step, k)
+
+
+def _travelling(step: _Step, num_chosen: int) -> int:
+    """Of one token's choices: rows laid out, those that come from others, and what became of all.
+
+    As even routing has it: as many come as leave.
+    """
+    if step.expert_ranks is None:
+        return 0
+    e, row = step.expert_ranks, step.config.hidden_size * step.product
+    return num_chosen * (2 * row + row * (e - 1) // e)
 
 
 def _widest(step: _Step) -> int:

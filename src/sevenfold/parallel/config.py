@@ -192,6 +192,11 @@ class ParallelConfig(StrictModel):
         ranks = self.weight_shards * self.tensor
         size = self.expert * self.expert_width
         _check_divides("expert * expert_tensor", size, "shard * context * tensor", ranks)
+        if self.routes_tokens and self.token_ranks == 1 and self.expert_shards > 1:
+            raise ConfigError(
+                f"parallel: expert * expert_tensor must be tensor = {self.tensor} where all ranks "
+                f"hold the same tokens, got {size}"
+            )
         name = "shard * context * tensor / (expert * expert_tensor)"
         _check_divides(name, self.expert_shards, "hidden_size", model.hidden_size)
 

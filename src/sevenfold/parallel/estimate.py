@@ -123,6 +123,7 @@ def _pipeline_rank_memory(
         "stream_bytes": work.stream_bytes,
         "product_bytes": work.element_bytes,
         "keeps_attention": work.keeps_attention,
+        "expert_ranks": parallel.expert if parallel.routes_tokens else None,
     }
     memory = training_memory(
         part,
