@@ -210,12 +210,14 @@ def test_it_warms_up_unless_it_shall_be_ready_at_once(
     monkeypatch.setattr(server.BatchingEngine, "warm_up", warm_up)
     monkeypatch.setattr(server, "listen", listen)
     said = []
+    gc.unfreeze()
     for options in ([], ["--no-warm-up"]):
         where = ("--port", "0", "--memory-gib", "0.05")
         assert exit_code("serve", tiny_run.checkpoint, *where, *options) == 0
         said.append(capfd.readouterr().out)
         assert gc.get_freeze_count() > 10_000, "a full collection walks past all that stays"
         gc.unfreeze()
+    gc.freeze()  # as tests/conftest.py does
     assert "warming up: half way\nfinal at http://127.0.0.1:" in said[0]
     assert "warming up" not in said[1]
     assert "final at http://127.0.0.1:" in said[1]

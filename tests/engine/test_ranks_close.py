@@ -18,11 +18,14 @@ class Leaving:
     """In place of Joined: notes who left with which worker."""
 
     def __init__(self) -> None:
-        self.began, self.workers = Event(), []
+        self.began, self.workers, self.abandoned = Event(), [], 0
 
     def leave(self, worker: object) -> None:
         self.workers.append(worker)
         self.began.set()
+
+    def abandon(self) -> None:
+        self.abandoned += 1
 
 
 class LeavesTogether:
@@ -96,7 +99,8 @@ def test_ranks_that_wait_in_a_warm_up_are_killed_at_once() -> None:
     ranks._worker.has_left = True
     ranks.close()
     assert len(killed) == 1
-    assert leaving.workers == [ranks._worker]
+    # Nor would they answer: the group is left without them.
+    assert (leaving.abandoned, leaving.workers) == (1, [])
 
 
 def test_recordings_go_before_the_group(monkeypatch: pytest.MonkeyPatch) -> None:

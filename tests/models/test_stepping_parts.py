@@ -149,3 +149,12 @@ def test_what_stands_in_elsewhere_goes_by_its_modules() -> None:
     block.ranks = None
     halves = stepping._halves(block, torch.zeros(1, 1, 24, device=DEVICE))
     assert halves.feed is None
+
+
+def test_a_part_of_lightning_attention_is_no_whole_without_its_ranks() -> None:
+    """As where tokens travel to experts: its norm and its sum are over ranks."""
+    [block] = tiny_model("l", **WIDTHS).layers
+    assert stepping_device.device_mix(block) is not None
+    _divide_mixer(block, 0, NUM_RANKS, None)
+    assert block.ranks is None
+    assert stepping_device.device_mix(block) is None

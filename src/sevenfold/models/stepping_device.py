@@ -53,9 +53,9 @@ def device_mix(layer: Block) -> DeviceMix | None:
         if ranks is not None:
             end = partial(softmax_over_ranks, mixer.o_proj.weight, residual, ranks)
         return _softmax(mixer, norm, residual, end)
-    # What stands in for it on a rank has the same parts.
+    # What stands in for it on a rank has the same parts; without its ranks it is not the whole.
     heads: LightningAttention = mixer  # pyright: ignore[reportAssignmentType]
-    if heads.norm_groups > 1:
+    if heads.norm_groups > 1 or (ranks is None and not isinstance(mixer, LightningAttention)):
         return None
     weights = lightning_weights(heads)
     if not suits_device_weights((weights.qkv, weights.gate, weights.out)):

@@ -104,6 +104,7 @@ class BatchingEngine:
             draft=draft,
             ranks=source.ranks,
         )
+        self._ranks = source.ranks  # which end with whoever holds them
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}
         self._steps = 0
@@ -224,9 +225,11 @@ class BatchingEngine:
             self._wake.notify()
 
     def close(self) -> None:
-        """Stop, and wait for the step under way."""
+        """Stop, wait for the step under way, and end the other ranks, if there are any."""
         self.stop()
         self._thread.join(_JOIN_S)
+        if self._ranks is not None:
+            self._ranks.close()
 
     def _order(self, run: Callable[[], None], *, refuse: bool = True) -> None:
         """Let the thread run something before its next step."""

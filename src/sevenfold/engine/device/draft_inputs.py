@@ -56,6 +56,8 @@ class DraftInputs:
         self.ids, self.positions, self.sees = columns[0], columns[1], columns[4]
         self.page, self.place = columns[2].flatten(), columns[3].flatten()
         self.slots, self.key_lengths = lengths
+        # What is recorded before any draft is there reads no state: its count may be anything.
+        self.slots.fill_(SKIPPED)
 
     def fill(self, drafts: Sequence[Draft], page_tokens: int) -> None:
         """Send the drafts to the device, and padding behind them; nothing waits for the copy."""

@@ -75,4 +75,4 @@ class NgramIndex:
 
     def _copied(self, place: int, num_tokens: int) -> list[int]:
         copied = self._text[place : place + num_tokens]
-        return (copied * -(-num_tokens // len(copied)))[:num_tokens]
+        return (copied * -(-num_tokens // max(1, len(copied))))[:num_tokens]

@@ -94,6 +94,17 @@ class Joined:
             worker.close()
         dist.destroy_process_group()
 
+    def abandon(self) -> None:
+        """Leave the default group without the others, who have gone in the middle of something.
+
+        NCCL's kernels may wait for them on a GPU, and nothing that waits for these would end: the
+        group is aborted, as destroying it would wait, too.
+        """
+        if self.model.device.type == "cuda":
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+
 
 def join(joining: Joining) -> Joined:
     """Read this rank's part of the checkpoint, and meet the others.

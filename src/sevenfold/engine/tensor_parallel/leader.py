@@ -1,6 +1,7 @@
 """The worker of the first rank: what it is told, it tells all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class LeadingWorker(Worker):
 
     Whatever needs no other rank is told with the next run.
 
-    has_left: whether this rank gave up a warm-up, in which the others wait for it and hear nothing.
+    has_left: whether this rank broke off what it had told the others to do: they wait for it there,
+        and hear nothing any more.
     """
 
     def __init__(
@@ -32,15 +34,13 @@ class LeadingWorker(Worker):
         self._channel, self._orders = channel, Orders()
         self.has_left = False
         if self.ahead is not None:
-            self.ahead = _LeadingAhead(self.ahead, self._orders, channel)
+            self.ahead = _LeadingAhead(self.ahead, self._orders, channel, self._together)
 
     def warm_up(self, most_tokens: int, chunk_tokens: int, note: Note) -> None:
         """As Worker.warm_up, on all ranks."""
         self._orders.warm_up(most_tokens, chunk_tokens)
-        self._channel.send(self._orders.take())
-        self.has_left = True
-        super().warm_up(most_tokens, chunk_tokens, note)
-        self.has_left = False
+        with self._together():
+            super().warm_up(most_tokens, chunk_tokens, note)
 
     def prepare(self, fresh: Fresh) -> None:
         """As Worker.prepare, on all ranks."""
@@ -63,14 +63,14 @@ class LeadingWorker(Worker):
     def run(self, rows: Sequence[Row]) -> Tensor:
         """As Worker.run, on all ranks."""
         self._orders.run(rows)
-        self._channel.send(self._orders.take())
-        return super().run(rows)
+        with self._together():
+            return super().run(rows)
 
     def check(self, drafts: Sequence[DraftRow]) -> Checked:
         """As Worker.check, on all ranks."""
         self._orders.check(drafts)
-        self._channel.send(self._orders.take())
-        return super().check(drafts)
+        with self._together():
+            return super().check(drafts)
 
     def accept(
         self,
@@ -81,6 +81,23 @@ class LeadingWorker(Worker):
         """As Worker.accept, on all ranks."""
         self._orders.accept(accepted, rejected)
         super().accept(accepted, rejected=rejected)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Tell the others what was ordered, and do it within: an error leaves them there.
+
+        Raises:
+            RuntimeError: they were left before.
+        """
+        if self.has_left:
+            raise RuntimeError(
+                "all ranks must take every step, but this one broke one off, by an error or an "
+                "interrupt: close() it, and build another"
+            )
+        self.has_left = True
+        self._channel.send(self._orders.take())
+        yield
+        self.has_left = False
 
     def stop(self) -> None:
         """End the other ranks' following."""
@@ -95,8 +112,15 @@ class _LeadingAhead:
     then hardly anything is told.
     """
 
-    def __init__(self, runner: RunsAhead, orders: Orders, channel: Channel) -> None:
+    def __init__(
+        self,
+        runner: RunsAhead,
+        orders: Orders,
+        channel: Channel,
+        together: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self._runner, self._orders, self._channel = runner, orders, channel
+        self._together = together
         self._rows: Sequence[NextRow | None] = ()
         self._best = torch.empty(0)
 
@@ -109,11 +133,11 @@ class _LeadingAhead:
         is_own = tokens.data_ptr() == self._best.data_ptr()
         told = None if _follow(rows, self._rows) else list(rows)
         self._orders.next_step(NextStep(told, is_own))
-        self._channel.send(self._orders.take())
-        if not is_own:
-            tokens = tokens.contiguous()
-            self._channel.share(tokens)
-        stepped = self._runner.run_ahead(rows, tokens)
+        with self._together():
+            if not is_own:
+                tokens = tokens.contiguous()
+                self._channel.share(tokens)
+            stepped = self._runner.run_ahead(rows, tokens)
         self._rows, self._best = rows, stepped.best
         return stepped
 

@@ -82,7 +82,10 @@ class Ranks:
         self._meeting.cleanup()
 
     def _leave(self) -> None:
-        """Tell the others to leave, and do so."""
+        """Tell the others to leave, and do so; those that were left hear nothing any more."""
+        if self._worker is not None and self._worker.has_left:
+            self._joined.abandon()
+            return
         try:
             if self._worker is not None:
                 self._worker.stop()
