@@ -153,7 +153,7 @@ def training_flops(config: ModelConfig, lengths: Sequence[int]) -> int:
 def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
     """Count the FLOPs of running one sequence of num_tokens through the model, head included."""
     dense = num_tokens * _matmul_flops_per_token(config)
-    return dense + sum(_mixing_flops(config, kind, num_tokens) for kind in config.layer_types)
+    return dense + sum(mixing_flops(config, kind, num_tokens) for kind in config.layer_types)
 
 
 def decode_flops(config: ModelConfig, context_tokens: int) -> int:
@@ -230,7 +230,8 @@ def _matmul_flops_per_token(config: ModelConfig) -> int:
     return 2 * (count_parameters(config).active + head)
 
 
-def _mixing_flops(config: ModelConfig, layer_type: LayerType, num_tokens: int) -> int:
+def mixing_flops(config: ModelConfig, layer_type: LayerType, num_tokens: int) -> int:
+    """Count what one layer of a kind does between its projections, for one sequence."""
     H, D = config.num_attention_heads, config.head_dim
     if layer_type == "linear_attention":
         return 4 * H * D * D * num_tokens  # k v^T, and q^T S

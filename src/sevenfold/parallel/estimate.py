@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sevenfold.models import HybridModel, ModelConfig
-from sevenfold.models.accounting import prefill_flops, training_flops
+from sevenfold.models.accounting import mixing_flops, prefill_flops, training_flops
 from sevenfold.models.training_memory import (
     HeldWeights,
     TrainingMemory,
@@ -219,8 +219,7 @@ def step_time(model: ModelConfig, parallel: ParallelConfig, work: Work, rates: R
 
 def _attention_share(model: ModelConfig, num_tokens: int) -> float:
     """What of a forward's FLOPs is softmax attention over all tokens, between its products."""
-    pairs = num_tokens * (num_tokens + 1) // 2
-    layer = 4 * model.num_attention_heads * model.head_dim * pairs
+    layer = mixing_flops(model, "full_attention", num_tokens)
     return model.count("full_attention") * layer / prefill_flops(model, num_tokens)
 
 
