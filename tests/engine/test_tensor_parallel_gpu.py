@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from engine_helpers import MOE, tiny_model
+from matrix_bf16 import tamed
+from near_ties import Judge
 from test_engine import prompts, run, submit, tokens
 from tokenizers import Tokenizer
 
 import sevenfold as sf
-from sevenfold.bench.serving.agreement import check_tokens
 from sevenfold.engine.device import DeviceRunner
 from sevenfold.engine.engine import Engine
 from sevenfold.engine.sizing import size_engine
 from sevenfold.engine.speculation import PromptLookupConfig
 from sevenfold.engine.text_model import TextModel
+from sevenfold.models import MoEConfig
 from sevenfold.models.checkpoint import save_model
 
 pytestmark = [
@@ -29,9 +31,12 @@ pytestmark = [
 # Widths that every kernel takes, also of half the heads and half the width.
 WIDTHS = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDTHS |= {"intermediate_size": 128, "rotary_dim": 32, "max_position_embeddings": 400}
+# In bf16 a router near a tie chooses another expert, which no error rule allows: there all are.
+ALL_EXPERTS = MoEConfig(num_local_experts=3, num_experts_per_tok=3)
 MIXES = {
     "fp32": ("llf", torch.float32, {}),
-    "bf16 experts": ("llf", torch.bfloat16, {"moe": MOE}),
+    "fp32 experts": ("llf", torch.float32, {"moe": MOE}),
+    "bf16 experts": ("llf", torch.bfloat16, {"moe": ALL_EXPERTS}),
     "bf16 window": ("lsf", torch.bfloat16, {}),
 }
 CHAIN = PromptLookupConfig(min_match_tokens=1, adaptive=False)
@@ -42,7 +47,7 @@ MEMORY = 64 << 20
 
 def saved(name: str, folder: Path, tokenizer: Tokenizer) -> Path:
     mix, dtype, fields = MIXES[name]
-    save_model(tiny_model(mix, dtype=dtype, **(WIDTHS | fields)), folder)
+    save_model(tamed(tiny_model(mix, **(WIDTHS | fields))).to(dtype), folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -100,11 +105,13 @@ def test_ranks_give_greedy_tokens_recorded_or_not(
             found[kind] = serve(engine)
     with engine_of(folder, 1) as engine:
         found["one rank"] = serve(engine)
-        if name == "fp32":
+        if engine._model.dtype == torch.float32:
             assert found["recorded"] == found["as it comes"] == found["one rank"]
-        for kind in ("recorded", "as it comes"):
-            for text, chosen in zip(TEXTS, found[kind], strict=True):
-                check_tokens(engine._model, text, chosen)
+        judge = Judge(engine._model)
+    for kind in ("recorded", "as it comes"):
+        for text, chosen in zip(TEXTS, found[kind], strict=True):
+            judge.check(tuple(text), chosen)
+    assert 2 * judge.num_decided > judge.num_tokens, "most tokens must leave no choice"
     # No rank had to be killed, none was gone before.
     assert caplog.records == []
 

@@ -436,9 +436,11 @@ def test_opcheck() -> None:
     check_op(triton_dispatch.plan_dispatch, (experts, 5, 3))
     check_op(triton_rows.gather_rows, (leaves[0], plan.row, len(plan.choice), False))
     check_op(triton_rows.combine, (random(15, 4).requires_grad_(), leaves[1].float(), plan.row))
-    parts = [random(n, 4, seed=n).requires_grad_() for n in (5, 6, 4)]
-    check_op(triton_parts.sum_parts, (*(part.detach() for part in parts), plan.row))
-    check_op(triton_parts.combine_parts, (*parts, leaves[1].float(), plan.row))
+    # Gradients of rows that are nobody's are not written: here each is a choice's.
+    parts = [random(n, 4, seed=n).requires_grad_() for n in (5, 6, 7)]
+    row = torch.randperm(18, generator=torch.Generator().manual_seed(0)).to(plan.row).view(9, 2)
+    check_op(triton_parts.sum_parts, (*(part.detach() for part in parts), row))
+    check_op(triton_parts.combine_parts, (*parts, leaves[1].float(), row))
     check_op(triton_router.router_logits, (leaves[0], random(5, 16).requires_grad_()))
     check_op(triton_route.route, (random(9, 5).requires_grad_(), 2))
     # Dropless: what lies behind the last expert's rows is not written.

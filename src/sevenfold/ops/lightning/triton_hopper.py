@@ -210,8 +210,9 @@ def _compute_all(
     tma.store_wait(0)
 
 
+# Segments times heads change with the rows of a step.
 @launched
-@gluon.jit
+@gluon.jit(do_not_specialize=["works"])
 def hopper_scan_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, log_decay, scale, horizon, state_in, state_between,
     state_out, pool, pool_slot, table, deal, stops, works, H, o_token, o_head, state_k, state_v,
