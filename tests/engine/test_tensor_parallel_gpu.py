@@ -99,7 +99,8 @@ def test_ranks_give_greedy_tokens_recorded_or_not(
             runner = engine._worker.runner
             assert isinstance(runner, DeviceRunner)
             assert engine._worker.ahead is not None
-            assert (runner._graphs is not None) == (kind == "recorded")
+            can_record = name != "fp32 experts"  # the products of experts are bf16's
+            assert (runner._graphs is not None) == (kind == "recorded" and can_record)
             if runner._graphs is not None:
                 assert runner._graphs._recorder.recorded
             found[kind] = serve(engine)

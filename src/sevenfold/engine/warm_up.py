@@ -23,6 +23,8 @@ _DRAFTED_ROWS = (1, 2, 4)
 # pages of 64 tokens of its longest prompt, of each kind; and few tokens behind few and many keys.
 _ALONE = ((9,), (64,), (500,), (512,), (1000,), (1024,))
 _TOGETHER = ((9, 9), (20, 12), (260, 9), (515, 9), (500, 12), (1000, 5), (1000, 24))
+# Of these no snapshot is due: a scan that stops nowhere is another kernel.
+_UNKEPT = ((20, 12), (1000, 24))
 _UNIT_TOKENS = 1024  # long chunks meet their keys in powers of two of these
 
 
@@ -79,9 +81,11 @@ def first_runs(
         for n in reversed(batch_sizes or _UNRECORDED_ROWS)
         for num_pages in _rooms(reach, n)
     ]
+    kept = (*(() if prefill_sizes else _ALONE), *_TOGETHER)
     prompts = [
-        [reach.row(n, keeps=not place) for place, n in enumerate(lengths)]
-        for lengths in (*(() if prefill_sizes else _ALONE), *_TOGETHER)
+        [reach.row(n, keeps=keeps and not place) for place, n in enumerate(lengths)]
+        for keeps, of_kind in ((True, kept), (False, _UNKEPT))
+        for lengths in of_kind
         if all(map(reach.holds, lengths)) and sum(lengths) <= reach.chunk_tokens
     ]
     above = prefill_sizes[-1] if prefill_sizes else _UNIT_TOKENS
@@ -114,11 +118,12 @@ def _long_chunks(reach: Reach, above: int) -> Iterator[list[Row]]:
     most = reach.chunk_tokens
     if most <= above:
         return
-    for tokens, past in (
-        (most, 0),
-        (most - _UNIT_TOKENS, 0),
-        (above + _UNIT_TOKENS // 2 + 1, 0),
-        (most, most),
+    for tokens, past, keeps in (
+        (most, 0, True),
+        (most, 0, False),
+        (most - _UNIT_TOKENS, 0, True),
+        (above + _UNIT_TOKENS // 2 + 1, 0, True),
+        (most, most, True),
     ):
         if tokens > above and reach.holds(tokens, past):
-            yield [reach.row(tokens, past, keeps=True)]
+            yield [reach.row(tokens, past, keeps=keeps)]
