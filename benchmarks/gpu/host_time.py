@@ -71,6 +71,13 @@ SHORT_CASES = {
     "experts": [
         Case("experts", {"shard": 2, "expert": 2, **ONCE}, (2048,), 32, SHORT),
         Case(
+            "experts, copies",
+            {"shard": 2, "expert": 2, "expert_exchange": "copies", **ONCE},
+            (2048,),
+            32,
+            SHORT,
+        ),
+        Case(
             "experts, 2 token groups",
             {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
             (2048,),
@@ -97,6 +104,8 @@ def chosen_cases():
         cases.append(Case(SHORT, {}, (2048,), 16))
     for word, some in SHORT_CASES.items():
         cases += some if word in words else []
+    if TINY:  # has no copy engine
+        cases = [case for case in cases if "expert_exchange" not in case.degrees]
     if "context" not in words:
         return cases
     cases.append(Case(LONG, {}, (32_768,), 1))

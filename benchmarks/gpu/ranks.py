@@ -71,8 +71,13 @@ BY_ROWS = {
     "data: shard": {"shard": 2, **ONCE},
     "data: replicate": {"replicate": 2, **ONCE},
     "expert": {"shard": 2, "expert": 2, **ONCE},
+    "expert, copies": {"shard": 2, "expert": 2, "expert_exchange": "copies", **ONCE},
     "expert, 2 token groups": {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
 }
+
+
+if TINY:  # has no copy engine
+    del BY_ROWS["expert, copies"]
 
 
 def work_by_rows(rows):
@@ -299,6 +304,7 @@ CHECKS = [
     {"shard": 2},
     {"replicate": 2},
     {"shard": 2, "expert": 2},
+    {"shard": 2, "expert": 2, "expert_exchange": "copies"},
     {"shard": 2, "expert": 2, "expert_token_groups": 2},
     {"context": 2, "context_attention": "gather"},
     {"context": 2, "context_attention": "ring"},
@@ -308,6 +314,10 @@ CHECKS = [
     {"pipeline": 2},
     {"pipeline": 2, "pipeline_stages": 2},
 ]
+
+
+if TINY:
+    CHECKS = [layout for layout in CHECKS if "expert_exchange" not in layout]
 
 
 def checks(device):

@@ -20,6 +20,7 @@ from sevenfold.models import preset
 from sevenfold.models.feed_forward import MixtureOfExperts
 from sevenfold.parallel import ParallelConfig
 from sevenfold.parallel.collectives import Flight
+from sevenfold.parallel.exchange import Collective
 from sevenfold.parallel.expert_runs import ExpertRuns
 from sevenfold.parallel.experts import ExpertRoute
 from sevenfold.parallel.layout import place_of
@@ -56,7 +57,10 @@ def route_of(num_ranks):
         weight = getattr(moe.experts, name)
         weight.data = weight.data.chunk(num_ranks)[0].clone()
     layout = SimpleNamespace(
-        config=parallel, place=place_of(parallel, 0), group=lambda name: dist.group.WORLD
+        config=parallel,
+        place=place_of(parallel, 0),
+        group=lambda name: dist.group.WORLD,
+        expert_exchange=Collective(dist.group.WORLD),
     )
     return ExpertRoute(moe, layout)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sevenfold.parallel.collectives import Flight, begin_exchange, end_exchange, exchange_rows
+from sevenfold.parallel.exchange import Collective
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_work_between_the_two_runs_beside_the_exchange_both_ways(
 ) -> None:
     events = flights_told(monkeypatch)
     x, rows = torch.arange(3.0, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    flight = Flight([2], [2], alone)
+    flight = Flight([2], [2], Collective(alone))
     underway = begin_exchange(3 * rows, flight)
     y = _Told.apply(x, events)
     total = (end_exchange(underway, flight).sum(0) * y).sum()

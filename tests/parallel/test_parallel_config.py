@@ -48,6 +48,11 @@ def run_config(**sections: dict) -> RunConfig:
             "expert_tensor must divide intermediate_size = 8, got 16",
         ),
         (
+            {"shard": 2, "expert_exchange": "copies"},
+            {"moe": MOE},
+            'expert_exchange must be "collective" where no ranks divide the experts, got "copies"',
+        ),
+        (
             {"shard": 2, "expert_token_groups": 2},
             {"moe": MOE},
             "expert_token_groups must be 1 where no tokens travel to experts, got 2",

@@ -17,6 +17,7 @@ from sevenfold.ops import lightning_attention
 from sevenfold.parallel import ParallelConfig, Place, capacity, divide_row, expert_runs, experts
 from sevenfold.parallel.context import lightning
 from sevenfold.parallel.context.lightning import ContextLightning
+from sevenfold.parallel.exchange import Collective
 from sevenfold.parallel.expert_runs import ExpertRuns
 from sevenfold.parallel.experts import ExpertRoute
 from sevenfold.parallel.reading import Reading
@@ -67,6 +68,7 @@ def route_of_one(group: dist.ProcessGroup, token_groups: int, drops: bool) -> Ex
         config=ParallelConfig(expert_token_groups=token_groups),
         place=Place(0, 0, 0, 0),
         group=lambda name: group,
+        expert_exchange=Collective(group),
     )
     moe = MixtureOfExperts(model, model.moe).train(drops)
     torch.nn.init.normal_(moe.experts.gate_up_proj)

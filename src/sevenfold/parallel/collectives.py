@@ -7,6 +7,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
+from sevenfold.parallel.exchange import Arrival, Collective, Exchange
+
 
 def copy_to_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Hand the same x to computations that each rank does in part.
@@ -97,27 +99,24 @@ class Flight:
 
     Args:
         sent, received: rows for and from each rank.
-        group: the ranks.
+        exchange: how.
     """
 
-    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
-        self.sent, self.received, self.group = sent, received, group
-        self.work: dist.Work | None = None
+    def __init__(self, sent: list[int], received: list[int], exchange: Exchange) -> None:
+        self.sent, self.received, self.exchange = sent, received, exchange
+        self.arrival: Arrival | None = None
         self.rows = torch.empty(0)
 
     def start(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send rows; what is returned is filled when finish has been called."""
-        self.rows = rows.new_empty(sum(received), *rows.shape[1:])
-        self.work = dist.all_to_all_single(
-            self.rows, rows.contiguous(), received, sent, group=self.group, async_op=True
-        )
+        self.rows, self.arrival = self.exchange.start(rows.contiguous(), sent, received)
         return self.rows
 
     def finish(self) -> Tensor:
         """Wait for what start began: on a GPU its stream does, and the host goes on."""
-        if self.work is not None:
-            self.work.wait()
-        rows, self.work, self.rows = self.rows, None, torch.empty(0)
+        if self.arrival is not None:
+            self.arrival.wait()
+        rows, self.arrival, self.rows = self.rows, None, torch.empty(0)
         return rows
 
 
@@ -147,7 +146,7 @@ def exchange_rows(
     Returns:
         [sum(received), ...], from rank 0 first.
     """
-    flight = Flight(sent, received, group)
+    flight = Flight(sent, received, Collective(group))
     return end_exchange(begin_exchange(rows, flight), flight)
 
 
@@ -226,7 +225,7 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
         ctx.flight = flight
-        if flight.work is not None:
+        if flight.arrival is not None:
             return flight.rows
         return flight.start(rows, flight.sent, flight.received)
 

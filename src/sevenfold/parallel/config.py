@@ -29,6 +29,8 @@ class ParallelConfig(StrictModel):
         expert_tensor: ranks that divide each expert's width; None is as many as tensor.
         expert_token_groups: parts of a rank's tokens that go to the experts one after another, so
             that one travels while the experts run on another.
+        expert_exchange: how tokens travel: "collective", the backend's all-to-all, or "copies", by
+            the copy engines of the GPUs of one host, which take no multiprocessor from products.
         context_attention: how keys travel under context: "gather" or "ring"; None decides by their
             bytes.
         gather_once: whether weights that ranks divide stay whole from a micro-batch's forward to
@@ -46,6 +48,7 @@ class ParallelConfig(StrictModel):
     expert: _Degree = 1
     expert_tensor: _Degree | None = None
     expert_token_groups: _Degree = 1
+    expert_exchange: Literal["collective", "copies"] = "collective"
     context_attention: ContextAttention | None = None
     gather_once: bool = False
     gather_dtype: Literal["bf16"] | None = None
@@ -115,6 +118,11 @@ class ParallelConfig(StrictModel):
                 f"parallel.gather_dtype must be unset without experts, with tensor ranks and where "
                 f"no ranks divide weights, got {self.gather_dtype!r} with tensor = {self.tensor}, "
                 f"replicate * shard * context = {self.token_ranks}"
+            )
+        if self.expert_exchange == "copies" and self.expert == 1:
+            raise ConfigError(
+                'parallel.expert_exchange must be "collective" where no ranks divide the experts, '
+                'got "copies" with expert = 1'
             )
         self._check_pipeline(model)
         if self.num_ranks == 1:

@@ -20,6 +20,7 @@ from sevenfold.models.training_memory import (
     training_memory,
 )
 from sevenfold.parallel.config import ParallelConfig
+from sevenfold.parallel.copies import Copies
 from sevenfold.parallel.parts import parts_of
 from sevenfold.parallel.pipeline import rank_stages
 
@@ -136,7 +137,8 @@ def _pipeline_rank_memory(
     waiting = (_in_flight(parallel, work, rank) - 1) * tokens * kept_bytes(part, **how)
     # Blocks that are gathered in bf16 need no copies.
     cast = memory.cast_weights if parallel.gather_dtype is None else 0
-    return replace(memory, kept=memory.kept + round(waiting), cast_weights=cast)
+    rings = Copies.memory_bytes(parallel.expert) if parallel.expert_exchange == "copies" else 0
+    return replace(memory, kept=memory.kept + round(waiting) + rings, cast_weights=cast)
 
 
 def _rank_part(model: ModelConfig, parallel: ParallelConfig, rank: int) -> ModelConfig:

@@ -140,7 +140,7 @@ class ExpertRoute:
         self.experts, self.capacity = moe.experts, moe.capacity
         self.num_experts = moe.moe.num_local_experts
         self.place, self.size = layout.place, (config.expert, config.expert_width)
-        self.routers, self.peers = layout.group("routers"), layout.group("expert")
+        self.routers, self.exchange = layout.group("routers"), layout.expert_exchange
         self.width_peers = layout.group("expert_tensor")
         self.copies = layout.group("tensor") if config.tensor > 1 else None
         self.stretches = NUM_STRETCHES if config.context > 1 else 1
@@ -183,7 +183,7 @@ class ExpertRoute:
                 underway = self._depart(after, ready, choices, runs)
             joining = [] if now.ends else [early]
             *joined, done = _run_together(runs, [*joining, arrived], arriving)
-            back = Flight(now.flight.received, now.flight.sent, self.peers)
+            back = Flight(now.flight.received, now.flight.sent, self.exchange)
             rows = begin_exchange(done, back)
             late = _run(runs, now.late, now.ends[1:])
             returning.append((now.plan, joined[0] if joined else early, late, rows, back))
@@ -264,7 +264,7 @@ class ExpertRoute:
         sent, received = by_rank[own, part].sum(-1).tolist(), mine[part].sum(-1).tolist()
         stay = sent[own]
         sent[own] = received[own] = 0  # what stays is no part of the exchange
-        flight = Flight(sent, received, self.peers)
+        flight = Flight(sent, received, self.exchange)
         flight.start(rows[stay:], sent, received)
         # The graph is told of it while the rows travel.
         early = stay // 2 if ends else stay

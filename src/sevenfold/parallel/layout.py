@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sevenfold.config import ConfigError
 from sevenfold.parallel.config import ParallelConfig
+from sevenfold.parallel.copies import Copies
+from sevenfold.parallel.exchange import Collective, Exchange
 
 GroupName = Literal["pipeline", "context", "tensor", "expert", "expert_tensor", "routers"]
 
@@ -108,6 +110,12 @@ class Layout:
         """The ranks along one dimension."""
         mesh: DeviceMesh = getattr(self._meshes(), _MESH_OF[name])
         return mesh.get_group(name)
+
+    @cached_property
+    def expert_exchange(self) -> Exchange:
+        """How tokens travel between the ranks of expert, of all layers."""
+        kind = Copies if self.config.expert_exchange == "copies" else Collective
+        return kind(self.group("expert"))
 
     @property
     def device_type(self) -> str:

@@ -39,6 +39,7 @@ from sevenfold.parallel.context.states import (
     returned,
     states_before,
 )
+from sevenfold.parallel.exchange import Collective
 
 
 class HasDecay(Protocol):
@@ -100,7 +101,7 @@ class _Passage:
     ) -> None:
         self.plan, (self.log_decay, self.on_host) = plan, decay
         self.ends, self.starts = leaving(own, plan), entered(own)
-        self.flight = Flight(*plan.sizes, group)
+        self.flight = Flight(*plan.sizes, Collective(group))
         self.held: tuple[Tensor, Tensor] | None = None
 
     def added(self, a: Tensor, b: Tensor, *, from_end: bool) -> Tensor:
