@@ -22,6 +22,7 @@ MOE_NO_DROP = {"moe": MOE | {"capacity_factor": None}}
 STREAM = {"autocast": "bf16", "stream": "bf16"}
 NORM_GROUPS = {"linear_attn_norm_groups": 2}
 RING = {"context": 2, "context_attention": "ring"}
+BY_COPIES = {"expert_exchange": "copies", "weight_exchange": "copies"}
 INTERLEAVED = {"pipeline": 2, "pipeline_stages": 2}
 
 CASES = (
@@ -81,6 +82,14 @@ CASES = (
         micro_batch_rows=3,
         model=MIXTURE,
     ),
+    Case("copies", BY_COPIES | {"shard": 2, "expert": 2}, model=MIXTURE),
+    Case(
+        "copies-context",
+        {"context": 2, "weight_exchange": "copies", "gather_dtype": "bf16"},
+        model=MOE_NO_DROP,
+        autocast="bf16",
+        is_slow=True,
+    ),
     Case("tensor", {"tensor": 2}, model=MIXTURE),
     Case("tensor-groups", {"tensor": 2}, model=NORM_GROUPS),
     Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True, is_slow=True),
@@ -93,6 +102,13 @@ CASES = (
         "replicate-expert",
         {"replicate": 2, "shard": 2, "expert": 2},
         model=MOE_NO_DROP,
+    ),
+    Case("copies-4", BY_COPIES | {"shard": 4, "expert": 2}, model=MOE_NO_DROP, recompute=True),
+    Case(
+        "copies-replicate",
+        {"replicate": 2, "shard": 2, "weight_exchange": "copies"},
+        num_micro_batches=2,
+        model=DENSE,
     ),
     Case("tensor-4", {"tensor": 4}, model=MIXTURE),
     Case(

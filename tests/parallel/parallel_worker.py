@@ -13,6 +13,7 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
+import copies_over_gloo
 import parallel_cases
 import parallel_choices
 import parallel_failures
@@ -31,6 +32,7 @@ from sevenfold.train import load_run_config, train
 
 # A first step takes 2 s of a processor's time for these; none of them starts a thread.
 import_module("torch._dynamo")
+copies_over_gloo.stand_in()
 cpu_target.typing_context.refresh()
 cpu_target.target_context.refresh()
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 
-from sevenfold.parallel.copies import Rings, Slots, parts
+from sevenfold.parallel.copies import NOTHING, Piece, Rings, Slots, end_to_end, parts
 
 MEMORY, ROWS = 1 << 20, 1 << 30  # how far ranks' rings lie apart, and their rows
 
@@ -93,7 +93,7 @@ def queued(
         source, target = (ROWS * (1 + rank) + (2 * number + n) * 1000 for n in range(2))
         world.bytes |= dict(enumerate(b"".join(leaving[rank]), source))
         received = [of_rank[rank] for of_rank in sizes]
-        rings.run((0, 1), (source, target), (sizes[rank], received))
+        rings.run((0, 1), end_to_end(source, sizes[rank]), end_to_end(target, received))
         come = b"".join(of_rank[rank] for of_rank in leaving)
         addresses += range(target, target + len(come))
         values += come
@@ -102,13 +102,13 @@ def queued(
 
 def test_a_slot_is_not_filled_before_it_is_empty() -> None:
     world = World(2, Slots(2, 4), queues=2)
-    world.rings[0].run((0, 1), (ROWS, 0), ([0, 12], [0, 0]))
+    world.rings[0].run((0, 1), [NOTHING, Piece(ROWS, 12)], [NOTHING] * 2)
     sending = world.queues[0][0]
     while sending and sending[0][0]():
         sending.popleft()[1]()
     # Two slots are full; the third part waits until the other rank has taken the first.
     assert len(sending) == 3
-    world.rings[1].run((0, 1), (0, 2 * ROWS), ([0, 0], [12, 0]))
+    world.rings[1].run((0, 1), [NOTHING] * 2, [Piece(2 * ROWS, 12), NOTHING])
     world.work(random.Random(0))
     assert not sending
 

@@ -18,7 +18,8 @@ pytestmark = [
 ]
 WIDTH = 2048
 # Rows from each rank to the other: of several parts, more than fill a ring; of a part; none.
-MANY = (Slots().count + 2) * Slots().size // (2 * WIDTH) + 5
+SLOTS = Slots.of(2)
+MANY = (SLOTS.count + 2) * SLOTS.size // (2 * WIDTH) + 5
 FLIGHTS = [(3, 0), (0, 0), (MANY, 7), (0, MANY), (MANY, MANY), (1000, 1001)]
 
 

@@ -48,6 +48,11 @@ def run_config(**sections: dict) -> RunConfig:
             "expert_tensor must divide intermediate_size = 8, got 16",
         ),
         (
+            {"replicate": 2, "weight_exchange": "copies"},
+            {},
+            'weight_exchange must be "collective" where no ranks divide weights, got "copies"',
+        ),
+        (
             {"shard": 2, "expert_exchange": "copies"},
             {"moe": MOE},
             'expert_exchange must be "collective" where no ranks divide the experts, got "copies"',

@@ -29,14 +29,17 @@ class ParallelConfig(StrictModel):
         expert_tensor: ranks that divide each expert's width; None is as many as tensor.
         expert_token_groups: parts of a rank's tokens that go to the experts one after another, so
             that one travels while the experts run on another.
-        expert_exchange: how tokens travel: "collective", the backend's all-to-all, or "copies", by
-            the copy engines of the GPUs of one host, which take no multiprocessor from products.
+        expert_exchange: how tokens travel to experts: "collective", the backend's all-to-all, or
+            "copies", by the copy engines of the GPUs of one host, which take no multiprocessor
+            from products.
         context_attention: how keys travel under context: "gather" or "ring"; None decides by their
             bytes.
         gather_once: whether weights that ranks divide stay whole from a micro-batch's forward to
             its backward, which costs their bytes, instead of being gathered for each.
         gather_dtype: "bf16" rounds the weights of the blocks' products before they are gathered,
             and not at each product; with experts, autocast and tensor = 1. None gathers fp32.
+        weight_exchange: how weights that ranks divide are gathered, and their gradients summed:
+            "collective" or "copies", as expert_exchange.
     """
 
     pipeline: _Degree = 1
@@ -52,6 +55,7 @@ class ParallelConfig(StrictModel):
     context_attention: ContextAttention | None = None
     gather_once: bool = False
     gather_dtype: Literal["bf16"] | None = None
+    weight_exchange: Literal["collective", "copies"] = "collective"
 
     @property
     def num_ranks(self) -> int:
@@ -118,6 +122,11 @@ class ParallelConfig(StrictModel):
                 f"parallel.gather_dtype must be unset without experts, with tensor ranks and where "
                 f"no ranks divide weights, got {self.gather_dtype!r} with tensor = {self.tensor}, "
                 f"replicate * shard * context = {self.token_ranks}"
+            )
+        if self.weight_exchange == "copies" and self.weight_shards == 1:
+            raise ConfigError(
+                'parallel.weight_exchange must be "collective" where no ranks divide weights, got '
+                '"copies" with shard * context = 1'
             )
         if self.expert_exchange == "copies" and self.expert == 1:
             raise ConfigError(

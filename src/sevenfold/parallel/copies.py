@@ -12,6 +12,7 @@ product of as many programs as there are multiprocessors waits.
 Source: CUDA driver API, stream memory operations.
 """
 
+import ctypes
 import socket
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -25,13 +26,34 @@ from sevenfold.config import UnsupportedError
 from sevenfold.parallel.exchange import Arrival
 
 _NUMBER_BYTES, _MASK = 4, 2**32 - 1
+_ALIGNMENT = 512  # of slots
+_SLOTS, _RINGS_BYTES = 4, 256 << 20
 
 
 class Slots(NamedTuple):
     """Of a ring: how many, and bytes of each."""
 
-    count: int = 4
-    size: int = 32 << 20
+    count: int
+    size: int
+
+    @staticmethod
+    def of(num_ranks: int) -> "Slots":
+        """As large as suits some ranks, each of which has a ring for every other.
+
+        The more ranks there are, the less goes from one to another: in about as many parts.
+        """
+        size = _RINGS_BYTES // (_SLOTS * (num_ranks - 1))
+        return Slots(_SLOTS, size // _ALIGNMENT * _ALIGNMENT)
+
+
+class Piece(NamedTuple):
+    """Memory of this rank's that goes to a rank, or that what comes from it is written to."""
+
+    address: int
+    num_bytes: int
+
+
+NOTHING = Piece(0, 0)
 
 
 class Part(NamedTuple):
@@ -66,7 +88,7 @@ def parts(rank: int, sent: Sequence[int], received: Sequence[int], most: int) ->
     leaving first), on any rank: so all may lie in one queue, as streams of a GPU may.
 
     Args:
-        rank: this one, for and from which there is nothing.
+        rank: this one, of which there is no part.
         sent, received: bytes for and from each rank.
         most: bytes of a part.
     """
@@ -104,21 +126,21 @@ class Rings:
         return Rings._head_bytes(num_ranks) + (num_ranks - 1) * slots.count * slots.size
 
     def run(
-        self, streams: tuple[int, int], addresses: tuple[int, int], sizes: tuple[list[int], ...]
+        self, streams: tuple[int, int], leaving: Sequence[Piece], coming: Sequence[Piece]
     ) -> None:
-        """Let streams exchange what lies end to end by rank.
+        """Let streams exchange pieces.
 
         Args:
             streams: one that sends, one that receives.
-            addresses: of what leaves, of what comes.
-            sizes: bytes for each rank, bytes from each.
+            leaving, coming: for each rank and from each; what stands for this one is not moved.
         """
-        starts = [list(accumulate(of, initial=0)) for of in sizes]
-        for part in parts(self._rank, *sizes, self._slots.size):
-            away = 0 if part.leaves else 1
-            address = addresses[away] + starts[away][part.peer] + part.start
-            move = self._send if part.leaves else self._receive
-            move(streams[away], part.peer, address, part.end - part.start)
+        sending, receiving = streams
+        sent, received = ([piece.num_bytes for piece in of] for of in (leaving, coming))
+        for leaves, peer, start, end in parts(self._rank, sent, received, self._slots.size):
+            if leaves:
+                self._send(sending, peer, leaving[peer].address + start, end - start)
+            else:
+                self._receive(receiving, peer, coming[peer].address + start, end - start)
 
     def _send(self, stream: int, peer: int, source: int, num_bytes: int) -> None:
         number = self._sent[peer]
@@ -143,7 +165,7 @@ class Rings:
     @staticmethod
     def _head_bytes(num_ranks: int) -> int:
         """Of the numbers; slots begin where copies like to."""
-        return -(-2 * num_ranks * _NUMBER_BYTES // 512) * 512
+        return -(-2 * num_ranks * _NUMBER_BYTES // _ALIGNMENT) * _ALIGNMENT
 
     def _number(self, owner: int, other: int, *, is_taken: bool) -> int:
         return self._bases[owner] + _NUMBER_BYTES * (other + len(self._bases) * is_taken)
@@ -156,7 +178,7 @@ class Rings:
 
 
 class Copies:
-    """An exchange between ranks of one host by copies; ranks meet in the first."""
+    """Exchanges between ranks of one host by copies; ranks meet in the first."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -167,7 +189,7 @@ class Copies:
     @staticmethod
     def memory_bytes(num_ranks: int) -> int:
         """Of each rank's rings."""
-        return Rings.memory_bytes(num_ranks, Slots())
+        return Rings.memory_bytes(num_ranks, Slots.of(num_ranks))
 
     def start(self, rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Arrival]:
         """As Exchange says; there is nothing for this rank itself.
@@ -175,33 +197,51 @@ class Copies:
         Raises:
             UnsupportedError: in the first, the rows are not on a GPU, or the ranks not on one host.
         """
-        rings = self._rings or self._meet(rows.device)
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
         row_bytes = rows.shape[1:].numel() * rows.itemsize
-        ready = torch.cuda.current_stream(rows.device).record_event()
+        pieces = (
+            end_to_end(x.data_ptr(), [n * row_bytes for n in sizes])
+            for x, sizes in ((rows, sent), (arrived, received))
+        )
+        return arrived, self.move((rows, arrived), *pieces)
+
+    def move(
+        self, tensors: tuple[Tensor, ...], leaving: list[Piece], coming: list[Piece]
+    ) -> Arrival:
+        """Exchange pieces of tensors, which are held until they have been waited for.
+
+        Args:
+            tensors: on one GPU, whose current stream has written what leaves.
+            leaving, coming: for each rank and from each; what stands for this one is not moved.
+
+        Raises:
+            UnsupportedError: as start does.
+        """
+        device = tensors[0].device
+        rings = self._rings or self._meet(device)
+        ready = torch.cuda.current_stream(device).record_event()
         for stream in self._streams:
             stream.wait_event(ready)
         sending, receiving = (stream.cuda_stream for stream in self._streams)
-        sizes = ([n * row_bytes for n in sent], [n * row_bytes for n in received])
-        rings.run((sending, receiving), (rows.data_ptr(), arrived.data_ptr()), sizes)
-        return arrived, _Copied(rows, [stream.record_event() for stream in self._streams])
+        rings.run((sending, receiving), leaving, coming)
+        return _Moved(tensors, [stream.record_event() for stream in self._streams])
 
     def _meet(self, device: torch.device) -> Rings:
         if device.type != "cuda":
-            raise UnsupportedError(
-                f'parallel.expert_exchange = "copies" needs GPUs, got rows on {device}'
-            )
+            raise UnsupportedError(f'parallel: exchange by "copies" needs GPUs, got {device}')
         self._check_host()
         # Built on what torch calls alpha: its memory that processes share, and their addresses.
         from torch.distributed import _symmetric_memory
 
-        num_bytes = self.memory_bytes(dist.get_world_size(self._group))
+        num_ranks = dist.get_world_size(self._group)
+        num_bytes = self.memory_bytes(num_ranks)
         self._memory = _symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
         self._memory.zero_()
         torch.cuda.synchronize(device)  # nobody's number is written before it is 0
         bases = _symmetric_memory.rendezvous(self._memory, self._group).buffer_ptrs
         self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)]
-        self._rings = Rings(dist.get_rank(self._group), bases, Slots(), _CudaDriver())
+        slots, rank = Slots.of(num_ranks), dist.get_rank(self._group)
+        self._rings = Rings(rank, bases, slots, _CudaDriver())
         return self._rings
 
     def _check_host(self) -> None:
@@ -209,46 +249,59 @@ class Copies:
         dist.all_gather_object(hosts, socket.gethostname(), group=self._group)
         if len(set(hosts)) > 1:
             raise UnsupportedError(
-                f'parallel.expert_exchange = "copies" needs the ranks of expert on one host, got '
+                f'parallel: exchange by "copies" needs ranks of one host, got '
                 f"{', '.join(sorted(set(hosts)))}"
             )
 
 
-class _Copied:
-    """Rows, held until they have left, and when all have left and come."""
+def end_to_end(address: int, sizes: Sequence[int]) -> list[Piece]:
+    """Pieces of these sizes, one behind the other."""
+    starts = accumulate(sizes, initial=address)
+    return [Piece(start, size) for start, size in zip(starts, sizes, strict=False)]
 
-    def __init__(self, rows: Tensor, events: list[torch.cuda.Event]) -> None:
-        self._rows: Tensor | None = rows
-        self._events = events
+
+class _Moved:
+    """Tensors, held until what leaves has left, and when all has left and come."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], events: list[Any]) -> None:
+        self._tensors, self._events = tensors, events
 
     def wait(self) -> None:
         """Let the current stream wait for both."""
         for event in self._events:
             event.wait()
-        self._rows = None
+        self._tensors = ()
 
 
 class _CudaDriver:
-    """CUDA's driver, as Driver says."""
+    """CUDA's driver, as Driver says.
+
+    Not through cuda.bindings, whose objects for each argument cost 5 us a call: an exchange takes
+    some twenty calls, which the next kernels' launches wait for.
+    """
 
     def __init__(self) -> None:
-        # torch brings it for GPUs.
-        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
-
-        self._driver = driver
+        library = ctypes.CDLL("libcuda.so.1")
+        stream, address, number = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32
+        self._wait = library.cuStreamWaitValue32_v2
+        self._write = library.cuStreamWriteValue32_v2
+        self._copy = library.cuMemcpyAsync
+        for function in (self._wait, self._write):
+            function.argtypes = (stream, address, number, number)
+        self._copy.argtypes = (address, address, ctypes.c_size_t, stream)
 
     def wait(self, stream: int, number: int, least: int) -> None:
         at_least = 0  # CU_STREAM_WAIT_VALUE_GEQ
-        self._check(self._driver.cuStreamWaitValue32(stream, number, least, at_least))
+        _check(self._wait(stream, number, least, at_least))
 
     def write(self, stream: int, number: int, value: int) -> None:
         with_barrier = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
-        self._check(self._driver.cuStreamWriteValue32(stream, number, value, with_barrier))
+        _check(self._write(stream, number, value, with_barrier))
 
     def copy(self, stream: int, target: int, source: int, num_bytes: int) -> None:
-        self._check(self._driver.cuMemcpyAsync(target, source, num_bytes, stream))
+        _check(self._copy(target, source, num_bytes, stream))
 
-    def _check(self, result: tuple[Any]) -> None:
-        (error,) = result
-        if error != self._driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"CUDA's driver must not fail, got {error!r}")
+
+def _check(error: int) -> None:
+    if error:
+        raise RuntimeError(f"CUDA's driver must not fail, got error {error}")

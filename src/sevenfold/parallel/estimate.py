@@ -137,8 +137,18 @@ def _pipeline_rank_memory(
     waiting = (_in_flight(parallel, work, rank) - 1) * tokens * kept_bytes(part, **how)
     # Blocks that are gathered in bf16 need no copies.
     cast = memory.cast_weights if parallel.gather_dtype is None else 0
-    rings = Copies.memory_bytes(parallel.expert) if parallel.expert_exchange == "copies" else 0
-    return replace(memory, kept=memory.kept + round(waiting) + rings, cast_weights=cast)
+    kept = memory.kept + round(waiting) + _rings_bytes(parallel)
+    return replace(memory, kept=kept, cast_weights=cast)
+
+
+def _rings_bytes(parallel: ParallelConfig) -> int:
+    """Of what copies go through."""
+    total = Copies.memory_bytes(parallel.expert) if parallel.expert_exchange == "copies" else 0
+    if parallel.weight_exchange == "copies":
+        total += Copies.memory_bytes(parallel.weight_shards)
+        if parallel.routes_tokens and parallel.expert_shards > 1:
+            total += Copies.memory_bytes(parallel.expert_shards)
+    return total
 
 
 def _rank_part(model: ModelConfig, parallel: ParallelConfig, rank: int) -> ModelConfig:
@@ -167,6 +177,8 @@ def _held_weights(model: ModelConfig, parallel: ParallelConfig, rank: int) -> He
     # A block and the next one, or all; gradients of a block, and those that are on their way.
     gathered = (whole if parallel.gather_once else 2 * block) * _element_bytes(parallel)
     gathered += (outer.whole + 2 * block) * _FP32_BYTES
+    if parallel.weight_exchange == "copies":
+        gathered += block * _FP32_BYTES  # others' summands
     is_last = rank == parallel.pipeline - 1
     return HeldWeights(
         own=outer.divided + own,

@@ -114,8 +114,19 @@ class Layout:
     @cached_property
     def expert_exchange(self) -> Exchange:
         """How tokens travel between the ranks of expert, of all layers."""
-        kind = Copies if self.config.expert_exchange == "copies" else Collective
-        return kind(self.group("expert"))
+        if self.config.expert_exchange == "copies":
+            return Copies(self.group("expert"))
+        return Collective(self.group("expert"))
+
+    @cached_property
+    def weight_copies(self) -> Copies:
+        """Between the ranks of weight_mesh that divide weights."""
+        return Copies(self._meshes().weights.get_group("weights"))
+
+    @cached_property
+    def expert_copies(self) -> Copies:
+        """Between the ranks of expert_mesh that divide experts."""
+        return Copies(self._meshes().experts.get_group("expert_shard"))
 
     @property
     def device_type(self) -> str:

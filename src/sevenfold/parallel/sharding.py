@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -18,6 +17,7 @@ from sevenfold.models.layers import Linear
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of, weights_dimension
 from sevenfold.parallel.pipeline import own_blocks
+from sevenfold.parallel.weights_by_copies import exchange_by_copies
 
 # Gradients are summed, and kept, in fp32.
 _IN_BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -46,25 +46,29 @@ def shard_model(model: HybridModel, layout: Layout) -> None:
         return Shard(weights_dimension(parts, len(parameter), shards, width))
 
     def shard(
-        module: nn.Module | list[nn.Module], mesh: DeviceMesh, *, again: bool, narrow: bool
+        module: nn.Module | list[nn.Module], *, again: bool, narrow: bool, experts: bool = False
     ) -> None:
-        fully_shard(
+        unit = fully_shard(
             module,
-            mesh=mesh,
+            mesh=layout.expert_mesh if experts else layout.weight_mesh,
             mp_policy=_IN_BF16 if narrow else MixedPrecisionPolicy(),
             shard_placement_fn=along,
             reshard_after_forward=again,
             ignored_params=alone,
         )
+        if layout.config.weight_exchange == "copies":
+            copies = layout.expert_copies if experts else layout.weight_copies
+            for part in unit if isinstance(unit, list) else [unit]:
+                exchange_by_copies(part, copies)
 
     again, narrow = not layout.config.gather_once, layout.config.gather_dtype is not None
     for block in own_blocks(model):
         if layout.config.routes_tokens and isinstance(block.mlp, MixtureOfExperts) and not alone:
-            shard(block.mlp.experts, layout.expert_mesh, again=again, narrow=narrow)
+            shard(block.mlp.experts, again=again, narrow=narrow, experts=True)
         unit = _products(block, alone) if narrow else block
-        shard(unit, layout.weight_mesh, again=again, narrow=narrow)
+        shard(unit, again=again, narrow=narrow)
     # The head is read after the forward, so the outermost unit stays whole until the backward.
-    shard(model, layout.weight_mesh, again=False, narrow=False)
+    shard(model, again=False, narrow=False)
     method = "hidden" if layout.config.pipeline == 1 else "run_stage"
     register_fsdp_forward_method(model, method)
     for unit in _units(model):
