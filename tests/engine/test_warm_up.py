@@ -133,7 +133,8 @@ def test_the_largest_of_each_kind_comes_first() -> None:
     assert [len(rows) for rows in runs[3:8]] == [16, 2, 2, 1, 1]
     # A page holds 64 tokens; longer tables are for few rows.
     assert [len(rows[0].pages) for rows in runs[3:8]] == [16, 128, 16, 128, 16]
-    assert shapes[-4:] == [
+    assert shapes[-5:] == [
+        (1, [32_768], 0),
         (1, [32_768], 0),
         (1, [31_744], 0),
         (1, [8705], 0),
@@ -142,6 +143,18 @@ def test_the_largest_of_each_kind_comes_first() -> None:
     assert {slot for rows in runs for row in rows for slot in row.snapshots.values()} == {SINK}
     assert {page for rows in runs for row in rows for page in row.pages} == {SINK}
     assert {row.state for rows in runs for row in rows} == {SINK}
+
+
+@pytest.mark.parametrize("most_tokens", [400, 100_000])
+def test_prompts_in_company_are_of_every_kind(most_tokens: int) -> None:
+    """Alike or not, with a snapshot that is due or none: kernels differ in that."""
+    reach = REACH._replace(most_tokens=most_tokens)
+    kinds = {
+        (any(row.snapshots for row in rows), len({len(row.tokens) for row in rows}) == 1)
+        for rows in first_runs(reach, (1, 2), (64,))
+        if len(rows) > 1 and len(rows[0].tokens) > 1
+    }
+    assert kinds == {(kept, alike) for kept in (True, False) for alike in (True, False)}
 
 
 def test_nothing_runs_that_no_request_reaches() -> None:
