@@ -47,6 +47,8 @@ WARM_UP, TIMED, PROFILED = 4, 6, 2
 DEVICE = DeviceType.CPU if TINY else DeviceType.CUDA
 MOST_KERNELS, NAME_CHARACTERS = 10, 110
 ONCE = {"gather_once": True}
+WEIGHTS_BY_COPIES = {"weight_exchange": "copies", **ONCE}
+BY_COPIES = {"expert_exchange": "copies", **WEIGHTS_BY_COPIES}
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,26 @@ class Case:
     share: float = 1.0
 
 
-def context(way):
-    return {"context": 2, "context_attention": way, **ONCE}
+def context(way, weights=ONCE):
+    return {"context": 2, "context_attention": way, **weights}
 
 
 SHORT, LONG, LONGER = "one, 16 x 2,048", "one, 1 x 32,768", "one, 1 x 65,536"
 SHORT_CASES = {
-    "data": [Case("data: shard", {"shard": 2, **ONCE}, (2048,), 32, SHORT)],
+    "data": [
+        Case("data: shard", {"shard": 2, **ONCE}, (2048,), 32, SHORT),
+        Case("data: shard, by copies", {"shard": 2, **WEIGHTS_BY_COPIES}, (2048,), 32, SHORT),
+    ],
     "experts": [
         Case("experts", {"shard": 2, "expert": 2, **ONCE}, (2048,), 32, SHORT),
         Case(
-            "experts, copies",
+            "experts by copies",
             {"shard": 2, "expert": 2, "expert_exchange": "copies", **ONCE},
             (2048,),
             32,
             SHORT,
         ),
+        Case("experts, all by copies", {"shard": 2, "expert": 2, **BY_COPIES}, (2048,), 32, SHORT),
         Case(
             "experts, 2 token groups",
             {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
@@ -89,8 +95,23 @@ SHORT_CASES = {
 TWO = (32_768, 32_768)
 LONG_CASES = [
     Case("context by ring, 2 documents", context("ring"), TWO, 1, LONG),
+    Case(
+        "context by ring, 2 documents, weights by copies",
+        context("ring", WEIGHTS_BY_COPIES),
+        TWO,
+        1,
+        LONG,
+    ),
     Case("context by gather, 2 documents", context("gather"), TWO, 1, LONG),
     Case("context by ring, 1 document", context("ring"), (65_536,), 1, LONGER, 0.5),
+    Case(
+        "context by ring, 1 document, weights by copies",
+        context("ring", WEIGHTS_BY_COPIES),
+        (65_536,),
+        1,
+        LONGER,
+        0.5,
+    ),
     Case("context by gather, 1 document", context("gather"), (65_536,), 1, LONGER, 0.5),
 ]
 # What one GPU holds for 65,536 tokens; a smaller one compares with half of them.
@@ -98,20 +119,23 @@ LONGER_BYTES = 115 * 2**30
 
 
 def chosen_cases():
+    """The cases of the words; without a GPU those that need no copy engine."""
+    return [case for case in named_cases() if not (TINY and "copies" in case.degrees.values())]
+
+
+def named_cases():
     words = set(sys.argv[2:]) - {"tiny"} or {*SHORT_CASES, "context"}
     cases = []
     if words & {*SHORT_CASES}:
         cases.append(Case(SHORT, {}, (2048,), 16))
     for word, some in SHORT_CASES.items():
         cases += some if word in words else []
-    if TINY:  # has no copy engine
-        cases = [case for case in cases if "expert_exchange" not in case.degrees]
     if "context" not in words:
         return cases
     cases.append(Case(LONG, {}, (32_768,), 1))
     if TINY or torch.cuda.get_device_properties(0).total_memory > LONGER_BYTES:
-        return [*cases, *LONG_CASES[:2], Case(LONGER, {}, (65_536,), 1), *LONG_CASES[2:]]
-    return [*cases, *LONG_CASES[:2], *(replace(c, beside=LONG, share=1.0) for c in LONG_CASES[2:])]
+        return [*cases, *LONG_CASES[:3], Case(LONGER, {}, (65_536,), 1), *LONG_CASES[3:]]
+    return [*cases, *LONG_CASES[:3], *(replace(c, beside=LONG, share=1.0) for c in LONG_CASES[3:])]
 
 
 @dataclass

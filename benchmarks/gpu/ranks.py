@@ -67,17 +67,19 @@ class Rows:
 
 
 ONCE = {"gather_once": True}
+BY_COPIES = {"expert_exchange": "copies", "weight_exchange": "copies"}
 BY_ROWS = {
     "data: shard": {"shard": 2, **ONCE},
     "data: replicate": {"replicate": 2, **ONCE},
     "expert": {"shard": 2, "expert": 2, **ONCE},
-    "expert, copies": {"shard": 2, "expert": 2, "expert_exchange": "copies", **ONCE},
+    "data: shard, by copies": {"shard": 2, "weight_exchange": "copies", **ONCE},
+    "expert, by copies": {"shard": 2, "expert": 2, **BY_COPIES, **ONCE},
     "expert, 2 token groups": {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
 }
 
 
 if TINY:  # has no copy engine
-    del BY_ROWS["expert, copies"]
+    BY_ROWS = {name: degrees for name, degrees in BY_ROWS.items() if "by copies" not in name}
 
 
 def work_by_rows(rows):
@@ -304,7 +306,8 @@ CHECKS = [
     {"shard": 2},
     {"replicate": 2},
     {"shard": 2, "expert": 2},
-    {"shard": 2, "expert": 2, "expert_exchange": "copies"},
+    {"shard": 2, "expert": 2, **BY_COPIES},
+    {"context": 2, "weight_exchange": "copies"},
     {"shard": 2, "expert": 2, "expert_token_groups": 2},
     {"context": 2, "context_attention": "gather"},
     {"context": 2, "context_attention": "ring"},
@@ -317,7 +320,7 @@ CHECKS = [
 
 
 if TINY:
-    CHECKS = [layout for layout in CHECKS if "expert_exchange" not in layout]
+    CHECKS = [layout for layout in CHECKS if "copies" not in layout.values()]
 
 
 def checks(device):
