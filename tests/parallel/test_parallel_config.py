@@ -130,6 +130,15 @@ def test_rounded_weights_are_for_autocast() -> None:
     assert found.parallel.gather_dtype == "bf16"
 
 
+def test_copies_are_for_gpus() -> None:
+    fields = {"parallel": {"shard": 2, "weight_exchange": "copies"}}
+    message = r'weight_exchange must be "collective" with run.device = "cpu", which has no copy'
+    with pytest.raises(ConfigError, match=message):
+        run_config(**fields)
+    found = run_config(run={"steps": 1, "out": "run", "device": "cuda"}, **fields)
+    assert found.parallel.weight_exchange == "copies"
+
+
 def test_rows_that_do_not_divide() -> None:
     message = r"replicate \* shard must divide the rows of a micro-batch of a step = 3, got 2"
     with pytest.raises(ConfigError, match=message):

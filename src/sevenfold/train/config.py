@@ -281,6 +281,12 @@ class RunConfig(StrictModel):
                 f"parallel.gather_dtype must be unset without precision.autocast, whose products "
                 f"alone take rounded weights, got {self.parallel.gather_dtype!r}"
             )
+        for name in ("expert_exchange", "weight_exchange"):
+            if getattr(self.parallel, name) == "copies" and self.run.device == "cpu":
+                raise ValueError(
+                    f'parallel.{name} must be "collective" with run.device = "cpu", which has no '
+                    f'copy engine, got "copies"'
+                )
         self.parallel.check_model(self.model)
         for size in sizes:
             rows = size // seq_len
