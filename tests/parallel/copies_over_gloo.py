@@ -8,6 +8,8 @@ from torch import distributed as dist
 
 from sevenfold.parallel.copies import Copies, Piece
 
+MOVED: list[Copies] = []  # what has moved something in this process
+
 
 class _Come:
     def wait(self) -> None:
@@ -18,8 +20,8 @@ def move(
     self: Copies, tensors: tuple[Tensor, ...], leaving: list[Piece], coming: list[Piece]
 ) -> _Come:
     """Copies.move over gloo, from and to the same addresses."""
-    group = self._group
-    works = []
+    group, works = self._group, []
+    MOVED.append(self)
     for kind, pieces in ((dist.isend, leaving), (dist.irecv, coming)):
         for rank, piece in enumerate(pieces):
             if piece.num_bytes and rank != dist.get_rank(group):

@@ -105,6 +105,11 @@ CASES = (
     ),
     Case("copies-4", BY_COPIES | {"shard": 4, "expert": 2}, model=MOE_NO_DROP, recompute=True),
     Case(
+        "copies-replicate-expert",
+        BY_COPIES | {"replicate": 2, "shard": 2, "expert": 2},
+        model=MOE_NO_DROP,
+    ),
+    Case(
         "copies-replicate",
         {"replicate": 2, "shard": 2, "weight_exchange": "copies"},
         num_micro_batches=2,

@@ -42,7 +42,10 @@ def steps(folder: Path, rank: int, *names: str) -> None:
     for case in (c for c in parallel_cases.CASES if c.name in names):
         layout = Layout.join(case.config, "cpu")
         model, optimizer = build(case, layout, torch.float32 if case.autocast else torch.float64)
-        torch.save(take_step(case, model, optimizer, layout), folder / f"{case.name}.{rank}.pt")
+        copies_over_gloo.MOVED.clear()
+        found = take_step(case, model, optimizer, layout)
+        found["num_copies"] = len(set(copies_over_gloo.MOVED))
+        torch.save(found, folder / f"{case.name}.{rank}.pt")
 
 
 def runs(folder: Path, rank: int, *run_files: str) -> None:

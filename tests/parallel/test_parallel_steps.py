@@ -75,6 +75,9 @@ def agrees_with_one_process(case: Case, folder: Path) -> None:
     ]
     for rank in ranks:
         assert (rank["labels"], rank["bytes"]) == (exact["labels"], exact["bytes"])
+        by_copies = [how for how in case.parallel.values() if how == "copies"]
+        # Of weights and of tokens; experts' weights may have their own.
+        assert len(by_copies) <= rank["num_copies"] <= 2 * len(by_copies)
         for name in ("losses", "norm"):
             check_error(f"{case.name}: {name}", rank[name], rounded(case, eager[name]), exact[name])
     # AdamW's first step is a sign, which the rounding of bf16 turns where a gradient is near 0.

@@ -5,8 +5,8 @@ Each rank has a ring of slots for every other, which that one fills. Chunk n bet
     sender      waits until taken > n - slots, copies it into slot n % slots, writes filled = n + 1
     receiver    waits until filled > n, copies it out of the slot, writes taken = n + 1
 
-`filled` lies in the receiver's memory and `taken` in the sender's, where each waits. Neither takes
-a kernel: streams wait and write by themselves. NCCL's kernels hold multiprocessors, for which a
+`filled` lies in the receiver's memory and `taken` in the sender's, where each waits: by operations
+of streams, which take no kernel. NCCL's kernels hold multiprocessors all of the way, for which a
 product of as many programs as there are multiprocessors waits.
 
 Source: CUDA driver API, stream memory operations.
@@ -38,7 +38,7 @@ class Slots(NamedTuple):
 
     @staticmethod
     def of(num_ranks: int) -> "Slots":
-        """As large as suits some ranks, each of which has a ring for every other.
+        """As large as suits two ranks or more, each of which has a ring for every other.
 
         The more ranks there are, the less goes from one to another: in about as many parts.
         """
@@ -214,6 +214,9 @@ class Copies:
             tensors: on one GPU, whose current stream has written what leaves.
             leaving, coming: for each rank and from each; what stands for this one is not moved.
 
+        Returns:
+            What lets the current stream wait until all has left and come.
+
         Raises:
             UnsupportedError: as start does.
         """
@@ -229,7 +232,6 @@ class Copies:
     def _meet(self, device: torch.device) -> Rings:
         if device.type != "cuda":
             raise UnsupportedError(f'parallel: exchange by "copies" needs GPUs, got {device}')
-        self._check_host()
         # Built on what torch calls alpha: its memory that processes share, and their addresses.
         from torch.distributed import _symmetric_memory
 
@@ -237,7 +239,9 @@ class Copies:
         num_bytes = self.memory_bytes(num_ranks)
         self._memory = _symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
         self._memory.zero_()
-        torch.cuda.synchronize(device)  # nobody's number is written before it is 0
+        # No number is written before it is 0: hosts are compared when all ranks have come here.
+        torch.cuda.synchronize(device)
+        self._check_host()
         bases = _symmetric_memory.rendezvous(self._memory, self._group).buffer_ptrs
         self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)]
         slots, rank = Slots.of(num_ranks), dist.get_rank(self._group)
@@ -292,16 +296,16 @@ class _CudaDriver:
 
     def wait(self, stream: int, number: int, least: int) -> None:
         at_least = 0  # CU_STREAM_WAIT_VALUE_GEQ
-        _check(self._wait(stream, number, least, at_least))
+        _check("cuStreamWaitValue32", self._wait(stream, number, least, at_least))
 
     def write(self, stream: int, number: int, value: int) -> None:
         with_barrier = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
-        _check(self._write(stream, number, value, with_barrier))
+        _check("cuStreamWriteValue32", self._write(stream, number, value, with_barrier))
 
     def copy(self, stream: int, target: int, source: int, num_bytes: int) -> None:
-        _check(self._copy(target, source, num_bytes, stream))
+        _check("cuMemcpyAsync", self._copy(target, source, num_bytes, stream))
 
 
-def _check(error: int) -> None:
+def _check(name: str, error: int) -> None:
     if error:
-        raise RuntimeError(f"CUDA's driver must not fail, got error {error}")
+        raise RuntimeError(f"{name} of CUDA's driver must not fail, got CUresult {error}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from sevenfold.parallel.copies import Copies, Piece, end_to_end
+from sevenfold.parallel.copies import NOTHING, Copies, Piece, end_to_end
 
 
 def exchange_by_copies(unit: FSDPModule, copies: Copies) -> None:
@@ -72,7 +72,7 @@ class _ReduceScatter(_Comm):
         source = end_to_end(input_tensor.data_ptr(), [output_tensor.nbytes] * size)
         come = output_tensor.new_empty(others, *output_tensor.shape)
         target = end_to_end(come.data_ptr(), [output_tensor.nbytes] * others)
-        target.insert(group.rank(), Piece(output_tensor.data_ptr(), 0))
+        target.insert(group.rank(), NOTHING)
         self._move(source, target, input_tensor, come)
         own = input_tensor.chunk(size)[group.rank()]
         torch.add(own, come[0], out=output_tensor)
