@@ -31,8 +31,8 @@ from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel, init_weights, preset
 
 CHAT_TOKENS, ANSWER_TOKENS, QUESTION_TOKENS, PAGE_TOKENS = 32_768, 16, 64, 64
-PARTS = ("submit", "plan", "clear, restore", "inputs", "choice", "event", "let go")
-BORDERS = ("submitted", "planned", "restored", "launched", "waiting", "told", "let go")
+PARTS = ("submit", "plan", "inputs", "choice", "event", "let go")
+BORDERS = ("submitted", "planned", "launched", "waiting", "told", "let go")
 WAIT_S, PASSED_BYTES = 0.09, 64 << 20
 SIZES = (64, 8192)
 TOKEN = 5
@@ -158,7 +158,6 @@ def main():
     serve(engine)
     second = np.array([*first, *asked.generated, *question])
     noting(engine.scheduler, "step", "planned")
-    noting(engine._worker, "restore", "restored")
     passed = np.zeros(PASSED_BYTES // 8)
     for n in range(3):  # of the first all but 80 are found, as many as are not recorded here
         submit(engine, f"warm {n}", TokenIds(second.tolist()), 1)

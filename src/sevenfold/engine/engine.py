@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sevenfold.engine.ahead import Ahead, Chosen
-from sevenfold.engine.cache import CacheCounters, SessionCache, SessionLimits
+from sevenfold.engine.cache import CacheCounters, Fresh, SessionCache, SessionLimits
 from sevenfold.engine.constraint import Constraint, mask_logits
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.first_use import log_progress, warm_up
@@ -176,7 +176,10 @@ class Engine:
         began_s = time.perf_counter()
         self._propose()
         step = self.scheduler.step()
-        self._worker.prepare(self.cache.take_fresh())
+        fresh: Fresh | None = self.cache.take_fresh()
+        if step.decodes or len(step.prefills) != 1:
+            self._worker.prepare(fresh)
+            fresh = None
         if self._speculator is not None:
             self._speculator.forget(step.preempted, step.ended)
         events = [self._end(request) for request in step.ended]
@@ -186,7 +189,7 @@ class Engine:
             self._speculator.read((), step.prefills)
             events += self._take(prefilled)
         else:
-            events += self._decode_plainly(step, began_s)
+            events += self._decode_plainly(step, fresh, began_s)
         return [event for event in events if event is not None]
 
     def speculation_counters(self) -> SpeculationCounters | None:
@@ -205,11 +208,13 @@ class Engine:
             is_under_way=self._ahead.chosen is not None,
         )
 
-    def _decode_plainly(self, step: Step, began_s: float) -> list[TokenEvent | None]:
+    def _decode_plainly(
+        self, step: Step, fresh: Fresh | None, began_s: float
+    ) -> list[TokenEvent | None]:
         """Compute a step without guesses; where the next has none either, begin that as well."""
         was_ahead = self._ahead.chosen is not None
         # Both are launched before the host waits for either.
-        decoded, prefilled = self._decode(step), self._prefill(step.prefills)
+        decoded, prefilled = self._decode(step), self._prefill(step.prefills, fresh)
         # A prompt's last chunk comes before the first guess of what follows it, but for guesses
         # that are watched first.
         is_guessed = self._speculator is not None and not self._speculator.watches
@@ -281,16 +286,23 @@ class Engine:
         logits = self._worker.run(rows)
         return self._choose(requests, logits, self._kept_sampler(requests))
 
-    def _prefill(self, chunks: Sequence[PrefillChunk]) -> Chosen | None:
+    def _prefill(
+        self, chunks: Sequence[PrefillChunk], fresh: Fresh | None = None
+    ) -> Chosen | None:
+        """Run the next chunks of prompts; of one alone, with what it finds to be made ready."""
         if not chunks:
             return None
-        self._restore(chunks)
         for chunk in chunks:
             underway = self._underway[chunk.request.id]
             underway.prompt = underway.prompt or self.cache.lookup(chunk.request)
         rows = [self._row(chunk.request, chunk.end) for chunk in chunks]
         rows = [self._underway[c.request.id].scoring(r) for c, r in zip(chunks, rows, strict=True)]
-        logits = self._worker.run(rows)
+        restored = self._restored(chunks)
+        if fresh is None:
+            self._worker.restore([a for a, _ in restored], [b for _, b in restored])
+            logits = self._worker.run(rows)
+        else:
+            logits = self._worker.prefill(fresh, restored, rows[0])
         yielding = [n for n, chunk in enumerate(chunks) if chunk.yields_token]
         for chunk in chunks:
             if not chunk.yields_token:
@@ -302,11 +314,10 @@ class Engine:
             logits = logits[upload(yielding, logits.device)]
         return self._choose(requests, logits, self._new_sampler(requests))
 
-    def _restore(self, chunks: Sequence[PrefillChunk]) -> None:
-        """Read the states of requests that go on from a cached prefix, before their first chunk."""
+    def _restored(self, chunks: Sequence[PrefillChunk]) -> list[tuple[int, int]]:
+        """Snapshots to read states from, of requests that go on from a cached prefix now."""
         found = [(p.restore, p.state) for p in (self.cache.placement(c.request) for c in chunks)]
-        pairs = [(a, b) for a, b in found if a is not None and b is not None]
-        self._worker.restore([a for a, _ in pairs], [b for _, b in pairs])
+        return [(a, b) for a, b in found if a is not None and b is not None]
 
     def _row(self, request: Request, end: int) -> Row:
         placement, past = self.cache.placement(request), request.num_computed_tokens

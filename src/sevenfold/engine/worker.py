@@ -211,6 +211,23 @@ class Worker:
         self._pending.commit([row.state for row in rows if row.state is not None])
         return self._run(rows)
 
+    def prefill(self, fresh: Fresh, restored: Sequence[tuple[int, int]], row: Row) -> Tensor:
+        """Prepare items, restore states from snapshots, pairs of both, and run one row of a prompt.
+
+        In one launch, where it is recorded: each other takes the host as long as to write the row.
+
+        Returns:
+            As run's.
+        """
+        if isinstance(self.runner, DeviceRunner) and self._config.chunk_tokens is None:
+            snapshot = restored[0][0] if restored else None
+            logits = self.runner.run_readied(row, fresh, snapshot)
+            if logits is not None:
+                return logits
+        self.prepare(fresh)
+        self.restore([a for a, _ in restored], [b for _, b in restored])
+        return self.run([row])
+
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
         """Write states into snapshots."""
         self.storage.snapshot(states, snapshots)

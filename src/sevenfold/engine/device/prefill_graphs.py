@@ -7,6 +7,7 @@ from torch import Tensor
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.graphs import Recorder, least_size
 from sevenfold.engine.device.prefill_inputs import PrefillInputs
+from sevenfold.engine.item_words import NOTHING
 from sevenfold.engine.rows import Row
 from sevenfold.models import ModelConfig
 from sevenfold.models.accounting import prefill_flops
@@ -58,15 +59,17 @@ class PrefillGraphs:
             return None
         return size
 
-    def run(self, size: int, row: Row, page_tokens: int) -> Tensor:
-        """Run a row by the recording of a size.
+    def run(
+        self, size: int, row: Row, page_tokens: int, places: Sequence[int] = NOTHING
+    ) -> Tensor:
+        """Run a row by the recording of a size, which copies and clears items before.
 
         Returns:
             [1, vocab_size]; the next run overwrites it.
         """
         self._recorder.at(self._sizes[-1])
         inputs, captured = self._recorder.at(size)
-        inputs.fill(row, page_tokens)
+        inputs.fill(row, page_tokens, places)
         captured.replay()
         return captured.output
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from sevenfold.engine.device.staging import Staging
+from sevenfold.engine.item_words import NOTHING
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import Row
 from sevenfold.ops import PaddedCuts, Stop
@@ -25,26 +26,31 @@ class PrefillInputs:
 
     ids, positions: [1, tokens]. page, place: [tokens]. slots, key_lengths, last: [1], the request's
     state, its keys and the row's last token. borders: [2], where the row's tokens begin and end.
-    pages: [1, pages].
+    places: [2 + MOST_CLEARED], what is copied and cleared before. pages: [1, pages].
     """
 
     def __init__(self, cuts: PaddedCuts, pages: int, device: torch.device) -> None:
         """Allocate them for the tokens of the cuts, and so many pages of the request."""
         self.tokens, self._cuts = cuts.num_tokens, cuts
-        shapes = [(4, self.tokens), (5,), (1, pages), (cuts.num_numbers,)]
+        shapes = [(4, self.tokens), (5 + len(NOTHING),), (1, pages), (cuts.num_numbers,)]
         self._staging = Staging(shapes, device)
         columns, which, self.pages, self._numbers = self._staging.views
         self.ids, self.positions = columns[0, None], columns[1, None]
         self.page, self.place = columns[2], columns[3]
-        self.slots, self.key_lengths, self.last, self.borders = which.split([1, 1, 1, 2])
+        self.slots, self.key_lengths, self.last, self.borders, self.places = which.split(
+            [1, 1, 1, 2, len(NOTHING)]
+        )
         self._written = Written(*self._staging.begin())
         self._offsets, self._num_pages = np.arange(self.tokens), pages
 
-    def fill(self, row: Row, page_tokens: int) -> None:
-        """Send a row to the device, and padding behind it; nothing waits for the copy."""
+    def fill(self, row: Row, page_tokens: int, places: Sequence[int]) -> None:
+        """Send a row to the device, and padding behind it; nothing waits for the copy.
+
+        places: as ItemWords.places gives them.
+        """
         self._staging.begin()
         to, L, end = self._written, len(row.tokens), row.end
-        self._show(row.pages, -(-end // page_tokens))
+        self._show(row.pages[: -(-end // page_tokens)])
         np.add(self._offsets, row.past, out=to.positions)
         np.divmod(to.positions, page_tokens, out=(to.page, to.place))
         to.page[:] = to.pages.take(to.page, mode="clip")
@@ -52,15 +58,15 @@ class PrefillInputs:
         if L < self.tokens:
             to.columns[1:, L:] = _PADDING
             _repeat(to.ids, L)
-        to.which[:] = SINK if row.state is None else row.state, end, L - 1, 0, L
+        to.which[:] = SINK if row.state is None else row.state, end, L - 1, 0, L, *places
         stops = [Stop(0, seen - row.past, slot) for seen, slot in row.snapshots.items()]
         self._cuts.write(to.numbers, L, stops)
         self._staging.send()
 
-    def _show(self, pages: Sequence[int], num_pages: int) -> None:
+    def _show(self, pages: Sequence[int]) -> None:
         """Write a row's pages into the table, and the sink's as far as it shows others' there."""
-        table = self._written.pages
-        table[:num_pages] = pages[:num_pages]
+        table, num_pages = self._written.pages, len(pages)
+        table[:num_pages] = pages
         if num_pages < self._num_pages:
             table[num_pages : self._num_pages] = SINK
         self._num_pages = num_pages

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sevenfold.engine.cache import Fresh
 from sevenfold.engine.device.capture import Capture, run_once
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs, most_pages
 from sevenfold.engine.device.prefill_graphs import MOST_STOPS, PrefillGraphs, most_keys
 from sevenfold.engine.device.prefill_inputs import PrefillInputs
+from sevenfold.engine.item_words import MOST_CLEARED
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.prompt_logprobs import score_rows
 from sevenfold.engine.rows import NextRow, Row
@@ -105,6 +107,22 @@ class DeviceRunner:
         return self._prefill(rows) if self._by_parts is None else self._by_parts.run(rows)
 
     @torch.inference_mode()
+    def run_readied(self, row: Row, fresh: Fresh, snapshot: int | None) -> Tensor | None:
+        """Clear fresh items, read a row's state from a snapshot if it has one, and run the row.
+
+        Returns:
+            As run's; None, and nothing is done, where that takes more than one launch.
+        """
+        words, size = self.storage.words, None
+        if self._prefills is not None and len(row.tokens) > 1:
+            size = self._prefills.size_of((row,))
+        more = fresh.states or fresh.saved or fresh.loaded or len(fresh.pages) > MOST_CLEARED
+        if self._prefills is None or words is None or size is None or more:
+            return None
+        places = words.places(fresh.pages, snapshot, row.state)
+        return self._prefills.run(size, row, self.page_tokens, places)
+
+    @torch.inference_mode()
     def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Stepped:
         """Run the next tokens of requests before they have come to the host.
 
@@ -185,6 +203,8 @@ class DeviceRunner:
         batch = Batch((inputs.tokens,), (0,), inputs.positions, None)
         where = (inputs.pages, inputs.page, inputs.place)
         table = PageTable(*where, inputs.key_lengths, inputs.borders)
+        if self.storage.words is not None:
+            self.storage.words.ready(inputs.places)
         plan = inputs.plan()  # once for all layers
         state = self._values(inputs.slots, table, lambda pool: PaddedSnapshots(pool, plan))
         found = self.model.hidden_at_ends(inputs.ids, batch, state, inputs.last)

@@ -66,6 +66,12 @@ class LeadingWorker(Worker):
         with self._together():
             return super().run(rows)
 
+    def prefill(self, fresh: Fresh, restored: Sequence[tuple[int, int]], row: Row) -> Tensor:
+        """As Worker.prefill, on all ranks; each is told to do one after the other."""
+        self.prepare(fresh)
+        self.restore([a for a, _ in restored], [b for _, b in restored])
+        return self.run([row])
+
     def check(self, drafts: Sequence[DraftRow]) -> Checked:
         """As Worker.check, on all ranks."""
         self._orders.check(drafts)
