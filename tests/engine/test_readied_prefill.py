@@ -76,7 +76,7 @@ def test_what_takes_more_than_a_launch_is_left_to_the_calls() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"ring_tokens": 8}, {"snapshot_dtype": "fp16"}, {"state_dtype": "bf16"}]
+    "options", [{"ring_tokens": 8}, {"snapshot_dtype": "fp16"}, {"state_dtype": "fp16"}]
 )
 def test_rings_and_fewer_bits_have_no_words(options: dict[str, object]) -> None:
     config = tiny_model("lsf").config

@@ -106,9 +106,11 @@ class DeviceRunner:
             return self._decode(rows)
         return self._prefill(rows) if self._by_parts is None else self._by_parts.run(rows)
 
-    @torch.inference_mode()
     def run_readied(self, row: Row, fresh: Fresh, snapshot: int | None) -> Tensor | None:
         """Clear fresh items, read a row's state from a snapshot if it has one, and run the row.
+
+        Not in inference mode, whose beginning takes longer than the copy of the inputs: a replay
+        builds no graph for gradients.
 
         Returns:
             As run's; None, and nothing is done, where that takes more than one launch.

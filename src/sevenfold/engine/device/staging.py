@@ -18,8 +18,9 @@ class Staging:
         """Allocate them, zeroed, for arrays of these shapes."""
         self._shapes = list(shapes)
         size, pinned = sum(map(prod, shapes)), device.type == "cuda"
-        self._staged = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
-        self._device = torch.zeros(size, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # sent outside of it, too
+            self._staged = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
+            self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self.views = self._cut(self._device)
         self._host = [x.numpy() for x in self._cut(self._staged)]
         self._copied = torch.cuda.Event() if pinned else None
