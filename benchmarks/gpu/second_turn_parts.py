@@ -39,7 +39,6 @@ SALT = b"chat"
 PARTS = (
     "submit",
     "plan: lookup, memory",
-    "clear, restore",
     "the row's inputs",
     "replay",
     "choice, copy back",
@@ -50,7 +49,6 @@ PARTS = (
 BORDERS = (
     "submitted",
     "planned",
-    "restored",
     "filled",
     "launched",
     "waiting",
@@ -96,7 +94,7 @@ def watch(engine):
     worker = engine._worker
     wrapped(engine, "submit", nothing, lambda: mark("submitted"))
     wrapped(engine.scheduler, "step", nothing, lambda: marks.setdefault("planned", clock()))
-    wrapped(worker, "restore", lambda: note("begun"), lambda: mark("restored"))
+    wrapped(worker, "prefill", lambda: note("begun"), nothing)
     wrapped(Arriving, "numbers", lambda: (note("copied"), mark("waiting")), lambda: mark("arrived"))
     wrapped(engine, "step", nothing, lambda: marks.setdefault("told", clock()))
     if TINY:

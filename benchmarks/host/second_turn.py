@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 
 from sevenfold.bench.serving.sides import random_ids
 from sevenfold.engine import SamplingParams
+from sevenfold.engine import choosing as choosing_module
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import DeviceRunner
 from sevenfold.engine.device.capture import Captured
@@ -44,11 +45,8 @@ def clock():
 
 
 def record(run):
-    """A capture whose replay notes the time and gives the same logits."""
-    run()
-    logits = torch.zeros(1, VOCAB)
-    logits[0, TOKEN] = 1
-    return Captured(lambda: times.update(launched=clock()), logits)
+    """A capture whose replay notes the time, and leaves what there is."""
+    return Captured(lambda: times.update(launched=clock()), run())
 
 
 def noting(owner, name, border):
@@ -69,9 +67,17 @@ class Runner(DeviceRunner):
     def _prefill(self, rows):
         if self._prefills.size_of(rows) is not None:
             return super()._prefill(rows)
-        logits = torch.zeros(len(rows), VOCAB)
-        logits[:, TOKEN] = 1
-        return logits
+        return given(len(rows))
+
+    def _prefill_step(self, inputs):
+        inputs.chosen[:] = torch.tensor([TOKEN, 1])
+        return given(1)
+
+
+def given(num_rows):
+    logits = torch.zeros(num_rows, VOCAB)
+    logits[:, TOKEN] = 1
+    return logits
 
 
 class Watched(Arriving):
@@ -148,8 +154,7 @@ def main():
     torch.set_num_threads(1)
     repeats = int(sys.argv[1]) if sys.argv[1:] else 200
     worker_module.make_runner = make_runner
-    engine_module = sys.modules[Engine.__module__]
-    engine_module.Arriving = Watched
+    choosing_module.Arriving = Watched
     engine = new_engine()
     first, question = (
         random_ids(preset("bench-2b"), n).tolist() for n in (CHAT_TOKENS, QUESTION_TOKENS)

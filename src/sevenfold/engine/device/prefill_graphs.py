@@ -1,5 +1,6 @@
 """The prefill of one request's chunk in a few sizes, each recorded once."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -54,24 +55,25 @@ class PrefillGraphs:
         if len(rows) != 1 or rows[0].scored is not None:
             return None
         row = rows[0]
-        size = least_size(self._sizes, len(row.tokens))
+        place = bisect_left(self._sizes, len(row.tokens))
+        size = self._sizes[place] if place < len(self._sizes) else None
         if size is None or row.end > most_keys(size) or len(row.snapshots) > MOST_STOPS:
             return None
         return size
 
     def run(
         self, size: int, row: Row, page_tokens: int, places: Sequence[int] = NOTHING
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Run a row by the recording of a size, which copies and clears items before.
 
         Returns:
-            [1, vocab_size]; the next run overwrites it.
+            [1, vocab_size] fp32, and the choice [1, 2] int64; the next run overwrites both.
         """
         self._recorder.at(self._sizes[-1])
         inputs, captured = self._recorder.at(size)
         inputs.fill(row, page_tokens, places)
         captured.replay()
-        return captured.output
+        return captured.output, inputs.chosen
 
 
 def most_keys(size: int) -> int:

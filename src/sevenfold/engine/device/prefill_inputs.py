@@ -27,6 +27,8 @@ class PrefillInputs:
     ids, positions: [1, tokens]. page, place: [tokens]. slots, key_lengths, last: [1], the request's
     state, its keys and the row's last token. borders: [2], where the row's tokens begin and end.
     places: [2 + MOST_CLEARED], what is copied and cleared before. pages: [1, pages].
+    chosen: [1, 2], written: the most probable token's id, and whether the logits are finite.
+    nowhere: [4, 1], the places of no row.
     """
 
     def __init__(self, cuts: PaddedCuts, pages: int, device: torch.device) -> None:
@@ -39,6 +41,9 @@ class PrefillInputs:
         self.page, self.place = columns[2], columns[3]
         self.slots, self.key_lengths, self.last, self.borders, self.places = which.split(
             [1, 1, 1, 2, len(NOTHING)]
+        )
+        self.chosen, self.nowhere = (
+            torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((1, 2), (4, 1))
         )
         self._written = Written(*self._staging.begin())
         self._offsets, self._num_pages = np.arange(self.tokens), pages

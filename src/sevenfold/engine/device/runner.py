@@ -106,14 +106,15 @@ class DeviceRunner:
             return self._decode(rows)
         return self._prefill(rows) if self._by_parts is None else self._by_parts.run(rows)
 
-    def run_readied(self, row: Row, fresh: Fresh, snapshot: int | None) -> Tensor | None:
+    def run_readied(self, row: Row, fresh: Fresh, snapshot: int | None) -> Stepped | None:
         """Clear fresh items, read a row's state from a snapshot if it has one, and run the row.
 
         Not in inference mode, whose beginning takes longer than the copy of the inputs: a replay
         builds no graph for gradients.
 
         Returns:
-            As run's; None, and nothing is done, where that takes more than one launch.
+            Logits as run's, and the choice; None, and nothing is done, where that takes more than
+            one launch.
         """
         words, size = self.storage.words, None
         if self._prefills is not None and len(row.tokens) > 1:
@@ -122,7 +123,7 @@ class DeviceRunner:
         if self._prefills is None or words is None or size is None or more:
             return None
         places = words.places(fresh.pages, snapshot, row.state)
-        return self._prefills.run(size, row, self.page_tokens, places)
+        return Stepped(*self._prefills.run(size, row, self.page_tokens, places))
 
     @torch.inference_mode()
     def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Stepped:
@@ -176,7 +177,7 @@ class DeviceRunner:
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
         size = None if self._prefills is None else self._prefills.size_of(rows)
         if self._prefills is not None and size is not None:
-            return self._prefills.run(size, rows[0], self.page_tokens)
+            return self._prefills.run(size, rows[0], self.page_tokens)[0]
         parts = upload_parts(_prefill_inputs(rows, self.page_tokens), self.model.device)
         ids, positions, page, place, slots, key_lengths, starts, pages = parts
         lengths, past = (tuple(x) for x in ([len(r.tokens) for r in rows], [r.past for r in rows]))
@@ -210,7 +211,11 @@ class DeviceRunner:
         plan = inputs.plan()  # once for all layers
         state = self._values(inputs.slots, table, lambda pool: PaddedSnapshots(pool, plan))
         found = self.model.hidden_at_ends(inputs.ids, batch, state, inputs.last)
-        return self.model.logits(found.hidden[:, 0])
+        logits = self.model.logits(found.hidden[:, 0])
+        # A row without keys stays where it is: what is left is the choice.
+        where = (inputs.nowhere, inputs.pages)
+        advance_rows(logits, inputs.chosen, *where, page_tokens=self.page_tokens)
+        return logits
 
     def _values(
         self,
