@@ -257,7 +257,7 @@ def test_pages_of_a_prompt_have_room() -> None:
     keys = most_keys(8)
     assert inputs.pages.shape == (1, keys // PAGE_TOKENS)
     pages = list(range(1, keys // PAGE_TOKENS + 3))
-    inputs.fill(Row([5, 6, 7], keys - 3, 4, pages, {}), PAGE_TOKENS, NOTHING)
+    inputs.fill(Row([5, 6, 7], keys - 3, 4, pages, {}), NOTHING)
     assert inputs.pages[0].tolist() == pages[:-2]
     assert inputs.page.tolist() == [pages[-3]] * 3 + [SINK] * 5
     assert inputs.place.tolist() == [13, 14, 15, 0, 0, 0, 0, 0]

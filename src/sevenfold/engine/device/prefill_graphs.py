@@ -62,7 +62,7 @@ class PrefillGraphs:
         return size
 
     def run(
-        self, size: int, row: Row, page_tokens: int, places: Sequence[int] = NOTHING
+        self, size: int, row: Row, places: Sequence[int] = NOTHING
     ) -> tuple[Tensor, Tensor]:
         """Run a row by the recording of a size, which copies and clears items before.
 
@@ -71,7 +71,7 @@ class PrefillGraphs:
         """
         self._recorder.at(self._sizes[-1])
         inputs, captured = self._recorder.at(size)
-        inputs.fill(row, page_tokens, places)
+        inputs.fill(row, places)
         captured.replay()
         return captured.output, inputs.chosen
 

@@ -31,7 +31,9 @@ class PrefillInputs:
     nowhere: [4, 1], the places of no row.
     """
 
-    def __init__(self, cuts: PaddedCuts, pages: int, device: torch.device) -> None:
+    def __init__(
+        self, cuts: PaddedCuts, pages: int, page_tokens: int, device: torch.device
+    ) -> None:
         """Allocate them for the tokens of the cuts, and so many pages of the request."""
         self.tokens, self._cuts = cuts.num_tokens, cuts
         shapes = [(4, self.tokens), (5 + len(NOTHING),), (1, pages), (cuts.num_numbers,)]
@@ -46,20 +48,23 @@ class PrefillInputs:
             torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((1, 2), (4, 1))
         )
         self._written = Written(*self._staging.begin())
-        self._offsets, self._num_pages = np.arange(self.tokens), pages
+        self._num_pages, self._page_tokens = pages, page_tokens
+        self._place_from = np.arange(self.tokens + page_tokens) % page_tokens
 
-    def fill(self, row: Row, page_tokens: int, places: Sequence[int]) -> None:
+    def fill(self, row: Row, places: Sequence[int]) -> None:
         """Send a row to the device, and padding behind it; nothing waits for the copy.
 
         places: as ItemWords.places gives them.
         """
         self._staging.begin()
-        to, L, end = self._written, len(row.tokens), row.end
-        self._show(row.pages[: -(-end // page_tokens)])
-        np.add(self._offsets, row.past, out=to.positions)
-        np.divmod(to.positions, page_tokens, out=(to.page, to.place))
-        to.page[:] = to.pages.take(to.page, mode="clip")
-        to.ids[:L] = row.tokens
+        to, L, past, page_tokens = self._written, len(row.tokens), row.past, self._page_tokens
+        end, first, offset = past + L, past // page_tokens, past % page_tokens
+        num_pages = -(-end // page_tokens)
+        self._show(row.pages[:num_pages])
+        # Copies alone: arithmetic on arrays takes several times as long, the first time at least.
+        to.ids[:L], to.positions[:L] = row.tokens, np.arange(past, end)
+        to.page[:L] = to.pages[first:num_pages].repeat(page_tokens)[offset : offset + L]
+        to.place[:L] = self._place_from[offset : offset + L]
         if L < self.tokens:
             to.columns[1:, L:] = _PADDING
             _repeat(to.ids, L)

@@ -123,7 +123,7 @@ class DeviceRunner:
         if self._prefills is None or words is None or size is None or more:
             return None
         places = words.places(fresh.pages, snapshot, row.state)
-        return Stepped(*self._prefills.run(size, row, self.page_tokens, places))
+        return Stepped(*self._prefills.run(size, row, places))
 
     @torch.inference_mode()
     def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Stepped:
@@ -177,7 +177,7 @@ class DeviceRunner:
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
         size = None if self._prefills is None else self._prefills.size_of(rows)
         if self._prefills is not None and size is not None:
-            return self._prefills.run(size, rows[0], self.page_tokens)[0]
+            return self._prefills.run(size, rows[0])[0]
         parts = upload_parts(_prefill_inputs(rows, self.page_tokens), self.model.device)
         ids, positions, page, place, slots, key_lengths, starts, pages = parts
         lengths, past = (tuple(x) for x in ([len(r.tokens) for r in rows], [r.past for r in rows]))
@@ -200,7 +200,8 @@ class DeviceRunner:
         pools = [layer.states for layer in self.storage.layers if isinstance(layer, LinearStorage)]
         H, K, V = pools[0].shape[1:] if pools else (1, 1, 1)
         cuts = padded_cuts(tokens, (H, K, V), MOST_STOPS, self.model.embed_tokens.weight)
-        return PrefillInputs(cuts, -(-most_keys(tokens) // self.page_tokens), self.model.device)
+        most, device = -(-most_keys(tokens) // self.page_tokens), self.model.device
+        return PrefillInputs(cuts, most, self.page_tokens, device)
 
     def _prefill_step(self, inputs: PrefillInputs) -> Tensor:
         batch = Batch((inputs.tokens,), (0,), inputs.positions, None)
