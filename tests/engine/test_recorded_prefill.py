@@ -258,6 +258,7 @@ def test_pages_of_a_prompt_have_room() -> None:
     assert inputs.pages.shape == (1, keys // PAGE_TOKENS)
     pages = list(range(1, keys // PAGE_TOKENS + 3))
     inputs.fill(Row([5, 6, 7], keys - 3, 4, pages, {}), NOTHING)
+    inputs.send()
     assert inputs.pages[0].tolist() == pages[:-2]
     assert inputs.page.tolist() == [pages[-3]] * 3 + [SINK] * 5
     assert inputs.place.tolist() == [13, 14, 15, 0, 0, 0, 0, 0]

@@ -73,6 +73,7 @@ class PrefillGraphs:
         inputs, captured = self._recorder.at(size)
         inputs.fill(row, places)
         captured.replay()
+        inputs.note_launched()
         return captured.output, inputs.chosen
 
 

@@ -52,7 +52,10 @@ class PrefillInputs:
         self._place_from = np.arange(self.tokens + page_tokens) % page_tokens
 
     def fill(self, row: Row, places: Sequence[int]) -> None:
-        """Send a row to the device, and padding behind it; nothing waits for the copy.
+        """Write a row, and padding behind it, for `send` to copy.
+
+        It waits for the run that was given the last one: of a prompt's chunks, for the one before
+        if it has the same size.
 
         places: as ItemWords.places gives them.
         """
@@ -71,7 +74,14 @@ class PrefillInputs:
         to.which[:] = SINK if row.state is None else row.state, end, L - 1, 0, L, *places
         stops = [Stop(0, seen - row.past, slot) for seen, slot in row.snapshots.items()]
         self._cuts.write(to.numbers, L, stops)
-        self._staging.send()
+
+    def send(self) -> None:
+        """Copy what is written to the device: a part of the recording, and no call of its own."""
+        self._staging.copy()
+
+    def note_launched(self) -> None:
+        """Note that a run reads what is written, until it has come to its end."""
+        self._staging.note_copied()
 
     def _show(self, pages: Sequence[int]) -> None:
         """Write a row's pages into the table, and the sink's as far as it shows others' there."""

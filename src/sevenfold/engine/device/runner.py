@@ -207,6 +207,7 @@ class DeviceRunner:
         batch = Batch((inputs.tokens,), (0,), inputs.positions, None)
         where = (inputs.pages, inputs.page, inputs.place)
         table = PageTable(*where, inputs.key_lengths, inputs.borders)
+        inputs.send()
         if self.storage.words is not None:
             self.storage.words.ready(inputs.places)
         plan = inputs.plan()  # once for all layers

@@ -28,12 +28,20 @@ class Staging:
     def begin(self) -> list[np.ndarray]:
         """Return the arrays on the host, to be written now."""
         if self._copied is not None:
-            self._copied.synchronize()  # the copy of the step before, long since done
+            self._copied.synchronize()  # what read it before, most often long since done
         return self._host
 
     def send(self) -> None:
         """Copy what was written to the device; nothing waits for the copy."""
+        self.copy()
+        self.note_copied()
+
+    def copy(self) -> None:
+        """Copy what is written when this runs to the device, as a recording may do."""
         self._device.copy_(self._staged, non_blocking=True)
+
+    def note_copied(self) -> None:
+        """Let the next `begin` wait for what runs now, a copy among it."""
         if self._copied is not None:
             self._copied.record()
 
