@@ -93,14 +93,14 @@ def make_runner(model, storage, *_, **__):
     return Runner(model, storage, page_tokens=PAGE_TOKENS, capture=record, **sizes)
 
 
-def new_engine():
+def new_engine(num_bytes):
     """Of a small model with 56 pages to a state, as bench-2b has."""
     small = {"hidden_size": 32, "num_attention_heads": 64, "num_key_value_heads": 1}
     small |= {"head_dim": 16, "intermediate_size": 32, "rotary_dim": 8, "moe": None}
     config = preset("bench-2b").model_copy(update=small)
     model = init_weights(HybridModel(config), seed=0).eval().requires_grad_(False)
     size = {"page_tokens": PAGE_TOKENS, "kv_element_bytes": 4, "context_tokens": CHAT_TOKENS}
-    plan = plan_memory(config, budget_bytes=1200 << 20, **size)
+    plan = plan_memory(config, budget_bytes=num_bytes, **size)
     limits = {"max_request_tokens": 2 * CHAT_TOKENS, "lone_chunk_tokens": CHAT_TOKENS}
     tokenizer = Tokenizer(BPE({f"<{n}>": n for n in range(VOCAB)}, []))
     return Engine(model, tokenizer, plan, SchedulerConfig(page_tokens=PAGE_TOKENS, **limits))
@@ -152,10 +152,10 @@ VOCAB = preset("bench-2b").vocab_size
 
 def main():
     torch.set_num_threads(1)
-    repeats = int(sys.argv[1]) if sys.argv[1:] else 200
+    repeats = int(sys.argv[1]) if sys.argv[1:] else 100
     worker_module.make_runner = make_runner
     choosing_module.Arriving = Watched
-    engine = new_engine()
+    engine = new_engine((600 + 20 * repeats) << 20)  # each whole prompt stays
     first, question = (
         random_ids(preset("bench-2b"), n).tolist() for n in (CHAT_TOKENS, QUESTION_TOKENS)
     )

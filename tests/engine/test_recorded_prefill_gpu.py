@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sevenfold.engine.cache import Fresh
 from sevenfold.engine.device import CudaCapture, DeviceRunner, graph_bytes, prefill_sizes
+from sevenfold.engine.item_words import NOTHING
 from sevenfold.engine.memory_layout import SINK, Tenant
 from sevenfold.engine.rows import Row
 from sevenfold.engine.runners import make_runner

@@ -93,7 +93,8 @@ class Engine:
         self._speculator: Speculator | None = None
         if speculation is not None:
             drafter = build_drafter(speculation, draft, model, tokenizer)
-            self._speculator = Speculator(speculation, drafter, self._worker, self._choosing.sampler_of)
+            sampler_of = self._choosing.sampler_of
+            self._speculator = Speculator(speculation, drafter, self._worker, sampler_of)
         self.num_nonfinite = 0  # requests that failed because their logits were not finite
         self._guesses = False  # whether any request has guesses for the next step
 
@@ -278,9 +279,7 @@ class Engine:
         logits = self._worker.run(rows)
         return self._choosing.choose(requests, logits, self._choosing.kept_sampler(requests))
 
-    def _prefill(
-        self, chunks: Sequence[PrefillChunk], fresh: Fresh | None = None
-    ) -> Chosen | None:
+    def _prefill(self, chunks: Sequence[PrefillChunk], fresh: Fresh | None = None) -> Chosen | None:
         """Run the next chunks of prompts; of one alone, with what it finds to be made ready."""
         if not chunks:
             return None

@@ -61,9 +61,7 @@ class PrefillGraphs:
             return None
         return size
 
-    def run(
-        self, size: int, row: Row, places: Sequence[int] = NOTHING
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, size: int, row: Row, places: Sequence[int] = NOTHING) -> tuple[Tensor, Tensor]:
         """Run a row by the recording of a size, which copies and clears items before.
 
         Returns:

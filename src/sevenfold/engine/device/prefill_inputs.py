@@ -12,7 +12,6 @@ from sevenfold.engine.rows import Row
 from sevenfold.ops import PaddedCuts, Stop
 from sevenfold.ops.lightning.segments import Plan
 
-
 _PADDING = np.array([[0], [SINK], [0]])  # position, page, place
 
 
@@ -68,7 +67,7 @@ class PrefillInputs:
         to.ids[:L], to.positions[:L] = row.tokens, np.arange(past, end)
         to.page[:L] = to.pages[first:num_pages].repeat(page_tokens)[offset : offset + L]
         to.place[:L] = self._place_from[offset : offset + L]
-        if L < self.tokens:
+        if self.tokens > L:
             to.columns[1:, L:] = _PADDING
             _repeat(to.ids, L)
         to.which[:] = SINK if row.state is None else row.state, end, L - 1, 0, L, *places
