@@ -107,8 +107,9 @@ def test_a_second_turn_asks_for_no_copy_and_no_clearing(
     zero, restore = storage.zero, storage.restore
     monkeypatch.setattr(storage, "zero", lambda f: asked.extend((*f.states, *f.pages)) or zero(f))
     monkeypatch.setattr(storage, "restore", lambda a, b: asked.extend(a) or restore(a, b))
-    request = submit(engine, "second", second, 3)
-    assert tokens(run(engine)["second"]) == uncached(model, second, 3)
+    # With pages for an answer of 70 tokens.
+    request = submit(engine, "second", second, 70)
+    assert tokens(run(engine)["second"]) == uncached(model, second, 70)
     assert request.num_cached_tokens == 64
     assert asked == []
     # Beside another prompt there are two rows, which no recording holds.

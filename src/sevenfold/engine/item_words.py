@@ -11,7 +11,9 @@ from sevenfold.engine.memory_layout import Tenant
 from sevenfold.ops import copy_and_clear
 
 _WORD = 8
-MOST_CLEARED = 4  # pages that a launch clears: a prompt behind a cached prefix has hardly more
+# Pages that a launch clears: with 64 tokens each, of 700 new ones and of the 256 of an answer for
+# which a request finds pages when it is opened.
+MOST_CLEARED = 16
 NOTHING = (0,) * (2 + MOST_CLEARED)
 
 
