@@ -72,6 +72,13 @@ SHORT_CASES = {
     "data": [
         Case("data: shard", {"shard": 2, **ONCE}, (2048,), 32, SHORT),
         Case("data: shard, by copies", {"shard": 2, **WEIGHTS_BY_COPIES}, (2048,), 32, SHORT),
+        Case(
+            "data: shard, bf16 by copies",
+            {"shard": 2, "gather_dtype": "bf16", **WEIGHTS_BY_COPIES},
+            (2048,),
+            32,
+            SHORT,
+        ),
     ],
     "experts": [
         Case("experts", {"shard": 2, "expert": 2, **ONCE}, (2048,), 32, SHORT),
@@ -83,6 +90,13 @@ SHORT_CASES = {
             SHORT,
         ),
         Case("experts, all by copies", {"shard": 2, "expert": 2, **BY_COPIES}, (2048,), 32, SHORT),
+        Case(
+            "experts, all by copies, bf16",
+            {"shard": 2, "expert": 2, "gather_dtype": "bf16", **BY_COPIES},
+            (2048,),
+            32,
+            SHORT,
+        ),
         Case(
             "experts, 2 token groups",
             {"shard": 2, "expert": 2, "expert_token_groups": 2, **ONCE},
