@@ -170,7 +170,9 @@ class Engine:
         self._propose()
         step = self.scheduler.step()
         fresh: Fresh | None = self.cache.take_fresh()
-        if step.decodes or len(step.prefills) != 1:
+        # What comes from the host is known in the cache already: it must be there come what may.
+        is_moved = bool(fresh.saved or fresh.loaded)
+        if step.decodes or len(step.prefills) != 1 or is_moved:
             self._worker.prepare(fresh)
             fresh = None
         if self._speculator is not None:
