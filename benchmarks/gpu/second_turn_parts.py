@@ -3,8 +3,8 @@
 bench-2b in bf16 behind 32,768 tokens, 16 of an answer and 64 of a question. Asked again, as
 `sevenfold bench serve` does, all but the last 16 are found; with another question each time, all
 but 80. Prints of both, and of the first behind a whole prefill, medians and least of the wall's
-microseconds by part, without a profiler; of the first the GPU's time from the launch to the token's
-copy, by events, the recorded prefills alone, one replay behind another, and of a turn under a
+microseconds by part, without a profiler; of the first the GPU's time from the state's copy to the
+token's, by events, the recorded prefills alone, one replay behind another, and of a turn under a
 profiler each call that gave the GPU something, when it came and when the GPU did it, with kernels
 by their time and the standstills between them. What is measured is written at the end. A last word
 `tiny` tries it on a CPU, where nothing is recorded, with the host's operators.
@@ -25,7 +25,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sevenfold.bench.serving.sides import Serving, random_ids
 from sevenfold.engine.device.capture import Captured
 from sevenfold.engine.heap import freeze_heap
-from sevenfold.engine.token_ids import TokenIds
 from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel, init_weights, preset
 
@@ -39,6 +38,7 @@ SALT = b"chat"
 PARTS = (
     "submit",
     "plan: lookup, memory",
+    "clear, restore",
     "the row's inputs",
     "replay",
     "choice, copy back",
@@ -49,6 +49,7 @@ PARTS = (
 BORDERS = (
     "submitted",
     "planned",
+    "restored",
     "filled",
     "launched",
     "waiting",
@@ -94,7 +95,7 @@ def watch(engine):
     worker = engine._worker
     wrapped(engine, "submit", nothing, lambda: mark("submitted"))
     wrapped(engine.scheduler, "step", nothing, lambda: marks.setdefault("planned", clock()))
-    wrapped(worker, "prefill", lambda: note("begun"), nothing)
+    wrapped(worker, "restore", lambda: note("begun"), lambda: mark("restored"))
     wrapped(Arriving, "numbers", lambda: (note("copied"), mark("waiting")), lambda: mark("arrived"))
     wrapped(engine, "step", nothing, lambda: marks.setdefault("told", clock()))
     if TINY:
@@ -285,7 +286,7 @@ def question(config, chat, number):
     """The chat with a question of that number."""
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(config.vocab_size, (QUESTION_TOKENS,), generator=generator)
-    return TokenIds((*chat, *ids.tolist()))
+    return (*chat, *ids.tolist())
 
 
 def built():

@@ -2,16 +2,14 @@
 
 The engine over a runner for a GPU that launches nothing, on a CPU, with bench-2b's pages: a first
 turn of 32,768 tokens, then prompts of 32,848, of which 16 are new, whose ids are other objects each
-time, and packed, as a server has them. Prints medians and the least of the thread's own
-microseconds by part, of turns that follow each other, and of turns behind what leaves the
-processor's caches to others: the whole prompt under another salt, a pass over 64 MB, and a wait as
-long as a GPU computes it.
+time. Prints medians and the least of the thread's own microseconds: in submit, from there to the
+launch, from the launch until the host waits for the token, from there to its event, and in the step
+that only lets go.
 """
 
 import statistics
 import sys
 import time
-from functools import cache
 
 import numpy as np
 import torch
@@ -20,7 +18,6 @@ from tokenizers.models import BPE
 
 from sevenfold.bench.serving.sides import random_ids
 from sevenfold.engine import SamplingParams
-from sevenfold.engine import choosing as choosing_module
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import DeviceRunner
 from sevenfold.engine.device.capture import Captured
@@ -28,14 +25,11 @@ from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory import plan_memory
 from sevenfold.engine.request import Request
 from sevenfold.engine.scheduler import SchedulerConfig
-from sevenfold.engine.token_ids import TokenIds
 from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel, init_weights, preset
 
 CHAT_TOKENS, ANSWER_TOKENS, QUESTION_TOKENS, PAGE_TOKENS = 32_768, 16, 64, 64
-PARTS = ("submit", "plan", "inputs", "choice", "event", "let go")
-BORDERS = ("submitted", "planned", "launched", "waiting", "told", "let go")
-WAIT_S, PASSED_BYTES = 0.09, 64 << 20
+PARTS = ("submit", "to the launch", "behind it", "to the event", "letting go")
 SIZES = (64, 8192)
 TOKEN = 5
 times = {}
@@ -46,20 +40,11 @@ def clock():
 
 
 def record(run):
-    """A capture whose replay notes the time, and leaves what there is."""
-    return Captured(lambda: times.update(launched=clock()), run())
-
-
-def noting(owner, name, border):
-    """Note the time behind each call of a method."""
-    run = getattr(owner, name)
-
-    def noted(*args, **options):
-        result = run(*args, **options)
-        times[border] = clock()
-        return result
-
-    setattr(owner, name, noted)
+    """A capture whose replay notes the time and gives the same logits."""
+    run()
+    logits = torch.zeros(1, VOCAB)
+    logits[0, TOKEN] = 1
+    return Captured(lambda: times.update(launched=clock()), logits)
 
 
 class Runner(DeviceRunner):
@@ -68,17 +53,9 @@ class Runner(DeviceRunner):
     def _prefill(self, rows):
         if self._prefills.size_of(rows) is not None:
             return super()._prefill(rows)
-        return given(len(rows))
-
-    def _prefill_step(self, inputs):
-        inputs.chosen[:] = torch.tensor([TOKEN, 1])
-        return given(1)
-
-
-def given(num_rows):
-    logits = torch.zeros(num_rows, VOCAB)
-    logits[:, TOKEN] = 1
-    return logits
+        logits = torch.zeros(len(rows), VOCAB)
+        logits[:, TOKEN] = 1
+        return logits
 
 
 class Watched(Arriving):
@@ -94,58 +71,38 @@ def make_runner(model, storage, *_, **__):
     return Runner(model, storage, page_tokens=PAGE_TOKENS, capture=record, **sizes)
 
 
-def new_engine(num_bytes):
+def new_engine():
     """Of a small model with 56 pages to a state, as bench-2b has."""
     small = {"hidden_size": 32, "num_attention_heads": 64, "num_key_value_heads": 1}
     small |= {"head_dim": 16, "intermediate_size": 32, "rotary_dim": 8, "moe": None}
     config = preset("bench-2b").model_copy(update=small)
     model = init_weights(HybridModel(config), seed=0).eval().requires_grad_(False)
     size = {"page_tokens": PAGE_TOKENS, "kv_element_bytes": 4, "context_tokens": CHAT_TOKENS}
-    plan = plan_memory(config, budget_bytes=num_bytes, **size)
+    plan = plan_memory(config, budget_bytes=1200 << 20, **size)
     limits = {"max_request_tokens": 2 * CHAT_TOKENS, "lone_chunk_tokens": CHAT_TOKENS}
     tokenizer = Tokenizer(BPE({f"<{n}>": n for n in range(VOCAB)}, []))
     return Engine(model, tokenizer, plan, SchedulerConfig(page_tokens=PAGE_TOKENS, **limits))
 
 
-@cache
-def greedy(new_tokens):
-    return SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-
-
-def submit(engine, name, prompt, new_tokens, marks=(), salt=b"chat"):
-    request = Request(name, prompt, new_tokens, marks=marks, salt=salt)
-    engine.submit(request, greedy(new_tokens))
+def submit(engine, name, prompt, new_tokens, marks=()):
+    request = Request(name, tuple(prompt), new_tokens, marks=marks, salt=b"chat")
+    engine.submit(request, SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True))
     return request
-
-
-def serve(engine):
-    while engine.has_work:
-        engine.step()
 
 
 def turn(engine, name, prompt):
     """Seconds of each part, and tokens that were cached."""
-    times.clear()
     began = clock()
     request = submit(engine, name, prompt, 1)
-    times["submitted"] = clock()
+    submitted = clock()
     events = engine.step()
-    times["told"] = clock()
-    # These are of the first step.
-    noted = dict(times)
-    serve(engine)
-    noted["let go"] = clock()
+    told = clock()
+    while engine.has_work:
+        engine.step()
     if [event.token_id for event in events] != [TOKEN]:
         raise SystemExit(f"one step must give the token, got {events}")
-    return np.diff([began, *(noted[border] for border in BORDERS)]), request.num_cached_tokens
-
-
-def cool(engine, name, prompt, passed):
-    """Leave the caches to others: a prompt of another salt, a pass over memory, and a wait."""
-    submit(engine, name, prompt, 1, salt=name.encode())
-    serve(engine)
-    passed += 1
-    time.sleep(WAIT_S)
+    border = (began, submitted, times["launched"], times["waiting"], told, clock())
+    return np.diff(border), request.num_cached_tokens
 
 
 VOCAB = preset("bench-2b").vocab_size
@@ -153,38 +110,24 @@ VOCAB = preset("bench-2b").vocab_size
 
 def main():
     torch.set_num_threads(1)
-    repeats = int(sys.argv[1]) if sys.argv[1:] else 100
+    repeats = int(sys.argv[1]) if sys.argv[1:] else 200
     worker_module.make_runner = make_runner
-    choosing_module.Arriving = Watched
-    engine = new_engine((600 + 20 * repeats) << 20)  # each whole prompt stays
+    engine_module = sys.modules[Engine.__module__]
+    engine_module.Arriving = Watched
+    engine = new_engine()
     first, question = (
         random_ids(preset("bench-2b"), n).tolist() for n in (CHAT_TOKENS, QUESTION_TOKENS)
     )
-    asked = submit(engine, "first", TokenIds(first), ANSWER_TOKENS, marks=(CHAT_TOKENS,))
-    serve(engine)
+    asked = submit(engine, "first", first, ANSWER_TOKENS, marks=(CHAT_TOKENS,))
+    while engine.has_work:
+        engine.step()
     second = np.array([*first, *asked.generated, *question])
-    noting(engine.scheduler, "step", "planned")
-    passed = np.zeros(PASSED_BYTES // 8)
-    for n in range(3):  # of the first all but 80 are found, as many as are not recorded here
-        submit(engine, f"warm {n}", TokenIds(second.tolist()), 1)
-        serve(engine)
-    hot, cold = [], []
-    for n in range(repeats):
-        hot.append(turn(engine, f"hot {n}", TokenIds(second.tolist()))[0])
-    for n in range(repeats):
-        prompt = TokenIds(second.tolist())
-        cool(engine, f"whole {n}", prompt, passed)
-        row, cached = turn(engine, f"cold {n}", prompt)
-        cold.append(row)
+    for n in range(3):
+        _, cached = turn(engine, f"warm {n}", second.tolist())
+    rows = [turn(engine, str(n), second.tolist())[0] for n in range(repeats)]
     print(f"{cached:,} of {len(second):,} tokens cached; us, median (least) of {repeats}")
-    for name, *both in zip((*PARTS, "in all"), *map(with_sum, (hot, cold)), strict=True):
-        print(f"  {name:14}", *(f"{statistics.median(x):8.1f} ({min(x):.1f})" for x in both))
-
-
-def with_sum(rows):
-    """Microseconds by part, and of all together."""
-    parts = np.array(rows) * 1e6
-    return [*parts.T, parts.sum(1)]
+    for name, part in zip(PARTS, np.array(rows).T * 1e6, strict=True):
+        print(f"  {name:14} {statistics.median(part):8.1f} ({min(part):.1f})")
 
 
 if __name__ == "__main__":

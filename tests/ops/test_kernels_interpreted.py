@@ -21,7 +21,6 @@ GROUPS = {
     ],
     "layers": [
         "ops/few_rows/test_device_rows.py",
-        "ops/items/test_items_kernels.py",
         "models/test_stepping_device.py",
         "models/test_stepping_parts.py",
         "ops/fusions",

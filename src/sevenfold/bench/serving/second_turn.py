@@ -12,7 +12,6 @@ from sevenfold.bench.serving.agreement import check_tokens
 from sevenfold.bench.serving.prefill import Report
 from sevenfold.bench.serving.sides import Serving, Sides, random_ids
 from sevenfold.engine.memory_layout import Tenant
-from sevenfold.engine.token_ids import TokenIds
 from sevenfold.models.accounting import kv_bytes, state_bytes
 
 _ANSWER_TOKENS = 16
@@ -30,10 +29,9 @@ def run_second_turn(
     """Time a second turn of chats whose first turn is so long.
 
     Ours, cached: the first turn has been served, 64 tokens follow the answer, and the call before
-    the timing has left all of it but what its last page lacks (`cached_tokens`); its ids are packed
-    before the engine is asked, as a server's are. Ours, whole: the same prompt under a salt that
-    has cached nothing. Theirs: a prefill of the whole prompt. The cached turn's tokens are checked
-    to be the model's.
+    the timing has left all of it but what its last page lacks (`cached_tokens`). Ours, whole: the
+    same prompt under a salt that has cached nothing. Theirs: a prefill of the whole prompt. The
+    cached turn's tokens are checked to be the model's.
 
     Args:
         sides: checked.
@@ -62,7 +60,7 @@ def _measure(
     asked = serving.submit(first, _ANSWER_TOKENS, salt=salt, turn=length)
     held = _held_bytes(serving)
     question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
-    prompt = TokenIds((*first, *asked.generated, *question))  # as a server has encoded them
+    prompt = (*first, *asked.generated, *question)  # as a request has it
     runs: dict[str, Callable[[], object]] = {
         "cached": partial(_turn, serving, prompt, salt),
         "whole": partial(_turn, serving, prompt, None),

@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import replace
 
-from sevenfold.engine.cache.admission import PromptPlaces, decode_snapshot, wanted_snapshots
+from sevenfold.engine.cache.admission import decode_snapshot
 from sevenfold.engine.cache.arena import ArenaUsage, index_of
 from sevenfold.engine.cache.holding import CacheCounters, Fresh, Holding, Placement
 from sevenfold.engine.cache.host import HostCounters
@@ -82,10 +82,10 @@ class CacheManager(Opening):
             ValueError: the request is not open.
         """
         holding = self._holding(request)
+        self._settle(holding)
         missing = self.plan.num_pages(num_tokens) - len(holding.pages)
         if missing <= 0:
             return True
-        self._settle(holding)
         pages = self._obtain(Tenant.PAGE, missing)
         if pages is None:
             return False
@@ -107,16 +107,16 @@ class CacheManager(Opening):
         Raises:
             ValueError: the request is not open.
         """
-        holding, page = self._holding(request), self.plan.page_tokens
-        if first // page == end // page or not self.plan.has_states:
+        holding = self._holding(request)
+        if not self.plan.has_states:
             return []
         due = []
-        for at, needed in self._wanted(holding).items():
+        for at, needed in holding.wanted.items():
             if first < at <= end and self._reserve(holding, at, needed=needed):
                 due.append(at)
         if self._grain_tokens is not None:
             return sorted(due)
-        at = decode_snapshot(max(first, holding.num_prompt_tokens), end, page)
+        at = decode_snapshot(max(first, holding.num_prompt_tokens), end, self.plan.page_tokens)
         if at is not None and self._reserve_rolling(holding, at):
             due.append(at)
         return sorted(due)
@@ -169,11 +169,6 @@ class CacheManager(Opening):
             restore=None if restored is None else index_of(restored),
             snapshots={at: index_of(handle) for at, handle in holding.pending.items()},
         )
-
-    def note_launched(self, request: Request) -> None:
-        """Note that an open request's first chunk runs: whatever writes to the snapshot that it
-        reads comes behind it, in the order of the device's stream."""
-        self._use_found(self._holding(request))
 
     def state(self, request: Request) -> int | None:
         """Return where an open request's state lies; None in a model without linear layers."""
@@ -248,14 +243,6 @@ class CacheManager(Opening):
                 return None
         return self._take(tenant, count)
 
-    def _wanted(self, holding: Holding) -> dict[int, bool]:
-        """Where a prompt's prefill should write snapshots, and whether they are needed."""
-        if holding.wanted is None:
-            marks, seen = holding.request.marks, holding.lookup.seen_tokens
-            places = PromptPlaces(holding.num_prompt_tokens, marks, seen)
-            holding.wanted = wanted_snapshots(places, self._grain_tokens or self.plan.page_tokens)
-        return holding.wanted
-
     def _reserve(self, holding: Holding, at: int, *, needed: bool) -> bool:
         """Reserve a snapshot unless there is one, or will be, or there is no memory for it."""
         if at in holding.pending:
@@ -309,22 +296,16 @@ class CacheManager(Opening):
     def _settle(self, holding: Holding) -> None:
         """Offer what a request has computed to others, and let go of what it has read."""
         computed = holding.request.num_computed_tokens
-        if computed > holding.lookup.hit_tokens:
-            self._use_found(holding)
+        if not holding.counted and computed > holding.lookup.hit_tokens:
+            self._count(holding)
+            if holding.restored is not None:
+                self._tree.unpin(holding.restored)
+                holding.restored = None
         if computed >= holding.next_block_tokens:
             self._publish(holding, self._num_offered(holding, computed) // self.plan.page_tokens)
         if holding.pending:
             for at in [at for at in holding.pending if at <= computed]:
                 self._keep_snapshot(holding, at)
-
-    def _use_found(self, holding: Holding) -> None:
-        """Count what a request has gone on from, and let go of the snapshot that it has read."""
-        if holding.counted:
-            return
-        self._count(holding)
-        if holding.restored is not None:
-            self._tree.unpin(holding.restored)
-            holding.restored = None
 
     def _num_offered(self, holding: Holding, computed: int) -> int:
         """Tokens that others may go on from."""

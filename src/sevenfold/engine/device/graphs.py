@@ -37,9 +37,8 @@ class Recorder(Generic[Key, Inputs]):
     def at(self, size: Key) -> tuple[Inputs, Captured]:
         """Return the inputs and the recorded step of a size."""
         if size not in self.recorded:
-            with torch.inference_mode():
-                inputs = self.new_inputs(size)
-                self.recorded[size] = (inputs, self.capture(lambda: self.step(inputs)))
+            inputs = self.new_inputs(size)
+            self.recorded[size] = (inputs, self.capture(lambda: self.step(inputs)))
         return self.recorded[size]
 
 
