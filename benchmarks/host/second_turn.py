@@ -2,9 +2,9 @@
 
 The engine over a runner for a GPU that launches nothing, on a CPU, with bench-2b's pages: a first
 turn of 32,768 tokens, then prompts of 32,848, of which 16 are new, whose ids are other objects each
-time. Prints medians and the least of the thread's own microseconds: in submit, from there to the
-launch, from the launch until the host waits for the token, from there to its event, and in the step
-that only lets go.
+time. Prints medians and the least of the thread's own microseconds by part, of turns that follow
+each other, and of turns behind what leaves the processor's caches to others: the whole prompt under
+another salt, a pass over 64 MB, and a wait as long as a GPU computes it.
 """
 
 import statistics
@@ -29,7 +29,9 @@ from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel, init_weights, preset
 
 CHAT_TOKENS, ANSWER_TOKENS, QUESTION_TOKENS, PAGE_TOKENS = 32_768, 16, 64, 64
-PARTS = ("submit", "to the launch", "behind it", "to the event", "letting go")
+PARTS = ("submit", "plan", "clear, restore", "inputs", "choice", "event", "let go")
+BORDERS = ("submitted", "planned", "restored", "launched", "waiting", "told", "let go")
+WAIT_S, PASSED_BYTES = 0.09, 64 << 20
 SIZES = (64, 8192)
 TOKEN = 5
 times = {}
@@ -45,6 +47,18 @@ def record(run):
     logits = torch.zeros(1, VOCAB)
     logits[0, TOKEN] = 1
     return Captured(lambda: times.update(launched=clock()), logits)
+
+
+def noting(owner, name, border):
+    """Note the time behind each call of a method."""
+    run = getattr(owner, name)
+
+    def noted(*args, **options):
+        result = run(*args, **options)
+        times[border] = clock()
+        return result
+
+    setattr(owner, name, noted)
 
 
 class Runner(DeviceRunner):
@@ -84,25 +98,40 @@ def new_engine():
     return Engine(model, tokenizer, plan, SchedulerConfig(page_tokens=PAGE_TOKENS, **limits))
 
 
-def submit(engine, name, prompt, new_tokens, marks=()):
-    request = Request(name, tuple(prompt), new_tokens, marks=marks, salt=b"chat")
+def submit(engine, name, prompt, new_tokens, marks=(), salt=b"chat"):
+    request = Request(name, tuple(prompt), new_tokens, marks=marks, salt=salt)
     engine.submit(request, SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True))
     return request
 
 
-def turn(engine, name, prompt):
-    """Seconds of each part, and tokens that were cached."""
-    began = clock()
-    request = submit(engine, name, prompt, 1)
-    submitted = clock()
-    events = engine.step()
-    told = clock()
+def serve(engine):
     while engine.has_work:
         engine.step()
+
+
+def turn(engine, name, prompt):
+    """Seconds of each part, and tokens that were cached."""
+    times.clear()
+    began = clock()
+    request = submit(engine, name, prompt, 1)
+    times["submitted"] = clock()
+    events = engine.step()
+    times["told"] = clock()
+    # These are of the first step.
+    noted = dict(times)
+    serve(engine)
+    noted["let go"] = clock()
     if [event.token_id for event in events] != [TOKEN]:
         raise SystemExit(f"one step must give the token, got {events}")
-    border = (began, submitted, times["launched"], times["waiting"], told, clock())
-    return np.diff(border), request.num_cached_tokens
+    return np.diff([began, *(noted[border] for border in BORDERS)]), request.num_cached_tokens
+
+
+def cool(engine, name, prompt, passed):
+    """Leave the caches to others: a prompt of another salt, a pass over memory, and a wait."""
+    submit(engine, name, prompt, 1, salt=name.encode())
+    serve(engine)
+    passed += 1
+    time.sleep(WAIT_S)
 
 
 VOCAB = preset("bench-2b").vocab_size
@@ -119,15 +148,31 @@ def main():
         random_ids(preset("bench-2b"), n).tolist() for n in (CHAT_TOKENS, QUESTION_TOKENS)
     )
     asked = submit(engine, "first", first, ANSWER_TOKENS, marks=(CHAT_TOKENS,))
-    while engine.has_work:
-        engine.step()
+    serve(engine)
     second = np.array([*first, *asked.generated, *question])
-    for n in range(3):
-        _, cached = turn(engine, f"warm {n}", second.tolist())
-    rows = [turn(engine, str(n), second.tolist())[0] for n in range(repeats)]
+    noting(engine.scheduler, "step", "planned")
+    noting(engine._worker, "restore", "restored")
+    passed = np.zeros(PASSED_BYTES // 8)
+    for n in range(3):  # of the first all but 80 are found, as many as are not recorded here
+        submit(engine, f"warm {n}", second.tolist(), 1)
+        serve(engine)
+    hot, cold = [], []
+    for n in range(repeats):
+        hot.append(turn(engine, f"hot {n}", second.tolist())[0])
+    for n in range(repeats):
+        prompt = second.tolist()
+        cool(engine, f"whole {n}", prompt, passed)
+        row, cached = turn(engine, f"cold {n}", prompt)
+        cold.append(row)
     print(f"{cached:,} of {len(second):,} tokens cached; us, median (least) of {repeats}")
-    for name, part in zip(PARTS, np.array(rows).T * 1e6, strict=True):
-        print(f"  {name:14} {statistics.median(part):8.1f} ({min(part):.1f})")
+    for name, *both in zip((*PARTS, "in all"), *map(with_sum, (hot, cold)), strict=True):
+        print(f"  {name:14}", *(f"{statistics.median(x):8.1f} ({min(x):.1f})" for x in both))
+
+
+def with_sum(rows):
+    """Microseconds by part, and of all together."""
+    parts = np.array(rows) * 1e6
+    return [*parts.T, parts.sum(1)]
 
 
 if __name__ == "__main__":
