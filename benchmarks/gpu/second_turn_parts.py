@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sevenfold.bench.serving.sides import Serving, random_ids
 from sevenfold.engine.device.capture import Captured
 from sevenfold.engine.heap import freeze_heap
+from sevenfold.engine.token_ids import TokenIds
 from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel, init_weights, preset
 
@@ -286,7 +287,7 @@ def question(config, chat, number):
     """The chat with a question of that number."""
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(config.vocab_size, (QUESTION_TOKENS,), generator=generator)
-    return (*chat, *ids.tolist())
+    return TokenIds((*chat, *ids.tolist()))
 
 
 def built():

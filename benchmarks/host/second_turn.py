@@ -2,7 +2,7 @@
 
 The engine over a runner for a GPU that launches nothing, on a CPU, with bench-2b's pages: a first
 turn of 32,768 tokens, then prompts of 32,848, of which 16 are new, whose ids are other objects each
-time. Prints medians and the least of the thread's own microseconds by part, of turns that follow
+time, and packed, as a server has them. Prints medians and the least of the thread's own microseconds by part, of turns that follow
 each other, and of turns behind what leaves the processor's caches to others: the whole prompt under
 another salt, a pass over 64 MB, and a wait as long as a GPU computes it.
 """
@@ -10,6 +10,7 @@ another salt, a pass over 64 MB, and a wait as long as a GPU computes it.
 import statistics
 import sys
 import time
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from sevenfold.engine.engine import Engine
 from sevenfold.engine.memory import plan_memory
 from sevenfold.engine.request import Request
 from sevenfold.engine.scheduler import SchedulerConfig
+from sevenfold.engine.token_ids import TokenIds
 from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel, init_weights, preset
 
@@ -98,9 +100,14 @@ def new_engine():
     return Engine(model, tokenizer, plan, SchedulerConfig(page_tokens=PAGE_TOKENS, **limits))
 
 
+@cache
+def greedy(new_tokens):
+    return SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+
+
 def submit(engine, name, prompt, new_tokens, marks=(), salt=b"chat"):
-    request = Request(name, tuple(prompt), new_tokens, marks=marks, salt=salt)
-    engine.submit(request, SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True))
+    request = Request(name, prompt, new_tokens, marks=marks, salt=salt)
+    engine.submit(request, greedy(new_tokens))
     return request
 
 
@@ -147,20 +154,20 @@ def main():
     first, question = (
         random_ids(preset("bench-2b"), n).tolist() for n in (CHAT_TOKENS, QUESTION_TOKENS)
     )
-    asked = submit(engine, "first", first, ANSWER_TOKENS, marks=(CHAT_TOKENS,))
+    asked = submit(engine, "first", TokenIds(first), ANSWER_TOKENS, marks=(CHAT_TOKENS,))
     serve(engine)
     second = np.array([*first, *asked.generated, *question])
     noting(engine.scheduler, "step", "planned")
     noting(engine._worker, "restore", "restored")
     passed = np.zeros(PASSED_BYTES // 8)
     for n in range(3):  # of the first all but 80 are found, as many as are not recorded here
-        submit(engine, f"warm {n}", second.tolist(), 1)
+        submit(engine, f"warm {n}", TokenIds(second.tolist()), 1)
         serve(engine)
     hot, cold = [], []
     for n in range(repeats):
-        hot.append(turn(engine, f"hot {n}", second.tolist())[0])
+        hot.append(turn(engine, f"hot {n}", TokenIds(second.tolist()))[0])
     for n in range(repeats):
-        prompt = second.tolist()
+        prompt = TokenIds(second.tolist())
         cool(engine, f"whole {n}", prompt, passed)
         row, cached = turn(engine, f"cold {n}", prompt)
         cold.append(row)

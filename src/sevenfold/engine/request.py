@@ -1,12 +1,12 @@
 """One request, from its submission to its end."""
 
 import math
-import struct
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
 from sevenfold.config import SevenfoldError
+from sevenfold.engine.token_ids import TokenIds
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
@@ -24,22 +24,6 @@ class RequestFailedError(SevenfoldError, RuntimeError):
     """One request could not go on; the others do."""
 
 
-def _packed(prompt: tuple[int, ...]) -> bytes:
-    """Token ids, 4 bytes each, which also checks them: a look at each one's type takes four times
-    as long.
-
-    What is no id would fail inside a step, and with it all that the step computes.
-    """
-    try:
-        return struct.Struct(f"<{len(prompt)}I").pack(*prompt)
-    except struct.error as error:
-        if not all(isinstance(token, int) for token in prompt):
-            raise TypeError("prompt must hold integers alone, got other types") from error
-        raise ValueError(
-            f"prompt must hold ids from 0 to 2**32 - 1, got {min(prompt)} to {max(prompt)}"
-        ) from error
-
-
 # eq=False: a request is itself, and a key of dictionaries, however its fields change.
 @dataclass(eq=False, slots=True)
 class Request:
@@ -51,7 +35,7 @@ class Request:
 
     Args:
         id: names the request; no two that are under way share one.
-        prompt: token ids, one or more, from 0 to 2**32 - 1; packed holds them in 4 bytes each.
+        prompt: token ids, one or more, from 0 to 2**32 - 1; TokenIds are packed already.
         max_tokens: new tokens at most, one or more.
         priority: the greater, the sooner; default 0.
         deadline_s: when to give the request up, on the scheduler's clock; None is never.
@@ -97,7 +81,8 @@ class Request:
             raise ValueError("id must have one character or more, got ''")
         if not self.prompt:
             raise ValueError("prompt must have at least one token, got ()")
-        self.packed = _packed(self.prompt)
+        prompt = self.prompt if isinstance(self.prompt, TokenIds) else TokenIds(self.prompt)
+        self.prompt, self.packed = prompt, prompt.packed
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
         if self.deadline_s is not None and not math.isfinite(self.deadline_s):

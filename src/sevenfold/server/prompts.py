@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sevenfold.engine.token_ids import TokenIds
 from sevenfold.server.api_chat import Message, TextPart, Tool
 from sevenfold.server.api_common import MAX_CACHE_MARKS
 from sevenfold.server.chat_template import ChatTemplate, Cut
@@ -59,8 +60,10 @@ class Prompts:
 
     async def text(self, text: str, param: str) -> Prompt:
         """Encode a text."""
-        ids = await asyncio.to_thread(self._codec.encode, text, param)
-        return Prompt(tuple(ids))
+        return await asyncio.to_thread(self._text, text, param)
+
+    def _text(self, text: str, param: str) -> Prompt:
+        return Prompt(TokenIds(self._codec.encode(text, param)))
 
     def _chat(
         self,
@@ -71,7 +74,7 @@ class Prompts:
         rendered = self._template.render(messages, tools, cuts)
         text, places = rendered.text, [place for place in rendered.shared if place]
         ids, marks = self._codec.encode_marked(text, places, "messages")
-        return Prompt(tuple(ids), marks, text.rstrip().endswith(OPEN))
+        return Prompt(TokenIds(ids), marks, text.rstrip().endswith(OPEN))
 
     def _cut(self, messages: Sequence[Message], index: int, num_parts: int | None) -> Cut:
         content = messages[index].content

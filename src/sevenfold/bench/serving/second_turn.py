@@ -12,6 +12,7 @@ from sevenfold.bench.serving.agreement import check_tokens
 from sevenfold.bench.serving.prefill import Report
 from sevenfold.bench.serving.sides import Serving, Sides, random_ids
 from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.token_ids import TokenIds
 from sevenfold.models.accounting import kv_bytes, state_bytes
 
 _ANSWER_TOKENS = 16
@@ -60,7 +61,7 @@ def _measure(
     asked = serving.submit(first, _ANSWER_TOKENS, salt=salt, turn=length)
     held = _held_bytes(serving)
     question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
-    prompt = (*first, *asked.generated, *question)  # as a request has it
+    prompt = TokenIds((*first, *asked.generated, *question))  # as a server has encoded them
     runs: dict[str, Callable[[], object]] = {
         "cached": partial(_turn, serving, prompt, salt),
         "whole": partial(_turn, serving, prompt, None),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -18,6 +19,7 @@ from sevenfold.engine.request import Request
 from sevenfold.engine.sizing import size_engine
 from sevenfold.engine.speculation import SpeculationConfig
 from sevenfold.engine.tensor_parallel import Ranks
+from sevenfold.engine.token_ids import TokenIds
 from sevenfold.models import HybridModel, ModelConfig, init_weights, preset
 
 
@@ -115,7 +117,7 @@ class Serving:
         """Let a request wait.
 
         Args:
-            prompt: token ids.
+            prompt: token ids; TokenIds are packed already, as a server has them.
             new_tokens: to generate.
             salt: requests of one find what others of it have cached; None finds nothing.
             turn: tokens after which its last turn ends; 0 for none.
@@ -124,9 +126,9 @@ class Serving:
         name = str(next(self._names))
         marks = (turn,) if turn else ()
         salt = name.encode() if salt is None else salt
-        request = Request(name, tuple(prompt), new_tokens, marks=marks, salt=salt)
-        greedy = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        self.engine.submit(request, params or greedy)
+        ids = prompt if isinstance(prompt, TokenIds) else TokenIds(prompt)
+        request = Request(name, ids, new_tokens, marks=marks, salt=salt)
+        self.engine.submit(request, params or _greedy(new_tokens))
         return request
 
     def steps(self) -> Iterator[int]:
@@ -138,6 +140,12 @@ class Serving:
         """Serve all requests to their ends."""
         for _ in self.steps():
             continue
+
+
+@cache
+def _greedy(new_tokens: int) -> SamplingParams:
+    """Made once, as whoever asks often makes them: checking them takes longer than to submit."""
+    return SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
 
 
 def random_ids(config: ModelConfig, *shape: int) -> torch.Tensor:
