@@ -177,7 +177,7 @@ class Sessions(RuleBasedStateMachine):
     def trails_are_sound(self) -> None:
         """Each is listed in both places; what is left of it is a path of the tree, and its own."""
         held, tree = self.runner.manager._trails, self.runner.manager._tree
-        listed = [trail for some in held._by_first.values() for trail in some.values()]
+        listed = [trail for some in held._by_start.values() for trail in some.values()]
         assert sorted(map(id, listed)) == sorted(map(id, held._trails.values()))
         assert held._num_blocks == sum(map(len, listed)) <= trails._MOST_BLOCKS
         for trail in listed:

@@ -41,8 +41,16 @@ def test_the_next_turn_hashes_no_block_that_the_last_one_left(hashed: list[bytes
     run.serve((*first, 1), output=blocks("xy"))
     hashed.clear()
     assert run.serve((*first, 1, *blocks("xy"), *blocks("q"))) == 32 * P
-    # The salt and the first block, to look for it; what follows.
-    assert len(hashed) == 3
+    assert len(hashed) == 1  # what follows
+
+
+def test_a_prompt_shorter_than_a_block_leaves_a_trail_that_is_found(hashed: list[bytes]) -> None:
+    run = runner()
+    text = blocks(chat(30))
+    run.serve(text[:1], output=text[1:])
+    hashed.clear()
+    assert run.serve((*text, 1)) == 28 * P  # as decoding keeps states
+    assert len(hashed) == 1
 
 
 def test_another_salt_meets_no_trail(hashed: list[bytes]) -> None:

@@ -136,10 +136,11 @@ class Arena:
         """Whether the items could be taken (states first, pages, snapshots last), and whole slabs
         besides, once all that is not pinned were given back."""
         slabs = self.layout.num_usable_slabs - sum(self._pinned_slabs) - whole_slabs
-        for tenant in Tenant:
-            places = self.layout.places[tenant]
-            spare = self._pinned_slabs[tenant] * places - self._pinned_items[tenant]
-            slabs -= self.layout.num_slabs_for(tenant, max(0, needs[tenant] - spare))
+        pinned = zip(self.layout.places, self._pinned_slabs, self._pinned_items, needs, strict=True)
+        for places, num_slabs, num_items, needed in pinned:
+            missing = needed - (num_slabs * places - num_items)
+            if missing > 0 and places:
+                slabs -= -(-missing // places)
         return slabs >= 0
 
     def usage(self) -> ArenaUsage:

@@ -17,7 +17,8 @@ class Holding:
     """What one open request holds; all but indices are handles of the arena.
 
     num_prompt_tokens: what was known when it was opened; prefill ends there.
-    wanted: token counts of snapshots to write -> whether they are needed.
+    wanted: token counts of snapshots to write -> whether they are needed; None until a step comes to
+        a page's border, where they all lie.
     path: nodes of the tree for its first blocks, which it keeps there.
     pages: for all blocks in their order; those of path are the tree's.
     page_indices: where the pages lie, int64; replaced when they change, never written to.
@@ -33,7 +34,6 @@ class Holding:
     chain: KeyChain
     lookup: Lookup
     num_prompt_tokens: int
-    wanted: dict[int, bool]
     path: list[Node]
     pages: list[int]
     page_indices: array
@@ -44,6 +44,7 @@ class Holding:
     anchors: list[Anchor] = field(default_factory=list)
     rolling: Anchor | None = None
     counted: bool = False
+    wanted: dict[int, bool] | None = None
 
     @property
     def last_anchor_tokens(self) -> int:

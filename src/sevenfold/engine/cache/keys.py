@@ -23,7 +23,6 @@ class KeyChain:
 
     def __init__(self, request: Request, page_tokens: int) -> None:
         self._request, self._page_tokens = request, page_tokens
-        self._root = sha256(_TAG + request.salt).digest()
         self._keys: list[bytes] = []
 
     def key(self, block: int) -> bytes:
@@ -47,6 +46,11 @@ class KeyChain:
             known = self._keys[at:end]
             yield from known
             at += len(known)
+
+    @property
+    def start(self) -> tuple[bytes, bytes]:
+        """Salt and tokens of the first block: by them trails are found."""
+        return self._request.salt, self.packed(1)
 
     def adopt(self, keys: Sequence[bytes]) -> None:
         """Take the keys of first blocks from a request whose salt and tokens there are the same."""
@@ -91,7 +95,7 @@ class KeyChain:
 
     def _extend(self, count: int) -> None:
         keys, width = self._keys, self._block_bytes
-        key = keys[-1] if keys else self._root
+        key = keys[-1] if keys else sha256(_TAG + self._request.salt).digest()
         inside = min(count, self._num_whole)
         if len(keys) < inside:
             # One loop without calls of our own: a long prompt has thousands of blocks.

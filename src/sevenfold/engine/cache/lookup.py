@@ -116,7 +116,7 @@ class PrefixIndex:
             seen += 1
         reason = None if hit else self._reason(chain, most, len(nodes), seen)
         lookup = Lookup(hit * self._page_tokens, seen * self._page_tokens, reason)
-        return Match(lookup, path.first(hit))
+        return Match(lookup, path if hit == len(nodes) else path.first(hit))
 
     def _reason(self, chain: KeyChain, most: int, cached: int, seen: int) -> MissReason:
         if not most:

@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import replace
 
-from sevenfold.engine.cache.admission import decode_snapshot
+from sevenfold.engine.cache.admission import PromptPlaces, decode_snapshot, wanted_snapshots
 from sevenfold.engine.cache.arena import ArenaUsage, index_of
 from sevenfold.engine.cache.holding import CacheCounters, Fresh, Holding, Placement
 from sevenfold.engine.cache.host import HostCounters
@@ -82,10 +82,10 @@ class CacheManager(Opening):
             ValueError: the request is not open.
         """
         holding = self._holding(request)
-        self._settle(holding)
         missing = self.plan.num_pages(num_tokens) - len(holding.pages)
         if missing <= 0:
             return True
+        self._settle(holding)
         pages = self._obtain(Tenant.PAGE, missing)
         if pages is None:
             return False
@@ -107,16 +107,16 @@ class CacheManager(Opening):
         Raises:
             ValueError: the request is not open.
         """
-        holding = self._holding(request)
-        if not self.plan.has_states:
+        holding, page = self._holding(request), self.plan.page_tokens
+        if first // page == end // page or not self.plan.has_states:
             return []
         due = []
-        for at, needed in holding.wanted.items():
+        for at, needed in self._wanted(holding).items():
             if first < at <= end and self._reserve(holding, at, needed=needed):
                 due.append(at)
         if self._grain_tokens is not None:
             return sorted(due)
-        at = decode_snapshot(max(first, holding.num_prompt_tokens), end, self.plan.page_tokens)
+        at = decode_snapshot(max(first, holding.num_prompt_tokens), end, page)
         if at is not None and self._reserve_rolling(holding, at):
             due.append(at)
         return sorted(due)
@@ -242,6 +242,14 @@ class CacheManager(Opening):
             if not self._suffices((needs[0], needs[1], needs[2])):
                 return None
         return self._take(tenant, count)
+
+    def _wanted(self, holding: Holding) -> dict[int, bool]:
+        """Where a prompt's prefill should write snapshots, and whether they are needed."""
+        if holding.wanted is None:
+            marks, seen = holding.request.marks, holding.lookup.seen_tokens
+            places = PromptPlaces(holding.num_prompt_tokens, marks, seen)
+            holding.wanted = wanted_snapshots(places, self._grain_tokens or self.plan.page_tokens)
+        return holding.wanted
 
     def _reserve(self, holding: Holding, at: int, *, needed: bool) -> bool:
         """Reserve a snapshot unless there is one, or will be, or there is no memory for it."""

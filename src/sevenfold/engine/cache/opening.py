@@ -2,7 +2,6 @@
 
 from array import array
 
-from sevenfold.engine.cache.admission import PromptPlaces, wanted_snapshots
 from sevenfold.engine.cache.arena import Arena, index_of
 from sevenfold.engine.cache.holding import Fresh, Holding
 from sevenfold.engine.cache.host import HostEntry, HostTier
@@ -103,16 +102,17 @@ class Opening:
 
     def _lock(self, request: Request, path: Path) -> bool:
         """Keep a path and its last state if what the request needs besides can be had."""
-        pages = self._num_opening_pages(request) - len(path.nodes)
-        self._tree.lock(path.nodes)
-        anchor = path.nodes[-1].anchor if path.nodes else None
+        nodes = path.nodes
+        pages = self._num_opening_pages(request) - len(nodes)
+        self._tree.lock(nodes)
+        anchor = nodes[-1].anchor if nodes else None
         if anchor is not None:
             self._tree.pin(anchor)
         if self._suffices((int(self.plan.has_states), pages, 0)):
             return True
         if anchor is not None:
             self._tree.unpin(anchor)
-        self._tree.unlock(path.nodes)
+        self._tree.unlock(nodes)
         return False
 
     def _suffices(self, needs: tuple[int, int, int], *, whole_slabs: int = 0) -> bool:
@@ -136,8 +136,6 @@ class Opening:
         anchor = nodes[-1].anchor if nodes else None
         if anchor is not None:
             self._tree.hit(anchor)
-        seen = found.lookup.seen_tokens
-        places = PromptPlaces(request.num_tokens, request.marks, seen)
         if state is None and self.plan.has_states:
             state = self._take(Tenant.STATE, 1)[0]
         holding = Holding(
@@ -145,7 +143,6 @@ class Opening:
             chain=chain,
             lookup=found.lookup,
             num_prompt_tokens=request.num_tokens,
-            wanted=wanted_snapshots(places, self._grain_tokens or self.plan.page_tokens),
             path=nodes,
             pages=pages,
             page_indices=indices,

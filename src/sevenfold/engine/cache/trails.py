@@ -1,9 +1,8 @@
 """Paths that requests left last: the next turn of a chat finds its own by comparing tokens.
 
 To hash thousands of blocks and look each of them up takes a millisecond, to compare as many bytes
-microseconds. A trail is found by the key of its first block, which no other salt shares, and tokens
-are compared to the last byte; it only names nodes of the tree, and those that have been dropped
-since do not count.
+microseconds. A trail is found by its salt and first block, and tokens are compared to the last
+byte; it only names nodes of the tree, and those that have been dropped since do not count.
 """
 
 from array import array
@@ -48,8 +47,10 @@ class Path(NamedTuple):
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Trail:
-    """A path with the keys of its blocks and their tokens, as KeyChain.packed gives them."""
+    """A path with the keys of its blocks and their tokens, as KeyChain.packed gives them; start is
+    the chain's."""
 
+    start: tuple[bytes, bytes]
     path: Path
     keys: list[bytes]
     tokens: bytes
@@ -64,7 +65,7 @@ class Trails:
     def __init__(self, tree: PrefixTree) -> None:
         self._tree = tree
         self._trails: OrderedDict[bytes, Trail] = OrderedDict()  # by the key of the last block
-        self._by_first: dict[bytes, dict[bytes, Trail]] = {}
+        self._by_start: dict[tuple[bytes, bytes], dict[bytes, Trail]] = {}
         self._num_blocks = 0
 
     def __len__(self) -> int:
@@ -75,8 +76,8 @@ class Trails:
         nodes, num_blocks = path.nodes, len(path.nodes)
         if not _LEAST_BLOCKS <= num_blocks <= _MOST_BLOCKS:
             return
-        first, end = nodes[0].key, nodes[-1].key
-        for trail in list(self._by_first.get(first, {}).values()):
+        start, end = chain.start, nodes[-1].key
+        for trail in list(self._by_start.get(start, {}).values()):
             shared = min(len(trail), num_blocks)
             if trail.keys[shared - 1] != nodes[shared - 1].key:
                 continue
@@ -84,8 +85,9 @@ class Trails:
                 self._trails.move_to_end(trail.keys[-1])
                 return
             self._drop(trail)
-        trail = Trail(path.first(num_blocks), chain.keys(num_blocks), chain.packed(num_blocks))
-        self._trails[end] = self._by_first.setdefault(first, {})[end] = trail
+        keys, tokens = chain.keys(num_blocks), chain.packed(num_blocks)
+        trail = Trail(start, path.first(num_blocks), keys, tokens)
+        self._trails[end] = self._by_start.setdefault(start, {})[end] = trail
         self._num_blocks += num_blocks
         while len(self._trails) > _MOST_TRAILS or self._num_blocks > _MOST_BLOCKS:
             self._drop(next(iter(self._trails.values())))
@@ -98,7 +100,7 @@ class Trails:
         if most_blocks < _LEAST_BLOCKS:
             return Path.empty()
         best, found = 0, None
-        for trail in self._by_first.get(chain.key(0), {}).values():
+        for trail in self._by_start.get(chain.start, {}).values():
             num_blocks = chain.num_common(trail.tokens, best, most_blocks)
             if num_blocks:
                 best, found = num_blocks, trail
@@ -113,12 +115,12 @@ class Trails:
     def clear(self) -> None:
         """Forget all of them."""
         self._trails.clear()
-        self._by_first.clear()
+        self._by_start.clear()
         self._num_blocks = 0
 
     def _drop(self, trail: Trail) -> None:
-        first, end = trail.keys[0], trail.keys[-1]
-        del self._trails[end], self._by_first[first][end]
-        if not self._by_first[first]:
-            del self._by_first[first]
+        start, end = trail.start, trail.keys[-1]
+        del self._trails[end], self._by_start[start][end]
+        if not self._by_start[start]:
+            del self._by_start[start]
         self._num_blocks -= len(trail)
