@@ -52,8 +52,9 @@ class Arriving:
         Nothing waits for it, and the tensor may change from now on.
         """
         on_gpu = rows.device.type == "cuda"
-        self._host = torch.empty(rows.shape, dtype=torch.int64, pin_memory=on_gpu)
-        self._host.copy_(rows, non_blocking=True)
+        host = torch.empty(rows.shape, dtype=torch.int64, pin_memory=on_gpu)
+        host.copy_(rows, non_blocking=True)
+        self._columns = host.numpy().T  # now, and not while a token is waited for
         self._arrived = torch.cuda.Event() if on_gpu else None
         if self._arrived is not None:
             self._arrived.record()
@@ -62,7 +63,7 @@ class Arriving:
         """Wait for the copy, and for no work that came after it; returns the columns."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._host.T.tolist()
+        return self._columns.tolist()
 
 
 def side_by_side(columns: Sequence[Tensor]) -> Tensor:

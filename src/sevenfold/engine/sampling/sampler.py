@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,10 +32,11 @@ class Output:
     end_ids: Sequence[int]
     tokens: list[int] = field(default_factory=list)
     bad_words: Sequence[Sequence[int]] = ()
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+    @cached_property
+    def seed(self) -> int:
+        """The request's own, or one that is drawn when it is first asked for."""
+        return secrets.randbits(64) if self.params.seed is None else self.params.seed
 
 
 class Sampler:

@@ -93,6 +93,9 @@ class Scheduler:
             raise RuntimeError(
                 f"every row must be recorded before the next step, got no {missing!r}"
             )
+        if not len(self._roster):  # the requests of the step before have ended
+            self._admission.stopped_by = WaitReason.TURN
+            return Step((), (), (), self._take_ended())
         self._reap()
         self._tenancy.grow()
         # What memory cannot hold already is not helped by more.
@@ -102,9 +105,8 @@ class Scheduler:
             self._admit()
         prefills, decodes = self._planner.run()
         self._unrecorded = {row.request.id: row for row in (*prefills, *decodes)}
-        step = Step(prefills, decodes, tuple(self._tenancy.preempted), tuple(self._ended))
-        self._ended, self._tenancy.preempted = [], []
-        return step
+        preempted, self._tenancy.preempted = tuple(self._tenancy.preempted), []
+        return Step(prefills, decodes, preempted, self._take_ended())
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Take the pages of a request's tokens up to a number, before a step needs them.
@@ -246,6 +248,10 @@ class Scheduler:
         now_s = self._clock()
         while entry := self._roster.overdue(now_s):
             self._end(entry, "deadline")
+
+    def _take_ended(self) -> tuple[Request, ...]:
+        ended, self._ended = tuple(self._ended), []
+        return ended
 
     def _admit(self) -> None:
         while entry := self._admission.run():
