@@ -24,6 +24,7 @@ class KeyChain:
     def __init__(self, request: Request, page_tokens: int) -> None:
         self._request, self._page_tokens = request, page_tokens
         self._keys: list[bytes] = []
+        self._adopted: tuple[Sequence[bytes], int] = ((), 0)
 
     def key(self, block: int) -> bytes:
         """Return the key of the prefix that ends with a block, all of whose tokens are known."""
@@ -50,11 +51,17 @@ class KeyChain:
     @property
     def start(self) -> tuple[bytes, bytes]:
         """Salt and tokens of the first block: by them trails are found."""
-        return self._request.salt, self.packed(1)
+        request, width = self._request, self._block_bytes
+        # Of a prompt that is shorter than a block, outputs are a part.
+        first = request.packed[:width]
+        return request.salt, first if len(first) == width else self.packed(1)
 
-    def adopt(self, keys: Sequence[bytes]) -> None:
-        """Take the keys of first blocks from a request whose salt and tokens there are the same."""
-        self._keys += keys[len(self._keys) :]
+    def adopt(self, keys: Sequence[bytes], count: int) -> None:
+        """Take so many first keys from a request whose salt and tokens there are the same.
+
+        They are copied when they are asked for: the next turn of a chat asks for none.
+        """
+        self._adopted = (keys, count)
 
     def packed(self, num_blocks: int) -> bytes:
         """Return the tokens of so many first blocks, 4 bytes each."""
@@ -95,6 +102,8 @@ class KeyChain:
 
     def _extend(self, count: int) -> None:
         keys, width = self._keys, self._block_bytes
+        if len(keys) < count and len(keys) < self._adopted[1]:
+            keys += self._adopted[0][len(keys) : self._adopted[1]]
         key = keys[-1] if keys else sha256(_TAG + self._request.salt).digest()
         inside = min(count, self._num_whole)
         if len(keys) < inside:

@@ -107,7 +107,7 @@ class Trails:
         if found is None:
             return Path.empty()
         self._trails.move_to_end(found.keys[-1])
-        chain.adopt(found.keys[:best])
+        chain.adopt(found.keys, best)
         while best and not self._tree.holds(found.path.nodes[best - 1]):
             best -= 1
         return found.path.first(best)
