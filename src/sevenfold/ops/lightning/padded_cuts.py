@@ -39,7 +39,6 @@ class PaddedCuts:
             np.array(x, np.int64).reshape(-1, _WIDTH) for x in (rows.segments, rows.pieces)
         )
         self._sizes = [self._segments.size, self._pieces.size, 2 * (most_stops + 1)]
-        self._borders = [(segment.start, segment.end) for segment in rows.segments]
 
     @property
     def num_numbers(self) -> int:
@@ -64,12 +63,12 @@ class PaddedCuts:
         segments, kept, at = numbers[:first].reshape(-1, _WIDTH), numbers[end:].reshape(-1, 2), 0
         segments[:], kept[:] = self._segments, 0
         np.minimum(self._segments[:, :2], num_tokens, out=segments[:, :2])
-        for n, (start, end) in enumerate(self._borders):
-            segments[n, _IS_LAST] = start < num_tokens <= end
+        for segment, (start, end) in zip(segments, self._segments[:, :2].tolist(), strict=True):
+            segment[_IS_LAST] = start < num_tokens <= end
             own = [(s.num_tokens - start, s.slot) for s in stops if start < s.num_tokens <= end]
             if own:
                 kept[at : at + len(own)] = sorted(own)
-            segments[n, _FIRST_STOP], segments[n, _FIRST_STOP + 1] = at, at + len(own)
+            segment[_FIRST_STOP : _FIRST_STOP + 2] = at, at + len(own)
             at += len(own)
 
     def plan(self, numbers: Tensor) -> Plan:
@@ -84,8 +83,6 @@ class PaddedCuts:
 
     def _write_pieces(self, pieces: np.ndarray, num_tokens: int) -> None:
         """Whole pieces, or none: kernels take a piece's chunks for whole."""
-        if not len(pieces):
-            return
         pieces[:] = self._pieces
         starts, ends, ahead = (self._pieces[:, i] for i in (0, 1, _AHEAD))
         pieces[:, 1] = np.where(ends + ahead < num_tokens, ends, starts)
