@@ -2,9 +2,10 @@
 
 The engine over a runner for a GPU that launches nothing, on a CPU, with bench-2b's pages: a first
 turn of 32,768 tokens, then prompts of 32,848, of which 16 are new, whose ids are other objects each
-time, and packed, as a server has them. Prints medians and the least of the thread's own microseconds by part, of turns that follow
-each other, and of turns behind what leaves the processor's caches to others: the whole prompt under
-another salt, a pass over 64 MB, and a wait as long as a GPU computes it.
+time, and packed, as a server has them. Prints medians and the least of the thread's own
+microseconds by part, of turns that follow each other, and of turns behind what leaves the
+processor's caches to others: the whole prompt under another salt, a pass over 64 MB, and a wait as
+long as a GPU computes it.
 """
 
 import statistics

@@ -79,9 +79,9 @@ class Request:
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("id must have one character or more, got ''")
-        if not self.prompt:
-            raise ValueError("prompt must have at least one token, got ()")
         prompt = self.prompt if isinstance(self.prompt, TokenIds) else TokenIds(self.prompt)
+        if not prompt:
+            raise ValueError("prompt must have at least one token, got ()")
         self.prompt, self.packed = prompt, prompt.packed
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")

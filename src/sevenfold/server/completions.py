@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sevenfold.engine.sampling import Logprobs
+from sevenfold.engine.token_ids import TokenIds
 from sevenfold.server.answers import LEAST_LOGPROB
 from sevenfold.server.api_completions import (
     Completion,
@@ -81,7 +82,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     if len(several) > most:
         raise bad_request(f"prompts must be at most {most}, got {len(several)}", "prompt")
     return [
-        await service.prompts.text(one, "prompt") if isinstance(one, str) else Prompt(tuple(one))
+        await service.prompts.text(one, "prompt") if isinstance(one, str) else Prompt(TokenIds(one))
         for one in several
     ]
 

@@ -17,8 +17,8 @@ class Holding:
     """What one open request holds; all but indices are handles of the arena.
 
     num_prompt_tokens: what was known when it was opened; prefill ends there.
-    wanted: token counts of snapshots to write -> whether they are needed; None until a step comes to
-        a page's border, where they all lie.
+    wanted: token counts of snapshots to write -> whether they are needed; None until a step comes
+        to a page's border, where they all lie.
     path: nodes of the tree for its first blocks, which it keeps there.
     pages: for all blocks in their order; those of path are the tree's.
     page_indices: where the pages lie, int64; replaced when they change, never written to.
