@@ -89,6 +89,13 @@ SHORT_CASES = {
             32,
             SHORT,
         ),
+        Case(
+            "experts by copies, bf16",
+            {"shard": 2, "expert": 2, "expert_exchange": "copies", "gather_dtype": "bf16", **ONCE},
+            (2048,),
+            32,
+            SHORT,
+        ),
         Case("experts, all by copies", {"shard": 2, "expert": 2, **BY_COPIES}, (2048,), 32, SHORT),
         Case(
             "experts, all by copies, bf16",
@@ -109,6 +116,13 @@ SHORT_CASES = {
 TWO = (32_768, 32_768)
 LONG_CASES = [
     Case("context by ring, 2 documents", context("ring"), TWO, 1, LONG),
+    Case(
+        "context by ring, 2 documents, bf16",
+        context("ring", {"gather_dtype": "bf16", **ONCE}),
+        TWO,
+        1,
+        LONG,
+    ),
     Case(
         "context by ring, 2 documents, weights by copies",
         context("ring", WEIGHTS_BY_COPIES),
@@ -133,8 +147,9 @@ LONGER_BYTES = 115 * 2**30
 
 
 def chosen_cases():
-    """The cases of the words; without a GPU those that need no copy engine."""
-    return [case for case in named_cases() if not (TINY and "copies" in case.degrees.values())]
+    """The cases of the words; without a GPU those that need no copy engine and no autocast."""
+    needs = {"copies", "bf16"} if TINY else set()
+    return [case for case in named_cases() if not needs & set(case.degrees.values())]
 
 
 def named_cases():
@@ -148,8 +163,8 @@ def named_cases():
         return cases
     cases.append(Case(LONG, {}, (32_768,), 1))
     if TINY or torch.cuda.get_device_properties(0).total_memory > LONGER_BYTES:
-        return [*cases, *LONG_CASES[:3], Case(LONGER, {}, (65_536,), 1), *LONG_CASES[3:]]
-    return [*cases, *LONG_CASES[:3], *(replace(c, beside=LONG, share=1.0) for c in LONG_CASES[3:])]
+        return [*cases, *LONG_CASES[:4], Case(LONGER, {}, (65_536,), 1), *LONG_CASES[4:]]
+    return [*cases, *LONG_CASES[:4], *(replace(c, beside=LONG, share=1.0) for c in LONG_CASES[4:])]
 
 
 @dataclass

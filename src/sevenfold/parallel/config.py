@@ -30,8 +30,8 @@ class ParallelConfig(StrictModel):
         expert_token_groups: parts of a rank's tokens that go to the experts one after another, so
             that one travels while the experts run on another.
         expert_exchange: how tokens travel to experts: "collective", the backend's all-to-all, or
-            "copies", by the copy engines of the GPUs of one host, which take no multiprocessor
-            from products.
+            "copies", by the copy engines of the GPUs of one host, which hold no multiprocessor
+            that products wait for.
         context_attention: how keys travel under context: "gather" or "ring"; None decides by their
             bytes.
         gather_once: whether weights that ranks divide stay whole from a micro-batch's forward to

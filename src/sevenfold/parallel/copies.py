@@ -1,4 +1,4 @@
-"""Rows between GPUs of one host by their copy engines, which takes no multiprocessor from products.
+"""Rows between GPUs of one host by their copy engines, which hold no multiprocessor all of the way.
 
 Each rank has a ring of slots for every other, which that one fills. Chunk n between two ranks:
 
@@ -6,8 +6,9 @@ Each rank has a ring of slots for every other, which that one fills. Chunk n bet
     receiver    waits until filled > n, copies it out of the slot, writes taken = n + 1
 
 `filled` lies in the receiver's memory and `taken` in the sender's, where each waits: by operations
-of streams, which take no kernel. NCCL's kernels hold multiprocessors all of the way, for which a
-product of as many programs as there are multiprocessors waits.
+of streams, which take no kernel. NCCL's kernels hold multiprocessors, for which a product of as
+many programs as there are multiprocessors waits. The copy out of a slot stays within a GPU, and
+the driver does it with what multiprocessors are free.
 
 Source: CUDA driver API, stream memory operations.
 """
