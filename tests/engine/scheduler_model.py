@@ -153,13 +153,14 @@ class Model:
 
     def check_work(self, step: Step) -> None:
         w = self.world
-        lone = w.config.lone_chunk_tokens or 0
-        first = step.prefills[0].end - step.prefills[0].first if step.prefills else 0
-        if not step.decodes and first > w.config.max_step_tokens - w.config.min_chunk_tokens:
-            assert first <= max(lone, w.config.max_step_tokens)
-            assert step.num_tokens - first <= w.config.max_step_tokens - w.config.min_chunk_tokens
-        else:
-            assert step.num_tokens <= w.config.max_step_tokens
+        most, least = w.config.max_step_tokens, w.config.min_chunk_tokens
+        if step.num_tokens > most:
+            # The first prompt, where nothing decodes; it leaves the others what they must have.
+            first, *others = (chunk.end - chunk.first for chunk in step.prefills)
+            assert not step.decodes
+            assert first <= (w.config.lone_chunk_tokens or 0)
+            assert max(others, default=0) <= least
+            assert sum(others) + least <= most
         assert len({row.request for row in rows(step)}) == len(rows(step))
         for chunk in step.prefills:
             request, first = chunk.request, self.computed[chunk.request]
