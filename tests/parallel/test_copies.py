@@ -4,10 +4,14 @@ import random
 from collections import deque
 from collections.abc import Callable
 from itertools import accumulate
+from typing import cast
 
 import pytest
+import torch
+from torch import distributed as dist
 
-from sevenfold.parallel.copies import NOTHING, Piece, Rings, Slots, end_to_end, parts
+from sevenfold.config import UnsupportedError
+from sevenfold.parallel.copies import NOTHING, Copies, Piece, Rings, Slots, end_to_end, parts
 
 MEMORY, ROWS = 1 << 20, 1 << 30  # how far ranks' rings lie apart, and their rows
 
@@ -133,3 +137,16 @@ def test_parts_cover_what_leaves_and_what_comes() -> None:
             own = [(p.start, p.end) for p in found if p.leaves is leaves and p.peer == peer]
             ends = [min(end, size) for end in range(4, size + 4, 4)]
             assert own == list(zip([0, *accumulate([4] * len(ends))], ends, strict=False))
+
+
+def test_without_a_gpu_it_is_refused() -> None:
+    copies = Copies(cast(dist.ProcessGroup, None))
+    with pytest.raises(UnsupportedError, match='exchange by "copies" needs GPUs, got cpu'):
+        copies.start(torch.ones(2, 3), [0, 2], [0, 0])
+
+
+def test_rings_of_any_number_of_ranks_take_what_is_set_aside() -> None:
+    for num_ranks in (2, 3, 8, 64):
+        slots = Slots.of(num_ranks)
+        assert slots.size % 512 == 0
+        assert 255 << 20 < Copies.memory_bytes(num_ranks) <= (256 << 20) + 1024

@@ -15,6 +15,7 @@ from sevenfold.models.training_memory import training_memory
 from sevenfold.ops import plan_dispatch
 from sevenfold.parallel import ParallelConfig
 from sevenfold.parallel.capacity import limited, order_of_pieces, share_capacity
+from sevenfold.parallel.copies import Copies
 from sevenfold.parallel.estimate import Rates, Work, rank_memory, step_time
 from sevenfold.parallel.layout import place_of
 from sevenfold.parallel.parts import parts_of, tensor_slice
@@ -83,6 +84,18 @@ LAYOUTS = [
     {"tensor": 4, "shard": 8, "expert": 32, "expert_tensor": 1},
     {"pipeline": 8, "pipeline_stages": 2, "shard": 2, "context": 2},
 ]
+
+
+def test_copies_take_rings_and_others_summands() -> None:
+    model, degrees = preset("bench-2b"), {"shard": 8, "expert": 2}
+    plain = rank_memory(model, ParallelConfig(**degrees), WORK)
+    tokens = rank_memory(model, ParallelConfig(**degrees, expert_exchange="copies"), WORK)
+    weights = rank_memory(model, ParallelConfig(**degrees, weight_exchange="copies"), WORK)
+    assert tokens.total - plain.total == Copies.memory_bytes(2)
+    # Dense layers are divided among 8 ranks, an expert's weights among 4.
+    rings = Copies.memory_bytes(8) + Copies.memory_bytes(4)
+    assert weights.kept - plain.kept == rings
+    assert weights.total - plain.total > rings
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)

@@ -3,8 +3,7 @@
     gather      every rank's part to every rank
     reduce      every rank's summand to the rank that it is for, which adds them up
 
-The sum is the only kernel, and takes a short while after the copies: NCCL's kernels hold
-multiprocessors for all of the way.
+The sum of a reduction is a kernel of its own, behind the copies.
 """
 
 import torch
@@ -42,6 +41,8 @@ class _Comm:
 
 
 class _Gather(_Comm):
+    """Into output, of which input is this rank's part already: fully_shard has copied it there."""
+
     def __call__(
         self,
         output_tensor: Tensor,
@@ -50,8 +51,7 @@ class _Gather(_Comm):
         async_op: bool = False,
     ) -> None:
         own = output_tensor.chunk(group.size())[group.rank()]
-        if own.data_ptr() != input_tensor.data_ptr():
-            own.copy_(input_tensor)
+        assert own.data_ptr() == input_tensor.data_ptr(), "a rank's part must lie in its place"
         source = [Piece(input_tensor.data_ptr(), input_tensor.nbytes)] * group.size()
         target = end_to_end(output_tensor.data_ptr(), [input_tensor.nbytes] * group.size())
         self._move(source, target, input_tensor, output_tensor)

@@ -30,9 +30,9 @@ def run_second_turn(
     """Time a second turn of chats whose first turn is so long.
 
     Ours, cached: the first turn has been served, 64 tokens follow the answer, and the call before
-    the timing has left all of it but what its last page lacks (`cached_tokens`). Ours, whole: the
-    same prompt under a salt that has cached nothing. Theirs: a prefill of the whole prompt. The
-    cached turn's tokens are checked to be the model's.
+    the timing has left all of it but what its last page lacks (`cached_tokens`); its ids are packed
+    before, as a server's are. Ours, whole: the same prompt under a salt that has cached nothing.
+    Theirs: a prefill of the whole prompt. The cached turn's tokens are checked to be the model's.
 
     Args:
         sides: checked.
