@@ -3,8 +3,8 @@
 bench-2b in bf16 behind 32,768 tokens, 16 of an answer and 64 of a question. Asked again, as
 `sevenfold bench serve` does, all but the last 16 are found; with another question each time, all
 but 80. Prints of both, and of the first behind a whole prefill, medians and least of the wall's
-microseconds by part, without a profiler; of the first the GPU's time from the state's copy to the
-token's, by events, the recorded prefills alone, one replay behind another, and of a turn under a
+microseconds by part, without a profiler; of the first the GPU's time from the launch to the token's
+copy, by events, the recorded prefills alone, one replay behind another, and of a turn under a
 profiler each call that gave the GPU something, when it came and when the GPU did it, with kernels
 by their time and the standstills between them. What is measured is written at the end. A last word
 `tiny` tries it on a CPU, where nothing is recorded, with the host's operators.
@@ -39,7 +39,6 @@ SALT = b"chat"
 PARTS = (
     "submit",
     "plan: lookup, memory",
-    "clear, restore",
     "the row's inputs",
     "replay",
     "choice, copy back",
@@ -50,7 +49,6 @@ PARTS = (
 BORDERS = (
     "submitted",
     "planned",
-    "restored",
     "filled",
     "launched",
     "waiting",
@@ -96,7 +94,7 @@ def watch(engine):
     worker = engine._worker
     wrapped(engine, "submit", nothing, lambda: mark("submitted"))
     wrapped(engine.scheduler, "step", nothing, lambda: marks.setdefault("planned", clock()))
-    wrapped(worker, "restore", lambda: note("begun"), lambda: mark("restored"))
+    wrapped(worker, "prefill", lambda: note("begun"), nothing)
     wrapped(Arriving, "numbers", lambda: (note("copied"), mark("waiting")), lambda: mark("arrived"))
     wrapped(engine, "step", nothing, lambda: marks.setdefault("told", clock()))
     if TINY:

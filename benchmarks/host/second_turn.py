@@ -20,6 +20,7 @@ from tokenizers.models import BPE
 
 from sevenfold.bench.serving.sides import random_ids
 from sevenfold.engine import SamplingParams
+from sevenfold.engine import choosing as choosing_module
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import DeviceRunner
 from sevenfold.engine.device.capture import Captured
@@ -32,8 +33,8 @@ from sevenfold.engine.transfer import Arriving
 from sevenfold.models import HybridModel, init_weights, preset
 
 CHAT_TOKENS, ANSWER_TOKENS, QUESTION_TOKENS, PAGE_TOKENS = 32_768, 16, 64, 64
-PARTS = ("submit", "plan", "clear, restore", "inputs", "choice", "event", "let go")
-BORDERS = ("submitted", "planned", "restored", "launched", "waiting", "told", "let go")
+PARTS = ("submit", "plan", "inputs", "choice", "event", "let go")
+BORDERS = ("submitted", "planned", "launched", "waiting", "told", "let go")
 WAIT_S, PASSED_BYTES = 0.09, 64 << 20
 SIZES = (64, 8192)
 TOKEN = 5
@@ -45,11 +46,8 @@ def clock():
 
 
 def record(run):
-    """A capture whose replay notes the time and gives the same logits."""
-    run()
-    logits = torch.zeros(1, VOCAB)
-    logits[0, TOKEN] = 1
-    return Captured(lambda: times.update(launched=clock()), logits)
+    """A capture whose replay notes the time, and leaves what there is."""
+    return Captured(lambda: times.update(launched=clock()), run())
 
 
 def noting(owner, name, border):
@@ -70,9 +68,17 @@ class Runner(DeviceRunner):
     def _prefill(self, rows):
         if self._prefills.size_of(rows) is not None:
             return super()._prefill(rows)
-        logits = torch.zeros(len(rows), VOCAB)
-        logits[:, TOKEN] = 1
-        return logits
+        return given(len(rows))
+
+    def _prefill_step(self, inputs):
+        inputs.chosen[:] = torch.tensor([TOKEN, 1])
+        return given(1)
+
+
+def given(num_rows):
+    logits = torch.zeros(num_rows, VOCAB)
+    logits[:, TOKEN] = 1
+    return logits
 
 
 class Watched(Arriving):
@@ -88,14 +94,14 @@ def make_runner(model, storage, *_, **__):
     return Runner(model, storage, page_tokens=PAGE_TOKENS, capture=record, **sizes)
 
 
-def new_engine():
+def new_engine(num_bytes):
     """Of a small model with 56 pages to a state, as bench-2b has."""
     small = {"hidden_size": 32, "num_attention_heads": 64, "num_key_value_heads": 1}
     small |= {"head_dim": 16, "intermediate_size": 32, "rotary_dim": 8, "moe": None}
     config = preset("bench-2b").model_copy(update=small)
     model = init_weights(HybridModel(config), seed=0).eval().requires_grad_(False)
     size = {"page_tokens": PAGE_TOKENS, "kv_element_bytes": 4, "context_tokens": CHAT_TOKENS}
-    plan = plan_memory(config, budget_bytes=1200 << 20, **size)
+    plan = plan_memory(config, budget_bytes=num_bytes, **size)
     limits = {"max_request_tokens": 2 * CHAT_TOKENS, "lone_chunk_tokens": CHAT_TOKENS}
     tokenizer = Tokenizer(BPE({f"<{n}>": n for n in range(VOCAB)}, []))
     return Engine(model, tokenizer, plan, SchedulerConfig(page_tokens=PAGE_TOKENS, **limits))
@@ -147,11 +153,10 @@ VOCAB = preset("bench-2b").vocab_size
 
 def main():
     torch.set_num_threads(1)
-    repeats = int(sys.argv[1]) if sys.argv[1:] else 200
+    repeats = int(sys.argv[1]) if sys.argv[1:] else 100
     worker_module.make_runner = make_runner
-    engine_module = sys.modules[Engine.__module__]
-    engine_module.Arriving = Watched
-    engine = new_engine()
+    choosing_module.Arriving = Watched
+    engine = new_engine((600 + 20 * repeats) << 20)  # each whole prompt stays
     first, question = (
         random_ids(preset("bench-2b"), n).tolist() for n in (CHAT_TOKENS, QUESTION_TOKENS)
     )
@@ -159,7 +164,6 @@ def main():
     serve(engine)
     second = np.array([*first, *asked.generated, *question])
     noting(engine.scheduler, "step", "planned")
-    noting(engine._worker, "restore", "restored")
     passed = np.zeros(PASSED_BYTES // 8)
     for n in range(3):  # of the first all but 80 are found, as many as are not recorded here
         submit(engine, f"warm {n}", TokenIds(second.tolist()), 1)

@@ -31,6 +31,7 @@ class FakeCapture:
         output = run().clone()
         self._outputs.append(output)
 
+        @torch.inference_mode()
         def replay() -> None:
             self.replayed += 1
             for other in self._outputs:

@@ -39,7 +39,7 @@ def engine_of(
 def watch(engine: Engine) -> Seen:
     """The logits from which each request's tokens are chosen."""
     seen: Seen = {}
-    choose = engine._choose
+    choose = engine._choosing.choose
 
     def watched(requests, logits, *args):
         for request, row in zip(requests, logits, strict=True):
@@ -47,7 +47,7 @@ def watch(engine: Engine) -> Seen:
                 seen.setdefault(request.id, []).append(row.clone())
         return choose(requests, logits, *args)
 
-    engine._choose = watched
+    engine._choosing.choose = watched
     return seen
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import DeviceRunner, prefill_sizes
 from sevenfold.engine.device.prefill_graphs import MOST_STOPS, most_keys
+from sevenfold.engine.item_words import NOTHING
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.rows import Row, Scored
 from sevenfold.engine.runners import scans_wait_for_nothing
@@ -256,7 +257,8 @@ def test_pages_of_a_prompt_have_room() -> None:
     keys = most_keys(8)
     assert inputs.pages.shape == (1, keys // PAGE_TOKENS)
     pages = list(range(1, keys // PAGE_TOKENS + 3))
-    inputs.fill(Row([5, 6, 7], keys - 3, 4, pages, {}), PAGE_TOKENS)
+    inputs.fill(Row([5, 6, 7], keys - 3, 4, pages, {}), NOTHING)
+    inputs.send()
     assert inputs.pages[0].tolist() == pages[:-2]
     assert inputs.page.tolist() == [pages[-3]] * 3 + [SINK] * 5
     assert inputs.place.tolist() == [13, 14, 15, 0, 0, 0, 0, 0]

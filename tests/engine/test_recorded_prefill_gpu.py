@@ -2,6 +2,7 @@
 
 import copy
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from test_engine import build, prompts, run, submit, tokens
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sevenfold.engine.cache import Fresh
 from sevenfold.engine.device import CudaCapture, DeviceRunner, graph_bytes, prefill_sizes
+from sevenfold.engine.item_words import NOTHING
 from sevenfold.engine.memory_layout import SINK, Tenant
 from sevenfold.engine.rows import Row
 from sevenfold.engine.runners import make_runner
@@ -140,7 +143,7 @@ def test_a_graph_gives_the_bits_of_the_same_run_without(mix: str) -> None:
         replayed = runner.run([row]).clone()
         forget(storage)
         inputs = runner._new_prefill_inputs(runner._prefills.size_of([row]))
-        inputs.fill(row, PAGE_TOKENS)
+        inputs.fill(row, NOTHING)
         with torch.inference_mode():
             assert torch.equal(runner._prefill_step(inputs), replayed)
         assert bool(torch.isfinite(replayed).all())
@@ -205,3 +208,29 @@ def test_the_engine_gives_the_tokens_of_an_engine_without(tokenizer: Tokenizer) 
             events |= run(engine)
         found.append({name: tokens(one) for name, one in events.items()})
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_recording_reads_a_state_and_clears_pages_as_calls_do(mix: str) -> None:
+    model = gpu_model(mix)
+    storage, plain = storage_of(model), storage_of(model)
+    ready, called = (new_runner(model, one, SIZES) for one in (storage, plain))
+    text = prompt(40, 7)
+    for past in (0, 16):  # the second finds other pages in the buffers
+        row = row_of(storage, text[past:], past)
+        has_states, page = row.state is not None, storage.layout.places[Tenant.PAGE]
+        snapshot = 2 * storage.layout.places[Tenant.SNAPSHOT] if has_states else None
+        fresh = Fresh([], list(row.pages[:3]) if page else [])
+        slab = storage.layout.slab_bytes
+        noise = torch.randn(storage._arena[slab:].numel() // 4, device=GPU)
+        for one in (storage, plain):
+            one._arena[slab:] = noise.view(torch.uint8)
+        with no_waiting() if past else nullcontext():
+            found = ready.run_readied(row, fresh, snapshot)
+            plain.zero(fresh)
+            if row.state is not None:
+                plain.restore([snapshot], [row.state])
+            wanted = called.run([row])
+        assert torch.equal(found.logits, wanted)
+        assert torch.equal(storage._arena[slab:], plain._arena[slab:])
+        assert found.best[0, 0] == wanted.argmax()

@@ -3,6 +3,7 @@
 import pytest
 
 from sevenfold.engine.request import Request, Status
+from sevenfold.engine.token_ids import TokenIds
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,13 @@ def test_a_prompt_of_what_is_no_id(prompt: tuple[int, ...]) -> None:
 
 def test_a_prompt_is_packed() -> None:
     assert Request("a", (1, 2, 0xFFFF_FFFF), 1).packed == b"\1\0\0\0\2\0\0\0\xff\xff\xff\xff"
+
+
+def test_ids_that_are_packed_already_are_taken_as_they_are() -> None:
+    ids = TokenIds([1, 2, 0xFFFF_FFFF])
+    assert ids == (1, 2, 0xFFFF_FFFF)
+    request = Request("a", ids, 1)
+    assert request.prompt is ids
+    assert request.packed is ids.packed
+    with pytest.raises(ValueError, match="got -1 to 2"):
+        TokenIds([2, -1])

@@ -21,6 +21,7 @@ GROUPS = {
     ],
     "layers": [
         "ops/few_rows/test_device_rows.py",
+        "ops/items/test_items_kernels.py",
         "models/test_stepping_device.py",
         "models/test_stepping_parts.py",
         "ops/fusions",

@@ -5,24 +5,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from sevenfold.engine.ahead import Ahead, Chosen
-from sevenfold.engine.cache import CacheCounters, SessionCache, SessionLimits
-from sevenfold.engine.constraint import Constraint, mask_logits
+from sevenfold.engine.cache import CacheCounters, Fresh, Placement, SessionCache, SessionLimits
+from sevenfold.engine.choosing import Choosing
+from sevenfold.engine.constraint import Constraint
 from sevenfold.engine.events import TokenEvent
 from sevenfold.engine.first_use import log_progress, warm_up
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.options import check_invariant, worker_config
 from sevenfold.engine.request import Request, Status
 from sevenfold.engine.rows import Row
-from sevenfold.engine.sampling import (
-    Output,
-    Sampler,
-    SamplingParams,
-    bad_word_tokens,
-    read_logprobs,
-)
+from sevenfold.engine.sampling import Output, SamplingParams, bad_word_tokens
 from sevenfold.engine.scheduler import DecodeRow, PrefillChunk, Scheduler, SchedulerConfig, Step
 from sevenfold.engine.speculation import (
     Drafted,
@@ -36,8 +30,7 @@ from sevenfold.engine.speculation import (
     check_speculates,
 )
 from sevenfold.engine.tensor_parallel import Ranks
-from sevenfold.engine.text import TextStream
-from sevenfold.engine.transfer import Arriving, upload
+from sevenfold.engine.transfer import upload
 from sevenfold.engine.underway import Underway
 from sevenfold.engine.worker import Note, Worker
 from sevenfold.models import HybridModel
@@ -94,13 +87,14 @@ class Engine:
         )
         self.scheduler, self._limits = Scheduler(self.cache, config), config
         self._underway: dict[str, Underway] = {}
-        self._sampler: tuple[tuple[Request, ...], Sampler] | None = None
+        self._choosing = Choosing(self._underway, model.config.vocab_size, model.device)
         self._ahead = Ahead(self._worker, self.cache, self.scheduler)
         check_speculates(speculation, draft, plan)
         self._speculator: Speculator | None = None
         if speculation is not None:
             drafter = build_drafter(speculation, draft, model, tokenizer)
-            self._speculator = Speculator(speculation, drafter, self._worker, self._sampler_of)
+            sampler_of = self._choosing.sampler_of
+            self._speculator = Speculator(speculation, drafter, self._worker, sampler_of)
         self.num_nonfinite = 0  # requests that failed because their logits were not finite
         self._guesses = False  # whether any request has guesses for the next step
 
@@ -140,9 +134,8 @@ class Engine:
         self.scheduler.submit(request)
         eos = self._model.config.eos_token_id
         ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
-        text = TextStream(self._tokenizer, params.stop)
         output = Output(params, request.prompt, ends, request.generated, words)
-        self._underway[request.id] = Underway(request, output, text, constraint)
+        self._underway[request.id] = Underway(request, output, self._tokenizer, constraint)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step; returns whether it was under way."""
@@ -176,7 +169,12 @@ class Engine:
         began_s = time.perf_counter()
         self._propose()
         step = self.scheduler.step()
-        self._worker.prepare(self.cache.take_fresh())
+        fresh: Fresh | None = self.cache.take_fresh()
+        # What comes from the host is known in the cache already: it must be there come what may.
+        is_moved = bool(fresh.saved or fresh.loaded)
+        if step.decodes or len(step.prefills) != 1 or is_moved:
+            self._worker.prepare(fresh)
+            fresh = None
         if self._speculator is not None:
             self._speculator.forget(step.preempted, step.ended)
         events = [self._end(request) for request in step.ended]
@@ -186,7 +184,7 @@ class Engine:
             self._speculator.read((), step.prefills)
             events += self._take(prefilled)
         else:
-            events += self._decode_plainly(step, began_s)
+            events += self._decode_plainly(step, fresh, began_s)
         return [event for event in events if event is not None]
 
     def speculation_counters(self) -> SpeculationCounters | None:
@@ -205,11 +203,13 @@ class Engine:
             is_under_way=self._ahead.chosen is not None,
         )
 
-    def _decode_plainly(self, step: Step, began_s: float) -> list[TokenEvent | None]:
+    def _decode_plainly(
+        self, step: Step, fresh: Fresh | None, began_s: float
+    ) -> list[TokenEvent | None]:
         """Compute a step without guesses; where the next has none either, begin that as well."""
         was_ahead = self._ahead.chosen is not None
         # Both are launched before the host waits for either.
-        decoded, prefilled = self._decode(step), self._prefill(step.prefills)
+        decoded, prefilled = self._decode(step), self._prefill(step.prefills, fresh)
         # A prompt's last chunk comes before the first guess of what follows it, but for guesses
         # that are watched first.
         is_guessed = self._speculator is not None and not self._speculator.watches
@@ -245,9 +245,9 @@ class Engine:
         drafted = []
         for request, num_guesses, _ in rows:
             if num_guesses:
-                row = self._row(request, request.num_computed_tokens + 1 + num_guesses)
+                row = self._next_row(request, 1 + num_guesses)
                 drafted.append(Drafted(self._underway[request.id], row, num_guesses))
-        self._sampler = None
+        self._choosing.forget()
         return speculator.check(drafted, [row.request for row in rows])
 
     def _take_walk(self, walk: Walk) -> list[TokenEvent | None]:
@@ -267,30 +267,35 @@ class Engine:
         requests = [request for chosen in parts for request in chosen.requests if request]
         if not all(self._underway[request.id].chooses_blind for request in requests):
             return
-        begun = self._ahead.launch(parts, self._new_sampler)
+        begun = self._ahead.launch(parts, self._choosing.new_sampler)
         if begun is not None:
             logits, best = begun.stepped
-            self._ahead.chosen = self._choose(begun.requests, logits, begun.sampler, best)
-            self._sampler = None  # this one is ahead of the outputs from now on
+            self._ahead.chosen = self._choosing.choose(begun.requests, logits, begun.sampler, best)
+            self._choosing.forget()  # this one is ahead of the outputs from now on
 
     def _step(self, requests: list[Request]) -> Chosen | None:
         """Compute one token of each request, if there are any."""
         if not requests:
             return None
-        rows = [self._row(r, r.num_computed_tokens + 1) for r in requests]
+        rows = [self._next_row(request, 1) for request in requests]
         logits = self._worker.run(rows)
-        return self._choose(requests, logits, self._kept_sampler(requests))
+        return self._choosing.choose(requests, logits, self._choosing.kept_sampler(requests))
 
-    def _prefill(self, chunks: Sequence[PrefillChunk]) -> Chosen | None:
+    def _prefill(self, chunks: Sequence[PrefillChunk], fresh: Fresh | None = None) -> Chosen | None:
+        """Run the next chunks of prompts; of one alone, with what it finds to be made ready."""
         if not chunks:
             return None
-        self._restore(chunks)
-        for chunk in chunks:
-            underway = self._underway[chunk.request.id]
-            underway.prompt = underway.prompt or self.cache.lookup(chunk.request)
-        rows = [self._row(chunk.request, chunk.end) for chunk in chunks]
+        placed = [(chunk, self.cache.placement(chunk.request)) for chunk in chunks]
+        rows = [self._row(chunk.request, chunk.end, place) for chunk, place in placed]
         rows = [self._underway[c.request.id].scoring(r) for c, r in zip(chunks, rows, strict=True)]
-        logits = self._worker.run(rows)
+        found = [(place.restore, place.state) for _, place in placed]
+        restored = [(a, b) for a, b in found if a is not None and b is not None]
+        if fresh is None:
+            self._worker.restore([a for a, _ in restored], [b for _, b in restored])
+            logits, best = self._worker.run(rows), None
+        else:
+            logits, best = self._worker.prefill(fresh, restored, rows[0])
+        self._note_launched(chunks)
         yielding = [n for n, chunk in enumerate(chunks) if chunk.yields_token]
         for chunk in chunks:
             if not chunk.yields_token:
@@ -300,16 +305,22 @@ class Engine:
         requests = [chunks[n].request for n in yielding]
         if len(yielding) < len(chunks):
             logits = logits[upload(yielding, logits.device)]
-        return self._choose(requests, logits, self._new_sampler(requests))
+        return self._choosing.choose(requests, logits, self._choosing.new_sampler(requests), best)
 
-    def _restore(self, chunks: Sequence[PrefillChunk]) -> None:
-        """Read the states of requests that go on from a cached prefix, before their first chunk."""
-        found = [(p.restore, p.state) for p in (self.cache.placement(c.request) for c in chunks)]
-        pairs = [(a, b) for a, b in found if a is not None and b is not None]
-        self._worker.restore([a for a, _ in pairs], [b for _, b in pairs])
+    def _note_launched(self, chunks: Sequence[PrefillChunk]) -> None:
+        """Do what the first token needs besides, while the device computes."""
+        for chunk in chunks:
+            underway = self._underway[chunk.request.id]
+            underway.prompt = underway.prompt or self.cache.lookup(chunk.request)
+            self.cache.note_launched(chunk.request)
+            underway.begin_text()
 
-    def _row(self, request: Request, end: int) -> Row:
-        placement, past = self.cache.placement(request), request.num_computed_tokens
+    def _next_row(self, request: Request, num_tokens: int) -> Row:
+        end = request.num_computed_tokens + num_tokens
+        return self._row(request, end, self.cache.placement(request))
+
+    def _row(self, request: Request, end: int, placement: Placement) -> Row:
+        past = request.num_computed_tokens
         return Row(
             tokens=request.tokens_between(past, end),
             past=past,
@@ -318,22 +329,6 @@ class Engine:
             snapshots={at: s for at, s in placement.snapshots.items() if past < at <= end},
             seed=self._underway[request.id].output.params.seed or 0,
         )
-
-    def _choose(
-        self,
-        requests: Sequence[Request | None],
-        logits: Tensor,
-        sampler: Sampler,
-        best: Tensor | None = None,
-    ) -> Chosen:
-        """Choose a token of each row, whose best may be known; those of None are nobody's."""
-        underway = [None if r is None else self._underway[r.id] for r in requests]
-        constraints = [None if one is None else one.constraint for one in underway]
-        checked = sampler.choose_checked(mask_logits(logits, constraints), logits, best)
-        tokens, arriving = checked[:, 0], Arriving(checked)
-        asked = [None if one is None else one.output.params.logprobs for one in underway]
-        logprobs = read_logprobs(logits, tokens, asked)
-        return Chosen(tuple(requests), sampler, tokens, arriving, logprobs)
 
     def _take(self, chosen: Chosen | None) -> list[TokenEvent | None]:
         """Wait for the tokens of a run, and record them."""
@@ -385,16 +380,3 @@ class Engine:
             return None
         text, reason = underway.text.finish(), request.finish_reason
         return TokenEvent(request.id, None, text, reason, error=request.error)
-
-    def _kept_sampler(self, requests: list[Request]) -> Sampler:
-        """The sampler of the step before, if it served the same requests."""
-        served = tuple(requests)
-        if self._sampler is None or self._sampler[0] != served:
-            self._sampler = (served, self._new_sampler(requests))
-        return self._sampler[1]
-
-    def _new_sampler(self, requests: Sequence[Request]) -> Sampler:
-        return self._sampler_of([self._underway[request.id].output for request in requests])
-
-    def _sampler_of(self, outputs: Sequence[Output]) -> Sampler:
-        return Sampler(outputs, self._model.config.vocab_size, self._model.device)

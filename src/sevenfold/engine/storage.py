@@ -11,6 +11,7 @@ from torch import Tensor
 from sevenfold.config import UnsupportedError
 from sevenfold.engine.cache import Copy, Fresh
 from sevenfold.engine.exact_items import ExactItems
+from sevenfold.engine.item_words import item_words
 from sevenfold.engine.memory import MemoryPlan
 from sevenfold.engine.memory_layout import ArenaLayout, Tenant
 from sevenfold.engine.precision import linear_layers
@@ -111,7 +112,10 @@ class KVStorage:
 
 
 class Storage:
-    """One allocation of the plan's slabs, and every layer's views of it."""
+    """One allocation of the plan's slabs, and every layer's views of it.
+
+    words: by which a recorded run copies a state and clears pages itself; None where it cannot.
+    """
 
     def __init__(
         self,
@@ -148,6 +152,7 @@ class Storage:
             for tenant in (Tenant.STATE, Tenant.PAGE)
         }
         self._exact = _exact_items(config, plan, self._arena, dtype) if self.is_exact else None
+        self.words = item_words(self._arena, plan) if self.is_exact else None
         self._host = None if plan.host is None else _host_arena(plan.host_bytes, device)
 
     @property

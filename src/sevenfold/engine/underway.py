@@ -1,6 +1,9 @@
 """A request under way, as the engine sees it."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tokenizers import Tokenizer
 
 from sevenfold.engine.cache import Lookup
 from sevenfold.engine.constraint import Constraint
@@ -18,10 +21,19 @@ class Underway:
 
     request: Request
     output: Output
-    text: TextStream
+    tokenizer: Tokenizer
     constraint: Constraint | None
     prompt: Lookup | None = None
     scored: list[Logprobs] | None = None
+
+    @cached_property
+    def text(self) -> TextStream:
+        """Its output's text so far."""
+        return TextStream(self.tokenizer, self.output.params.stop)
+
+    def begin_text(self) -> None:
+        """Make its text, if that has not been done: the first token is waited for, and this not."""
+        _ = self.text
 
     @property
     def chooses_blind(self) -> bool:

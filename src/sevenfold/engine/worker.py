@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Annotated, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -46,6 +46,13 @@ class WorkerConfig(StrictModel):
     draft_tokens: Annotated[int, Field(ge=0)] = 0
     draft_trees: bool = False
     chunk_tokens: Count | None = None
+
+
+class Prefilled(NamedTuple):
+    """What a prompt's chunk gave: fields as Stepped's, but for the choice, which may be unknown."""
+
+    logits: Tensor
+    best: Tensor | None
 
 
 class RunsAhead(Protocol):
@@ -210,6 +217,26 @@ class Worker:
         """
         self._pending.commit([row.state for row in rows if row.state is not None])
         return self._run(rows)
+
+    def prefill(self, fresh: Fresh, restored: Sequence[tuple[int, int]], row: Row) -> Prefilled:
+        """Prepare items, restore states from snapshots, pairs of both, and run one row of a prompt.
+
+        In one launch, where it is recorded: each other takes the host as long as to write the row.
+
+        Returns:
+            Logits as run's, and the choice where it is known.
+        """
+        if isinstance(self.runner, DeviceRunner) and self._config.chunk_tokens is None:
+            snapshot = restored[0][0] if restored else None
+            stepped = self.runner.run_readied(row, fresh, snapshot)
+            if stepped is not None:
+                return Prefilled(*stepped)
+        return self._prefill(fresh, restored, row)
+
+    def _prefill(self, fresh: Fresh, restored: Sequence[tuple[int, int]], row: Row) -> Prefilled:
+        self.prepare(fresh)
+        self.restore([a for a, _ in restored], [b for _, b in restored])
+        return Prefilled(self.run([row]), None)
 
     def snapshot(self, states: Sequence[int], snapshots: Sequence[int]) -> None:
         """Write states into snapshots."""

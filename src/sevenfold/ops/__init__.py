@@ -61,6 +61,7 @@ from sevenfold.ops.few_rows import (
     suits_few_rows,
 )
 from sevenfold.ops.greedy import Greedy, advance_rows, are_finite, greedy_tokens
+from sevenfold.ops.items import copy_and_clear
 from sevenfold.ops.lightning import (
     MAX_DRAFT_TOKENS,
     Int8ReplayPool,
@@ -166,6 +167,7 @@ __all__ = [
     "check_fp8_device",
     "combine",
     "combine_parts",
+    "copy_and_clear",
     "decode_states",
     "dense_on_device",
     "dequantise_rows",

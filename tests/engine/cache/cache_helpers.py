@@ -139,6 +139,7 @@ class Runner:
             self._write(Tenant.STATE, place.state, request, end)
         for at in due:
             self._write(Tenant.SNAPSHOT, place.snapshots[at], request, at)
+        self.manager.note_launched(request)
 
     def prefill(self, request: Request) -> None:
         """Run the whole prompt."""

@@ -448,3 +448,21 @@ def test_two_that_compute_one_block_share_its_page() -> None:
     assert run.manager.extend(second, longest)
     run.finish(second)
     run.check_nothing_is_left()
+
+
+def test_what_is_found_is_let_go_of_and_counted_once_when_it_is_launched() -> None:
+    run = runner()
+    text = (*blocks("abcdef"), 1)
+    run.serve(text)
+    request = run.request(text)
+    assert run.start(request) == 6 * P
+    pinned = run.manager.usage().num_pinned_items[Tenant.SNAPSHOT]
+    for _ in range(2):
+        run.manager.note_launched(request)
+        assert run.manager.usage().num_pinned_items[Tenant.SNAPSHOT] == pinned - 1
+        assert run.manager.placement(request).restore is None
+        counters = run.manager.counters()
+        assert (counters.num_hits, counters.hit_tokens) == (1, 6 * P)
+    run.compute(request, request.num_tokens)
+    run.finish(request)
+    assert run.manager.counters().num_hits == 1

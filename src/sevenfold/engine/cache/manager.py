@@ -170,6 +170,11 @@ class CacheManager(Opening):
             snapshots={at: index_of(handle) for at, handle in holding.pending.items()},
         )
 
+    def note_launched(self, request: Request) -> None:
+        """Note that an open request's first chunk runs: whatever writes to the snapshot that it
+        reads comes behind it, in the order of the device's stream."""
+        self._use_found(self._holding(request))
+
     def state(self, request: Request) -> int | None:
         """Return where an open request's state lies; None in a model without linear layers."""
         state = self._holding(request).state
@@ -304,16 +309,22 @@ class CacheManager(Opening):
     def _settle(self, holding: Holding) -> None:
         """Offer what a request has computed to others, and let go of what it has read."""
         computed = holding.request.num_computed_tokens
-        if not holding.counted and computed > holding.lookup.hit_tokens:
-            self._count(holding)
-            if holding.restored is not None:
-                self._tree.unpin(holding.restored)
-                holding.restored = None
+        if computed > holding.lookup.hit_tokens:
+            self._use_found(holding)
         if computed >= holding.next_block_tokens:
             self._publish(holding, self._num_offered(holding, computed) // self.plan.page_tokens)
         if holding.pending:
             for at in [at for at in holding.pending if at <= computed]:
                 self._keep_snapshot(holding, at)
+
+    def _use_found(self, holding: Holding) -> None:
+        """Count what a request has gone on from, and let go of the snapshot that it has read."""
+        if holding.counted:
+            return
+        self._count(holding)
+        if holding.restored is not None:
+            self._tree.unpin(holding.restored)
+            holding.restored = None
 
     def _num_offered(self, holding: Holding, computed: int) -> int:
         """Tokens that others may go on from."""

@@ -37,8 +37,9 @@ class Recorder(Generic[Key, Inputs]):
     def at(self, size: Key) -> tuple[Inputs, Captured]:
         """Return the inputs and the recorded step of a size."""
         if size not in self.recorded:
-            inputs = self.new_inputs(size)
-            self.recorded[size] = (inputs, self.capture(lambda: self.step(inputs)))
+            with torch.inference_mode():
+                inputs = self.new_inputs(size)
+                self.recorded[size] = (inputs, self.capture(lambda: self.step(inputs)))
         return self.recorded[size]
 
 

@@ -1,5 +1,6 @@
 """The prefill of one request's chunk in a few sizes, each recorded once."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.graphs import Recorder, least_size
 from sevenfold.engine.device.prefill_inputs import PrefillInputs
+from sevenfold.engine.item_words import NOTHING
 from sevenfold.engine.rows import Row
 from sevenfold.models import ModelConfig
 from sevenfold.models.accounting import prefill_flops
@@ -53,22 +55,24 @@ class PrefillGraphs:
         if len(rows) != 1 or rows[0].scored is not None:
             return None
         row = rows[0]
-        size = least_size(self._sizes, len(row.tokens))
+        place = bisect_left(self._sizes, len(row.tokens))
+        size = self._sizes[place] if place < len(self._sizes) else None
         if size is None or row.end > most_keys(size) or len(row.snapshots) > MOST_STOPS:
             return None
         return size
 
-    def run(self, size: int, row: Row, page_tokens: int) -> Tensor:
-        """Run a row by the recording of a size.
+    def run(self, size: int, row: Row, places: Sequence[int] = NOTHING) -> tuple[Tensor, Tensor]:
+        """Run a row by the recording of a size, which copies and clears items before.
 
         Returns:
-            [1, vocab_size]; the next run overwrites it.
+            [1, vocab_size] fp32, and the choice [1, 2] int64; the next run overwrites both.
         """
         self._recorder.at(self._sizes[-1])
         inputs, captured = self._recorder.at(size)
-        inputs.fill(row, page_tokens)
+        inputs.fill(row, places)
         captured.replay()
-        return captured.output
+        inputs.note_launched()
+        return captured.output, inputs.chosen
 
 
 def most_keys(size: int) -> int:

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sevenfold.engine.cache import Fresh
 from sevenfold.engine.device.capture import Capture, run_once
 from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs, most_pages
 from sevenfold.engine.device.prefill_graphs import MOST_STOPS, PrefillGraphs, most_keys
 from sevenfold.engine.device.prefill_inputs import PrefillInputs
+from sevenfold.engine.item_words import MOST_CLEARED
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.prompt_logprobs import score_rows
 from sevenfold.engine.rows import NextRow, Row
@@ -104,6 +106,25 @@ class DeviceRunner:
             return self._decode(rows)
         return self._prefill(rows) if self._by_parts is None else self._by_parts.run(rows)
 
+    def run_readied(self, row: Row, fresh: Fresh, snapshot: int | None) -> Stepped | None:
+        """Clear fresh items, read a row's state from a snapshot if it has one, and run the row.
+
+        Not in inference mode, whose beginning takes longer than the copy of the inputs: a replay
+        builds no graph for gradients.
+
+        Returns:
+            Logits as run's, and the choice; None, and nothing is done, where that takes more than
+            one launch.
+        """
+        words, size = self.storage.words, None
+        if self._prefills is not None and len(row.tokens) > 1:
+            size = self._prefills.size_of((row,))
+        more = fresh.states or fresh.saved or fresh.loaded or len(fresh.pages) > MOST_CLEARED
+        if self._prefills is None or words is None or size is None or more:
+            return None
+        places = words.places(fresh.pages, snapshot, row.state)
+        return Stepped(*self._prefills.run(size, row, places))
+
     @torch.inference_mode()
     def run_ahead(self, rows: Sequence[NextRow | None], tokens: Tensor) -> Stepped:
         """Run the next tokens of requests before they have come to the host.
@@ -156,7 +177,7 @@ class DeviceRunner:
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
         size = None if self._prefills is None else self._prefills.size_of(rows)
         if self._prefills is not None and size is not None:
-            return self._prefills.run(size, rows[0], self.page_tokens)
+            return self._prefills.run(size, rows[0])[0]
         parts = upload_parts(_prefill_inputs(rows, self.page_tokens), self.model.device)
         ids, positions, page, place, slots, key_lengths, starts, pages = parts
         lengths, past = (tuple(x) for x in ([len(r.tokens) for r in rows], [r.past for r in rows]))
@@ -179,16 +200,24 @@ class DeviceRunner:
         pools = [layer.states for layer in self.storage.layers if isinstance(layer, LinearStorage)]
         H, K, V = pools[0].shape[1:] if pools else (1, 1, 1)
         cuts = padded_cuts(tokens, (H, K, V), MOST_STOPS, self.model.embed_tokens.weight)
-        return PrefillInputs(cuts, -(-most_keys(tokens) // self.page_tokens), self.model.device)
+        most, device = -(-most_keys(tokens) // self.page_tokens), self.model.device
+        return PrefillInputs(cuts, most, self.page_tokens, device)
 
     def _prefill_step(self, inputs: PrefillInputs) -> Tensor:
         batch = Batch((inputs.tokens,), (0,), inputs.positions, None)
         where = (inputs.pages, inputs.page, inputs.place)
         table = PageTable(*where, inputs.key_lengths, inputs.borders)
+        inputs.send()
+        if self.storage.words is not None:
+            self.storage.words.ready(inputs.places)
         plan = inputs.plan()  # once for all layers
         state = self._values(inputs.slots, table, lambda pool: PaddedSnapshots(pool, plan))
         found = self.model.hidden_at_ends(inputs.ids, batch, state, inputs.last)
-        return self.model.logits(found.hidden[:, 0])
+        logits = self.model.logits(found.hidden[:, 0])
+        # A row without keys stays where it is: what is left is the choice.
+        where = (inputs.nowhere, inputs.pages)
+        advance_rows(logits, inputs.chosen, *where, page_tokens=self.page_tokens)
+        return logits
 
     def _values(
         self,

@@ -18,8 +18,9 @@ class Staging:
         """Allocate them, zeroed, for arrays of these shapes."""
         self._shapes = list(shapes)
         size, pinned = sum(map(prod, shapes)), device.type == "cuda"
-        self._staged = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
-        self._device = torch.zeros(size, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # sent outside of it, too
+            self._staged = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
+            self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self.views = self._cut(self._device)
         self._host = [x.numpy() for x in self._cut(self._staged)]
         self._copied = torch.cuda.Event() if pinned else None
@@ -27,12 +28,20 @@ class Staging:
     def begin(self) -> list[np.ndarray]:
         """Return the arrays on the host, to be written now."""
         if self._copied is not None:
-            self._copied.synchronize()  # the copy of the step before, long since done
+            self._copied.synchronize()  # what read it before, most often long since done
         return self._host
 
     def send(self) -> None:
         """Copy what was written to the device; nothing waits for the copy."""
+        self.copy()
+        self.note_copied()
+
+    def copy(self) -> None:
+        """Copy what is written when this runs to the device, as a recording may do."""
         self._device.copy_(self._staged, non_blocking=True)
+
+    def note_copied(self) -> None:
+        """Let the next `begin` wait for what runs now, a copy among it."""
         if self._copied is not None:
             self._copied.record()
 

@@ -13,7 +13,7 @@ from sevenfold.engine.rows import NextRow, Row
 from sevenfold.engine.speculation.verifier import Checked, DraftRow
 from sevenfold.engine.tensor_parallel.channel import Channel
 from sevenfold.engine.tensor_parallel.messages import NextStep, Orders
-from sevenfold.engine.worker import Note, RunsAhead, Worker, WorkerConfig
+from sevenfold.engine.worker import Note, Prefilled, RunsAhead, Worker, WorkerConfig
 from sevenfold.models import HybridModel
 
 
@@ -65,6 +65,10 @@ class LeadingWorker(Worker):
         self._orders.run(rows)
         with self._together():
             return super().run(rows)
+
+    def prefill(self, fresh: Fresh, restored: Sequence[tuple[int, int]], row: Row) -> Prefilled:
+        """As Worker.prefill, on all ranks; each is told to do one after the other."""
+        return self._prefill(fresh, restored, row)
 
     def check(self, drafts: Sequence[DraftRow]) -> Checked:
         """As Worker.check, on all ranks."""

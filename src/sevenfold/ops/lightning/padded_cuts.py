@@ -39,6 +39,8 @@ class PaddedCuts:
             np.array(x, np.int64).reshape(-1, _WIDTH) for x in (rows.segments, rows.pieces)
         )
         self._sizes = [self._segments.size, self._pieces.size, 2 * (most_stops + 1)]
+        # Where each segment stands among the numbers, and its tokens.
+        self._borders = [(_WIDTH * n, s.start, s.end) for n, s in enumerate(rows.segments)]
 
     @property
     def num_numbers(self) -> int:
@@ -59,16 +61,19 @@ class PaddedCuts:
         self._check(num_tokens, stops)
         # By slices: np.split takes as long as all the rest.
         first, end = self._sizes[0], self._sizes[0] + self._sizes[1]
-        self._write_pieces(numbers[first:end].reshape(-1, _WIDTH), num_tokens)
-        segments, kept, at = numbers[:first].reshape(-1, _WIDTH), numbers[end:].reshape(-1, 2), 0
-        segments[:], kept[:] = self._segments, 0
-        np.minimum(self._segments[:, :2], num_tokens, out=segments[:, :2])
-        for segment, (start, end) in zip(segments, self._segments[:, :2].tolist(), strict=True):
-            segment[_IS_LAST] = start < num_tokens <= end
-            own = [(s.num_tokens - start, s.slot) for s in stops if start < s.num_tokens <= end]
+        if end > first:
+            self._write_pieces(numbers[first:end].reshape(-1, _WIDTH), num_tokens)
+        numbers[:first], numbers[end:] = self._segments.ravel(), 0
+        at = 0
+        for place, start, stop in self._borders:
+            own = [(s.num_tokens - start, s.slot) for s in stops if start < s.num_tokens <= stop]
             if own:
-                kept[at : at + len(own)] = sorted(own)
-            segment[_FIRST_STOP : _FIRST_STOP + 2] = at, at + len(own)
+                kept = end + 2 * at
+                numbers[kept : kept + 2 * len(own)] = np.ravel(sorted(own))
+            # Number by number: a segment is few, and a short row has one.
+            numbers[place], numbers[place + 1] = min(start, num_tokens), min(stop, num_tokens)
+            numbers[place + _IS_LAST] = start < num_tokens <= stop
+            numbers[place + _FIRST_STOP], numbers[place + _FIRST_STOP + 1] = at, at + len(own)
             at += len(own)
 
     def plan(self, numbers: Tensor) -> Plan:
