@@ -130,6 +130,13 @@ LONG_CASES = [
         1,
         LONG,
     ),
+    Case(
+        "context by ring, 2 documents, bf16 by copies",
+        context("ring", {"gather_dtype": "bf16", **WEIGHTS_BY_COPIES}),
+        TWO,
+        1,
+        LONG,
+    ),
     Case("context by gather, 2 documents", context("gather"), TWO, 1, LONG),
     Case("context by ring, 1 document", context("ring"), (65_536,), 1, LONGER, 0.5),
     Case(
@@ -141,7 +148,24 @@ LONG_CASES = [
         0.5,
     ),
     Case("context by gather, 1 document", context("gather"), (65_536,), 1, LONGER, 0.5),
+    Case(
+        "context by ring, 1 document, bf16",
+        context("ring", {"gather_dtype": "bf16", **ONCE}),
+        (65_536,),
+        1,
+        LONGER,
+        0.5,
+    ),
+    Case(
+        "context by ring, 1 document, bf16 by copies",
+        context("ring", {"gather_dtype": "bf16", **WEIGHTS_BY_COPIES}),
+        (65_536,),
+        1,
+        LONGER,
+        0.5,
+    ),
 ]
+NUM_TWO = sum(case.lengths == TWO for case in LONG_CASES)
 # What one GPU holds for 65,536 tokens; a smaller one compares with half of them.
 LONGER_BYTES = 115 * 2**30
 
@@ -163,8 +187,14 @@ def named_cases():
         return cases
     cases.append(Case(LONG, {}, (32_768,), 1))
     if TINY or torch.cuda.get_device_properties(0).total_memory > LONGER_BYTES:
-        return [*cases, *LONG_CASES[:4], Case(LONGER, {}, (65_536,), 1), *LONG_CASES[4:]]
-    return [*cases, *LONG_CASES[:4], *(replace(c, beside=LONG, share=1.0) for c in LONG_CASES[4:])]
+        return [
+            *cases,
+            *LONG_CASES[:NUM_TWO],
+            Case(LONGER, {}, (65_536,), 1),
+            *LONG_CASES[NUM_TWO:],
+        ]
+    longer = [replace(case, beside=LONG, share=1.0) for case in LONG_CASES[NUM_TWO:]]
+    return [*cases, *LONG_CASES[:NUM_TWO], *longer]
 
 
 @dataclass
