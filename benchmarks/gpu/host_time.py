@@ -1,9 +1,11 @@
 """What bounds a training step of bench-2b on two GPUs: the host, a GPU, or what they exchange.
 
-torchrun --nproc-per-node 2 benchmarks/gpu/host_time.py OUT.json [data] [experts] [context]
+torchrun --nproc-per-node 2 benchmarks/gpu/host_time.py OUT.json [data] [experts] [even] [context]
 
 At 32,768 tokens a GPU: weights and experts divided, and rows of one and of two documents divided by
-ring and by gather, each beside one GPU at the same work; words choose, none is all. Per step: wall
+ring and by gather, each beside one GPU at the same work; words choose, none is all. Random routers
+prefer some experts, whose rank the other waits for; `even` measures experts where each token's are
+drawn, as a trained model's load is even. Per step: wall
 time, its spread, and memory; the host's time until its last launch, by part, and what of it the
 process computed; time that the garbage collector took; and from a profile of further steps the
 GPU's busy time, NCCL's kernels, those of them that no other kernel hid, and the kernels whose sums
@@ -19,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from sevenfold.models import preset
+from sevenfold.models.feed_forward import Router
+from sevenfold.ops import route_and_count, router_logits
 from sevenfold.optim import AdamWConfig, build_adamw
 from sevenfold.parallel import (
     Layout,
@@ -44,6 +49,7 @@ from sevenfold.train.step import forward_backward
 TINY = "tiny" in sys.argv[2:]
 KIND = "cpu" if TINY else "cuda"
 WARM_UP, TIMED, PROFILED = 4, 6, 2
+FAR = 100.0  # of logits: what is drawn is chosen
 DEVICE = DeviceType.CPU if TINY else DeviceType.CUDA
 MOST_KERNELS, NAME_CHARACTERS = 10, 110
 ONCE = {"gather_once": True}
@@ -53,7 +59,10 @@ BY_COPIES = {"expert_exchange": "copies", **WEIGHTS_BY_COPIES}
 
 @dataclass(frozen=True)
 class Case:
-    """rows of documents of these lengths, beside a share of the kernels' time of another case."""
+    """rows of documents of these lengths, beside a share of the kernels' time of another case.
+
+    is_even: each token's experts are drawn, and not what the router prefers.
+    """
 
     name: str
     degrees: dict
@@ -61,6 +70,7 @@ class Case:
     rows: int
     beside: str | None = None
     share: float = 1.0
+    is_even: bool = False
 
 
 def context(way, weights=ONCE):
@@ -113,6 +123,11 @@ SHORT_CASES = {
         ),
     ],
 }
+EVEN = "one, 16 x 2,048, even"
+EVEN_CASES = [
+    replace(case, name=f"{case.name}, even", beside=EVEN, is_even=True)
+    for case in SHORT_CASES["experts"]
+]
 TWO = (32_768, 32_768)
 LONG_CASES = [
     Case("context by ring, 2 documents", context("ring"), TWO, 1, LONG),
@@ -177,12 +192,14 @@ def chosen_cases():
 
 
 def named_cases():
-    words = set(sys.argv[2:]) - {"tiny"} or {*SHORT_CASES, "context"}
+    words = set(sys.argv[2:]) - {"tiny"} or {*SHORT_CASES, "even", "context"}
     cases = []
     if words & {*SHORT_CASES}:
         cases.append(Case(SHORT, {}, (2048,), 16))
     for word, some in SHORT_CASES.items():
         cases += some if word in words else []
+    if "even" in words:
+        cases += [Case(EVEN, {}, (2048,), 16, is_even=True), *EVEN_CASES]
     if "context" not in words:
         return cases
     cases.append(Case(LONG, {}, (32_768,), 1))
@@ -228,6 +245,42 @@ class Collections:
             self.began = time.perf_counter()
         else:
             self.seconds += time.perf_counter() - self.began
+
+
+def draw_experts(model):
+    """Let each token's experts be drawn: as many by the same operators, weighed by the router."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for number, router in enumerate(routers):
+        router.forward = partial(drawn, router, {}, number)
+
+
+def drawn(router, kept, number, x):
+    logits = router_logits(x, router.weight)
+    if len(x) not in kept:
+        generator = torch.Generator(x.device).manual_seed(1000 * dist.get_rank() + number)
+        drawn = torch.rand(logits.shape, generator=generator, device=x.device)
+        best = drawn.topk(router.num_chosen, -1).indices
+        kept[len(x)] = torch.zeros_like(drawn).scatter_(-1, best, FAR)
+    return route_and_count(logits + kept[len(x)], router.num_chosen)
+
+
+def busier_share(model, take):
+    """The share of all choices that go to the half of the experts with more, by layer; its mean."""
+    counts, hooks = [], []
+    for router in (module for module in model.modules() if isinstance(module, Router)):
+        num = len(router.weight)
+
+        def count(_, __, found, num=num):
+            counts.append(found[1].flatten().bincount(minlength=num))
+
+        hooks.append(router.register_forward_hook(count))
+    take()
+    for hook in hooks:
+        hook.remove()
+    total = torch.stack(counts).double()
+    dist.all_reduce(total)
+    first = total[:, : total.shape[1] // 2].sum(1) / total.sum(1)
+    return float(torch.maximum(first, 1 - first).mean())
 
 
 def built(config, degrees, device):
@@ -380,6 +433,8 @@ def measured(config, case, device, collections):
         torch.cuda.reset_peak_memory_stats()
     if case.degrees or dist.get_rank() == 0:
         model, optimizer, layout = built(config, case.degrees, device)
+        if case.is_even:
+            draw_experts(model)
         data = Rows(lengths, config.vocab_size)
         step = read_step(
             data, 0, case.rows, micro_batch_rows=case.rows, device=device, layout=layout
@@ -390,6 +445,8 @@ def measured(config, case, device, collections):
 
     # A rank that has nothing to do meets the other at each barrier.
     found = timed(take, collections) | memory()
+    if "expert" in case.degrees:
+        found["busier_half_of_experts"] = busier_share(model, take)
     yield found, {}
     shares, sums = profiled(take)
     yield found | shares, sums
