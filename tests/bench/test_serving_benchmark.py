@@ -127,7 +127,9 @@ def test_speculate(tmp_path: Path) -> None:
 def test_serve(tmp_path: Path) -> None:
     [row] = rows(tmp_path, "serve", "--lengths", "200")
     assert row["tokens"] == 200 + 16 + 64
-    assert row["cached_tokens"] >= 192
+    assert row["cached_tokens"] == 192, "the first turn's whole pages, and nothing of the question"
+    assert row["cached_tokens_again"] == 256, "whole pages of the question, too"
     assert row["share_of_whole"] == row["ours_s"] / row["ours_whole_s"]
+    assert row["share_of_whole_again"] == row["ours_again_s"] / row["ours_whole_s"]
     # Whole pages, and room for the output that was promised.
     assert row["accounted_bytes"] <= row["request_bytes"]

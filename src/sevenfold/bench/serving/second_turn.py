@@ -13,6 +13,7 @@ from sevenfold.bench.serving.prefill import Report
 from sevenfold.bench.serving.sides import Serving, Sides, random_ids
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.token_ids import TokenIds
+from sevenfold.models import ModelConfig
 from sevenfold.models.accounting import kv_bytes, state_bytes
 
 _ANSWER_TOKENS = 16
@@ -29,10 +30,12 @@ def run_second_turn(
 ) -> list[dict[str, Any]]:
     """Time a second turn of chats whose first turn is so long.
 
-    Ours, cached: the first turn has been served, 64 tokens follow the answer, and the call before
-    the timing has left all of it but what its last page lacks (`cached_tokens`); its ids are packed
-    before, as a server's are. Ours, whole: the same prompt under a salt that has cached nothing.
-    Theirs: a prefill of the whole prompt. The cached turn's tokens are checked to be the model's.
+    Ours, cached: the first turn has been served, and another question of 64 tokens follows its
+    answer each time; nothing of a question is cached, and an answer only in whole pages
+    (`cached_tokens`). Ours, again: a question that has been asked before, and is cached but for its
+    last page. Ids are packed before, as a server's are. Ours, whole: a second turn under a salt
+    that has cached nothing. Theirs: a prefill of all of it. The tokens of a cached turn are checked
+    to be the model's.
 
     Args:
         sides: checked.
@@ -60,33 +63,52 @@ def _measure(
     first = random_ids(sides.config, length).tolist()
     asked = serving.submit(first, _ANSWER_TOKENS, salt=salt, turn=length)
     held = _held_bytes(serving)
-    question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
-    prompt = TokenIds((*first, *asked.generated, *question))  # as a server has encoded them
+    chat = (*first, *asked.generated)
+    # As a server has encoded them: one before the timing, one each time, one to be checked.
+    new = iter([_second_turn(sides.config, chat, n) for n in range(repeats + 2)])
+    prompt = _second_turn(sides.config, chat, repeats + 2)
     runs: dict[str, Callable[[], object]] = {
-        "cached": partial(_turn, serving, prompt, salt),
+        "cached": lambda: _turn(serving, next(new), salt),
+        "again": partial(_turn, serving, prompt, salt),
         "whole": partial(_turn, serving, prompt, None),
     }
     if len(prompt) <= peer_most_tokens:
         ids = torch.tensor([prompt], device=sides.device)
         runs["transformers"] = partial(peer_prefill, sides.peer, ids)
     times = interleaved_median_s(runs, repeats)
-    again = serving.submit(prompt, _ANSWER_TOKENS, salt=salt)
-    serving.run()
-    check_tokens(sides.model, prompt, again.generated)
+    cached, again = (_answered(sides, serving, turn, salt) for turn in (next(new), prompt))
     element_bytes = sides.model.dtype.itemsize
     tokens = length + _ANSWER_TOKENS
     accounted = state_bytes(sides.config) + kv_bytes(sides.config, tokens, element_bytes)
     return {
         "case": f"second turn of {length:,}",
         "tokens": len(prompt),
-        "cached_tokens": again.num_cached_tokens,
+        "cached_tokens": cached,
+        "cached_tokens_again": again,
         "ours_s": times["cached"],
+        "ours_again_s": times["again"],
         "ours_whole_s": times["whole"],
         "transformers_s": times.get("transformers"),
         "share_of_whole": times["cached"] / times["whole"],
+        "share_of_whole_again": times["again"] / times["whole"],
         "request_bytes": held,
         "accounted_bytes": accounted,
     }
+
+
+def _second_turn(config: ModelConfig, chat: Sequence[int], number: int) -> TokenIds:
+    """The chat with a question of that number."""
+    drawn = torch.Generator().manual_seed(number)
+    ids = torch.randint(config.vocab_size, (_QUESTION_TOKENS,), generator=drawn)
+    return TokenIds((*chat, *ids.tolist()))
+
+
+def _answered(sides: Sides, serving: Serving, prompt: TokenIds, salt: bytes) -> int:
+    """Check the answer to a prompt; how many of its tokens were cached."""
+    asked = serving.submit(prompt, _ANSWER_TOKENS, salt=salt)
+    serving.run()
+    check_tokens(sides.model, prompt, asked.generated)
+    return asked.num_cached_tokens
 
 
 def _turn(serving: Serving, prompt: Sequence[int], salt: bytes | None) -> None:
