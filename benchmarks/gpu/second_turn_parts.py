@@ -4,7 +4,7 @@ bench-2b in bf16 behind 32,768 tokens, 16 of an answer and 64 of a question. Ask
 `sevenfold bench serve` does, all but the last 16 are found; with another question each time, all
 but 80. Prints of both, and of the first behind a whole prefill, medians and least of the wall's
 microseconds by part, without a profiler; of the first the GPU's time from the launch to the token's
-copy, by events, the recorded prefills alone, one replay behind another, and of a turn under a
+copy, by events, the recorded prefills alone, one replay behind another, and of both turns under a
 profiler each call that gave the GPU something, when it came and when the GPU did it, with kernels
 by their time and the standstills between them. What is measured is written at the end. A last word
 `tiny` tries it on a CPU, where nothing is recorded, with the host's operators.
@@ -262,7 +262,7 @@ def show_pairs(title, pairs):
 
 
 def show_trace(row):
-    print("\none turn under a profiler: call, at, host us; GPU at, us, things, first of them")
+    print("\na turn under a profiler: call, at, host us; GPU at, us, things, first of them")
     for call in row["calls"]:
         print(
             f"  {call['call'][:24]:24} {call['at_us']:9.1f} {call['host_us']:7.1f}; "
@@ -281,10 +281,10 @@ def show_kernels(kernels):
         print(f"    {us:9.1f} {num:5} {name}")
 
 
-def question(config, chat, number):
+def question(config, chat, number, tokens=QUESTION_TOKENS):
     """The chat with a question of that number."""
     generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(config.vocab_size, (QUESTION_TOKENS,), generator=generator)
+    ids = torch.randint(config.vocab_size, (tokens,), generator=generator)
     return TokenIds((*chat, *ids.tolist()))
 
 
@@ -309,7 +309,8 @@ def main():
     serving.run()
     chat = (*first, *asked.generated)
     prompt = question(config, chat, 0)
-    for warm in (prompt, prompt, prompt, question(config, chat, 1), question(config, chat, 2)):
+    sizes = [question(config, chat, n + 1, n) for n in (4, 48, 64, 100)]  # all recorded ones
+    for warm in (prompt, prompt, prompt, *sizes, question(config, chat, 2)):
         serving.submit(warm, 1, salt=SALT)
         serving.run()
     freeze_heap()
@@ -332,13 +333,14 @@ def main():
         show_pairs("of the GPU, asked again", rows["on the GPU"])
         rows["replays"] = {size: replay_us(one) for size, one in captured.items() if size <= 128}
         print("\nreplays behind one another by recorded tokens, us", rows["replays"])
-    traces = [traced(serving, prompt) for _ in range(PROFILED)]
-    if TINY:
-        rows["operators"] = operators(traces[-1])
-        show_kernels(rows["operators"])
-    else:
-        rows["traced"] = timeline(traces[-1])
-        show_trace(rows["traced"])
+    for name, prompts in (
+        ("asked again", [prompt] * PROFILED),
+        ("another question", [question(config, chat, 100 + n) for n in range(PROFILED)]),
+    ):
+        trace = [traced(serving, own) for own in prompts][-1]
+        rows[f"traced, {name}"] = operators(trace) if TINY else timeline(trace)
+        show = show_kernels if TINY else show_trace
+        show(rows[f"traced, {name}"])
     Path(sys.argv[1]).write_text(json.dumps(rows, indent=1))
 
 
