@@ -68,11 +68,9 @@ def _sequence_of(starts, block, N, BQ: tl.constexpr):
 
 
 @triton.jit
-def _share(first, last, split, MOST: tl.constexpr, LEAST: tl.constexpr):
-    """The keys of one share: a power of two of them, so many that MOST shares hold all."""
-    size = LEAST
-    while size * MOST < last - first:
-        size *= 2
+def _share(first, last, split, BN: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr):
+    """The keys of one share: LEAST, or as many blocks of BN that MOST shares hold all."""
+    size = tl.maximum(LEAST, tl.cdiv(tl.cdiv(last - first, MOST), BN) * BN)
     begin = first + split * size
     return begin, tl.minimum(begin + size, last)
 
@@ -199,7 +197,7 @@ def _attend_kernel(
     if WINDOW:
         begin = tl.maximum(nearest - window + 1, 0) // BN * BN
     if SPLIT:
-        begin, end = _share(begin, end, tl.program_id(2), MOST, LEAST)
+        begin, end = _share(begin, end, tl.program_id(2), BN, MOST, LEAST)
     i, iv, row = tl.arange(0, BD), tl.arange(0, BV), (start + t).to(tl.int64)
     q_at = q + row * q_token + h * q_head
     query = tl.load(q_at[:, None] + i[None, :], inside[:, None] & (i < D)[None, :], other=0.0)
