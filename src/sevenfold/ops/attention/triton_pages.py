@@ -69,7 +69,7 @@ def _sequence_of(starts, block, N, BQ: tl.constexpr):
 
 @triton.jit
 def _share(first, last, split, BN: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr):
-    """The keys of one share: LEAST, or as many blocks of BN that MOST shares hold all."""
+    """The keys of one share: LEAST, or the fewest blocks of BN of which MOST hold all."""
     size = tl.maximum(LEAST, tl.cdiv(tl.cdiv(last - first, MOST), BN) * BN)
     begin = first + split * size
     return begin, tl.minimum(begin + size, last)
