@@ -581,7 +581,10 @@ def candidates(rows):
 
 def config_of(tile, rows):
     """As a table has it: without the rows of its key."""
-    return {n: getattr(tile, n) for n in NAMES if n != "BM" or tile.BM != rows}
+    config = {n: getattr(tile, n) for n in NAMES}
+    if config["BM"] == rows:
+        del config["BM"]
+    return config
 
 
 def compile_job(work):

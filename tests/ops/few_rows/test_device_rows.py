@@ -405,20 +405,6 @@ def test_rows_suit_a_gpu_only_and_few_of_them() -> None:
     assert not device.suits_device_router(torch.ones(65, 8), 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_all_few_rows_have_tiles(dtype: torch.dtype) -> None:
-    weight = torch.empty(1, 1, dtype=dtype, device=DEVICE)
-    most = tiles.few_rows(weight)
-    assert most == (64 if dtype is torch.float32 else 128)
-    for rows in range(1, most + 1):
-        for columns in (4096, 16_384, 16_385):
-            assert tiles.linear_tile(rows, weight, columns).BM <= most
-        for E in (1, 2, 64):
-            for tile_of in (tiles.gate_up_tile, tiles.down_tile):
-                tile = tile_of(8 * rows, weight.expand(E, 1))
-                assert tile.BM <= most
-
-
 @pytest.mark.skipif(INTERPRETED, reason="captures a graph")
 @pytest.mark.parametrize("M", [1, 8, 64, 128])
 def test_half_layers_are_captured_in_a_graph(M: int) -> None:

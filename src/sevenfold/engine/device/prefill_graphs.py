@@ -83,8 +83,8 @@ def most_keys(size: int) -> int:
 def prefill_sizes(config: ModelConfig) -> tuple[int, ...]:
     """Return the sizes of prefills whose launches take a host longer than a GPU their work.
 
-    16, 32, 64, 96, 128, 256, 512, 768, 1024, then one and a half times and twice as many up to 8192,
-    as far as a layer has so little to do and the model's positions reach.
+    16, 32, 64, 96, 128, 256, 512, 768, 1024, then one and a half times and twice as many up to
+    8192, as far as a layer has so little to do and the model's positions reach.
     """
     most = _MOST_LAYER_FLOPS * config.num_hidden_layers
     pay = [size for size in _SIZES if prefill_flops(config, size) <= most]
