@@ -1,4 +1,4 @@
-"""Tiles of a few rows, by the tables' defaults: all have one, and of few channels share the rows."""
+"""Tiles of a few rows by the defaults: all have one; those of few channels share the rows."""
 
 import pytest
 import torch
