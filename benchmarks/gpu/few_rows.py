@@ -1,11 +1,11 @@
-"""Check and time half-layers of a few rows: few_rows.py OUT.json [sweep | steps]
+"""Check and time half-layers of a few rows: few_rows.py OUT.json [sweep | steps] [ROWS ...]
 
 Checks every kernel by the error rule at bench-2b's widths, times each in CUDA graphs over weights
 that the L2 cannot hold, and compares with its floor, bytes / 4.27e12; then whole decoding steps of
 bench-2b: by rows, with launches that overlap and without, which must give the same bits, and layer
 by layer. "sweep" tries launch configurations of each kernel by itself instead and prints the best
 of each key in the form of ops/tuning/*.json; "steps" tries those of a step of one token in the
-whole step, where launches overlap.
+whole step, where launches overlap. Numbers of rows limit the first two to these.
 """
 
 import json
@@ -42,7 +42,7 @@ DEADLINE_S = 200
 GPU, LOW = torch.device("cuda"), torch.bfloat16
 HIDDEN, H, D, WIDTH, E, CHOSEN, VOCAB = 2048, 16, 128, 1792, 8, 2, 32000
 POST = ops.Residual(1.5, 0.75, post_norm=True)
-ROWS = (1, 8, 64)
+CHECKED, ROWS = (1, 3, 8, 17, 64, 100, 128), (1, 8, 64, 128)
 rows_out, failures = [], []
 
 
@@ -189,6 +189,20 @@ class GateUp(Experts):
         return kernels.gate_up(self.choice, self.held[n], tile)
 
 
+class Dense:
+    """The first product of a SwiGLU without experts."""
+
+    def __init__(self, M, num=None):
+        size = 2 * WIDTH * HIDDEN
+        self.floor = (2 * size + 2 * M * (HIDDEN + WIDTH)) / RATE
+        self.x = randn(M, HIDDEN)
+        self.held = [weight(2 * WIDTH, HIDDEN, seed=n) for n in range(num or copies(2 * size))]
+        self.default = tiles.gate_up_tile(M, self.held[0][None])
+
+    def run(self, n, tile):
+        return triton_experts.dense_gate_up(self.x, self.held[n], tile)
+
+
 class Down(Experts):
     """With its sum and residual."""
 
@@ -207,7 +221,14 @@ class Down(Experts):
         return triton_experts.total(rows, self.u, POST)
 
 
-KERNELS = {"project": Project, "join": Join, "head": Head, "gate_up": GateUp, "down": Down}
+KERNELS = {
+    "project": Project,
+    "join": Join,
+    "head": Head,
+    "gate_up": GateUp,
+    "down": Down,
+    "dense": Dense,
+}
 
 
 def calls_of(case, tile):
@@ -420,7 +441,8 @@ def len_used(M):
 
 # ------------------------------------------------------------------ sweep
 
-NAMES = ("BN", "BK", "WK", "num_warps", "num_stages")
+NAMES = ("BN", "BK", "WK", "num_warps", "num_stages", "BM")
+# By a key's rows: NAMES; without BM a program has all of these rows.
 TILES = {
     1: [
         (1, 2048, 1, 1, 1),
@@ -498,6 +520,30 @@ TILES = {
         (128, 64, 1, 4, 4),
         (128, 64, 1, 8, 4),
         (128, 64, 1, 8, 5),
+        (128, 128, 1, 8, 4),
+        (16, 64, 4, 4, 4, 32),
+        (32, 64, 4, 4, 4, 32),
+        (64, 128, 1, 4, 4, 32),
+    ],
+    128: [
+        (64, 64, 1, 4, 6),
+        (64, 128, 1, 4, 3),
+        (64, 128, 1, 4, 4),
+        (64, 64, 1, 8, 5),
+        (128, 64, 1, 8, 4),
+        (128, 64, 1, 8, 6),
+        (128, 128, 1, 8, 3),
+        (256, 64, 1, 8, 4),
+        (32, 64, 4, 8, 3, 64),
+        (64, 64, 1, 4, 6, 64),
+        (64, 128, 1, 4, 4, 64),
+        (128, 64, 1, 8, 5, 64),
+        (128, 128, 1, 8, 4, 64),
+        (16, 64, 4, 4, 4, 32),
+        (32, 64, 4, 4, 4, 32),
+        (64, 64, 1, 4, 6, 32),
+        (64, 128, 1, 4, 4, 32),
+        (64, 128, 1, 4, 5, 32),
     ],
 }
 TABLES = {
@@ -506,6 +552,7 @@ TABLES = {
     "head": ("few_rows_linear", "vast"),
     "gate_up": ("few_rows_gate_up", ""),
     "down": ("few_rows_down", ""),
+    "dense": ("few_rows_gate_up", ""),
 }
 
 
@@ -520,8 +567,8 @@ def sweep_jobs():
         if rows == 1:
             continue
         # Tiles of experts hold twice their even share of M * 2 choices.
-        M = {16: 8, 32: 64, 64: 64}[rows]
-        for name in ("gate_up", "down"):
+        M = {16: 8, 32: 64, 64: 128, 128: 128}[rows]
+        for name in ("gate_up", "down") if rows < 128 else ("dense",):
             jobs.append((name, TABLES[name][0], f"16 bits {rows} rows", rows, M))
     jobs.append(("gate_up", "few_rows_gate_up", "16 bits alone", 1, 1))
     jobs.append(("down", "few_rows_down", "16 bits alone", 1, 1))
@@ -529,7 +576,15 @@ def sweep_jobs():
 
 
 def candidates(rows):
-    return [tiles.Tile(BM=rows, **dict(zip(NAMES, c, strict=True))) for c in TILES[rows]]
+    return [tiles.Tile(**({"BM": rows} | dict(zip(NAMES, c, strict=False)))) for c in TILES[rows]]
+
+
+def config_of(tile, rows):
+    """As a table has it: without the rows of its key."""
+    config = {n: getattr(tile, n) for n in NAMES}
+    if config["BM"] == rows:
+        del config["BM"]
+    return config
 
 
 def compile_job(work):
@@ -543,8 +598,8 @@ def compile_job(work):
     return None
 
 
-def sweep(out):
-    jobs = sweep_jobs()
+def sweep(out, only):
+    jobs = [job for job in sweep_jobs() if not only or job[4] in only]
     work = [(job, tile) for job in jobs for tile in candidates(job[3])]
     print(f"{len(work)} configurations of {len(jobs)} keys", flush=True)
     with multiprocessing.get_context("spawn").Pool(14) as pool:
@@ -562,7 +617,7 @@ def sweep(out):
             except Exception as error:
                 print("  no", job[2], tuple(tile), str(error)[:80], flush=True)
         timed.sort(key=lambda pair: pair[0])
-        configs = [(s, {n: getattr(t, n) for n in NAMES}) for s, t in timed]
+        configs = [(s, config_of(t, job[3])) for s, t in timed]
         found += [{"kernel": job[1], "key": job[2], "us": s * 1e6, "config": c} for s, c in configs]
         if configs:
             best.setdefault(job[1], {})[job[2]] = configs[0][1]
@@ -607,7 +662,7 @@ def steps(out):
                 if time.perf_counter() - BEGAN > STEPS_DEADLINE_S:
                     print("SKIPPED (time)", job[2], tuple(tile), flush=True)
                     continue
-                chosen[job[1:3]] = {n: getattr(tile, n) for n in NAMES}
+                chosen[job[1:3]] = config_of(tile, job[3])
                 try:
                     far = float((step.fresh() - wanted).abs().max() / wanted.abs().max())
                     if not far < MOST_APART:
@@ -628,17 +683,17 @@ def steps(out):
     print(json.dumps(best, indent=1))
 
 
-def main(out):
-    for M in (1, 3, 8, 17, 64):
+def main(out, only):
+    for M in only or CHECKED:
         for check in (check_lightning, check_experts, check_dense, check_head):
             attempt(f"{check.__name__} M={M}", check, M)
     print(
         f"checked after {time.perf_counter() - BEGAN:.0f} s: {failures or 'all well'}", flush=True
     )
-    for M in ROWS:
+    for M in only or ROWS:
         attempt(f"step M={M}", time_step, M)
         torch.cuda.empty_cache()
-    for M in ROWS:
+    for M in only or ROWS:
         for name in KERNELS:
             attempt(f"{name} M={M}", time_kernel, name, M)
         for run in (time_small, time_experts, time_peer):
@@ -652,4 +707,11 @@ def main(out):
 
 
 if __name__ == "__main__":
-    {"sweep": sweep, "steps": steps}.get(sys.argv[-1], main)(sys.argv[1])
+    out, *words = sys.argv[1:]
+    numbers = [int(word) for word in words if word.isdigit()]
+    if "steps" in words:
+        steps(out)
+    elif "sweep" in words:
+        sweep(out, numbers)
+    else:
+        main(out, numbers)

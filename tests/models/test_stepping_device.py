@@ -141,7 +141,7 @@ def test_a_step_in_place_equals_layers(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="captures a graph")
-@pytest.mark.parametrize("N", [1, 8, 64])
+@pytest.mark.parametrize("N", [1, 8, 64, 128])
 def test_a_step_is_captured_in_a_graph(N: int) -> None:
     """A replay gives the bits of the step run as it comes."""
     model = model_of(

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sevenfold.ops.few_rows.tiles import FEW_ROWS, gate_up_tile, linear_tile
+from sevenfold.ops.few_rows.tiles import few_rows, gate_up_tile, linear_tile
 from sevenfold.ops.few_rows.types import LightningWeights, Norm, Residual
 from sevenfold.ops.triton_rules import runs_on_gpu
 
 _ALIGNMENT = 16  # bytes of the widest load
 # Of a router: a row, its logits, and their weights by some columns stay in registers.
-_MAX_EXPERTS, _MAX_CHOICES, _MAX_WIDTH = 64, 512, 16384
+_MAX_EXPERTS, _MAX_CHOSEN, _MAX_WIDTH = 64, 8, 16384
 
 
 class Fed(NamedTuple):
@@ -34,13 +34,15 @@ class Fed(NamedTuple):
 
 
 def suits_device_rows(x: Tensor) -> bool:
-    """Whether x [..., D] has 1 to 64 rows, bf16, fp16 or fp32 on a GPU, and needs no gradient.
+    """Whether x [..., D] has few rows on a GPU, and needs no gradient.
+
+    Few are 1 to 128 in bf16 and fp16, and 1 to 64 in fp32.
 
     Not under autocast, which works on PyTorch's own operators, nor in what torch.compile follows.
     """
     return (
         runs_on_gpu(x)
-        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and 0 < x.numel() <= few_rows(x) * x.shape[-1]
         and x.shape[-1] <= _MAX_WIDTH
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")
@@ -61,8 +63,8 @@ def suits_device_weights(weights: Sequence[Tensor]) -> bool:
 
 
 def suits_device_router(router: Tensor, num_chosen: int) -> bool:
-    """Whether a router's weight [E, D] has at most 64 experts, and a row few choices."""
-    return len(router) <= _MAX_EXPERTS and num_chosen * FEW_ROWS <= _MAX_CHOICES
+    """Whether a router's weight [E, D] has at most 64 experts, and a row at most 8."""
+    return len(router) <= _MAX_EXPERTS and num_chosen <= _MAX_CHOSEN
 
 
 def suits_device_rotation(q: Tensor, k: Tensor) -> bool:
@@ -86,7 +88,7 @@ def feed_lightning(x: Tensor, norm: Norm, weights: LightningWeights, residual: R
         u = RMSNorm(x)      q, k, v = silu(W_qkv u)      gate = W_gate u
 
     Args:
-        x: [M, D], contiguous, 1 to 64 rows, dtype of the weights.
+        x: [M, D], contiguous, of few rows, dtype of the weights.
         norm: of the input.
         weights: of the layer.
         residual: how the result will join the stream.
@@ -170,7 +172,7 @@ def feed_softmax(
     """Norm and projections before softmax attention: W_i RMSNorm(x).
 
     Args:
-        x: [M, D], contiguous, 1 to 64 rows, dtype of the weights.
+        x: [M, D], contiguous, of few rows, dtype of the weights.
         norm: of the input.
         weights: one to three, [N_i, D].
         residual: how the result will join the stream.
@@ -222,7 +224,7 @@ def experts_on_device(x: Tensor, norm: Norm, experts: DeviceExperts, residual: R
     """A few tokens through norm, their experts and residual; formula as ExpertRows.
 
     Args:
-        x: [M, D], contiguous, 1 to 64 rows, dtype of gate_up and down.
+        x: [M, D], contiguous, of few rows, dtype of gate_up and down.
         norm: of the input.
         experts: the layer.
         residual: how the result joins the stream.
@@ -259,7 +261,7 @@ def dense_on_device(
     """A few tokens through norm, SwiGLU and residual; formula as DenseRows.
 
     Args:
-        x: [M, D], contiguous, 1 to 64 rows, dtype of the weights.
+        x: [M, D], contiguous, of few rows, dtype of the weights.
         norm: of the input.
         gate_up: [2 F, D].
         down: [D, F].
@@ -295,7 +297,7 @@ def logits_on_device(hidden: Tensor, weight: Tensor) -> Tensor:
     """W h, accumulated and returned in fp32: [M, N].
 
     Args:
-        hidden: [M, K], contiguous, 1 to 64 rows.
+        hidden: [M, K], contiguous, of few rows.
         weight: [N, K], dtype of hidden.
     """
     from sevenfold.ops.few_rows import triton_linear

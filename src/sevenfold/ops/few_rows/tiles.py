@@ -3,10 +3,13 @@
 A weight's bytes are all the time there is: programs own few output channels, so that every
 multiprocessor streams, and their rows are padded to what a tensor core takes, but for one alone.
 
-    rows          1 | 16 | 32 | 64, the least that holds them; of experts, twice their mean, 16 at
-                  least
+    rows          1 | 16 | 32 | 64 | 128, the least that holds them, and 128 in 16 bits only; of
+                  experts, twice their mean, 16 at least
     narrow        up to 4,096 output channels: 16 of them to a program fill an H100 or H200
     wide, vast    up to 16,384, and a head's vocabulary
+
+Every program of a tile reads all its rows: those of 128 rows, where programs are few, share the
+rows too.
 """
 
 from typing import NamedTuple
@@ -16,7 +19,8 @@ import torch
 from sevenfold.ops.row_launch import cdiv, next_power_of_2
 from sevenfold.ops.tuning import best_config
 
-FEW_ROWS = 64  # more rows than these are faster by the libraries' products
+# More rows than these are the libraries' products; those of fp32 are bound by arithmetic.
+_FEW_ROWS, _FEW_ROWS_OF_FP32 = 128, 64
 _LEAST_TILE = 16
 _NARROW_COLUMNS, _WIDE_COLUMNS = 4096, 16384
 _SMALL_BYTES = 2
@@ -25,7 +29,7 @@ _SMALL_BYTES = 2
 class Tile(NamedTuple):
     """One program's tile: BN weight rows, BM rows, and BK numbers of each of WK parts of K.
 
-    WK is 1 where BM is.
+    WK is 1 where BM is. More rows than BM are other programs', or of an expert further rounds.
     """
 
     BN: int
@@ -36,13 +40,18 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_rows(rows: int) -> int:
-    """Return the rows of a tile: the least of 1, 16, 32 and 64 that holds them, at most 64."""
-    return 1 if rows <= 1 else _padded_rows(rows)
+def few_rows(x: torch.Tensor) -> int:
+    """Return how many rows of x's dtype are few."""
+    return _FEW_ROWS if x.element_size() == _SMALL_BYTES else _FEW_ROWS_OF_FP32
 
 
-def _padded_rows(rows: int) -> int:
-    return min(FEW_ROWS, max(_LEAST_TILE, next_power_of_2(max(1, rows))))
+def tile_rows(rows: int, weight: torch.Tensor) -> int:
+    """Return the key of a tile: the least of 1, 16, 32, 64 and 128 rows that holds them, if any."""
+    return 1 if rows <= 1 else _padded_rows(rows, weight)
+
+
+def _padded_rows(rows: int, weight: torch.Tensor) -> int:
+    return min(few_rows(weight), max(_LEAST_TILE, next_power_of_2(max(1, rows))))
 
 
 def linear_tile(rows: int, weight: torch.Tensor, columns: int) -> Tile:
@@ -50,18 +59,19 @@ def linear_tile(rows: int, weight: torch.Tensor, columns: int) -> Tile:
     width = "wide" if columns <= _WIDE_COLUMNS else "vast"
     if columns <= _NARROW_COLUMNS:
         width = "narrow"
-    return _tile("few_rows_linear", f"{tile_rows(rows)} rows {width}", tile_rows(rows), weight)
+    held = tile_rows(rows, weight)
+    return _tile("few_rows_linear", f"{held} rows {width}", held, weight)
 
 
 def gate_up_tile(rows: int, weight: torch.Tensor) -> Tile:
     """Return the tile of a SwiGLU's first product, of M rows in all over weight's E experts."""
-    even = _even_rows(rows, len(weight))
+    even = _even_rows(rows, weight)
     return _tile("few_rows_gate_up", f"{even} rows", even, weight)
 
 
 def down_tile(rows: int, weight: torch.Tensor) -> Tile:
     """Return the tile of the experts' second product, of M rows in all over weight's E experts."""
-    even = _even_rows(rows, len(weight))
+    even = _even_rows(rows, weight)
     return _tile("few_rows_down", f"{even} rows", even, weight)
 
 
@@ -71,9 +81,10 @@ def alone_tiles(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Tile, Tile]:
     return first, _tile("few_rows_down", "alone", 1, down)
 
 
-def _even_rows(rows: int, experts: int) -> int:
+def _even_rows(rows: int, weight: torch.Tensor) -> int:
     # Twice an even share, so that most experts need one tile.
-    return _padded_rows(rows if experts == 1 else cdiv(2 * rows, experts))
+    experts = len(weight)
+    return _padded_rows(rows if experts == 1 else cdiv(2 * rows, experts), weight)
 
 
 def _tile(kernel: str, key: str, rows: int, weight: torch.Tensor) -> Tile:
@@ -81,4 +92,4 @@ def _tile(kernel: str, key: str, rows: int, weight: torch.Tensor) -> Tile:
     # The interpreter takes the defaults on purpose, without the warning of an unknown GPU.
     on_gpu = weight.device.type == "cuda"
     name = torch.cuda.get_device_name(weight.device) if on_gpu else "default"
-    return Tile(BM=rows, **best_config(kernel, f"{bits} bits {key}", name))
+    return Tile(**({"BM": rows} | best_config(kernel, f"{bits} bits {key}", name)))

@@ -35,7 +35,7 @@ _COLUMNS, _WARPS = 1024, 4
 
 @triton.jit
 def _expert_of(experts, R, E, P: tl.constexpr, BY_CHOICE: tl.constexpr):
-    """A program's expert, or -1; which of the R choices are its; and the place of each of them.
+    """A program's expert, or -1; how many of the R choices are its, and up to each of them.
 
     BY_CHOICE: there are fewer choices than experts, and the first that names an expert serves it.
     """
@@ -47,17 +47,16 @@ def _expert_of(experts, R, E, P: tl.constexpr, BY_CHOICE: tl.constexpr):
         expert = tl.load(experts + own)
         before = tl.sum(((chosen == expert) & (c < own)).to(tl.int32), axis=0)
         expert = tl.where(before > 0, -1, expert)
-    mine = (chosen == expert) & (c < R)
-    return expert, mine, tl.cumsum(mine.to(tl.int32), 0) - 1
+    mine = ((chosen == expert) & (c < R)).to(tl.int32)
+    return expert, tl.sum(mine, axis=0), tl.cumsum(mine, 0)
 
 
 @triton.jit
-def _choices(mine, place, first, BM: tl.constexpr, P: tl.constexpr):
+def _choices(count, up_to, first, BM: tl.constexpr):
     """The choices at the places `first` to first + BM - 1 of an expert, and which are there."""
     m = first + tl.arange(0, BM)
-    found = mine[None, :] & (place[None, :] == m[:, None])
-    c = tl.sum(tl.where(found, tl.arange(0, P)[None, :], 0), axis=1)
-    return c, m < tl.sum(mine.to(tl.int32), axis=0)
+    # Before the choice at place m stand all up to which there are at most m: one comparison each.
+    return tl.sum((up_to[None, :] <= m[:, None]).to(tl.int32), axis=1), m < count
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def _dense_kernel(
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_last(OVERLAPS)
-    m = tl.arange(0, BM)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
     _gate_up_rows(x, w, None, hidden, m, m < M, 1, F, K, BN, BM, BK, WK, STAGES)
 
 
@@ -100,12 +99,12 @@ def _gate_up_kernel(
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_last(OVERLAPS)
-    expert, mine, place = _expert_of(experts, R, E, P, BY_CHOICE)
+    expert, count, up_to = _expert_of(experts, R, E, P, BY_CHOICE)
     if expert < 0:
         return
     w += expert.to(tl.int64) * 2 * F * K
-    for first in range(0, tl.sum(mine.to(tl.int32), axis=0), BM):
-        c, used = _choices(mine, place, first, BM, P)
+    for first in range(0, count, BM):
+        c, used = _choices(count, up_to, first, BM)
         _gate_up_rows(
             x, w, shares, hidden, c, used, CHOSEN, F, K, BN, BM, BK, WK, STAGES
         )  # fmt: skip
@@ -119,15 +118,15 @@ def _down_kernel(
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_last(OVERLAPS)
-    expert, mine, place = _expert_of(experts, R, E, P, BY_CHOICE)
+    expert, count, up_to = _expert_of(experts, R, E, P, BY_CHOICE)
     if expert < 0:
         return
     first_n = tl.program_id(0) * BN
     n = first_n + tl.arange(0, BN)
     left = tl.minimum(tl.arange(0, BN), N - 1 - first_n)
     w += (expert.to(tl.int64) * N + first_n) * K
-    for first in range(0, tl.sum(mine.to(tl.int32), axis=0), BM):
-        c, used = _choices(mine, place, first, BM, P)
+    for first in range(0, count, BM):
+        c, used = _choices(count, up_to, first, BM)
         got = multiply(w, left, x, c * K, used, K, BN, BM, BK, WK, STAGES)
         tl.store(rows + c[None, :] * N + n[:, None], got, mask=used[None, :] & (n < N)[:, None])
 
@@ -200,7 +199,7 @@ def dense_gate_up(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
     """SwiGLU's hidden rows [M, F] of x [M, K]; weight [2 F, K]."""
     (M, K), F = x.shape, len(weight) // 2
     hidden = x.new_empty(M, F)
-    _dense_kernel[(cdiv(F, tile.BN // 2),)](
+    _dense_kernel[(cdiv(F, tile.BN // 2), cdiv(M, tile.BM))](
         x, weight, hidden, M, F, K=K, **constants(tile), **overlapping(x),
     )  # fmt: skip
     return hidden

@@ -41,7 +41,7 @@ def _project_kernel(
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    tile, m = tl.program_id(0), tl.arange(0, BM)
+    tile, m = tl.program_id(0), tl.program_id(1) * BM + tl.arange(0, BM)
     tiles0, tiles1 = tl.cdiv(N0, BN), tl.cdiv(N1, BN)
     part = (tile >= tiles0).to(tl.int32) + (tile >= tiles0 + tiles1).to(tl.int32)
     w, y, N = w0, y0, N0
@@ -105,7 +105,7 @@ def _project(
     by, eps = norm or (None, 0.0)
     w, y = [*weights, *[weights[0]] * (3 - len(weights))], [*ys, *[ys[0]] * (3 - len(ys))]
     sizes = [*map(len, weights), 0, 0][:3]
-    _project_kernel[(sum(cdiv(size, tile.BN) for size in sizes),)](
+    _project_kernel[(sum(cdiv(size, tile.BN) for size in sizes), cdiv(len(x), tile.BM))](
         x, by, u, *w, *y, len(x), *sizes, eps, D=max(1, head_dim), LIGHTNING=head_dim > 0,
         K=x.shape[1], **constants(tile), **overlapping(x),
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _join_kernel(
     K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WK: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    first, m = tl.program_id(0) * BN, tl.arange(0, BM)
+    first, m = tl.program_id(0) * BN, tl.program_id(1) * BM + tl.arange(0, BM)
     w += first.to(tl.int64) * K
     left, n = tl.minimum(tl.arange(0, BN), N - 1 - first), first + tl.arange(0, BN)
     at, inside = m[None, :] * N + n[:, None], (m < M)[None, :] & (n < N)[:, None]
@@ -206,7 +206,7 @@ def _join(
         x, by = normed(x, by.gate, *by.norm), None
     (norm, eps), gate = by or ((None, 0.0), None)
     (stream, alpha, beta), N = joined, len(weight)
-    _join_kernel[(cdiv(N, tile.BN),)](
+    _join_kernel[(cdiv(N, tile.BN), cdiv(len(x), tile.BM))](
         x, norm, gate, weight, stream, y, len(x), N, eps, float(alpha), float(beta),
         K=x.shape[1], **constants(tile), **overlapping(x),
     )  # fmt: skip
