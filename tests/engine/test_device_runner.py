@@ -28,6 +28,7 @@ from sevenfold.engine.runners import is_recordable
 from sevenfold.engine.storage import Storage
 from sevenfold.engine.transfer import Arriving, side_by_side, upload, upload_parts
 from sevenfold.models import Batch, HybridModel, empty_state
+from sevenfold.models.accounting import state_bytes
 from sevenfold.ops import advance_rows
 from sevenfold.ops.testing import check_error
 
@@ -275,12 +276,13 @@ def test_bytes_of_graphs_grow_with_a_prefill_s_tokens_by_the_formula() -> None:
     config = tiny_model("lf").config
     none, one = (graph_bytes(config, 4, tokens, element_bytes=2) for tokens in (0, 1))
     # A chunk's activations, 16 bytes a head between segments, 4 x 4 numbers of 8 bytes.
-    assert one - none == chunk_token_bytes(config, element_bytes=2) + 16 * 2 + 128
+    token, state = chunk_token_bytes(config, element_bytes=2) + 16 * 2 + 128, state_bytes(config)
+    assert one - none == token + state, "a prefill reads its state at a copy"
     # Shares of 32 for each of 512 tokens at most, where steps had them for 4 rows.
     for length in (100, 512, 1000):
         shares = (min(length, 512) - 4) * 4 * 32 * 18
         found = graph_bytes(config, 4, length, element_bytes=2) - none
-        assert found == length * (one - none) + shares
+        assert found == length * token + state + shares
 
 
 def test_ranks_gather_their_logits_before_they_join_them() -> None:

@@ -25,15 +25,26 @@ def interleaved_median_s(
     Returns:
         The median of each side, seconds.
     """
-    for run in sides.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    timed = {name: partial(elapsed_s, run) for name, run in sides.items()}
+    return interleaved_medians(timed, repeats)
+
+
+def interleaved_medians(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Return the median of what each side measures, called as by interleaved_median_s."""
+    for measure in sides.values():
+        measure()
+    found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
-        for name, run in sides.items():
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
+        for name, measure in sides.items():
+            found[name].append(measure())
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def elapsed_s(run: Callable[[], object]) -> float:
+    """Return the seconds of a call."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 # Rows, inputs and outputs of the products whose best rate stands for the machine's.

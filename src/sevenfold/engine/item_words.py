@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from sevenfold.engine.memory import MemoryPlan
-from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.memory_layout import SINK, Tenant
 from sevenfold.ops import copy_and_clear
 
 _WORD = 8
 # Pages that a launch clears: with 64 tokens each, of 700 new ones and of the 256 of an answer for
 # which a request finds pages when it is opened.
 MOST_CLEARED = 16
-NOTHING = (0,) * (2 + MOST_CLEARED)
+NOTHING = (0,) * (1 + MOST_CLEARED)
 
 
 class ItemWords(NamedTuple):
@@ -31,16 +31,30 @@ class ItemWords(NamedTuple):
     cleared: int
 
     def places(self, pages: Sequence[int], snapshot: int | None, state: int | None) -> list[int]:
-        """Return what `ready` reads, to clear so many pages at most and to read a state or none."""
-        copied = [0, 0]
-        if snapshot is not None and state is not None:
-            copied = [snapshot * self.snapshot, state * self.state]
+        """Return what `ready` reads, of some new pages, and of a state and its snapshot if any."""
+        read = SINK if state is None else state * self.state
+        if snapshot is not None:
+            read = snapshot * self.snapshot
         rest = [0] * (MOST_CLEARED - len(pages))
-        return [*copied, *[page * self.page for page in pages], *rest]
+        return [read, *[page * self.page for page in pages], *rest]
 
-    def ready(self, places: Tensor) -> None:
-        """Copy a snapshot into a state and clear pages, as numbers on the device say."""
-        copy_and_clear(self.words, places, copied=self.copied, cleared=self.cleared)
+    def new_state(self) -> Tensor:
+        """Allocate what `ready` copies to."""
+        return self.words.new_zeros(self.copied)
+
+    def ready(self, copied: Tensor, places: Tensor) -> None:
+        """Copy a state or a snapshot, and clear pages, as numbers on the device say.
+
+        A recorded run reads the state at its copy, which stays where it is: to take it out of its
+        own place would be a launch of each layer.
+        """
+        copy_and_clear(self.words, copied, places, cleared=self.cleared)
+
+
+def state_of(copied: Tensor, states: Tensor) -> Tensor:
+    """Return one layer's part [1, H, K, V] of a copied state; states: [S, H, K, V], the layer's."""
+    at, size = states.storage_offset(), states[0].numel()
+    return copied.view(states.dtype)[at : at + size].view(1, *states.shape[1:])
 
 
 def item_words(arena: Tensor, plan: MemoryPlan) -> ItemWords | None:

@@ -74,6 +74,15 @@ class Block(nn.Module):
         mixed, state = self.self_attn(u, batch, state)
         return self._residual(x, u, mixed, self.mixer_factors), state
 
+    def mix_ends(
+        self, x: Tensor, batch: Batch, state: LayerState, ends: Tensor
+    ) -> tuple[Tensor, LayerState | None]:
+        """As mix, of which only the tokens at `ends` leave, as [N, 1, hidden_size]; see infer."""
+        u = self.input_layernorm(x)
+        mixed, after = self._mixed_ends(u, batch, state, ends)
+        stream = (u if self.post_norm else x).flatten(0, 1)[ends, None]
+        return self._residual(stream, stream, mixed, self.mixer_factors), after
+
     def feed(self, x: Tensor) -> tuple[Tensor, RouterCounts | None]:
         """The block's second half: each token by itself."""
         return self._feed(x, self.post_attention_layernorm(x))

@@ -13,7 +13,7 @@ from sevenfold.models.config import ModelConfig
 from sevenfold.models.layers import Linear, RMSNorm
 from sevenfold.models.router_stats import RouterCounts, RouterStats, router_stats
 from sevenfold.models.state import LayerState, empty_layer_state
-from sevenfold.models.stepping import pays_by_rows, run_by_rows
+from sevenfold.models.stepping import feed_by_rows, pays_by_rows, run_by_rows
 from sevenfold.ops import (
     head_logits,
     head_logits_into,
@@ -151,10 +151,9 @@ class HybridModel(nn.Module):
             return self._infer(x, batch, state, ends)
         blocks: list[Block] = list(self.layers)  # pyright: ignore[reportAssignmentType]
         x, states = self._by_rows(blocks[:-1], x, batch, state[:-1])
-        last = blocks[-1]
-        normed, after = last.infer(last.enter(x), self.norm, batch, state[-1], ends)
+        x, after = blocks[-1].mix_ends(x, batch, state[-1], ends)
         states = (*states, state[-1] if after is None else after)
-        return HiddenResult(normed.u, states, ())
+        return HiddenResult(self.norm(feed_by_rows(blocks[-1], x)), states, ())
 
     @staticmethod
     def _by_rows(

@@ -48,11 +48,18 @@ class PooledState:
     kept: states to keep on the way, by the sequences' order. With it states are advanced where they
         lie, by kernels that take slots; without it they are taken out and put back. Padded ones say
         how many tokens of the batch's one row count, too.
+    before: [N, H, K, V] what the sequences' states hold, where it lies in their order elsewhere:
+        read in place of them.
     """
 
     pool: Tensor
     slots: Tensor
     kept: Snapshots | PaddedSnapshots | None = None
+    before: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """The sequences' states [N, H, K, V], in their order."""
+        return self.pool[self.slots] if self.before is None else self.before
 
 
 class EncodedState(ABC):
@@ -169,7 +176,8 @@ def _selected(layer: LayerState, sequences: Tensor) -> LayerState:
         case KVState():
             return KVState(layer.k[sequences], layer.v[sequences])
         case PooledState():
-            return PooledState(layer.pool, layer.slots[sequences])
+            before = None if layer.before is None else layer.before[sequences]
+            return PooledState(layer.pool, layer.slots[sequences], before=before)
         case PagedKV() | PagedTree() | EncodedState() | DraftedState():
             got = type(layer).__name__
             raise TypeError(f"state must own its tensors to be selected from, got {got}")

@@ -64,9 +64,7 @@ def run_by_rows(
     """Run a block on a few tokens; the result is Block.forward's."""
     if not isinstance(layer, Block):
         raise TypeError(f"layer must be a Block, got {type(layer).__name__}")
-    halves = _HALVES.get(layer)
-    if halves is None or not halves.are_current():
-        halves = _HALVES[layer] = _halves(layer, x)
+    halves = _current_halves(layer, x)
     if halves.mix is None and halves.feed is None:
         x, after, _ = layer(x, batch, state)
         return x, state if after is None else after
@@ -76,9 +74,25 @@ def run_by_rows(
         state = state if after is None else after
     else:
         x, state = mixed
+    return _fed(layer, halves, x), state
+
+
+def feed_by_rows(layer: Block, x: Tensor) -> Tensor:
+    """Run a block's second half on a few tokens [N, T, D]; the result is Block.feed's."""
+    return _fed(layer, _current_halves(layer, x), x)
+
+
+def _fed(layer: Block, halves: _Halves, x: Tensor) -> Tensor:
     if halves.feed is None:
-        return layer.feed(x)[0], state
-    return halves.feed(x.flatten(0, 1)).view_as(x), state
+        return layer.feed(x)[0]
+    return halves.feed(x.flatten(0, 1)).view_as(x)
+
+
+def _current_halves(layer: Block, x: Tensor) -> _Halves:
+    halves = _HALVES.get(layer)
+    if halves is None or not halves.are_current():
+        halves = _HALVES[layer] = _halves(layer, x)
+    return halves
 
 
 def _halves(layer: Block, x: Tensor) -> _Halves:

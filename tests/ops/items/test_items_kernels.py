@@ -14,25 +14,19 @@ BLOCK = triton_items._BLOCK
 @pytest.mark.parametrize("cleared", [0, 7, BLOCK, BLOCK + 1])
 def test_what_the_numbers_say_and_nothing_else(copied: int, cleared: int) -> None:
     item = 3 * BLOCK
-    for places in ([0, 0, 0, 0], [item, 3 * item, 0, 5 * item], [item, item, 2 * item, 0]):
+    for places in ([0, 0, 0], [item, 0, 5 * item], [3 * item, 2 * item, item]):
         words, at = torch.arange(1, 6 * item + 1).to(DEVICE), torch.tensor(places).to(DEVICE)
-        wanted = words.clone()
-        eager.copy_and_clear(wanted, at, copied, min(cleared, item))
-        triton_items.copy_and_clear(words, at, copied, cleared)
-        assert torch.equal(words, wanted)
-
-
-def test_nothing_may_be_asked_for() -> None:
-    words = torch.arange(40).to(DEVICE)
-    triton_items.copy_and_clear(words, torch.tensor([3, 9]).to(DEVICE), 0, 8)
-    assert torch.equal(words, torch.arange(40).to(DEVICE))
+        wanted, found = (torch.full((copied,), 7).to(DEVICE) for _ in range(2))
+        left = words.clone()
+        eager.copy_and_clear(left, wanted, at, min(cleared, item))
+        triton_items.copy_and_clear(words, found, at, cleared)
+        assert torch.equal(words, left)
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.gpu
 def test_the_operator_takes_them_on_a_gpu() -> None:
-    words = torch.arange(40, device="cuda")
-    places = torch.tensor([30, 5, 12, 0], device="cuda")
-    wanted = words.clone()
-    eager.copy_and_clear(wanted, places, 4, 3)
-    copy_and_clear(words, places, copied=4, cleared=3)
-    assert torch.equal(words, wanted)
+    words, copied = torch.arange(40, device="cuda"), torch.zeros(4, dtype=torch.int64).cuda()
+    copy_and_clear(words, copied, torch.tensor([30, 12, 0], device="cuda"), cleared=3)
+    assert copied.tolist() == [30, 31, 32, 33]
+    assert words[10:17].tolist() == [10, 11, 0, 0, 0, 15, 16]

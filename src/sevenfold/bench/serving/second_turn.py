@@ -1,12 +1,13 @@
 """The second turn of a long chat: time to its first token, beside computing all of it."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from sevenfold.bench.measure import interleaved_median_s
+from sevenfold.bench.measure import elapsed_s, interleaved_medians
 from sevenfold.bench.peer import peer_prefill
 from sevenfold.bench.serving.agreement import check_tokens
 from sevenfold.bench.serving.prefill import Report
@@ -67,15 +68,15 @@ def _measure(
     # As a server has encoded them: one before the timing, one each time, one to be checked.
     new = iter([_second_turn(sides.config, chat, n) for n in range(repeats + 2)])
     prompt = _second_turn(sides.config, chat, repeats + 2)
-    runs: dict[str, Callable[[], object]] = {
-        "cached": lambda: _turn(serving, next(new), salt),
-        "again": partial(_turn, serving, prompt, salt),
-        "whole": partial(_turn, serving, prompt, None),
+    runs: dict[str, Callable[[], float]] = {
+        "cached": lambda: _first_token_s(serving, next(new), salt),
+        "again": partial(_first_token_s, serving, prompt, salt),
+        "whole": partial(_first_token_s, serving, prompt, None),
     }
     if len(prompt) <= peer_most_tokens:
         ids = torch.tensor([prompt], device=sides.device)
-        runs["transformers"] = partial(peer_prefill, sides.peer, ids)
-    times = interleaved_median_s(runs, repeats)
+        runs["transformers"] = lambda: elapsed_s(partial(peer_prefill, sides.peer, ids))
+    times = interleaved_medians(runs, repeats)
     cached, again = (_answered(sides, serving, turn, salt) for turn in (next(new), prompt))
     element_bytes = sides.model.dtype.itemsize
     tokens = length + _ANSWER_TOKENS
@@ -111,9 +112,14 @@ def _answered(sides: Sides, serving: Serving, prompt: TokenIds, salt: bytes) -> 
     return asked.num_cached_tokens
 
 
-def _turn(serving: Serving, prompt: Sequence[int], salt: bytes | None) -> None:
+def _first_token_s(serving: Serving, prompt: TokenIds, salt: bytes | None) -> float:
+    """Seconds to a turn's first token; what its end takes behind that is no part of them."""
+    began = time.perf_counter()
     serving.submit(prompt, 1, salt=salt)
+    next(given for given in serving.steps() if given)
+    took = time.perf_counter() - began
     serving.run()
+    return took
 
 
 def _held_bytes(serving: Serving) -> int:

@@ -1,6 +1,7 @@
 """What recorded runs take of a GPU's memory, beside weights, states and pages."""
 
 from sevenfold.models import ModelConfig
+from sevenfold.models.accounting import state_bytes
 
 _MOST_SPLITS = 32  # shares of a sequence's keys, each with an fp32 output
 _FEW_PACKED_ROWS = 512  # tokens of prompts in a run up to which their keys are shared out
@@ -14,8 +15,8 @@ def graph_bytes(
     """Return bytes that graphs of up to most_rows rows or prefill_tokens take, in one pool.
 
         most_rows * (logits + one layer's activations) + prefill_tokens * (chunk_token_bytes
-        + 16 H + 128) + one softmax layer's shares of most_rows, or of up to 512 tokens of a prefill
-        + 128 MiB for libraries
+        + 16 H + 128) + a prefill's copy of a state + one softmax layer's shares of most_rows, or
+        of up to 512 tokens of a prefill + 128 MiB for libraries
 
     Logits count once: those of all sizes lie in the same memory (CudaCapture). A prefill's states
     between segments take 16 bytes a token and head; ids and places take 32 bytes a token, and all
@@ -35,7 +36,7 @@ def graph_bytes(
     shares = 4 * _MOST_SPLITS * H * (D + 1) if has_pages else 0
     logits = 4 * config.vocab_size
     token = chunk_token_bytes(config, element_bytes=element_bytes) + 16 * H + 128
-    prefill = prefill_tokens * token
+    prefill = prefill_tokens * token + (state_bytes(config) if prefill_tokens else 0)
     shared = max(most_rows, min(prefill_tokens, _FEW_PACKED_ROWS)) * shares
     return most_rows * (element_bytes * widths + logits) + shared + prefill + _LIBRARIES
 

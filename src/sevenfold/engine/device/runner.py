@@ -1,6 +1,7 @@
 """Runs the model on rows whose states and keys stay where they lie, without waiting for it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from sevenfold.engine.device.decode_inputs import DecodeInputs, Size
 from sevenfold.engine.device.graphs import DecodeGraphs, most_pages
 from sevenfold.engine.device.prefill_graphs import MOST_STOPS, PrefillGraphs, most_keys
 from sevenfold.engine.device.prefill_inputs import PrefillInputs
-from sevenfold.engine.item_words import MOST_CLEARED
+from sevenfold.engine.item_words import MOST_CLEARED, NOTHING, state_of
 from sevenfold.engine.memory_layout import SINK
 from sevenfold.engine.prompt_logprobs import score_rows
 from sevenfold.engine.rows import NextRow, Row
@@ -74,13 +75,15 @@ class DeviceRunner:
         self._by_parts = None
         if not storage.is_exact:
             self._by_parts = Runner(model, storage, page_tokens=page_tokens)
-        self._graphs, self._prefills = None, None
+        self._graphs, self._prefills, self._words = None, None, storage.words
         if capture is not None:
             self._graphs = DecodeGraphs(self._step, capture, batch_sizes, device=model.device)
         if capture is not None and prefill_sizes:
             self._prefills = PrefillGraphs(
                 self._prefill_step, capture, prefill_sizes, self._new_prefill_inputs
             )
+            if self._words is not None:
+                self._copied = self._words.new_state()
 
     def rehearsal(self) -> "DeviceRunner":
         """Return a runner that computes the same, and runs once what this one records."""
@@ -116,7 +119,7 @@ class DeviceRunner:
             Logits as run's, and the choice; None, and nothing is done, where that takes more than
             one launch.
         """
-        words, size = self.storage.words, None
+        words, size = self._words, None
         if self._prefills is not None and len(row.tokens) > 1:
             size = self._prefills.size_of((row,))
         more = fresh.states or fresh.saved or fresh.loaded or len(fresh.pages) > MOST_CLEARED
@@ -177,7 +180,9 @@ class DeviceRunner:
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
         size = None if self._prefills is None else self._prefills.size_of(rows)
         if self._prefills is not None and size is not None:
-            return self._prefills.run(size, rows[0])[0]
+            words, row = self._words, rows[0]
+            places = NOTHING if words is None else words.places((), None, row.state)
+            return self._prefills.run(size, row, places)[0]
         parts = upload_parts(_prefill_inputs(rows, self.page_tokens), self.model.device)
         ids, positions, page, place, slots, key_lengths, starts, pages = parts
         lengths, past = (tuple(x) for x in ([len(r.tokens) for r in rows], [r.past for r in rows]))
@@ -208,16 +213,23 @@ class DeviceRunner:
         where = (inputs.pages, inputs.page, inputs.place)
         table = PageTable(*where, inputs.key_lengths, inputs.borders)
         inputs.send()
-        if self.storage.words is not None:
-            self.storage.words.ready(inputs.places)
+        if self._words is not None:
+            self._words.ready(self._copied, inputs.places)
         plan = inputs.plan()  # once for all layers
         state = self._values(inputs.slots, table, lambda pool: PaddedSnapshots(pool, plan))
+        if self._words is not None:
+            state = tuple(self._read_copied(layer) for layer in state)
         found = self.model.hidden_at_ends(inputs.ids, batch, state, inputs.last)
         logits = self.model.logits(found.hidden[:, 0])
         # A row without keys stays where it is: what is left is the choice.
         where = (inputs.nowhere, inputs.pages)
         advance_rows(logits, inputs.chosen, *where, page_tokens=self.page_tokens)
         return logits
+
+    def _read_copied(self, layer: LayerState) -> LayerState:
+        if not isinstance(layer, PooledState):
+            return layer
+        return replace(layer, before=state_of(self._copied, layer.pool))
 
     def _values(
         self,

@@ -109,7 +109,7 @@ class LightningAttention(nn.Module):
             return state.advance((q, k, v), self.log_decay), state
         if state.kept is not None:
             return self._attend_in_place(q, k, v, batch, state, state.kept), state
-        o, kv = advance_states((q, k, v), self.log_decay, batch, state.pool[state.slots])
+        o, kv = advance_states((q, k, v), self.log_decay, batch, state.read())
         state.pool[state.slots] = kv
         return o, state
 
@@ -124,17 +124,15 @@ class LightningAttention(nn.Module):
     ) -> Tensor:
         tokens = (q, k, v, self.log_decay)
         if isinstance(kept, PaddedSnapshots):
-            before = state.pool[state.slots]
-            o, kv = lightning_attention_padded(*tokens, kept, initial_state=before)
+            o, kv = lightning_attention_padded(*tokens, kept, initial_state=state.read())
         elif batch.is_step and not kept.stops:
             q, k, values = (x.flatten(0, 1) for x in (q, k, v))
             return lightning_attention_decode(
                 q, k, values, self.log_decay, state.pool, state.slots
             ).view_as(v)
         else:
-            before, borders = state.pool[state.slots], batch.cu_seqlens
             o, kv = lightning_attention_prefill(
-                *tokens, kept, initial_state=before, cu_seqlens=borders
+                *tokens, kept, initial_state=state.read(), cu_seqlens=batch.cu_seqlens
             )
         state.pool[state.slots] = kv  # pyright: ignore[reportArgumentType]
         return o

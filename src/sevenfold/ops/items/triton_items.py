@@ -14,30 +14,29 @@ _BLOCK, _WARPS = 4096, 8  # 16 words a thread
 
 @triton.jit
 def _copy_and_clear_kernel(
-    words, places, copied, cleared, num_copying, num_clearing, BLOCK: tl.constexpr,
+    words, copied, places, num_copied, cleared, num_copying, num_clearing, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     if pid < num_copying:
-        source, target = tl.load(places), tl.load(places + 1)
-        if source != target:
-            i += pid * BLOCK
-            there = i < copied
-            tl.store(words + target + i, tl.load(words + source + i, mask=there), mask=there)
+        i += pid * BLOCK
+        there = i < num_copied
+        item = tl.load(words + tl.load(places) + i, mask=there)
+        tl.store(copied + i, item, mask=there)
     else:
         item = (pid - num_copying) // num_clearing
-        at = tl.load(places + 2 + item)
+        at = tl.load(places + 1 + item)
         if at != 0:
             i += (pid - num_copying - item * num_clearing) * BLOCK
             tl.store(words + at + i, tl.zeros([BLOCK], tl.int64), mask=i < cleared)
 
 
-def copy_and_clear(words: Tensor, places: Tensor, copied: int, cleared: int) -> None:
+def copy_and_clear(words: Tensor, copied: Tensor, places: Tensor, cleared: int) -> None:
     """Arguments as the public operator's."""
-    num_copying, num_clearing = cdiv(copied, _BLOCK), cdiv(cleared, _BLOCK)
-    num_programs = num_copying + (len(places) - 2) * num_clearing
+    num_copying, num_clearing = cdiv(len(copied), _BLOCK), cdiv(cleared, _BLOCK)
+    num_programs = num_copying + (len(places) - 1) * num_clearing
     if num_programs:
         _copy_and_clear_kernel[(num_programs,)](
-            words, places, copied, cleared, num_copying, num_clearing,
+            words, copied, places, len(copied), cleared, num_copying, num_clearing,
             BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
