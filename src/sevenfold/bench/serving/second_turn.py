@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ from sevenfold.bench.serving.prefill import Report
 from sevenfold.bench.serving.sides import Serving, Sides, random_ids
 from sevenfold.engine.memory_layout import Tenant
 from sevenfold.engine.token_ids import TokenIds
-from sevenfold.models import ModelConfig
 from sevenfold.models.accounting import kv_bytes, state_bytes
 
 _ANSWER_TOKENS = 16
@@ -29,14 +30,14 @@ def run_second_turn(
     repeats: int,
     report: Report,
 ) -> list[dict[str, Any]]:
-    """Time a second turn of chats whose first turn is so long.
+    """Time the second turn of chats whose first turn is so long, to its first token.
 
-    Ours, cached: the first turn has been served, and another question of 64 tokens follows its
-    answer each time; nothing of a question is cached, and an answer only in whole pages
-    (`cached_tokens`). Ours, again: a question that has been asked before, and is cached but for its
-    last page. Ids are packed before, as a server's are. Ours, whole: a second turn under a salt
-    that has cached nothing. Theirs: a prefill of all of it. The tokens of a cached turn are checked
-    to be the model's.
+    Ours, cached: each time another chat, under a salt of its own: its first turn has been served,
+    and a question of 64 tokens follows the answer. Nothing of the question is cached, and the chat
+    only in whole pages (`cached_tokens`). Ours, again: the question has been asked before, and is
+    cached but for its last page. Ids are packed before, as a server's are. Ours, whole: the second
+    turn under a salt that has cached nothing. Theirs: a prefill of all of it. The tokens of cached
+    turns are checked to be the model's.
 
     Args:
         sides: checked.
@@ -60,24 +61,22 @@ def _measure(
     sides: Sides, serving: Serving, length: int, limits: tuple[int, int]
 ) -> dict[str, Any]:
     peer_most_tokens, repeats = limits
-    salt = f"chat of {length}".encode()
-    first = random_ids(sides.config, length).tolist()
-    asked = serving.submit(first, _ANSWER_TOKENS, salt=salt, turn=length)
-    held = _held_bytes(serving)
-    chat = (*first, *asked.generated)
-    # As a server has encoded them: one before the timing, one each time, one to be checked.
-    new = iter([_second_turn(sides.config, chat, n) for n in range(repeats + 2)])
-    prompt = _second_turn(sides.config, chat, repeats + 2)
+    chat = _Chat(serving, random_ids(sides.config, length).tolist())
+    held, answer = chat.serve_first_turn(b"first")
+    question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
+    prompt = TokenIds((*chat.first, *answer, *question))  # as a server has encoded it
+    salts = (b"chat %d" % n for n in count())
     runs: dict[str, Callable[[], float]] = {
-        "cached": lambda: _first_token_s(serving, next(new), salt),
-        "again": partial(_first_token_s, serving, prompt, salt),
+        "cached": lambda: chat.second_turn_s(next(salts), question),
+        "again": partial(_first_token_s, serving, prompt, b"first"),
         "whole": partial(_first_token_s, serving, prompt, None),
     }
     if len(prompt) <= peer_most_tokens:
         ids = torch.tensor([prompt], device=sides.device)
         runs["transformers"] = lambda: elapsed_s(partial(peer_prefill, sides.peer, ids))
     times = interleaved_medians(runs, repeats)
-    cached, again = (_answered(sides, serving, turn, salt) for turn in (next(new), prompt))
+    chat.serve_first_turn(b"checked")
+    cached, again = (_answered(sides, serving, prompt, salt) for salt in (b"checked", b"first"))
     element_bytes = sides.model.dtype.itemsize
     tokens = length + _ANSWER_TOKENS
     accounted = state_bytes(sides.config) + kv_bytes(sides.config, tokens, element_bytes)
@@ -97,11 +96,23 @@ def _measure(
     }
 
 
-def _second_turn(config: ModelConfig, chat: Sequence[int], number: int) -> TokenIds:
-    """The chat with a question of that number."""
-    drawn = torch.Generator().manual_seed(number)
-    ids = torch.randint(config.vocab_size, (_QUESTION_TOKENS,), generator=drawn)
-    return TokenIds((*chat, *ids.tolist()))
+@dataclass(frozen=True)
+class _Chat:
+    """A chat's first turn, which is served under any number of salts."""
+
+    serving: Serving
+    first: list[int]
+
+    def serve_first_turn(self, salt: bytes) -> tuple[int, list[int]]:
+        """Serve it; bytes of pages and state that it held at its end, and the answer."""
+        turn = len(self.first)
+        asked = self.serving.submit(self.first, _ANSWER_TOKENS, salt=salt, turn=turn)
+        return _held_bytes(self.serving), asked.generated
+
+    def second_turn_s(self, salt: bytes, question: Sequence[int]) -> float:
+        """Serve both turns; seconds to the second's first token."""
+        _, answer = self.serve_first_turn(salt)
+        return _first_token_s(self.serving, TokenIds((*self.first, *answer, *question)), salt)
 
 
 def _answered(sides: Sides, serving: Serving, prompt: TokenIds, salt: bytes) -> int:
@@ -115,7 +126,7 @@ def _answered(sides: Sides, serving: Serving, prompt: TokenIds, salt: bytes) -> 
 def _first_token_s(serving: Serving, prompt: TokenIds, salt: bytes | None) -> float:
     """Seconds to a turn's first token; what its end takes behind that is no part of them."""
     began = time.perf_counter()
-    serving.submit(prompt, 1, salt=salt)
+    serving.submit(prompt, _ANSWER_TOKENS, salt=salt)
     next(given for given in serving.steps() if given)
     took = time.perf_counter() - began
     serving.run()
