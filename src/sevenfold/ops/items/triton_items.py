@@ -21,8 +21,8 @@ def _copy_and_clear_kernel(
     if pid < num_copying:
         i += pid * BLOCK
         there = i < num_copied
-        item = tl.load(words + tl.load(places) + i, mask=there)
-        tl.store(copied + i, item, mask=there)
+        read = tl.load(words + tl.load(places) + i, mask=there)
+        tl.store(copied + i, read, mask=there)
     else:
         item = (pid - num_copying) // num_clearing
         at = tl.load(places + 1 + item)
