@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sevenfold.engine.cache import Fresh
 from sevenfold.engine.device import CudaCapture, DeviceRunner, graph_bytes, prefill_sizes
-from sevenfold.engine.item_words import NOTHING
 from sevenfold.engine.memory_layout import SINK, Tenant
 from sevenfold.engine.rows import Row
 from sevenfold.engine.runners import make_runner
@@ -143,7 +142,7 @@ def test_a_graph_gives_the_bits_of_the_same_run_without(mix: str) -> None:
         replayed = runner.run([row]).clone()
         forget(storage)
         inputs = runner._new_prefill_inputs(runner._prefills.size_of([row]))
-        inputs.fill(row, NOTHING)
+        inputs.fill(row, storage.words.places((), None, row.state))
         with torch.inference_mode():
             assert torch.equal(runner._prefill_step(inputs), replayed)
         assert bool(torch.isfinite(replayed).all())
