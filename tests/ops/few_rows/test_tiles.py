@@ -35,5 +35,17 @@ def test_programs_of_few_channels_share_many_rows() -> None:
     assert _rows(tiles.linear_tile(128, weight, 2048)) < _rows(tiles.linear_tile(128, weight, 8192))
 
 
+@pytest.mark.parametrize("dtype", MOST)
+def test_tiles_by_default_fit_into_the_least_shared_memory(dtype: torch.dtype) -> None:
+    """Of capability 8.6, 8.9 and 12: what all stages but one hold, of weights and of rows."""
+    weight, possible = torch.empty(1, 1, dtype=dtype), range(2, MOST[dtype] + 1)
+    for rows in possible:
+        found = [tiles.linear_tile(rows, weight, columns) for columns in (4096, 16_384, 16_385)]
+        found += [tile_of(rows, weight) for tile_of in (tiles.gate_up_tile, tiles.down_tile)]
+        for tile in found:
+            stage = (tile.BN + tile.BM) * tile.BK * tile.WK * weight.element_size()
+            assert stage * (tile.num_stages - 1) <= 99 << 10, tile
+
+
 def _rows(tile: Tile) -> int:
     return tile.BM

@@ -201,14 +201,14 @@ class PrefixTree:
         anchor.floor = self.queue.floor
 
     def pin(self, anchor: Anchor) -> None:
-        """Keep an anchor's snapshot until the request that goes on from it has read it."""
+        """Keep an anchor's snapshot until what reads it is launched, or nobody will."""
         anchor.pins += 1
         if anchor.pins == 1 and anchor.snapshot is not None:
             self._arena.pin(Tenant.SNAPSHOT, (anchor.snapshot,))
             self.queue.remove(anchor)
 
     def unpin(self, anchor: Anchor) -> None:
-        """Note that a request has read an anchor's snapshot, or will not."""
+        """Note that what reads an anchor's snapshot is launched, or that nothing will."""
         anchor.pins -= 1
         if anchor.pins == 0 and anchor.snapshot is not None:
             self._arena.unpin(Tenant.SNAPSHOT, (anchor.snapshot,))

@@ -70,8 +70,10 @@ class PrefillGraphs:
         self._recorder.at(self._sizes[-1])
         inputs, captured = self._recorder.at(size)
         inputs.fill(row, places)
-        captured.replay()
-        inputs.note_launched()
+        try:
+            captured.replay()
+        finally:  # an interrupt may come between the two, and the buffer is read all the same
+            inputs.note_launched()
         return captured.output, inputs.chosen
 
 

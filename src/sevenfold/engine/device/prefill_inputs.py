@@ -25,7 +25,7 @@ class PrefillInputs:
 
     ids, positions: [1, tokens]. page, place: [tokens]. slots, key_lengths, last: [1], the request's
     state, its keys and the row's last token. borders: [2], where the row's tokens begin and end.
-    places: [2 + MOST_CLEARED], what is copied and cleared before. pages: [1, pages].
+    places: [1 + MOST_CLEARED], what is copied and cleared before. pages: [1, pages].
     chosen: [1, 2], written: the most probable token's id, and whether the logits are finite.
     nowhere: [4, 1], the places of no row.
     """
