@@ -58,7 +58,7 @@ def with_gradients(run: Callable, leaves: list[Tensor], plan: Dispatch) -> list[
 @pytest.mark.parametrize(
     ("T", "k", "capacity", "experts"),
     [
-        (1, 1, None, E),
+        (1, 2, None, E),
         (5, 2, None, E),
         (33, 2, None, E),
         (70, 4, None, E),

@@ -63,7 +63,8 @@ def _forward(
     rows, y = empty(len(choice), D), empty(len(x), D)
     use_torch_threads()
     inputs = (lent(t) for t in (x, token, gate_up_proj, down_proj))
-    compiled.feed(*inputs, blocks, kept.numpy(), rows.numpy())
+    units = compiled.units(len(blocks), D + down_proj.shape[2], torch.get_num_threads())
+    compiled.feed(*inputs, blocks, kept.numpy(), rows.numpy(), units)
     compiled.combine(*(t.detach().numpy() for t in (rows, row, weights, y)))
     return y
 
