@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit, prange
 
 from sevenfold.ops.compiled import compiled, exp32
-from sevenfold.ops.lanes import silu_times
+from sevenfold.ops.lanes import silu_times, silu_times_grad
 from sevenfold.ops.tile import COLUMNS, ROWS, SIDE, add_tile, add_tiles, copy_columns, turn
 
 BLOCK_ROWS = COLUMNS
@@ -199,3 +199,22 @@ def weight_gradient(left, panels, B, out):
                         parts,
                         int(b > 0),
                     )
+
+
+@compiled
+def swiglu_rows(gate_up, hidden):
+    """hidden [R, F] = silu(gate) up of gate_up [R, 2 F]."""
+    R, F = hidden.shape
+    for n in prange(R):
+        silu_times(hidden, n * F, gate_up, 2 * n * F, (2 * n + 1) * F, F)
+
+
+@compiled
+def swiglu_rows_backward(gate_up, share, dhidden, hidden, dgate_up, dshare):
+    """share * hidden, and the gradients of gate_up and share, of rows as in swiglu_rows."""
+    R, F = hidden.shape
+    for n in prange(R):
+        gate, up = 2 * n * F, (2 * n + 1) * F
+        dshare[n] = silu_times_grad(
+            dgate_up, gate_up, gate, up, dhidden, n * F, share[n], hidden
+        )
