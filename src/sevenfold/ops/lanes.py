@@ -136,10 +136,11 @@ def _silu_times(context: Any, builder: Any, signature: Any, values: Any) -> Any:
 
 @intrinsic
 def silu_times_grad(typingctx, dx, x, gate_at, up_at, dy, dy_at, share, hidden):
-    """The gradient of share_n silu(gate_i) up_i for the row of `dy` from dy_at, as long as up_at - gate_at.
+    """The gradient of share * silu(gate_i) up_i, a row of fp32 arrays; returns the share's.
 
-    x and dx hold gate and up, hidden receives share * silu(gate) * up at dy_at. Returns the
-    gradient of the share. The row is a multiple of 16 long. Nothing is checked.
+    x and dx hold gate and up, which begin at *_at and follow one another; dy begins at dy_at, and
+    so does hidden, which receives what the gradient is of. The row is a multiple of 16 long.
+    Nothing is checked.
     """
     return types.float32(dx, x, gate_at, up_at, dy, dy_at, share, hidden), _silu_times_grad
 
@@ -164,7 +165,11 @@ def _silu_times_grad(context: Any, builder: Any, signature: Any, values: Any) ->
         builder.store(fused(builder, made, d, builder.load(total)), total)
         d = fmul(d, share)
         slope = fused(builder, silu, builder.fsub(one, sigmoid), sigmoid)
-        for value, place in ((fmul(made, share), hidden), (fmul(fmul(d, u), slope), dgate), (fmul(d, silu), dup)):
+        for value, place in (
+            (fmul(made, share), hidden),
+            (fmul(fmul(d, u), slope), dgate),
+            (fmul(d, silu), dup),
+        ):
             store(builder, value, builder.gep(place, [i]))
     return _across(builder, builder.load(total), builder.fadd)
 

@@ -20,7 +20,8 @@ def test_both_keep_the_error_rule(
     out, weight = c.clone(), b.requires_grad_()
     right = products.prepare(weight)
     found = products.add_matmul_nt(out[:, :45], a, right, keep=keep)
-    assert found.data_ptr() == out.data_ptr() and not found.requires_grad
+    assert found.data_ptr() == out.data_ptr()
+    assert not found.requires_grad
     before = c[:, :45] if keep else torch.zeros(70, 45)
     exact = before.double() + a.double() @ b.detach().double().t()
     check_error("product", out[:, :45], before + a @ b.detach().t(), exact)

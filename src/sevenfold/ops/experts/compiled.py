@@ -215,6 +215,4 @@ def swiglu_rows_backward(gate_up, share, dhidden, hidden, dgate_up, dshare):
     R, F = hidden.shape
     for n in prange(R):
         gate, up = 2 * n * F, (2 * n + 1) * F
-        dshare[n] = silu_times_grad(
-            dgate_up, gate_up, gate, up, dhidden, n * F, share[n], hidden
-        )
+        dshare[n] = silu_times_grad(dgate_up, gate_up, gate, up, dhidden, n * F, share[n], hidden)

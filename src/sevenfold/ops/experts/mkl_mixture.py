@@ -14,6 +14,20 @@ from sevenfold.ops.compiled import empty, use_torch_threads
 from sevenfold.ops.experts import compiled
 
 
+def mixture(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    choice: Tensor,
+    row: Tensor,
+    rows_per_expert: Tensor,
+) -> Tensor:
+    """The mixture of contiguous fp32 arguments; they and the result as in the public operator."""
+    inputs = (x, weights, gate_up_proj, down_proj)
+    return _Mixture.apply(*inputs, choice, row, rows_per_expert)
+
+
 def _parts(rows_per_expert: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, and which."""
     counts = rows_per_expert.tolist()
@@ -22,7 +36,7 @@ def _parts(rows_per_expert: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, slice(end - count, end)
 
 
-class Mixture(torch.autograd.Function):
+class _Mixture(torch.autograd.Function):
     """Saves the inputs and the first product; all else is computed anew."""
 
     @staticmethod

@@ -29,8 +29,8 @@ def mixture(
     x, weights = x.contiguous(), weights.to(x.dtype).contiguous()
     inputs = (x, weights, gate_up_proj.contiguous(), down_proj.contiguous())
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        function = mkl_mixture.Mixture if mkl.FASTEST else _Mixture
-        return function.apply(*inputs, choice, row, rows_per_expert)
+        run = mkl_mixture.mixture if mkl.FASTEST else _Mixture.apply
+        return run(*inputs, choice, row, rows_per_expert)
     blocks = np.concatenate(_blocks(rows_per_expert))
     return _forward(*inputs, choice, row, blocks, empty(0, *_block_shape(gate_up_proj)))
 

@@ -1,4 +1,4 @@
-"""Products into memory that is there, in fp32 on a CPU: by MKL where it is fastest, else by tiles."""
+"""Products into memory that is there, fp32 on a CPU: by MKL where it is fastest, else by tiles."""
 
 import torch
 from torch import Tensor
