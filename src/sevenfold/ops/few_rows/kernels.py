@@ -2,7 +2,7 @@
 
 Every public function writes its last argument. Sums run in the dtype of the arrays or above.
 """
-# pyright: basic, reportIndexIssue=false
+# pyright: basic, reportIndexIssue=false, reportCallIssue=false
 # What numba compiles carries no annotations: its types are those of the arrays at the call.
 
 from math import exp, sqrt
