@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sevenfold.config import UnsupportedError
 from sevenfold.ops import Impl, head_logits, head_logits_into, linear, room_for_logits
-from sevenfold.ops.linear import api, default_linear_impl, onednn, weight_product
+from sevenfold.ops.linear import api, default_linear_impl, mkl, onednn, weight_product
 from sevenfold.ops.testing import check_error
 
 needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="PyTorch without oneDNN")
@@ -86,6 +86,7 @@ def test_eager_is_the_default_elsewhere(x: torch.Tensor, weight: torch.Tensor) -
 
 
 def test_onednn_is_the_default_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mkl, "FASTEST", False)
     monkeypatch.setattr(onednn, "AVAILABLE", True)
     assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.ONEDNN
     assert default_linear_impl(random(1, 4).requires_grad_(), random(5, 4)) is Impl.ONEDNN
@@ -103,9 +104,24 @@ def test_onednn_is_the_default_where_it_is_there(monkeypatch: pytest.MonkeyPatch
     assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.EAGER
 
 
+def test_eager_is_the_default_where_mkl_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mkl, "FASTEST", True)
+    monkeypatch.setattr(onednn, "AVAILABLE", True)
+    assert default_linear_impl(random(9, 4), random(5, 4)) is Impl.EAGER
+    x, weight = torch.empty(2**10, 2**7), torch.empty(2**7, 2**7).requires_grad_()
+    assert default_linear_impl(x, weight) is Impl.EAGER
+    x, weight = torch.empty(2**10, 1), torch.empty(2**13, 1)  # a result of 32 MB
+    assert default_linear_impl(x, weight) is Impl.EAGER
+    with torch.inference_mode():
+        assert default_linear_impl(random(8, 4), random(5, 4)) is Impl.NUMBA
+
+
 @needs_onednn
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 4, 4), (8, 4)])
-def test_numba_is_the_default_for_a_few_rows_in_inference(shape: tuple[int, ...]) -> None:
+def test_numba_is_the_default_for_a_few_rows_in_inference(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mkl, "FASTEST", False)
     x, weight = random(*shape), random(5, 4, seed=1)
     with torch.inference_mode():
         assert default_linear_impl(x, weight) is Impl.NUMBA
@@ -139,7 +155,8 @@ def test_numba_keeps_the_error_rule_with_its_gradients(
 
 
 @needs_onednn
-def test_none_takes_the_default() -> None:
+def test_none_takes_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mkl, "FASTEST", False)
     x, weight = random(37, 65), random(53, 65, seed=1)
     assert torch.equal(linear(x, weight), linear(x, weight, impl="onednn"))
     low = (x.bfloat16(), weight.bfloat16())

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from sevenfold.ops.attention import compiled_backward
 from sevenfold.ops.compiled import compiled, empty, exp32, use_torch_threads
-from sevenfold.ops.tile import COLUMNS, ROWS, add_tile, max_of, sum_of
+from sevenfold.ops.lanes import exp_of, max_of
+from sevenfold.ops.tile import COLUMNS, ROWS, add_tile
 
 _QUERIES, _KEYS = 32, 256  # a block of scores is 32 KB
 _F = np.float32
@@ -65,7 +66,9 @@ def _forward(
     queries = empty(-(-T // _QUERIES) * _QUERIES, H * D)
     torch.mul(q.detach(), scale, out=queries[:T].view(T, H, D))
     queries[T:] = 0
-    keys = F.pad(k.detach().permute(1, 2, 0), (0, missing)).contiguous()  # [G, D, S']
+    # [G, S' / KEYS, D, KEYS]: a block in one place.
+    keys = F.pad(k.detach(), (0, 0, 0, 0, 0, missing)).unflatten(0, (-1, _KEYS))
+    keys = keys.permute(2, 0, 3, 1).contiguous()
     values = F.pad(v.detach().transpose(0, 1), (0, 0, 0, missing)).contiguous()  # [G, S', V]
     o, peaks = empty(len(queries), H * V), empty(len(queries), H)
     use_torch_threads()
@@ -75,12 +78,12 @@ def _forward(
 
 
 @njit(inline="always")
-def _score(s, q, q_at, q_row, k, k_at, k_row, D, columns):
+def _score(s, q, q_at, q_row, k, k_at, D, columns):
     """s = Q K^T of a block of queries and `columns` keys."""
     for r in range(0, _QUERIES, ROWS):
         for n in range(0, columns, COLUMNS):
             at = r * _KEYS + n
-            add_tile(s, at, _KEYS, q, q_at + r * q_row, q_row, 1, k, k_at + n, k_row, D, 0)
+            add_tile(s, at, _KEYS, q, q_at + r * q_row, q_row, 1, k, k_at + n, _KEYS, D, 0)
 
 
 @njit(inline="always")
@@ -91,16 +94,14 @@ def _weigh(s, at, low, high, most, total):
     for n in range(high, _KEYS):
         s[at + n] = -np.inf
     top = max_of(s, at, _KEYS, most)
-    for n in range(_KEYS):
-        s[at + n] = exp32(s[at + n] - top)
-    return top, total * exp32(most - top) + sum_of(s, at, _KEYS)
+    added = exp_of(s, at, _KEYS, top)
+    return top, total * exp32(most - top) + added
 
 
 @compiled
 def _attend(q, k, v, o, peaks, H, past, window):
-    """o [T', H V] of q [T', H D], the tokens from `past`, over k [G, D, S'] and v [G, S', V]."""
-    G, D, S = k.shape
-    V = v.shape[2]
+    """o [T', H V] of q [T', H D], the tokens from `past`, over k in blocks and v [G, S', V]."""
+    D, (G, S, V) = k.shape[2], v.shape
     q_row, o_row, num_blocks = H * D, H * V, len(q) // _QUERIES
     pairs = (num_blocks + 1) // 2  # an early block with a late one: equal work
     q, k, v, o = q.reshape(-1), k.reshape(-1), v.reshape(-1), o.reshape(-1)
@@ -117,7 +118,7 @@ def _attend(q, k, v, o, peaks, H, past, window):
             end = min(past + first + _QUERIES, S)
             for key in range(begin, end, _KEYS):
                 columns = min(-(-(end - key) // COLUMNS) * COLUMNS, _KEYS)
-                _score(s, q, q_at, q_row, k, g * D * S + key, S, D, columns)
+                _score(s, q, q_at, q_row, k, (g * S + key) * D, D, columns)
                 for r in range(_QUERIES):
                     last = past + first + r - key
                     low, high = max(last - window + 1, 0), min(last + 1, _KEYS)

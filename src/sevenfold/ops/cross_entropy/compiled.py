@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sevenfold.ops.compiled import compiled, empty, exp32, max32, sum32, use_torch_threads
 from sevenfold.ops.cross_entropy.one_pass import Gradients, Wanted, loss_with_gradients
-from sevenfold.ops.linear import tiled
+from sevenfold.ops.linear import products
 
 _CHUNK_ELEMENTS = 2**21  # 8 MB stay in a processor's cache
 # Between rows of logits: without it, rows of 2^n logits compete for one place of the cache.
@@ -29,20 +29,21 @@ def _by_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Wanted) -
     (T, D), V = hidden.shape, len(weight)
     step = min(T, max(1, _CHUNK_ELEMENTS // V))
     rows, losses = empty(step, V + _GAP), empty(T)
-    panels, turned = tiled.pack(weight), tiled.pack(weight.t()) if wanted.hidden else None
+    right = products.prepare(weight)
+    turned = products.prepare(weight.t()) if wanted.hidden else None
     dhidden = empty(T, D) if wanted.hidden else None
     dweight = empty(V, D) if wanted.weight else None
     for at in range(0, T, step):
         part = slice(at, at + step)
         logits = rows[: len(hidden[part]), :V]
-        tiled.add_matmul_nt(logits, hidden[part], panels, keep=False)
+        products.add_matmul_nt(logits, hidden[part], right, keep=False)
         use_torch_threads()
         _softmax_gradient(rows.numpy(), labels[part].numpy(), losses[part].numpy(), V)
         if dhidden is not None and turned is not None:
-            tiled.add_matmul_nt(dhidden[part], logits, turned, keep=False)
+            products.add_matmul_nt(dhidden[part], logits, turned, keep=False)
         if dweight is not None:
-            packed = tiled.pack(hidden[part].t())
-            tiled.add_matmul_nt(dweight, logits.t(), packed, keep=at > 0)
+            tokens = products.prepare(hidden[part].t())
+            products.add_matmul_nt(dweight, logits.t(), tokens, keep=at > 0)
     return Gradients(losses.sum(), dhidden, dweight)
 
 

@@ -10,20 +10,42 @@ import numpy as np
 from numba import njit, prange
 
 from sevenfold.ops.compiled import compiled, exp32
+from sevenfold.ops.lanes import silu_times, silu_times_grad
 from sevenfold.ops.tile import COLUMNS, ROWS, SIDE, add_tile, add_tiles, copy_columns, turn
 
 BLOCK_ROWS = COLUMNS
 _UNIT_ROWS = 64  # of a weight's gradient: what a thread makes at once
 _AT_ONCE = 8  # blocks in one sum: their panel of 32 KB stays in a core's first cache
+# Blocks that meet a part of the weights in turn: it comes from afar once for all of them.
+_TOGETHER, _TOGETHER_ELEMENTS = 4, 2**17  # 512 KB of columns and hidden
+_GATES, _OUTPUTS = 32, 64  # rows of a weight in such a part
+_INNER = 256  # of a sum at once: a panel of 32 KB stays in a core's first cache
 _F = np.float32
 
 
+def units(num_blocks: int, width: int, threads: int) -> int:
+    """In how many parts feed takes its blocks: few, of equal size for the threads.
+
+    Args:
+        num_blocks: at least 0.
+        width: D + F.
+        threads: that share them.
+    """
+    together = max(1, min(_TOGETHER, _TOGETHER_ELEMENTS // (width * COLUMNS)))
+    return min(num_blocks, -(-num_blocks // (together * threads)) * threads)
+
+
 @njit(inline="always")
-def _times(out, weight, at, row, column, columns):
-    """out = W columns for one block; W begins at element `at`, `row` and `column` are its steps."""
-    for n in range(0, len(out), ROWS):
-        first = (at + n * row, row, column)
-        add_tile(out, n * COLUMNS, COLUMNS, weight, *first, columns, 0, COLUMNS, len(columns), 0)
+def _times(out, out_at, count, weight, at, row, column, columns, columns_at, inner):
+    """`count` rows of out = W columns for one block, summed over `inner` of them.
+
+    Each begins at element *_at; `row` and `column` are W's steps.
+    """
+    for k in range(0, inner, _INNER):
+        part, right = min(_INNER, inner - k), columns_at + k * COLUMNS
+        for n in range(0, count, ROWS):
+            to, first = out_at + n * COLUMNS, (at + n * row + k * column, row, column)
+            add_tile(out, to, COLUMNS, weight, *first, columns, right, COLUMNS, part, int(k > 0))
 
 
 @njit(inline="always")
@@ -53,25 +75,47 @@ def _rows(columns, count, rows, first):
             rows[first + lane + i] = turned[i]
 
 
+@njit(inline="always")
+def _feed_together(x, token, gate_up_proj, down_proj, blocks, kept, rows, begin, end):
+    """What feed makes of the blocks from `begin` to `end`."""
+    (_, F2, D), F = gate_up_proj.shape, down_proj.shape[2]
+    columns = np.empty((end - begin, D, COLUMNS), np.float32)
+    hidden = np.empty((end - begin, F, COLUMNS), np.float32)
+    products = kept if len(kept) else np.empty((1, 2 * _GATES, COLUMNS), np.float32)
+    for b in range(begin, end):
+        _, first, count = blocks[b]
+        _columns(x, token[first : first + count], columns[b - begin])
+    for f in range(0, F, _GATES):
+        for b in range(begin, end):
+            e, at = blocks[b, 0], (b - begin) * D * COLUMNS
+            gate, up = 0, _GATES * COLUMNS
+            if len(kept):
+                gate, up = (b * F2 + f) * COLUMNS, (b * F2 + F + f) * COLUMNS
+            for to, row in ((gate, e * F2 + f), (up, e * F2 + F + f)):
+                _times(products, to, _GATES, gate_up_proj, row * D, D, 1, columns, at, D)
+            to = ((b - begin) * F + f) * COLUMNS
+            silu_times(hidden, to, products, gate, up, _GATES * COLUMNS)
+    for d in range(0, D, _OUTPUTS):
+        for b in range(begin, end):
+            to, weight = ((b - begin) * D + d) * COLUMNS, (blocks[b, 0] * D + d) * F
+            count = min(_OUTPUTS, D - d)
+            at = (b - begin) * F * COLUMNS
+            _times(columns, to, count, down_proj, weight, F, 1, hidden, at, F)
+    for b in range(begin, end):
+        _, first, count = blocks[b]
+        _rows(columns[b - begin], count, rows, first)
+
+
 @compiled
-def feed(x, token, gate_up_proj, down_proj, blocks, kept, rows):
+def feed(x, token, gate_up_proj, down_proj, blocks, kept, rows, units):
     """rows [R, D]: what the expert of each block [expert, first, count] makes of x[token].
 
-    kept [B, 2 F, BLOCK_ROWS] receives the first product, or has no blocks.
+    kept [B, 2 F, BLOCK_ROWS] receives the first product, or has no blocks. The blocks are taken in
+    `units` of equal size.
     """
-    (_, F2, D), F = gate_up_proj.shape, down_proj.shape[2]
-    for b in prange(len(blocks)):
-        e, first, count = blocks[b]
-        columns, hidden = np.empty((D, COLUMNS), np.float32), np.empty((F, COLUMNS), np.float32)
-        gate_up = kept[b] if len(kept) else np.empty((F2, COLUMNS), np.float32)
-        _columns(x, token[first : first + count], columns)
-        _times(gate_up, gate_up_proj, e * F2 * D, D, 1, columns)
-        for f in range(F):
-            for lane in range(COLUMNS):
-                gate = gate_up[f, lane]
-                hidden[f, lane] = gate / (_F(1) + exp32(-gate)) * gate_up[F + f, lane]
-        _times(columns, down_proj, e * D * F, F, 1, hidden)
-        _rows(columns, count, rows, first)
+    for unit in prange(units):
+        begin, end = unit * len(blocks) // units, (unit + 1) * len(blocks) // units
+        _feed_together(x, token, gate_up_proj, down_proj, blocks, kept, rows, begin, end)
 
 
 @compiled
@@ -97,7 +141,7 @@ def feed_backward(
         weight, total = np.zeros(COLUMNS, np.float32), np.zeros(COLUMNS, np.float32)
         weight[:count] = share[first : first + count]
         _columns(dy, token[first : first + count], columns)
-        _times(dhidden, down_proj, e * D * F, 1, F, columns)
+        _times(dhidden, 0, F, down_proj, e * D * F, 1, F, columns, 0, D)
         for f in range(F):
             for lane in range(COLUMNS):
                 gate, up = kept[b, f, lane], kept[b, F + f, lane]
@@ -109,7 +153,8 @@ def feed_backward(
                 hidden[b, f, lane] = weight[lane] * silu * up
                 dgate_up[b, f, lane] = dh * up * (sigmoid + silu * (_F(1) - sigmoid))
                 dgate_up[b, F + f, lane] = dh * silu
-        _times(columns, gate_up_proj, e * F2 * D, 1, D, dgate_up[b][:F2])
+        right = b * dgate_up.shape[1] * COLUMNS
+        _times(columns, 0, D, gate_up_proj, e * F2 * D, 1, D, dgate_up, right, F2)
         dshare[first : first + count] = total[:count]
         _rows(columns, count, drows, first)
 
@@ -154,3 +199,20 @@ def weight_gradient(left, panels, B, out):
                         parts,
                         int(b > 0),
                     )
+
+
+@compiled
+def swiglu_rows(gate_up, hidden):
+    """hidden [R, F] = silu(gate) up of gate_up [R, 2 F]."""
+    R, F = hidden.shape
+    for n in prange(R):
+        silu_times(hidden, n * F, gate_up, 2 * n * F, (2 * n + 1) * F, F)
+
+
+@compiled
+def swiglu_rows_backward(gate_up, share, dhidden, hidden, dgate_up, dshare):
+    """share * hidden, and the gradients of gate_up and share, of rows as in swiglu_rows."""
+    R, F = hidden.shape
+    for n in prange(R):
+        gate, up = 2 * n * F, (2 * n + 1) * F
+        dshare[n] = silu_times_grad(dgate_up, gate_up, gate, up, dhidden, n * F, share[n], hidden)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sevenfold.ops.compiled import empty, lent, use_torch_threads
-from sevenfold.ops.experts import compiled
+from sevenfold.ops.experts import compiled, mkl_mixture
+from sevenfold.ops.linear import mkl
 
 # Rows of a block that hold nothing: without them, blocks of 2^n rows compete for one place of the
 # cache.
@@ -28,7 +29,8 @@ def mixture(
     x, weights = x.contiguous(), weights.to(x.dtype).contiguous()
     inputs = (x, weights, gate_up_proj.contiguous(), down_proj.contiguous())
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _Mixture.apply(*inputs, choice, row, rows_per_expert)
+        run = mkl_mixture.mixture if mkl.FASTEST else _Mixture.apply
+        return run(*inputs, choice, row, rows_per_expert)
     blocks = np.concatenate(_blocks(rows_per_expert))
     return _forward(*inputs, choice, row, blocks, empty(0, *_block_shape(gate_up_proj)))
 
@@ -63,7 +65,8 @@ def _forward(
     rows, y = empty(len(choice), D), empty(len(x), D)
     use_torch_threads()
     inputs = (lent(t) for t in (x, token, gate_up_proj, down_proj))
-    compiled.feed(*inputs, blocks, kept.numpy(), rows.numpy())
+    units = compiled.units(len(blocks), D + down_proj.shape[2], torch.get_num_threads())
+    compiled.feed(*inputs, blocks, kept.numpy(), rows.numpy(), units)
     compiled.combine(*(t.detach().numpy() for t in (rows, row, weights, y)))
     return y
 

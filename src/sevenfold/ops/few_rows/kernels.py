@@ -2,7 +2,7 @@
 
 Every public function writes its last argument. Sums run in the dtype of the arrays or above.
 """
-# pyright: basic, reportIndexIssue=false
+# pyright: basic, reportIndexIssue=false, reportCallIssue=false
 # What numba compiles carries no annotations: its types are those of the arrays at the call.
 
 from math import exp, sqrt
@@ -11,6 +11,17 @@ import numpy as np
 from numba import njit, prange
 
 from sevenfold.ops.compiled import FASTMATH
+from sevenfold.ops.tile import fetch
+
+_LINE = 16  # elements of a line of the cache
+_AHEAD = 1024  # elements: a page, at whose end a processor's own foresight stops
+
+
+@njit(inline="always")
+def _ask(weight, at, count):
+    """Ask for what will be read after `count` elements of a weight from `at` are read."""
+    for i in range(at + _AHEAD, at + _AHEAD + count, _LINE):
+        fetch(weight, i)
 
 
 @njit(fastmath=FASTMATH, cache=True)
@@ -54,8 +65,12 @@ def lightning(x, norm, weights, residual, state, after, y):
 
 @njit(parallel=True, fastmath=FASTMATH, cache=True)
 def _project(u, qkv_weight, gate_weight, qkv, gate):
-    num_qkv = len(qkv_weight)
+    num_qkv, D = qkv_weight.shape
     for m in prange(num_qkv + len(gate_weight)):
+        if m < num_qkv:
+            _ask(qkv_weight, m * D, D)
+        else:
+            _ask(gate_weight, (m - num_qkv) * D, D)
         for n in range(len(u)):
             if m < num_qkv:
                 a = _dot(qkv_weight[m], u[n])
@@ -81,7 +96,9 @@ def _recur(qkv, decay, state, after, o):
 
 @njit(parallel=True, fastmath=FASTMATH, cache=True)
 def _project_back(o, weight, stream, alpha, beta, y):
+    K = weight.shape[1]
     for m in prange(len(weight)):
+        _ask(weight, m * K, K)
         for n in range(len(o)):
             y[n, m] = alpha * stream[n, m] + beta * _dot(weight[m], o[n])
 
@@ -133,10 +150,13 @@ def _route(u, router, chosen, shares):
 
 @njit(parallel=True, fastmath=FASTMATH, cache=True)
 def _feed_in(u, gate_up, chosen, hidden):
-    N, k, F = hidden.shape
+    (N, k, F), D = hidden.shape, gate_up.shape[2]
     for jf in prange(k * F):
         j, f = jf // F, jf % F
         for n in range(N):
+            gate = (chosen[n, j] * 2 * F + f) * D
+            _ask(gate_up, gate, D)
+            _ask(gate_up, gate + F * D, D)
             weight = gate_up[chosen[n, j]]
             a = _dot(weight[f], u[n])
             hidden[n, j, f] = a * _sigmoid(a) * _dot(weight[F + f], u[n])
@@ -144,10 +164,11 @@ def _feed_in(u, gate_up, chosen, hidden):
 
 @njit(parallel=True, fastmath=FASTMATH, cache=True)
 def _feed_out(hidden, down, chosen, shares, stream, alpha, beta, y):
-    N, k, _ = hidden.shape
-    for d in prange(y.shape[1]):
+    (N, k, F), D = hidden.shape, y.shape[1]
+    for d in prange(D):
         for n in range(N):
             fed = 0.0
             for j in range(k):
+                _ask(down, (chosen[n, j] * D + d) * F, F)
                 fed += shares[n, j] * _dot(down[chosen[n, j], d], hidden[n, j])
             y[n, d] = alpha * stream[n, d] + beta * fed

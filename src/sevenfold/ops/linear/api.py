@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sevenfold.ops.checks import check_dtype, choose_impl
 from sevenfold.ops.few_rows import logits_on_device, suits_device_rows, suits_device_weights
-from sevenfold.ops.linear import onednn
+from sevenfold.ops.linear import mkl, onednn, products
 from sevenfold.ops.numba_rules import suits_numba
 from sevenfold.ops.precision import full_precision
 from sevenfold.ops.types import Impl
@@ -22,9 +22,9 @@ _TILED_PRODUCTS = 2**24
 def default_linear_impl(x: Tensor, weight: Tensor) -> Impl:
     """Return the implementation that linear takes, on a CPU in fp32; elsewhere it is eager.
 
-    numba for a few rows in inference mode, for results of 32 MB and more without a gradient, and
-    for 2^24 multiplications and more with one; else oneDNN. Eager too where autocast is on, which
-    works on PyTorch's own operators.
+    numba for a few rows in inference mode; then eager where MKL is the fastest. Elsewhere numba for
+    results of 32 MB and more without a gradient, and for 2^24 multiplications and more with one;
+    else oneDNN. Eager too where autocast is on, which works on PyTorch's own operators.
     """
     if x.dtype is not torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return Impl.EAGER
@@ -32,15 +32,18 @@ def default_linear_impl(x: Tensor, weight: Tensor) -> Impl:
         return Impl.EAGER
     if not torch.compiler.is_compiling() and _pays_by_numba(x, weight):
         return Impl.NUMBA
-    return Impl.ONEDNN if onednn.AVAILABLE else Impl.EAGER
+    return Impl.ONEDNN if onednn.AVAILABLE and not mkl.FASTEST else Impl.EAGER
 
 
 def _pays_by_numba(x: Tensor, weight: Tensor) -> bool:
+    rows = x.numel() // x.shape[-1]
+    if rows <= _MATVEC_ROWS and torch.is_inference_mode_enabled():
+        return True
+    if mkl.FASTEST:
+        return False
     if _needs_gradient(x, weight):
         return x.numel() * len(weight) >= _TILED_PRODUCTS
-    rows = x.numel() // x.shape[-1]
-    few = rows <= _MATVEC_ROWS and torch.is_inference_mode_enabled()
-    return few or rows * len(weight) >= _LARGE_ELEMENTS
+    return rows * len(weight) >= _LARGE_ELEMENTS
 
 
 def linear(x: Tensor, weight: Tensor, *, impl: Impl | str | None = None) -> Tensor:
@@ -125,9 +128,7 @@ def room_for_logits(num_rows: int, weight: Tensor) -> Tensor | None:
 
 def head_logits_into(room: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     """Write head_logits of hidden [..., D] into what room_for_logits returned."""
-    from sevenfold.ops.linear import tiled
-
-    tiled.add_matmul_nt(room, hidden.flatten(0, -2), tiled.pack(weight), keep=False)
+    products.add_matmul_nt(room, hidden.flatten(0, -2), products.prepare(weight), keep=False)
     return room.view(*hidden.shape[:-1], len(weight))
 
 
