@@ -113,7 +113,7 @@ CASES = (
         recompute=True,
         **PADDED,
     ),
-    Case("padded-pipeline", {"pipeline": 2}, num_micro_batches=3, **PADDED),
+    Case("padded-pipeline", {"pipeline": 2}, num_micro_batches=3, is_slow=True, **PADDED),
     Case("padded-tensor", {"tensor": 2}, is_slow=True, **PADDED),
     Case("hybrid-shard", {"replicate": 2, "shard": 2}, model=DENSE),
     Case("context-4", {"context": 4}, micro_batch_rows=2, model=DENSE),

@@ -24,11 +24,11 @@ class Padding:
         if not flat.any():
             return None
         borders = np.flatnonzero(np.diff(flat, prepend=False))
-        return Padding(tuple(np.diff([0, *borders, len(flat)]).tolist()))
+        return Padding(tuple(np.diff(borders, prepend=0, append=len(flat)).tolist()))
 
     def take_out(self, x: Tensor) -> Tensor:
         """Keep the n tokens of x [B * T, D]: a view where all padding lies behind them."""
-        parts = x.split(self.runs)[::2]
+        parts: list[Tensor] = list(x.split(self.runs)[::2])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def put_back(self, x: Tensor) -> Tensor:

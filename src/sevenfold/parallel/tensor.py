@@ -175,7 +175,7 @@ def _swiglu_in_parts(forward, group: dist.ProcessGroup, x: Tensor) -> Tensor:
 
 
 def _routed_in_parts(
-    routed, group, tokens: Tensor, weights: Tensor, experts: Tensor, padding: Padding | None
+    routed, group, tokens: Tensor, weights: Tensor, experts: Tensor, padding: Padding | None = None
 ) -> tuple[Tensor, Tensor]:
     """Experts of part of their width; tokens and weights get a part of their gradient from each."""
     tokens, weights = copy_to_ranks(tokens, group), copy_to_ranks(weights, group)
