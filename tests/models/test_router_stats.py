@@ -67,21 +67,24 @@ def test_each_layer_by_definition(capacity: int | None) -> None:
         assert torch.allclose(stats.rows[n, :3], exact)
 
 
-def test_shares_of_ranks_sum_to_the_whole_with_one_collective() -> None:
-    """Values and gradients; ranks hold halves of the tokens."""
+@pytest.mark.parametrize("num_first", [6, 5, 12])
+def test_shares_of_ranks_sum_to_the_whole_with_one_collective(num_first: int) -> None:
+    """Values and gradients; ranks hold different numbers of the tokens, or none."""
     layers = [logits_of(layer).requires_grad_() for layer in range(3)]
     whole = router_stats([counts_of(x) for x in layers], 2)
-    halves = [[counts_of(x[part]) for x in layers] for part in (slice(6), slice(6, 12))]
-    loads = [router_stats(own, 2, num_ranks=2).load for own in halves]
+    parts = (slice(num_first), slice(num_first, 12))
+    halves = [[counts_of(x[part]) for x in layers] for part in parts]
+    chosen = torch.stack([one.totals[0, 4:-1].detach() for one in map(counts_of, layers)])
     asked: list[Tensor] = []
 
-    def summed(load: Tensor) -> Tensor:
-        asked.append(load)
-        return loads[0] + loads[1]
+    def summed(own: Tensor) -> Tensor:
+        asked.append(own)
+        return chosen
 
-    shares = [router_stats(own, 2, num_ranks=2, sum_over_ranks=summed) for own in halves]
+    shares = [router_stats(own, 2, sum_over_ranks=summed) for own in halves]
+    assert torch.equal(asked[0] + asked[1], chosen)
     assert len(asked) == 2  # one of each rank, for three layers
-    assert not any(load.requires_grad for load in asked)
+    assert not any(own.requires_grad for own in asked)
     total = shares[0].rows + shares[1].rows
     assert torch.allclose(total, whole.rows, rtol=ROUNDING, atol=0)
     weights = torch.rand(3, 2, dtype=torch.float64)

@@ -9,8 +9,9 @@ over a border, or whose positions begin anew (context*, ring*); a mean over rank
 labels (shard, context: labels are uneven); balance counted again by recomputation, or of local
 tokens alone (*recompute, expert-4); routers' losses that stages before the last lose, or that count
 once a micro-batch too often (pipeline*); drops in another order than the tokens' (expert-context,
-experts-apart: their ranks hold stretches from both ends of a row); names that change when a run is
-read under another layout (test_parallel_runs).
+experts-apart: their ranks hold stretches from both ends of a row); padding that routers count, or
+that takes experts' capacity (padded*; of a row of 3 tokens a context rank has padding alone); names
+that change when a run is read under another layout (test_parallel_runs).
 """
 
 from parallel_helpers import MOE, Case
@@ -22,6 +23,7 @@ MOE_NO_DROP = {"moe": MOE | {"capacity_factor": None}}
 STREAM = {"autocast": "bf16", "stream": "bf16"}
 NORM_GROUPS = {"linear_attn_norm_groups": 2}
 RING = {"context": 2, "context_attention": "ring"}
+PADDED = {"model": MIXTURE, "is_padded": True}
 BY_COPIES = {"expert_exchange": "copies", "weight_exchange": "copies"}
 INTERLEAVED = {"pipeline": 2, "pipeline_stages": 2}
 
@@ -93,6 +95,26 @@ CASES = (
     Case("tensor", {"tensor": 2}, model=MIXTURE),
     Case("tensor-groups", {"tensor": 2}, model=NORM_GROUPS),
     Case("tensor-tied", {"tensor": 2}, model=DENSE, recompute=True, is_slow=True),
+    Case("padded-expert", {"shard": 2, "expert": 2, "expert_token_groups": 2}, **PADDED),
+    Case(
+        "padded-context",
+        {"context": 2},
+        micro_batch_rows=1,
+        num_micro_batches=3,
+        model=MOE_NO_DROP,
+        recompute=True,
+        is_padded=True,
+    ),
+    Case(
+        "padded-expert-context",
+        {"context": 2, "expert": 2},
+        micro_batch_rows=1,
+        num_micro_batches=3,
+        recompute=True,
+        **PADDED,
+    ),
+    Case("padded-pipeline", {"pipeline": 2}, num_micro_batches=3, is_slow=True, **PADDED),
+    Case("padded-tensor", {"tensor": 2}, is_slow=True, **PADDED),
     Case("hybrid-shard", {"replicate": 2, "shard": 2}, model=DENSE),
     Case("context-4", {"context": 4}, micro_batch_rows=2, model=DENSE),
     Case("shard-context", {"shard": 2, "context": 2}, micro_batch_rows=2, model=DENSE),
@@ -151,6 +173,15 @@ CASES = (
         micro_batch_rows=4,
         model=MIXTURE,
     ),
+    Case(
+        "padded-apart",
+        {"tensor": 2, "context": 2, "expert": 4, "expert_tensor": 1, "expert_token_groups": 2},
+        micro_batch_rows=1,
+        num_micro_batches=3,
+        **PADDED,
+    ),
+    Case("padded-tensor-expert", {"tensor": 2, "shard": 2, "expert": 2}, **PADDED),
+    Case("padded-wide", {"shard": 4, "expert": 2, "expert_tensor": 2}, **PADDED),
     Case(
         "experts-turned",
         {"tensor": 2, "shard": 2, "expert_tensor": 4},

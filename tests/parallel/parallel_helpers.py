@@ -71,6 +71,7 @@ class Case:
     autocast: str | None = None
     stream: str | None = None
     is_slow: bool = False
+    is_padded: bool = False
 
     @property
     def config(self) -> ParallelConfig:
@@ -87,17 +88,27 @@ class Row:
     labels: np.ndarray
     lengths: tuple[int, ...]
     num_bytes: int
+    num_padding_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by index, of which one has no label in its first half."""
+    """Rows by index, of which one has no label in its first half.
+
+    is_padded: whether every fourth from row 2 on has padding in its last document's place.
+    """
+
+    is_padded: bool = False
 
     def sample(self, index: int) -> Row:
         ids, labels = np.random.default_rng(index).integers(0, 64, size=(2, SEQ_LEN))
         if index % 3 == 1:
             labels[: SEQ_LEN // 2] = -100
-        return Row(ids, labels, ROWS[index % len(ROWS)], num_bytes=40 + index)
+        lengths, padding = ROWS[index % len(ROWS)], 0
+        if self.is_padded and index % 4 == 2:
+            padding = lengths[-1]
+            ids[-padding:], labels[-padding:] = 0, -100
+        return Row(ids, labels, lengths, 40 + index, padding)
 
 
 def build(case: Case, layout: Layout, dtype: torch.dtype) -> tuple[HybridModel, Any]:
@@ -125,7 +136,7 @@ def take_step(case: Case, model: HybridModel, optimizer: Any, layout: Layout) ->
     """One step of training, as the loop takes it: what it computed, and this rank's tensors."""
     size = case.micro_batch_rows
     step = read_step(
-        Rows(),
+        Rows(case.is_padded),
         0,
         case.num_micro_batches * size,
         micro_batch_rows=size,

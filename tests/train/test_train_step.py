@@ -1,6 +1,9 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
-from train_helpers import MOE, HandLoader, hand_sample, tiny_model
+from train_helpers import MOE, HandLoader, HandSample, hand_sample, tiny_model
 
 from sevenfold.config import TrainingError
 from sevenfold.models import HybridModel
@@ -123,6 +126,38 @@ def test_router_losses_count_with_their_coefficients_and_by_labels() -> None:
     assert values.dropped_by_layer == (0.0, 0.0)
     assert values.load_by_layer == tuple((2 * layers[:, 3:].amax(1)).tolist())
     assert torch.equal(layers[:, 3:].sum(1), torch.ones(2))
+
+
+def unpadded(samples: list[HandSample]) -> HandSample:
+    """Packed rows as one row without their padding."""
+    ends = [len(sample.input_ids) - sample.num_padding_tokens for sample in samples]
+    ids, labels = (
+        np.concatenate([x[:end] for x, end in zip(part, ends, strict=True)])
+        for part in ([s.input_ids for s in samples], [s.labels for s in samples])
+    )
+    lengths = [s.lengths[:-1] if s.num_padding_tokens else s.lengths for s in samples]
+    return HandSample(ids, labels, sum(lengths, ()), sum(s.num_bytes for s in samples))
+
+
+@pytest.mark.parametrize("rows", [(0, 3), (3, 0, 1), (3, 1)])
+def test_no_router_counts_padding_and_no_expert_computes_it(rows: tuple[int, ...]) -> None:
+    """Behind all tokens, before some, and around some."""
+    padded = [replace(hand_sample(4, lengths=(3, 2, 11)), num_padding_tokens=11)]
+    padded[0].labels[5:] = -100
+    others = [hand_sample(0), hand_sample(1, lengths=(6, 10), num_ignored=5), hand_sample(2)]
+    samples = [(others + padded)[row] for row in rows]
+    moe = MOE | {"capacity_factor": 0.8}
+    step, plain = (
+        read(HandLoader(samples), rows=len(rows)),
+        read(HandLoader([unpadded(samples)]), rows=1),
+    )
+    exact_losses, exact = run(tiny_model(dtype=torch.float64, moe=moe), plain)
+    eager_losses, eager = run(tiny_model(moe=moe), plain)
+    losses, gradients = run(tiny_model(moe=moe), step)
+    assert (losses.view(-1)[1:].view(2, -1)[:, 2] > 0).all()
+    check_error("losses", losses, eager_losses, exact_losses)
+    for name, gradient in gradients.items():
+        check_error(name, gradient, eager[name], exact[name])
 
 
 def test_a_coefficient_of_zero_leaves_the_gradient_alone() -> None:

@@ -66,6 +66,7 @@ class HandSample:
     labels: np.ndarray
     lengths: tuple[int, ...]
     num_bytes: int
+    num_padding_tokens: int = 0
 
 
 def hand_sample(

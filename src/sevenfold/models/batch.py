@@ -1,12 +1,14 @@
 """What the tokens of a batch belong to: one frozen object, built once on the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from sevenfold.models.padding import Padding
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,14 @@ class Batch:
     positions: [B, T] int64 on the model's device, each token's place in its sequence; in a tree of
         drafts, tokens that exclude each other share one.
     cu_seqlens: [N + 1] int32 on the CPU, or None when every row is one sequence.
+    padding: which tokens are padding, that no router counts: sequences of their own; None has none.
     """
 
     lengths: tuple[int, ...]
     past: tuple[int, ...]
     positions: Tensor
     cu_seqlens: Tensor | None
+    padding: Padding | None = field(default=None, kw_only=True)
 
     @staticmethod
     def rows(

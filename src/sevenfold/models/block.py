@@ -12,6 +12,7 @@ from sevenfold.models.config import ModelConfig
 from sevenfold.models.feed_forward import MixtureOfExperts, SwiGLU
 from sevenfold.models.layers import RMSNorm
 from sevenfold.models.mixers import build_mixer
+from sevenfold.models.padding import Padding
 from sevenfold.models.router_stats import RouterCounts
 from sevenfold.models.state import LayerState
 from sevenfold.ops import post_rms_norm, residual_rms_norm
@@ -63,7 +64,7 @@ class Block(nn.Module):
         stream, (alpha, beta) = u if self.post_norm else x, self.mixer_factors
         norm = self.post_attention_layernorm
         u, x = residual_rms_norm(stream, mixed, norm.weight, norm.eps, alpha=alpha, beta=beta)
-        x, counts = self._feed(x, u)
+        x, counts = self._feed(x, u, batch.padding)
         return x, state, counts
 
     def mix(
@@ -146,12 +147,16 @@ class Block(nn.Module):
         """A dense feed-forward of u; sevenfold.train may stand in for it."""
         return self.mlp(u)
 
-    def _feed(self, x: Tensor, u: Tensor) -> tuple[Tensor, RouterCounts | None]:
-        fed, counts = self._fed(u)
+    def _feed(
+        self, x: Tensor, u: Tensor, padding: Padding | None = None
+    ) -> tuple[Tensor, RouterCounts | None]:
+        fed, counts = self._fed(u, padding)
         return self._residual(x, u, fed, self.mlp_factors), counts
 
-    def _fed(self, u: Tensor) -> tuple[Tensor, RouterCounts | None]:
-        return self.mlp(u) if isinstance(self.mlp, MixtureOfExperts) else (self.feed_dense(u), None)
+    def _fed(self, u: Tensor, padding: Padding | None = None) -> tuple[Tensor, RouterCounts | None]:
+        if isinstance(self.mlp, MixtureOfExperts):
+            return self.mlp(u, padding)
+        return self.feed_dense(u), None
 
     def _residual(self, x: Tensor, u: Tensor, f: Tensor, factors: tuple[float, float]) -> Tensor:
         alpha, beta = factors

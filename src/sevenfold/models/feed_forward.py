@@ -4,9 +4,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sevenfold.models.config import ModelConfig, MoEConfig
 from sevenfold.models.layers import Linear
+from sevenfold.models.padding import Padding
 from sevenfold.models.router_stats import RouterCounts
 from sevenfold.ops import (
     Dispatch,
@@ -85,14 +87,20 @@ class MixtureOfExperts(nn.Module):
             self.shared_mlp = SwiGLU(config.hidden_size, moe.shared_intermediate_size)
             self.coefficient = Linear(config.hidden_size, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterCounts | None]:
-        """Transform x [B, T, D]; counts, and dropping, in training only."""
+    def forward(
+        self, x: Tensor, padding: Padding | None = None
+    ) -> tuple[Tensor, RouterCounts | None]:
+        """Transform x [B, T, D], padding to 0; counts, and dropping, in training only."""
         tokens = x.reshape(-1, x.shape[-1])
+        if padding is not None:
+            tokens = padding.take_out(tokens)
         weights, experts, totals = self.gate(tokens)
-        y, kept = self.routed(tokens, weights, experts)
+        y, kept = self.routed(tokens, weights, experts, padding)
         if self.shared_mlp is not None and self.coefficient is not None:
             share = self._share(tokens, self.coefficient.weight)
             y = (1 - share) * y + share * self.shared_mlp(tokens)
+        if padding is not None:
+            y = padding.put_back(y)
         counts = None if totals is None else RouterCounts(totals, kept, experts.numel())
         return y.view_as(x), counts
 
@@ -103,14 +111,27 @@ class MixtureOfExperts(nn.Module):
         with full_precision(tokens.device):
             return torch.sigmoid(linear(tokens.to(dtype), weight.to(dtype))).to(tokens.dtype)
 
-    def routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    def routed(
+        self, tokens: Tensor, weights: Tensor, experts: Tensor, padding: Padding | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The experts' weighted sum, and how many choices each expert took.
 
-        sevenfold.parallel may stand in for this.
+        sevenfold.parallel may stand in for this, and asks what padding was taken out.
         """
+        if not len(tokens):
+            return self._routed_none(tokens, weights, experts)
         capacity = self.capacity(len(tokens)) if self.training else None
         dispatch = plan_dispatch(experts, self.moe.num_local_experts, capacity)
         return self.experts(tokens, weights, dispatch), dispatch.rows_per_expert
+
+    def _routed_none(
+        self, tokens: Tensor, weights: Tensor, experts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As routed, of a rank that holds padding alone: its experts take a gradient of zero."""
+        tokens, weights, experts = (F.pad(x, (0, 0, 0, 1)) for x in (tokens, weights, experts))
+        dispatch = plan_dispatch(experts, self.moe.num_local_experts, None)
+        y = self.experts(tokens, weights, dispatch)
+        return y[:0], torch.zeros_like(dispatch.rows_per_expert)
 
     def capacity(self, num_tokens: int) -> int | None:
         """Rows that one expert takes of num_tokens tokens; None is any number."""

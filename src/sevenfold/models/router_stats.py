@@ -46,8 +46,7 @@ def router_stats(
     counts: Sequence[RouterCounts],
     num_experts_per_tok: int,
     *,
-    num_ranks: int = 1,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda load: load,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda chosen: chosen,
 ) -> RouterStats:
     """Take the statistics of all layers at once: as many operations for one as for many.
 
@@ -55,22 +54,24 @@ def router_stats(
 
         balance_r = E * sum_i f_i (sum over own tokens of p_i) / T      f_i and T over all ranks
 
+    Ranks may hold different numbers of tokens, even none: T is what all ranks' tokens chose, by k.
+
     f takes no gradient, so no collective has one, and the sum of the ranks' gradients is the whole
     micro-batch's.
 
     Args:
         counts: one or more, of layers that are alike and saw the same tokens.
         num_experts_per_tok: k.
-        num_ranks: that hold as many other tokens each.
-        sum_over_ranks: sums a tensor over them.
+        sum_over_ranks: sums a tensor over the ranks that hold different tokens.
     """
-    own_choices = counts[0].num_choices
-    num_choices = own_choices * num_ranks
-    shares = torch.stack([layer.totals for layer in counts]).sum(1)  # [L, 2 E + 1]
-    shares = shares / (num_choices / num_experts_per_tok)
-    E = shares.shape[1] // 2
+    totals = torch.stack([layer.totals for layer in counts]).sum(1)  # [L, 2 E + 1]
+    E = totals.shape[1] // 2
+    chosen = sum_over_ranks(totals[:, E:-1].detach())
+    num_choices = chosen.sum(1, keepdim=True)
+    num_tokens = num_choices / num_experts_per_tok
+    shares = totals / num_tokens
     probabilities, load, z_loss = shares[:, :E], shares[:, E:-1].detach(), shares[:, -1]
-    balance = E * (sum_over_ranks(load) * probabilities).sum(1)
+    balance = E * (chosen / num_tokens * probabilities).sum(1)
     kept = torch.stack([layer.kept for layer in counts]).sum(1)
-    dropped = (own_choices - kept).to(load.dtype) / num_choices
+    dropped = (counts[0].num_choices - kept).to(load.dtype) / num_choices[:, 0]
     return RouterStats(balance, z_loss, dropped, load)

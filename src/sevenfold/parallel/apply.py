@@ -59,12 +59,7 @@ def _shared_stats(
     """This rank's share of the statistics of all ranks' tokens; one collective for all layers."""
     if not counts:
         return None
-    return router_stats(
-        counts,
-        num_experts_per_tok,
-        num_ranks=layout.config.token_ranks,
-        sum_over_ranks=layout.sum_over_tokens,
-    )
+    return router_stats(counts, num_experts_per_tok, sum_over_ranks=layout.sum_over_tokens)
 
 
 def _divide_context(model: HybridModel, layout: Layout) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sevenfold.models.feed_forward import MixtureOfExperts
+from sevenfold.models.padding import Padding
 from sevenfold.ops import (
     Dispatch,
     autocast,
@@ -27,18 +28,13 @@ from sevenfold.ops import (
     plan_dispatch,
 )
 from sevenfold.parallel.capacity import limited, order_of_pieces, share_capacity
-from sevenfold.parallel.collectives import (
-    Flight,
-    begin_exchange,
-    end_exchange,
-    join_tokens,
-    split_tokens,
-)
+from sevenfold.parallel.collectives import Flight, begin_exchange, end_exchange
 from sevenfold.parallel.context.cut import NUM_STRETCHES
 from sevenfold.parallel.expert_runs import ExpertRuns, Run
 from sevenfold.parallel.layout import Layout
 from sevenfold.parallel.parts import parts_of, tensor_slice
 from sevenfold.parallel.reading import Reading
+from sevenfold.parallel.shared_tokens import SharedTokens
 
 
 def divide_experts(moe: MixtureOfExperts, layout: Layout) -> None:
@@ -138,7 +134,7 @@ class ExpertRoute:
     def __init__(self, moe: MixtureOfExperts, layout: Layout) -> None:
         config = layout.config
         self.experts, self.capacity = moe.experts, moe.capacity
-        self.num_experts = moe.moe.num_local_experts
+        self.num_experts, self.num_chosen = moe.moe.num_local_experts, moe.moe.num_experts_per_tok
         self.place, self.size = layout.place, (config.expert, config.expert_width)
         self.routers, self.exchange = layout.group("routers"), layout.expert_exchange
         self.width_peers = layout.group("expert_tensor")
@@ -156,22 +152,25 @@ class ExpertRoute:
         """This rank among those that share an expert's capacity."""
         return self.place.expert * self.size[1] + self.place.expert_tensor
 
-    def __call__(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, tokens: Tensor, weights: Tensor, experts: Tensor, padding: Padding | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Send tokens [T, D] to their experts [T, k]: their sum by weights, and choices kept."""
         # The experts would cast their rows: those are k times as many, and travel.
         (tokens,) = autocast(tokens)
+        sizes, shared = self._sizes(len(tokens), padding), None
         if self.copies is not None:
-            tokens, weights, experts = (
-                split_tokens(x, self.copies, self.stretches) for x in (tokens, weights, experts)
-            )
-        pieces = self._pieces(len(tokens))
-        reading, capacity = self._counts(experts, pieces), self._capacity(len(tokens))
+            shared = SharedTokens(sizes, self.copies)
+            sizes = shared.own_sizes
+            tokens, weights, experts = (shared.split(x) for x in (tokens, weights, experts))
+        pieces = self._pieces(sizes)
+        reading = self._counts(experts, pieces)
         parts = map(pieces.split, (tokens, weights, experts))
         groups = [_Group(*group) for group in zip(pieces.groups, *parts, strict=True)]
         runs = ExpertRuns(self.experts, self.width_peers, self.size[1])
         # The first group's rows are laid out while the host waits for the counts.
-        ready = self._ready(groups[0], capacity, runs)
-        choices = self._limited(reading.numbers(), capacity)
+        ready = self._ready(groups[0], runs)
+        choices = self._limited(reading.numbers())
         underway, returning = self._depart(groups[0], ready, choices, runs), []
         for after in (*groups[1:], None):
             now = underway
@@ -179,7 +178,7 @@ class ExpertRoute:
             arriving = Run.of(now.counts, now.rows.device, may_be_sorted=runs.in_parts)
             arrived = end_exchange(now.rows, now.flight)
             if after is not None:
-                ready = self._ready(after, capacity, runs)
+                ready = self._ready(after, runs)
                 underway = self._depart(after, ready, choices, runs)
             joining = [] if now.ends else [early]
             *joined, done = _run_together(runs, [*joining, arrived], arriving)
@@ -193,19 +192,28 @@ class ExpertRoute:
             parts = (early, late, end_exchange(rows, back))
             sums.append(combine_parts(parts, group.weights.to(rows.dtype), plan))
         kept = [plan.rows_per_expert for plan, *_ in returning]
-        return self._on_all(_cat(sums), _cat(kept))
+        return self._on_all(_cat(sums), _cat(kept), shared)
 
-    def _on_all(self, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        if self.copies is None:
+    def _on_all(
+        self, y: Tensor, kept: Tensor, shared: SharedTokens | None
+    ) -> tuple[Tensor, Tensor]:
+        if shared is None:
             return y, kept
         kept = kept.clone()
-        dist.all_reduce(kept, group=self.copies)
-        return join_tokens(y, self.copies, self.stretches), kept
+        dist.all_reduce(kept, group=shared.group)
+        return shared.join(y), kept
 
-    def _pieces(self, num_tokens: int) -> _Pieces:
-        size, rest = divmod(num_tokens // self.stretches, self.num_groups)
-        of_stretch = [size + (n < rest) for n in range(self.num_groups)]
-        return _Pieces(tuple(of_stretch * self.stretches), self.stretches)
+    def _sizes(self, num_tokens: int, padding: Padding | None) -> tuple[int, ...]:
+        """Tokens of each stretch."""
+        if padding is not None:
+            return padding.tokens_of(self.stretches)
+        return (num_tokens // self.stretches,) * self.stretches
+
+    def _pieces(self, sizes: tuple[int, ...]) -> _Pieces:
+        pieces = []
+        for size, rest in (divmod(size, self.num_groups) for size in sizes):
+            pieces += [size + (n < rest) for n in range(self.num_groups)]
+        return _Pieces(tuple(pieces), self.stretches)
 
     def _counts(self, experts: Tensor, pieces: _Pieces) -> Reading:
         """[ranks, pieces, E] int64: choices."""
@@ -215,25 +223,26 @@ class ExpertRoute:
         dist.all_gather_into_tensor(gathered, torch.stack(own)[None], group=self.routers)
         return Reading(gathered)
 
-    def _capacity(self, num_tokens: int) -> int | None:
-        """Rows that an expert takes of all ranks' tokens; None is any number."""
-        if not self.experts.training:
-            return None
-        return self.capacity(num_tokens * self.size[0] * self.size[1])
+    @property
+    def may_drop(self) -> bool:
+        """Whether an expert takes a limited number of rows."""
+        return self.experts.training and self.capacity(1) is not None
 
-    def _limited(self, counts: np.ndarray, capacity: int | None) -> _Choices:
+    def _limited(self, counts: np.ndarray) -> _Choices:
         """Share the capacity over all choices [ranks, pieces, E]."""
-        if capacity is None:
+        # Of all ranks' tokens, whose number the choices tell: padding has none.
+        capacity = self.capacity(int(counts.sum()) // self.num_chosen)
+        if not self.may_drop or capacity is None:
             return _Choices(counts, counts)
         flat = counts.reshape(-1, self.num_experts)
         kept = np.empty_like(flat)
         kept[self.order] = share_capacity(flat[self.order], capacity)
         return _Choices(counts, kept.reshape(counts.shape))
 
-    def _ready(self, group: _Group, capacity: int | None, runs: ExpertRuns) -> Dispatch | _LaidOut:
+    def _ready(self, group: _Group, runs: ExpertRuns) -> Dispatch | _LaidOut:
         """Sort a token group's choices, and lay its rows out unless some may be dropped."""
         plan = plan_dispatch(self._renamed(group.experts), self.num_experts, None)
-        return plan if capacity is not None else self._laid_out(group, plan, runs)
+        return plan if self.may_drop else self._laid_out(group, plan, runs)
 
     def _laid_out(self, group: _Group, plan: Dispatch, runs: ExpertRuns) -> _LaidOut:
         # Before it is known which of them stay: gather_parts says so, and has their gradients.

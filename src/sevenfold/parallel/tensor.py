@@ -20,6 +20,7 @@ from sevenfold.models.block import Block, OverRanks
 from sevenfold.models.feed_forward import MixtureOfExperts, SwiGLU
 from sevenfold.models.mixers import LightningAttention, SoftmaxAttention
 from sevenfold.models.mixers.lightning import gated_group_norm
+from sevenfold.models.padding import Padding
 from sevenfold.ops import head_logits
 from sevenfold.parallel.collectives import (
     copy_to_ranks,
@@ -174,11 +175,11 @@ def _swiglu_in_parts(forward, group: dist.ProcessGroup, x: Tensor) -> Tensor:
 
 
 def _routed_in_parts(
-    routed, group: dist.ProcessGroup, tokens: Tensor, weights: Tensor, experts: Tensor
+    routed, group, tokens: Tensor, weights: Tensor, experts: Tensor, padding: Padding | None = None
 ) -> tuple[Tensor, Tensor]:
     """Experts of part of their width; tokens and weights get a part of their gradient from each."""
     tokens, weights = copy_to_ranks(tokens, group), copy_to_ranks(weights, group)
-    y, kept = routed(tokens, weights, experts)
+    y, kept = routed(tokens, weights, experts, padding)
     return sum_of_parts(y, group), kept
 
 

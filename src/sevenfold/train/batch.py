@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sevenfold.config import DataError, TrainingError
 from sevenfold.models import Batch
+from sevenfold.models.padding import Padding
 from sevenfold.ops import IGNORED_LABEL
 from sevenfold.parallel import Layout, ParallelConfig, divide_row
 from sevenfold.parallel.context.batch import ContextBatch
@@ -34,6 +35,11 @@ class Sample(Protocol):
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each document, summing to seq_len."""
+        ...
+
+    @property
+    def num_padding_tokens(self) -> int:
+        """Tokens at the row's end that are padding, a document of their own."""
         ...
 
     @property
@@ -183,7 +189,20 @@ def _micro_batch(samples: Sequence[Sample], device: torch.device, layout: Layout
         input_ids, labels = input_ids.reshape(1, -1), labels.reshape(1, -1)
     num_labels = int((labels != IGNORED_LABEL).sum())
     ids, targets = (_moved(np.ascontiguousarray(x), device) for x in (input_ids, labels))
+    batch = replace(batch, padding=_padding(samples, batch))
     return MicroBatch(ids, targets, batch, lengths, num_labels)
+
+
+def _padding(samples: Sequence[Sample], batch: Batch) -> Padding | None:
+    """The padding of samples, of which the batch may be one rank's part."""
+    behind = np.array([sample.num_padding_tokens for sample in samples])
+    if not behind.any():
+        return None
+    seq_len = len(samples[0].input_ids)
+    is_padding = np.arange(seq_len) >= seq_len - behind[:, None]
+    if isinstance(batch, ContextBatch):
+        is_padding = np.concatenate([is_padding.reshape(-1)[own] for own in batch.slices])
+    return Padding.at(is_padding)
 
 
 def _moved(values: np.ndarray, device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ class RandomSample:
     labels: np.ndarray
     lengths: tuple[int, ...]
     num_bytes: int
+    num_padding_tokens: int = 0
 
 
 @dataclass(frozen=True)
