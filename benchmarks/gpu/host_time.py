@@ -220,6 +220,7 @@ class Row:
     labels: np.ndarray
     lengths: tuple
     num_bytes: int = 1
+    num_padding_tokens: int = 0
 
 
 @dataclass
