@@ -13,11 +13,12 @@ from sevenfold.models import HybridModel, ModelConfig, preset
 from sevenfold.models.accounting import count_parameters
 from sevenfold.models.training_memory import training_memory
 from sevenfold.ops import plan_dispatch
-from sevenfold.optim import OptimizerConfig
+from sevenfold.optim import GroupConfig, OptimizerConfig
 from sevenfold.parallel import ParallelConfig
 from sevenfold.parallel.capacity import limited, order_of_pieces, share_capacity
 from sevenfold.parallel.copies import Copies
 from sevenfold.parallel.estimate import Rates, Work, rank_memory, step_time
+from sevenfold.parallel.holding import optimizer_share
 from sevenfold.parallel.layout import place_of
 from sevenfold.parallel.parts import parts_of, tensor_slice
 from sevenfold.parallel.rehearsal import heaviest_rank, rehearse
@@ -113,6 +114,29 @@ def test_the_count_is_what_a_rank_builds(degrees: dict[str, int]) -> None:
         assert memory.weights == 4 * held.total
     else:
         assert 0.9 * 4 * held.total <= memory.weights <= 4 * held.total  # of the fullest in all
+
+
+def test_muon_has_one_moment_of_what_it_moves_on_every_pipeline_rank() -> None:
+    names = ("layers.*.mlp.*", "layers.3.self_attn.*")
+    muon = OptimizerConfig(lr=0.1, kind="muon")
+    fewer = OptimizerConfig(lr=0.1, kind="muon", groups=(GroupConfig(names=names, kind="adamw"),))
+    model = preset("bench-2b").model_copy(update={"tie_word_embeddings": False})
+    with torch.device("meta"):
+        named = dict(HybridModel(model).named_parameters())
+    ours = {
+        name: parameter.numel()
+        for name, parameter in named.items()
+        if parameter.dim() >= 2 and name not in ("embed_tokens.weight", "lm_head.weight")
+    }
+    taken = [n for name, n in ours.items() if ".mlp." in name or "layers.3.self_attn." in name]
+    total, parallel = count_parameters(model).total, ParallelConfig(pipeline=4)
+    for optimizer, matrices in ((ADAMW, 0), (muon, sum(ours.values()))):
+        shares = [optimizer_share(model, parallel, optimizer, rank) for rank in range(4)]
+        assert sum(share.moments for share in shares) == 2 * total - matrices
+        assert [share.update_bytes > 0 for share in shares] == [matrices > 0] * 4
+    alone, some = (optimizer_share(model, ParallelConfig(), o, 0) for o in (muon, fewer))
+    assert some.moments - alone.moments == sum(taken)
+    assert some.update_bytes < alone.update_bytes
 
 
 @pytest.mark.parametrize(

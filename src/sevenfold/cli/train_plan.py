@@ -18,15 +18,15 @@ _SHARE_OF_PEAK = 0.5
 def print_plan(config: RunConfig, console: Console, *, gpu_gib: float | None = None) -> None:
     """Print what a run would be on each rank, and whether it fits a GPU of so many GiB."""
     works = _works(config)
-    for work in works:
-        console.print(_step_line(config, work), highlight=False, soft_wrap=True)
+    for which, work in works.items():
+        console.print(_step_line(config, work, which), highlight=False, soft_wrap=True)
     console.print(_mesh_table(config.parallel))
-    model, parallel, optimizer = config.model, config.parallel, config.optimizer
+    how, largest = (config.model, config.parallel), list(works.values())[-1]
     points = {
-        "backward" + _of_tokens(work, works): rank_memory(model, parallel, work, optimizer)
-        for work in works
+        f"{which}\nbackward".strip(): rank_memory(*how, work, config.optimizer)
+        for which, work in works.items()
     }
-    points["update"] = update_memory(model, parallel, works[-1], optimizer)
+    points["update"] = update_memory(*how, largest, config.optimizer)
     console.print(_memory_table(config, points))
     if gpu_gib is not None:
         most = max(memory.total for memory in points.values())
@@ -34,11 +34,13 @@ def print_plan(config: RunConfig, console: Console, *, gpu_gib: float | None = N
     console.print(_time_table(config, works))
 
 
-def _works(config: RunConfig) -> list[Work]:
-    """The first step, and the largest that a ramp or the loss can make of it."""
+def _works(config: RunConfig) -> dict[str, Work]:
+    """The first step, and the largest where a ramp or the loss makes more of it."""
     sizes = config.batch.sizes()
-    rows = [size // config.data.seq_len for size in dict.fromkeys((sizes[0], max(sizes)))]
-    return [_work(config, number) for number in rows]
+    first, largest = (size // config.data.seq_len for size in (sizes[0], max(sizes)))
+    if first == largest:
+        return {"": _work(config, first)}
+    return {"first": _work(config, first), "largest": _work(config, largest)}
 
 
 def _work(config: RunConfig, rows: int) -> Work:
@@ -53,20 +55,15 @@ def _work(config: RunConfig, rows: int) -> Work:
     )
 
 
-def _step_line(config: RunConfig, work: Work) -> str:
-    ranks, sizes = config.parallel.num_ranks, config.batch.sizes()
-    what = "a step" if len(sizes) == 1 else "the first step"
-    if work.step_tokens != sizes[0]:
-        what = "the largest step"
+def _step_line(config: RunConfig, work: Work, which: str) -> str:
+    ranks, tokens = config.parallel.num_ranks, work.step_rows * work.seq_len
+    step = f"{tokens:,} tokens a step in"
+    if which:
+        step = f"{which} step: {tokens:,} tokens in"
     return (
-        f"{ranks:,} ranks; {work.step_tokens:,} tokens {what} in {work.num_micro_batches:,} "
-        f"micro-batches of {work.micro_batch_rows:,} rows of {work.seq_len:,}"
+        f"{ranks:,} ranks; {step} {work.num_micro_batches:,} micro-batches of "
+        f"{work.micro_batch_rows:,} rows of {work.seq_len:,}"
     )
-
-
-def _of_tokens(work: Work, works: list[Work]) -> str:
-    """Which step a column is about, where there are several."""
-    return "" if len(works) == 1 else f", {work.step_tokens:,} tokens"
 
 
 def _mesh_table(parallel: ParallelConfig) -> Table:
@@ -131,13 +128,13 @@ def _fit_line(most: int, gpu_gib: float) -> str:
     return f"A rank {fits} a GPU of {gpu_gib:,g} GiB: it takes {most / _GIB:,.2f}"
 
 
-def _time_table(config: RunConfig, works: list[Work]) -> Table:
+def _time_table(config: RunConfig, works: dict[str, Work]) -> Table:
     rates = _rates(config)
     table = Table(title="Time of a step (estimate)", title_justify="left")
     table.add_column("s")
-    for work in works:
-        table.add_column("step" + _of_tokens(work, works), justify="right")
-    times = [step_time(config.model, config.parallel, work, rates) for work in works]
+    for which in works:
+        table.add_column(f"{which} step".strip(), justify="right")
+    times = [step_time(config.model, config.parallel, work, rates) for work in works.values()]
     rows = {"products": [time.compute_s for time in times]}
     for name in times[0].exchange_s:
         rows[f"exchange: {name}"] = [time.exchange_s[name] for time in times]
@@ -150,6 +147,8 @@ def _time_table(config: RunConfig, works: list[Work]) -> Table:
         f"{rates.near_bytes_per_s / 1e9:,.0f} GB/s within a node of {rates.node_ranks}, "
         f"{rates.far_bytes_per_s / 1e9:,.0f} GB/s beyond"
     )
+    if config.optimizer.kind == "muon":
+        table.caption += "; what Muon gathers and computes in an update comes on top"
     return table
 
 

@@ -48,11 +48,6 @@ class Work:
     keeps_attention: bool = True
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens of a step, over all ranks."""
-        return self.step_rows * self.seq_len
-
-    @property
     def num_micro_batches(self) -> int:
         """Passes through the model in a step."""
         return math.ceil(self.step_rows / self.micro_batch_rows)
