@@ -224,36 +224,6 @@ def test_the_command_writes_stages_that_load(tmp_path: Path) -> None:
         long_context_stages(base, longest_tokens=16_384, stage_tokens=30_000)
 
 
-@pytest.mark.parametrize(
-    ("degrees", "rows"),
-    [
-        ({}, [6, 2, 1]),
-        ({"shard": 4}, [8, 4, 4]),
-        ({"pipeline": 2}, [6, 2, 2]),
-        ({"pipeline": 4}, [6, 4, 4]),
-        ({"pipeline": 4, "pipeline_stages": 2}, [8, 4, 4]),
-        ({"pipeline": 2, "shard": 2}, [6, 4, 4]),
-    ],
-    ids=str,
-)
-def test_a_step_of_a_stage_feeds_all_ranks_of_its_pipeline(
-    tmp_path: Path, degrees: dict, rows: list[int]
-) -> None:
-    data = degrees.get("shard", 1)
-    model = preset("nano-hybrid").model_dump(mode="json") | {"tie_word_embeddings": False}
-    base = config_of(
-        run_table(Path("tokens"), tmp_path / "base"),
-        model=model | {"layer_types": ["linear_attention"] * 8},
-        parallel=degrees,
-        data={"seq_len": 512},
-        batch={"tokens_per_step": 12_288, "micro_batch_rows": data},
-        validation={"every_steps": 4, "num_samples": 32},
-    )
-    stages = long_context_stages(base, longest_tokens=16_384, stage_tokens=9_000_000).values()
-    assert [s.batch.tokens_per_step // s.data.seq_len for s in stages] == rows
-    assert {s.batch.micro_batch_rows for s in stages} == {data}
-
-
 def test_the_run_files_beside_the_160m_run_are_the_recipes() -> None:
     folder = Path(__file__).parents[2] / "configs"
     questions = Path("data/long-questions/tokens")

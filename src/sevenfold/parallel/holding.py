@@ -1,6 +1,5 @@
 """What a rank holds of each parameter and of its moments, by arithmetic alone."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -37,18 +36,7 @@ class OptimizerShare(NamedTuple):
 
 def held_by_rank(model: ModelConfig, parallel: ParallelConfig, rank: int) -> dict[str, Held]:
     """Return what one pipeline rank has of each parameter, by name."""
-    layers = set(rank_layers(model, parallel, rank))
-    found = {}
-    for name, parameter in _on_meta(model).items():
-        layer = layer_of(name)
-        if layer is None:
-            is_first = name.startswith("embed_tokens.")
-            has = rank == (0 if is_first else parallel.pipeline - 1)
-        else:
-            has = layer in layers
-        if has:
-            found[name] = _held(name, parameter, parallel)
-    return found
+    return _held_of(_on_meta(model), model, parallel, rank)
 
 
 def rank_layers(model: ModelConfig, parallel: ParallelConfig, rank: int) -> list[int]:
@@ -67,7 +55,8 @@ def optimizer_share(
     model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, rank: int
 ) -> OptimizerShare:
     """Count what an optimizer holds on one pipeline rank, by the groups that the run would make."""
-    named, held = _on_meta(model), held_by_rank(model, parallel, rank)
+    named = _on_meta(model)
+    held = _held_of(named, model, parallel, rank)
     names = {id(parameter): name for name, parameter in named.items()}
     moments, matrices = 0, []
     for group in groups_of(named.items(), optimizer):
@@ -78,6 +67,23 @@ def optimizer_share(
     return OptimizerShare(moments, muon_update_bytes(matrices))
 
 
+def _held_of(
+    named: dict[str, nn.Parameter], model: ModelConfig, parallel: ParallelConfig, rank: int
+) -> dict[str, Held]:
+    layers = set(rank_layers(model, parallel, rank))
+    found = {}
+    for name, parameter in named.items():
+        layer = layer_of(name)
+        if layer is None:
+            is_first = name.startswith("embed_tokens.")
+            has = rank == (0 if is_first else parallel.pipeline - 1)
+        else:
+            has = layer in layers
+        if has:
+            found[name] = _held(name, parameter, parallel)
+    return found
+
+
 def _matrix(name: str, held: Held) -> HeldMatrix:
     """Its part of a result is a view unless fully_shard or halves cut it."""
     whole = torch.Size(held.shape).numel()
@@ -85,7 +91,6 @@ def _matrix(name: str, held: Held) -> HeldMatrix:
     return HeldMatrix(held.shape, held.own, is_cut)
 
 
-@lru_cache(maxsize=1)  # a plan asks for each pipeline rank
 def _on_meta(model: ModelConfig) -> dict[str, nn.Parameter]:
     with torch.device("meta"):
         return dict(HybridModel(model).named_parameters())
