@@ -13,14 +13,17 @@ from sevenfold.models import HybridModel, ModelConfig, preset
 from sevenfold.models.accounting import count_parameters
 from sevenfold.models.training_memory import training_memory
 from sevenfold.ops import plan_dispatch
+from sevenfold.optim import GroupConfig, OptimizerConfig
 from sevenfold.parallel import ParallelConfig
 from sevenfold.parallel.capacity import limited, order_of_pieces, share_capacity
 from sevenfold.parallel.copies import Copies
 from sevenfold.parallel.estimate import Rates, Work, rank_memory, step_time
+from sevenfold.parallel.holding import optimizer_share
 from sevenfold.parallel.layout import place_of
 from sevenfold.parallel.parts import parts_of, tensor_slice
 from sevenfold.parallel.rehearsal import heaviest_rank, rehearse
 
+ADAMW = OptimizerConfig(lr=0.1)
 WORK = Work(seq_len=8192, step_rows=512, micro_batch_rows=256, element_bytes=2, recompute_every=1)
 
 
@@ -88,9 +91,9 @@ LAYOUTS = [
 
 def test_copies_take_rings_and_others_summands() -> None:
     model, degrees = preset("bench-2b"), {"shard": 8, "expert": 2}
-    plain = rank_memory(model, ParallelConfig(**degrees), WORK)
-    tokens = rank_memory(model, ParallelConfig(**degrees, expert_exchange="copies"), WORK)
-    weights = rank_memory(model, ParallelConfig(**degrees, weight_exchange="copies"), WORK)
+    plain = rank_memory(model, ParallelConfig(**degrees), WORK, ADAMW)
+    tokens = rank_memory(model, ParallelConfig(**degrees, expert_exchange="copies"), WORK, ADAMW)
+    weights = rank_memory(model, ParallelConfig(**degrees, weight_exchange="copies"), WORK, ADAMW)
     assert tokens.total - plain.total == Copies.memory_bytes(2)
     # Dense layers are divided among 8 ranks, an expert's weights among 4.
     rings = Copies.memory_bytes(8) + Copies.memory_bytes(4)
@@ -103,7 +106,7 @@ def test_the_count_is_what_a_rank_builds(degrees: dict[str, int]) -> None:
     whole, parallel = preset("minimax-text-01"), ParallelConfig(**degrees)
     # Two of its ten rounds of layers, of which each stage has one.
     model = whole.model_copy(update={"layer_types": whole.layer_types[:16]})
-    memory = rank_memory(model, parallel, WORK)
+    memory = rank_memory(model, parallel, WORK, ADAMW)
     held = heaviest_rank(model, parallel)
     assert memory.moments == 2 * memory.weights
     assert memory.total > 3 * memory.weights + memory.kept + memory.working
@@ -111,6 +114,29 @@ def test_the_count_is_what_a_rank_builds(degrees: dict[str, int]) -> None:
         assert memory.weights == 4 * held.total
     else:
         assert 0.9 * 4 * held.total <= memory.weights <= 4 * held.total  # of the fullest in all
+
+
+def test_muon_has_one_moment_of_what_it_moves_on_every_pipeline_rank() -> None:
+    names = ("layers.*.mlp.*", "layers.3.self_attn.*")
+    muon = OptimizerConfig(lr=0.1, kind="muon")
+    fewer = OptimizerConfig(lr=0.1, kind="muon", groups=(GroupConfig(names=names, kind="adamw"),))
+    model = preset("bench-2b").model_copy(update={"tie_word_embeddings": False})
+    with torch.device("meta"):
+        named = dict(HybridModel(model).named_parameters())
+    ours = {
+        name: parameter.numel()
+        for name, parameter in named.items()
+        if parameter.dim() >= 2 and name not in ("embed_tokens.weight", "lm_head.weight")
+    }
+    taken = [n for name, n in ours.items() if ".mlp." in name or "layers.3.self_attn." in name]
+    total, parallel = count_parameters(model).total, ParallelConfig(pipeline=4)
+    for optimizer, matrices in ((ADAMW, 0), (muon, sum(ours.values()))):
+        shares = [optimizer_share(model, parallel, optimizer, rank) for rank in range(4)]
+        assert sum(share.moments for share in shares) == 2 * total - matrices
+        assert [share.update_bytes > 0 for share in shares] == [matrices > 0] * 4
+    alone, some = (optimizer_share(model, ParallelConfig(), o, 0) for o in (muon, fewer))
+    assert some.moments - alone.moments == sum(taken)
+    assert some.update_bytes < alone.update_bytes
 
 
 @pytest.mark.parametrize(
@@ -140,7 +166,7 @@ def test_rounded_weights_take_half_the_bytes_but_outside_of_the_blocks() -> None
     config = ParallelConfig(shard=2, gather_once=True)
     narrow = config.model_copy(update={"gather_dtype": "bf16"})
     work = replace(WORK, recompute_every=None)
-    whole, rounded = (rank_memory(model, c, work) for c in (config, narrow))
+    whole, rounded = (rank_memory(model, c, work, ADAMW) for c in (config, narrow))
     outer = 2 * model.vocab_size * model.hidden_size + model.hidden_size
     assert whole.gathered - rounded.gathered == 2 * (count_parameters(model).total - outer)
     assert whole.cast_weights > rounded.cast_weights == 0
@@ -176,8 +202,8 @@ def test_more_stages_wait_less_and_keep_more_micro_batches() -> None:
 def test_a_pipelines_first_rank_keeps_what_micro_batches_wait_for() -> None:
     model = preset("bench-2b").model_copy(update={"tie_word_embeddings": False})
     work = Work(2048, step_rows=8, micro_batch_rows=2, element_bytes=2)
-    alone = rank_memory(model, ParallelConfig(), work)
-    staged = rank_memory(model, ParallelConfig(pipeline=2), work)
+    alone = rank_memory(model, ParallelConfig(), work, ADAMW)
+    staged = rank_memory(model, ParallelConfig(pipeline=2), work, ADAMW)
     # Half the layers, whose tensors two micro-batches keep; one of them at its highest point.
     assert 0.9 * alone.kept < staged.kept < 1.1 * alone.kept
     assert 0.4 * alone.weights < staged.weights < 0.6 * alone.weights
@@ -186,14 +212,16 @@ def test_a_pipelines_first_rank_keeps_what_micro_batches_wait_for() -> None:
 def test_rank_memory_knows_stream_products_heads_and_widths() -> None:
     model = preset("1b-hybrid")
     work = Work(8192, step_rows=2, micro_batch_rows=2, element_bytes=2, stream_bytes=2)
-    narrow = rank_memory(model, ParallelConfig(), work)
+    narrow = rank_memory(model, ParallelConfig(), work, ADAMW)
     assert narrow == training_memory(model, 2 * 8192)
-    wide = rank_memory(model, ParallelConfig(), replace(work, stream_bytes=4))
+    wide = rank_memory(model, ParallelConfig(), replace(work, stream_bytes=4), ADAMW)
     assert wide == training_memory(model, 2 * 8192, stream_bytes=4)
-    full = rank_memory(model, ParallelConfig(), replace(work, stream_bytes=4, element_bytes=4))
+    full = rank_memory(
+        model, ParallelConfig(), replace(work, stream_bytes=4, element_bytes=4), ADAMW
+    )
     assert full.cast_weights == 0
     assert 1.9 * narrow.kept < full.kept <= 2 * narrow.kept
-    divided = rank_memory(model, ParallelConfig(tensor=2), work)
+    divided = rank_memory(model, ParallelConfig(tensor=2), work, ADAMW)
     stream = 4 * 1536 * 2  # of a token in a block, input and norms: all tensor ranks have it whole
     inside = narrow.kept - 2 * 8192 * 32 * stream
     assert abs(narrow.kept - divided.kept - inside / 2) < 0.02 * narrow.kept
@@ -203,11 +231,14 @@ def test_later_micro_batches_find_all_gradients() -> None:
     model = preset("1b-hybrid")
     whole = Work(65_536, step_rows=2, micro_batch_rows=2, element_bytes=2, recompute_every=1)
     parts = replace(whole, step_rows=4)
-    assert rank_memory(model, ParallelConfig(), whole).gradients < 4 * count_parameters(model).total
-    assert rank_memory(model, ParallelConfig(), parts).gradients == 4 * (
+    assert (
+        rank_memory(model, ParallelConfig(), whole, ADAMW).gradients
+        < 4 * count_parameters(model).total
+    )
+    assert rank_memory(model, ParallelConfig(), parts, ADAMW).gradients == 4 * (
         count_parameters(model).total
     )
-    divided = rank_memory(model, ParallelConfig(shard=2), parts)
+    divided = rank_memory(model, ParallelConfig(shard=2), parts, ADAMW)
     assert divided.gradients == divided.weights + 4 * model.vocab_size * model.hidden_size
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,8 +28,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sevenfold import ops
 from sevenfold.models import Batch, HybridModel, ModelConfig
 from sevenfold.ops.types import Impl
-from sevenfold.parallel import Layout, ParallelConfig, divide_model, divide_row
+from sevenfold.optim import OptimizerConfig, build_optimizer
+from sevenfold.parallel import Layout, ParallelConfig, divide_model, divide_row, groups_by_mesh
+from sevenfold.parallel.building import divided_on_meta
+from sevenfold.parallel.gradients import local
 from sevenfold.train.transform import narrow_stream, recompute_blocks
+from sevenfold.train.whole_matrices import gathered
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rules of sevenfold.ops, as a GPU in bf16 answers them; log_decay's check would read a fake number.
@@ -53,6 +58,8 @@ class Ledger(TorchDispatchMode):
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it comes again with what the rank holds
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
@@ -117,6 +124,37 @@ def peak_of_step(
             del out
             (loss / 2).backward()
         return ledger.peak
+
+
+def peak_of_update(
+    config: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, *, device: str
+) -> tuple[int, int]:
+    """Elements of a rank's moments, and the most bytes of an update besides what lived before.
+
+    Matrices are in bf16 on "cuda", whose tensors are fake ones; and on "cpu", where all is.
+    """
+    dtype = torch.float32 if device == "cuda" else torch.bfloat16
+    with _layout(parallel) as layout:
+        model = divided_on_meta(config, layout, between=lambda _: None, dtype=dtype)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device=device)
+            if config.tie_word_embeddings:
+                model.lm_head.weight = model.embed_tokens.weight
+            parts = gathered(model, layout)
+            named = model.named_parameters()
+            built = build_optimizer(named, optimizer, by_mesh=groups_by_mesh, parts=parts)
+            ledger, moments = Ledger(), 0
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+                state = [local(x) for name, x in built.state[parameter].items() if name != "step"]
+                moments += sum(x.numel() for x in state)
+                for x in (local(parameter), local(parameter.grad), *state):
+                    ledger.add(x)
+            before = ledger.peak = ledger.now
+            built.step()  # DTensor asks what shapes come out once, of tensors that are none
+            with ledger:
+                built.step()
+        return moments, ledger.peak - before
 
 
 @contextmanager

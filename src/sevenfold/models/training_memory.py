@@ -15,7 +15,7 @@ from sevenfold.models.feed_forward import PIECE_TOKENS
 
 _FP32, _BF16, _INT64 = 4, 2, 8
 _MOMENTS = 2  # of AdamW
-_BATCH_VALUES = 3  # ids, labels, positions
+BATCH_TOKEN_BYTES = 3 * _INT64  # ids, labels, positions
 _WORKSPACE = 2**25  # of cuBLAS on Hopper
 
 
@@ -32,6 +32,7 @@ class TrainingMemory:
         kept: what blocks keep for the backward: their inputs, and what is inside of earlier ones.
         working: what the block at the highest point holds besides its input.
         workspace: of the matrix products.
+        update: what an optimizer holds in an update besides gradients and moments.
     """
 
     weights: int
@@ -43,12 +44,14 @@ class TrainingMemory:
     kept: int
     working: int
     workspace: int = _WORKSPACE
+    update: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
         held = self.weights + self.gradients + self.moments + self.cast_weights
-        return held + self.gathered + self.batch + self.kept + self.working + self.workspace
+        within = self.gathered + self.batch + self.kept + self.working + self.update
+        return held + within + self.workspace
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class HeldWeights:
     """Elements of the weights as one rank has them.
 
     Args:
-        own: of all that the rank keeps, with moments.
+        own: of all that the rank keeps.
+        moments: of the optimizer's moments of them.
         own_block: of a block among them, on average.
         block: of a block, whole as it is computed with, on average.
         head: of the head, whole; its gradient comes first and stays.
@@ -65,6 +69,7 @@ class HeldWeights:
     """
 
     own: int
+    moments: int
     own_block: int
     block: int
     head: int
@@ -95,7 +100,8 @@ def training_memory(
         context_ranks: that divide the row, one document; keys go by ring.
         keeps_attention: whether recomputed blocks keep what softmax attention gave.
         expert_ranks: over which experts are divided, and tokens travel; None where they do not.
-        held: weights of a rank; None is all of them, divided over context_ranks alone.
+        held: weights and moments of a rank; None is all of them, AdamW's moments, divided over
+            context_ranks alone.
         accumulates: whether all gradients exist already, of micro-batches before.
 
     Returns:
@@ -192,7 +198,8 @@ def _divided(config: ModelConfig, ranks: int) -> HeldWeights:
     block = (total - outside) // config.num_hidden_layers
     # A block's weights and the next one's, its gradients and those that are on their way.
     gathered = total - config.num_hidden_layers * block + 4 * block if ranks > 1 else 0
-    return HeldWeights(total // ranks, block // ranks, block, head, gathered * _FP32)
+    own = total // ranks
+    return HeldWeights(own, _MOMENTS * own, block // ranks, block, head, gathered * _FP32)
 
 
 def _at_layer(step: _Step, held: HeldWeights, layer: int, *, accumulates: bool) -> TrainingMemory:
@@ -207,10 +214,10 @@ def _at_layer(step: _Step, held: HeldWeights, layer: int, *, accumulates: bool) 
     return TrainingMemory(
         weights=held.own * _FP32,
         gradients=gradients * _FP32,
-        moments=_MOMENTS * held.own * _FP32,
+        moments=held.moments * _FP32,
         cast_weights=cast * held.block * _BF16 if step.product == _BF16 else 0,
         gathered=held.gathered_bytes,
-        batch=step.tokens * _BATCH_VALUES * _INT64,
+        batch=step.tokens * BATCH_TOKEN_BYTES,
         kept=step.tokens * kept,
         working=max(_feeding(step, layer), _mixing(step, layer)),
     )

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from sevenfold.optim.adamw import AdamWConfig, adamw_of
-from sevenfold.optim.groups import GroupConfig, parameter_groups
+from sevenfold.optim.groups import GroupConfig, ParameterGroup, parameter_groups
 from sevenfold.optim.muon import UNDIVIDED, Muon, Parts
 
 
@@ -59,16 +59,23 @@ def build_optimizer(
     Raises:
         ConfigError: a group names no parameter.
     """
-    groups = parameter_groups(
-        named_parameters,
-        weight_decay=config.weight_decay,
-        decay_embeddings=config.decay_embeddings,
-        kind=config.kind,
-        groups=config.groups,
-    )
+    groups = groups_of(named_parameters, config)
     rest = by_mesh([dict(group) for group in groups if group["kind"] == "adamw"])
     if config.kind == "adamw":
         return adamw_of(rest, config)
     matrices = [dict(group) for group in groups if group["kind"] == "muon"]
     momentum = 0.95 if config.momentum is None else config.momentum
     return Muon(matrices, adamw_of(rest, config), momentum=momentum, parts=parts)
+
+
+def groups_of(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+) -> list[ParameterGroup]:
+    """Sort parameters as an optimizer's settings say; see parameter_groups."""
+    return parameter_groups(
+        named_parameters,
+        weight_decay=config.weight_decay,
+        decay_embeddings=config.decay_embeddings,
+        kind=config.kind,
+        groups=config.groups,
+    )

@@ -3,12 +3,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sevenfold.optim.orthogonal import orthogonalized
+
+_Matrix = TypeVar("_Matrix")
 
 # Of matrices that are orthogonalised in one call: 256 MB in bf16.
 _BATCH_ELEMENTS = 2**27
@@ -80,7 +82,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("closure must be None: a step is taken once, from gradients")
         for group in self._matrices:
             with_gradient = [p for p in group["params"] if p.grad is not None]
-            for batch in _batches(with_gradient, self._parts.shape):
+            for batch in batches(with_gradient, self._parts.shape):
                 self._update(batch, group["lr"], group["weight_decay"])
         self._adamw.step()
 
@@ -104,24 +106,18 @@ class Muon(torch.optim.Optimizer):
         return moved.to(torch.bfloat16) if parameter.device.type == "cuda" else moved
 
 
-def _batches(
-    parameters: Sequence[nn.Parameter], shape_of: Callable[[nn.Parameter], Sequence[int]]
-) -> Iterator[list[nn.Parameter]]:
-    """Parameters whose matrices have one shape, as many as may be orthogonalised at once."""
-    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        by_shape[tuple(shape_of(parameter)[-2:])].append(parameter)
+def batches(
+    matrices: Sequence[_Matrix], shape_of: Callable[[_Matrix], Sequence[int]]
+) -> Iterator[list[_Matrix]]:
+    """Those whose matrices have one shape, as many as may be orthogonalised at once."""
+    by_shape: dict[tuple[int, ...], list[_Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        by_shape[tuple(shape_of(matrix)[-2:])].append(matrix)
     for alike in by_shape.values():
-        batch: list[nn.Parameter] = []
-        for parameter in alike:
-            if batch and _elements([*batch, parameter], shape_of) > _BATCH_ELEMENTS:
+        batch: list[_Matrix] = []
+        for matrix in alike:
+            if batch and sum(math.prod(shape_of(x)) for x in [*batch, matrix]) > _BATCH_ELEMENTS:
                 yield batch
                 batch = []
-            batch.append(parameter)
+            batch.append(matrix)
         yield batch
-
-
-def _elements(
-    parameters: Sequence[nn.Parameter], shape_of: Callable[[nn.Parameter], Sequence[int]]
-) -> int:
-    return sum(math.prod(shape_of(parameter)) for parameter in parameters)

@@ -9,20 +9,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from sevenfold.models import HybridModel, ModelConfig
+from sevenfold.models import ModelConfig
 from sevenfold.models.accounting import mixing_flops, prefill_flops, training_flops
 from sevenfold.models.training_memory import (
+    BATCH_TOKEN_BYTES,
     HeldWeights,
     TrainingMemory,
     kept_bytes,
     training_memory,
 )
+from sevenfold.optim import OptimizerConfig
 from sevenfold.parallel.config import ParallelConfig
 from sevenfold.parallel.copies import Copies
-from sevenfold.parallel.parts import parts_of
-from sevenfold.parallel.pipeline import rank_stages
+from sevenfold.parallel.holding import held_by_rank, layer_of, optimizer_share, rank_layers
 
 _FP32_BYTES, _BF16_BYTES = 4, 2
 
@@ -100,25 +99,62 @@ class _Unit:
     divided: int
 
 
-def rank_memory(model: ModelConfig, parallel: ParallelConfig, work: Work) -> TrainingMemory:
-    """Count what a rank holds at the highest point of a step.
+def rank_memory(
+    model: ModelConfig, parallel: ParallelConfig, work: Work, optimizer: OptimizerConfig
+) -> TrainingMemory:
+    """Count what a rank holds at the highest point of a step's backward.
 
     Args:
         model: the model.
         parallel: degrees that suit it.
         work: one step.
+        optimizer: whose moments are held.
 
     Returns:
         The bytes by kind; under pipeline, of the rank with the most.
+
+    Raises:
+        ConfigError: a group of the optimizer names no parameter.
     """
-    ranks = [_pipeline_rank_memory(model, parallel, work, p) for p in range(parallel.pipeline)]
+    ranks = [
+        _pipeline_rank_memory(model, parallel, work, optimizer, rank)
+        for rank in range(parallel.pipeline)
+    ]
+    return max(ranks, key=lambda memory: memory.total)
+
+
+def update_memory(
+    model: ModelConfig, parallel: ParallelConfig, work: Work, optimizer: OptimizerConfig
+) -> TrainingMemory:
+    """Count what a rank holds at the highest point of an update; see rank_memory."""
+    ranks = []
+    for rank in range(parallel.pipeline):
+        own = sum(unit.divided for unit in _units(model, parallel, rank)) * _FP32_BYTES
+        share = optimizer_share(model, parallel, optimizer, rank)
+        memory = TrainingMemory(
+            weights=own,
+            gradients=own,
+            moments=share.moments * _FP32_BYTES,
+            cast_weights=0,
+            gathered=0,
+            batch=_rank_tokens(parallel, work) * BATCH_TOKEN_BYTES,
+            kept=_rings_bytes(parallel),
+            working=0,
+            update=share.update_bytes,
+        )
+        ranks.append(memory)
     return max(ranks, key=lambda memory: memory.total)
 
 
 def _pipeline_rank_memory(
-    model: ModelConfig, parallel: ParallelConfig, work: Work, rank: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    work: Work,
+    optimizer: OptimizerConfig,
+    rank: int,
 ) -> TrainingMemory:
     part, tokens = _rank_part(model, parallel, rank), _rank_tokens(parallel, work)
+    share = optimizer_share(model, parallel, optimizer, rank)
     how = {
         "recompute_every": work.recompute_every,
         "stream_bytes": work.stream_bytes,
@@ -131,7 +167,7 @@ def _pipeline_rank_memory(
         tokens,
         **how,
         context_ranks=parallel.context,
-        held=_held_weights(model, parallel, rank),
+        held=_held_weights(model, parallel, rank, share.moments),
         accumulates=work.num_micro_batches > 1,
     )
     waiting = (_in_flight(parallel, work, rank) - 1) * tokens * kept_bytes(part, **how)
@@ -161,7 +197,7 @@ def _rank_part(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Model
         width = moe.shared_intermediate_size // t
         moe = moe.model_copy(update={"shared_intermediate_size": width})
     changes = {
-        "layer_types": tuple(model.layer_types[n] for n in _layers(model, parallel, rank)),
+        "layer_types": tuple(model.layer_types[n] for n in rank_layers(model, parallel, rank)),
         "num_attention_heads": model.num_attention_heads // t,
         "num_key_value_heads": model.num_key_value_heads // t,
         "intermediate_size": model.intermediate_size // t,
@@ -170,7 +206,9 @@ def _rank_part(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Model
     return model.model_copy(update=changes)
 
 
-def _held_weights(model: ModelConfig, parallel: ParallelConfig, rank: int) -> HeldWeights:
+def _held_weights(
+    model: ModelConfig, parallel: ParallelConfig, rank: int, moments: int
+) -> HeldWeights:
     outer, *blocks = _units(model, parallel, rank)
     whole, own = sum(unit.whole for unit in blocks), sum(unit.divided for unit in blocks)
     block = whole // len(blocks)
@@ -182,6 +220,7 @@ def _held_weights(model: ModelConfig, parallel: ParallelConfig, rank: int) -> He
     is_last = rank == parallel.pipeline - 1
     return HeldWeights(
         own=outer.divided + own,
+        moments=moments,
         own_block=own // len(blocks),
         block=block,
         head=model.vocab_size * model.hidden_size // parallel.tensor if is_last else 0,
@@ -239,41 +278,12 @@ def _attention_share(model: ModelConfig, num_tokens: int) -> float:
 
 def _units(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Sequence[_Unit]:
     """Embedding, last norm and head; then each block: what one pipeline rank has of them."""
-    kinds = tuple(dict.fromkeys(model.layer_types))
-    with torch.device("meta"):
-        plain = HybridModel(model.model_copy(update={"layer_types": kinds}))
-    blocks = {
-        kind: dict(block.named_parameters(prefix="layers.0"))
-        for kind, block in zip(kinds, plain.layers, strict=True)
-    }
-    own = {id(parameter) for parameter in plain.layers.parameters()}
-    outer = {name: p for name, p in plain.named_parameters() if id(p) not in own}
-    if rank > 0:
-        outer.pop("embed_tokens.weight")
-    if rank < parallel.pipeline - 1:
-        outer = {name: p for name, p in outer.items() if name == "embed_tokens.weight"}
-    by_kind = {kind: _unit(parameters, parallel) for kind, parameters in blocks.items()}
-    layers = _layers(model, parallel, rank)
-    return [_unit(outer, parallel), *(by_kind[model.layer_types[layer]] for layer in layers)]
-
-
-def _layers(model: ModelConfig, parallel: ParallelConfig, rank: int) -> list[int]:
-    stages = rank_stages(parallel, model.num_hidden_layers, rank)
-    return [layer for stage in stages for layer in stage.layers]
-
-
-def _unit(parameters: dict[str, torch.nn.Parameter], parallel: ParallelConfig) -> _Unit:
-    whole = divided = 0
-    for name, parameter in parameters.items():
-        parts = parts_of(name)
-        experts, width, shards = 1, parallel.tensor, parallel.weight_shards
-        if parts.is_expert:
-            experts, width = parallel.expert, parallel.expert_width
-            shards = parallel.expert_shards
-        size = parameter.numel() // (experts * (1 if parts.tensor is None else width))
-        whole += size
-        divided += size // shards
-    return _Unit(whole, divided)
+    layers = rank_layers(model, parallel, rank)
+    found = {layer: _Unit(0, 0) for layer in (None, *layers)}
+    for name, held in held_by_rank(model, parallel, rank).items():
+        unit = found[layer_of(name)]
+        found[layer_of(name)] = _Unit(unit.whole + held.whole, unit.divided + held.own)
+    return list(found.values())
 
 
 def _rank_tokens(parallel: ParallelConfig, work: Work) -> int:

@@ -63,7 +63,8 @@ def long_context_stages(
     Rows grow from an eighth of the longest over a half to the whole, each stage begins with the
     weights, moments and data of the one before, and weights of the sources move linearly from the
     last stage's to its own. The rotary base is 500 and then 1,000 times the base run's. The rate
-    is the base run's last. Validation reads as many tokens as the base run's, but at least a row.
+    is the base run's last. A step reads as many tokens as the base run's, but at least a row of
+    each data rank for every pipeline rank; validation too, but at least a row of each data rank.
 
     Args:
         base: the run that the stages follow; its sources are parted by length.
@@ -111,8 +112,7 @@ def _tables(
 ) -> dict[str, Any]:
     tables = base.model_dump(mode="json")
     seq_len = int(longest_tokens * stage.row_share)
-    rows = max(base.parallel.data, -(-base.batch.tokens_per_step // seq_len))
-    rows += -rows % base.parallel.data
+    rows = _step_rows(base, seq_len)
     steps = round(stage_tokens * stage.token_share / (rows * seq_len))
     if steps < 1:
         raise ConfigError(
@@ -143,6 +143,20 @@ def _tables(
         "transition_share": _TRANSITION_SHARE,
     }
     return tables
+
+
+def _step_rows(base: RunConfig, seq_len: int) -> int:
+    """Of about the run's tokens, in micro-batches of a row for each data rank; enough of these.
+
+    A pipeline takes as many micro-batches as it has ranks or more, and a multiple of that where its
+    ranks have several stages.
+    """
+    parallel = base.parallel
+    count = -(-base.batch.tokens_per_step // (seq_len * parallel.data))
+    count = max(parallel.pipeline, count)
+    if parallel.pipeline_stages > 1:
+        count += -count % parallel.pipeline
+    return count * parallel.data
 
 
 def _sources(
