@@ -44,7 +44,8 @@ def command_of(run_file: Path, lost: str, *options: str) -> list[str]:
     """torchrun's command; lost is what dies in step 5: "rank" 1 once, "node" its own, "" none."""
     script = run_file.with_suffix(".py")
     script.write_text(SCRIPT)
-    return [sys.executable, "-m", "torch.distributed.run", *options, str(script), str(run_file), lost]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+    return [*launcher, str(script), str(run_file), lost]
 
 
 def run_file_of(data_path: Path, folder: Path) -> Path:
