@@ -40,6 +40,10 @@ train(config)
 """
 
 
+# As docs/training.md sets it: without it a restart may read what the ranks before it wrote.
+STORES_OF_THEIR_OWN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 def command_of(run_file: Path, lost: str, *options: str) -> list[str]:
     """torchrun's command; lost is what dies in step 5: "rank" 1 once, "node" its own, "" none."""
     script = run_file.with_suffix(".py")
@@ -71,7 +75,10 @@ def lines_of_a_whole_run(run_file: Path) -> list[dict]:
 def one_node(run_file: Path, lost: str) -> None:
     options = ("--standalone", "--max-restarts=1", "--nproc-per-node=2")
     command = command_of(run_file, lost, *options)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    environment = os.environ | STORES_OF_THEIR_OWN
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr[-12000:]
 
 
@@ -104,7 +111,7 @@ def node(run_file: Path, lost: str, port: int, is_host: int) -> Iterator[subproc
     options = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d")
     options += ("--rdzv-id=run", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost")
     options += (f"--rdzv-conf=is_host={is_host}",)
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = os.environ | STORES_OF_THEIR_OWN
     with subprocess.Popen(command_of(run_file, lost, *options), env=environment) as agent:
         try:
             yield agent
