@@ -30,6 +30,20 @@ def test_tensorboard_gets_every_number_of_every_step(run_values: dict) -> None:
     assert "skipped" not in accumulator.Tags()["scalars"]
 
 
+def test_tensorboard_gets_drop_and_load_of_every_layer(run_values: dict) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    moe = model_table(moe=MOE)
+    result = train(config_of(run_values, model=moe, run={"tensorboard": True, "steps": 3}))
+    accumulator = events.EventAccumulator(str(result.folder / "tensorboard"))
+    accumulator.Reload()
+    lines = read_metrics(result.folder / "metrics.jsonl")
+    for name in ("dropped_by_layer", "load_by_layer"):
+        tags = [tag for tag in accumulator.Tags()["scalars"] if tag.startswith(name)]
+        assert tags == [f"{name}/0", f"{name}/1"]
+        found = [[event.value for event in accumulator.Scalars(tag)] for tag in tags]
+        assert list(map(list, zip(*found, strict=True))) == [line[name] for line in lines]
+
+
 def test_tensorboard_missing_is_an_error_with_its_remedy(
     run_values: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,16 +71,18 @@ class FakeTrackio:
 def test_trackio_gets_every_number_of_every_update(run_values: dict, monkeypatch) -> None:
     fake = FakeTrackio()
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    config = config_of(run_values, run={"trackio": "p", "steps": 2})
+    moe = model_table(moe=MOE)
+    config = config_of(run_values, model=moe, run={"trackio": "p", "steps": 2})
     result = train(config)
     first, *logged, last = fake.calls
     assert first[1]["project"] == "p"
     assert (first[1]["name"], first[1]["resume"]) == ("run", "allow")
     assert first[1]["config"]["run"]["steps"] == 2
     lines = read_metrics(result.folder / "metrics.jsonl")
-    assert [(step, values["loss"]) for _, step, values in logged] == [
-        (line["step"], line["loss"]) for line in lines
-    ]
+    assert [
+        (step, values["loss"], [values[f"load_by_layer/{layer}"] for layer in range(2)])
+        for _, step, values in logged
+    ] == [(line["step"], line["loss"], line["load_by_layer"]) for line in lines]
     assert last == ("finish",)
 
 

@@ -67,6 +67,8 @@ class StepRecord:
         shown = asdict(self)
         for group in ("validation_loss_by_position", "validation_loss_by_length"):
             shown |= {f"{group}/{tokens}": x for tokens, x in (shown[group] or {}).items()}
+        for group in ("dropped_by_layer", "load_by_layer"):
+            shown |= {f"{group}/{layer}": x for layer, x in enumerate(shown[group] or ())}
         not_shown = ("step", "next_sample", "goes_back")
         return {
             name: value
