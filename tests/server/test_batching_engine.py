@@ -65,13 +65,15 @@ async def test_the_same_tokens_as_offline(llm: LLM) -> None:
 
 
 async def test_log_probabilities_of_prompt_and_output(llm: LLM) -> None:
+    text = "hij" + "The wall is old, and the field lies still. " * 2
+    [done] = llm.generate([text], SamplingParams(max_tokens=6, temperature=0.0))
+    prompt = list(done.prompt_token_ids)
+    assert prompt[:3] == [71, 72, 73]
     async with client_of(make_engine(llm)) as client:
-        fields = {"prompt": [71, 72, 73], "max_tokens": 2, "temperature": 0}
+        fields = {"prompt": prompt, "max_tokens": 6, "temperature": 0}
         said = await complete(client, **fields, echo=True, logprobs=2)
     logprobs = said["choices"][0]["logprobs"]
-    [done] = llm.generate(["hij"], SamplingParams(max_tokens=2, temperature=0.0))
-    ids = torch.tensor([[*done.prompt_token_ids, *done.token_ids]])
-    assert ids[0, :3].tolist() == [71, 72, 73]
+    ids = torch.tensor([[*prompt, *done.token_ids]])
 
     def chosen(dtype: torch.dtype) -> torch.Tensor:
         model = make_llm().model.to(dtype)
