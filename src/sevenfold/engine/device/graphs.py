@@ -1,5 +1,6 @@
 """Steps of a few sizes, each recorded once; a batch takes the least that holds it."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -113,7 +114,8 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
 
 def least_size(sizes: Sequence[int], needed: int) -> int | None:
     """Return the first of rising sizes that is no less than what is needed, or None."""
-    return next((size for size in sizes if size >= needed), None)
+    place = bisect_left(sizes, needed)
+    return sizes[place] if place < len(sizes) else None
 
 
 def page_room(num_pages: int) -> int:

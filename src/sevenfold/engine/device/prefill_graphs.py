@@ -1,6 +1,5 @@
 """The prefill of one request's chunk in a few sizes, each recorded once."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -8,7 +7,6 @@ from torch import Tensor
 from sevenfold.engine.device.capture import Capture
 from sevenfold.engine.device.graphs import Recorder, least_size
 from sevenfold.engine.device.prefill_inputs import PrefillInputs
-from sevenfold.engine.item_words import NOTHING
 from sevenfold.engine.rows import Row
 from sevenfold.models import ModelConfig
 from sevenfold.models.accounting import prefill_flops
@@ -55,14 +53,15 @@ class PrefillGraphs:
         if len(rows) != 1 or rows[0].scored is not None:
             return None
         row = rows[0]
-        place = bisect_left(self._sizes, len(row.tokens))
-        size = self._sizes[place] if place < len(self._sizes) else None
+        size = least_size(self._sizes, len(row.tokens))
         if size is None or row.end > most_keys(size) or len(row.snapshots) > MOST_STOPS:
             return None
         return size
 
-    def run(self, size: int, row: Row, places: Sequence[int] = NOTHING) -> tuple[Tensor, Tensor]:
+    def run(self, size: int, row: Row, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Run a row by the recording of a size, which copies and clears items before.
+
+        places: as ItemWords.places gives them.
 
         Returns:
             [1, vocab_size] fp32, and the choice [1, 2] int64; the next run overwrites both.
