@@ -12,20 +12,7 @@ from torch import Tensor
 
 from sevenfold.ops.compiled import empty, use_torch_threads
 from sevenfold.ops.experts import compiled
-
-
-def mixture(
-    x: Tensor,
-    weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    choice: Tensor,
-    row: Tensor,
-    rows_per_expert: Tensor,
-) -> Tensor:
-    """The mixture of contiguous fp32 arguments; they and the result as in the public operator."""
-    inputs = (x, weights, gate_up_proj, down_proj)
-    return _Mixture.apply(*inputs, choice, row, rows_per_expert)
+from sevenfold.ops.experts.token_gradients import token_gradients
 
 
 def _parts(rows_per_expert: Tensor) -> Iterator[tuple[int, slice]]:
@@ -36,8 +23,8 @@ def _parts(rows_per_expert: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, slice(end - count, end)
 
 
-class _Mixture(torch.autograd.Function):
-    """Saves the inputs and the first product; all else is computed anew."""
+class MklMixture(torch.autograd.Function):
+    """Of contiguous fp32 arguments; saves them and the first product, all else is computed anew."""
 
     @staticmethod
     def forward(
@@ -50,6 +37,7 @@ class _Mixture(torch.autograd.Function):
         row: Tensor,
         rows_per_expert: Tensor,
     ) -> Tensor:
+        """Arguments and result as the public operator's."""
         token, (_, F2, D) = choice // row.shape[1], gate_up_proj.shape
         kept, rows, y = empty(len(choice), F2), empty(len(choice), D), empty(*x.shape)
         use_torch_threads()
@@ -65,6 +53,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the four first arguments."""
         x, weights, gate_up_proj, down_proj, choice, row, rows_per_expert, kept = ctx.saved_tensors
         dy, share, token = grads[0].contiguous(), weights.flatten()[choice], choice // row.shape[1]
         drows, dshare = empty(len(choice), x.shape[1]), torch.empty_like(share)
@@ -79,7 +68,5 @@ class _Mixture(torch.autograd.Function):
             torch.mm(dgate_up, gate_up_proj[e], out=drows[part])
             torch.mm(dgate_up.t(), x[token[part]], out=dgate_up_proj[e])
             torch.mm(dout.t(), hidden, out=ddown_proj[e])
-        dx, dweights, ones = empty(*x.shape), torch.zeros_like(weights), torch.ones_like(weights)
-        compiled.combine(*(t.numpy() for t in (drows, row, ones, dx)))
-        dweights.view(-1)[choice] = dshare
+        dx, dweights = token_gradients(drows, dshare, choice, row)
         return dx, dweights, dgate_up_proj, ddown_proj, None, None, None

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from sevenfold.ops.compiled import empty, lent, use_torch_threads
-from sevenfold.ops.experts import compiled, mkl_mixture
+from sevenfold.ops.experts import compiled
+from sevenfold.ops.experts.mkl_mixture import MklMixture
+from sevenfold.ops.experts.token_gradients import token_gradients
 from sevenfold.ops.linear import mkl
 
 # Rows of a block that hold nothing: without them, blocks of 2^n rows compete for one place of the
@@ -29,8 +31,8 @@ def mixture(
     x, weights = x.contiguous(), weights.to(x.dtype).contiguous()
     inputs = (x, weights, gate_up_proj.contiguous(), down_proj.contiguous())
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        run = mkl_mixture.mixture if mkl.FASTEST else _Mixture.apply
-        return run(*inputs, choice, row, rows_per_expert)
+        by = MklMixture if mkl.FASTEST else _Mixture
+        return by.apply(*inputs, choice, row, rows_per_expert)
     blocks = np.concatenate(_blocks(rows_per_expert))
     return _forward(*inputs, choice, row, blocks, empty(0, *_block_shape(gate_up_proj)))
 
@@ -128,8 +130,5 @@ class _Mixture(torch.autograd.Function):
                 panels = room.panels.numpy()
                 compiled.gather(right.numpy(), inputs[1], blocks, panels)
                 compiled.weight_gradient(left.numpy(), panels, len(blocks), out.numpy())
-        dx, dweights = empty(*x.shape), torch.zeros_like(weights)
-        ones = torch.ones_like(weights)
-        compiled.combine(*(t.numpy() for t in (drows, row, ones, dx)))
-        dweights.view(-1)[choice] = dshare
+        dx, dweights = token_gradients(drows, dshare, choice, row)
         return dx, dweights, dgate_up_proj, ddown_proj_t.mT, None, None, None
