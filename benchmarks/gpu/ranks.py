@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json           (timings, under 5 minutes)
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json checks    (layouts against one GPU)
 torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json longest   (1M tokens in one row)
+torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py OUT.json longest 1376256   (that many)
 
 Checks and timings are runs of their own: NCCL keeps memory for each group that has been used. A
 last word `tiny` runs any of them in minutes on a CPU, over gloo, to see that all of it works.
@@ -259,19 +260,20 @@ LONG_ROWS = (2**17, 2**20)
 
 
 def longest(device, result, out):
-    """Steps of the 1B hybrid over one row, half of it on each GPU, up to 1,048,576 tokens."""
+    """Steps of the 1B hybrid over one row, half of it on each GPU: 1,048,576 tokens unless asked."""
+    rows = tuple(int(word) for word in sys.argv[2:] if word.isdecimal()) or LONG_ROWS
     if not TINY:
         # Without, a fifth of what the allocator holds lay idle between others when memory ran out.
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     config = preset("nano-hybrid" if TINY else "1b-hybrid")
-    config = config.model_copy(update={"max_position_embeddings": max(LONG_ROWS)})
+    config = config.model_copy(update={"max_position_embeddings": max(rows)})
     degrees = {"context": 2, "context_attention": "ring"}
     model, optimizer, layout, pipeline = built(config, degrees, device, False, False, thrifty)
-    for number, tokens in enumerate((LONG_ROWS[0], *LONG_ROWS)):
+    for number, tokens in enumerate((LONG_ROWS[0], *rows)):
         if TINY:
             tokens //= 2**10
-        rows = Rows((tokens,), config.vocab_size)
-        step = read_step(rows, 0, 1, micro_batch_rows=1, device=device, layout=layout)
+        loader = Rows((tokens,), config.vocab_size)
+        step = read_step(loader, 0, 1, micro_batch_rows=1, device=device, layout=layout)
 
         def take(step=step):
             return step_once(model, optimizer, layout, pipeline, step, "bf16")
