@@ -47,7 +47,10 @@ class Row:
         self.cuts = PaddedCuts(T, most_stops, room, DEVICE)
         self.numbers = torch.zeros(self.cuts.num_numbers, dtype=torch.int32, device=DEVICE)
         self.plan = self.cuts.plan(self.numbers)
-        self.pool = spread(torch.full((8, H, K, V), 7.0, device=DEVICE))
+        self.pool, self.states = (
+            spread(torch.full((8, H, K, V), 7.0, device=DEVICE)) for _ in range(2)
+        )
+        self.slots = torch.tensor([3], device=DEVICE)
 
     def run(self, num_tokens: int, stops: tuple[Stop, ...]) -> tuple[Tensor, Tensor]:
         """o and the final state; what does not count is no number."""
@@ -59,9 +62,11 @@ class Row:
             y[:, num_tokens:] = float("nan")
         plan = self.plan
         tables = (plan.segments, plan.pieces, plan.chains, plan.stops, plan.deal)
-        arguments = (self.x.log_decay, 0.5, self.x.initial_state, self.pool, *tables)
+        left = (self.states, self.slots)
+        arguments = (self.x.log_decay, 0.5, self.x.initial_state, *left, self.pool, *tables)
         with poisoned_allocations():
-            return triton_op.lightning_scan_padded(*tokens, *arguments)
+            o = triton_op.lightning_scan_padded(*tokens, *arguments)
+        return o, self.states[self.slots]
 
     def wanted(self, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x = self.x.to(dtype)
@@ -86,7 +91,9 @@ def test_one_table_serves_every_length(K: int, V: int, dtype: torch.dtype) -> No
         honest, exact = row.wanted(num_tokens, dtype), row.wanted(num_tokens, torch.float64)
         check_error(f"o of {num_tokens}", o[:, :num_tokens], honest[0], exact[0])
         check_state(f"final of {num_tokens}", final, row, num_tokens, dtype)
-    assert bool((row.pool == 7).all())
+    for pool in (row.pool, gaps(row.pool), gaps(row.states)):
+        assert bool((pool == 7).all())
+    assert bool((row.states[[0, 1, 2, 4, 5, 6, 7]] == 7).all())
 
 
 @pytest.mark.parametrize("dtype", [LOW])
@@ -109,15 +116,17 @@ def test_states_are_kept_at_the_stops_of_each_run(K: int, V: int, dtype: torch.d
     assert bool((gaps(row.pool) == 7).all())
 
 
-def test_recorded_on_zeros_it_writes_nowhere() -> None:
+def test_recorded_on_zeros_it_writes_to_the_first_slot_at_most() -> None:
     row = Row(*WIDTHS[0], LOW, 2)
     plan = row.plan
     tables = (plan.segments, plan.pieces, plan.chains, plan.stops, plan.deal)
     tokens = [y.clone() for y in row.x[:3]]
-    arguments = (row.x.log_decay, 0.5, row.x.initial_state, row.pool, *tables)
+    left = (row.states, torch.zeros_like(row.slots))
+    arguments = (row.x.log_decay, 0.5, row.x.initial_state, *left, row.pool, *tables)
     with poisoned_allocations():
         triton_op.lightning_scan_padded(*tokens, *arguments)
     assert bool((row.pool == 7).all())
+    assert bool((row.states[1:] == 7).all())
 
 
 def test_zeros_behind_what_counts() -> None:

@@ -80,12 +80,18 @@ def run_scan(scan: Scan, between: Tensor | None = None) -> Tensor:
     return o
 
 
-def run_padded(scan: Scan) -> Tensor:
-    """run_scan of a row whose last tokens do not count, as scan.plan says; writes those to 0."""
+def run_padded(scan: Scan, states: Tensor, slots: Tensor) -> Tensor:
+    """run_scan of a row whose last tokens do not count, as scan.plan says; may write those to 0.
+
+    The state after the last that counts goes to slots [1] of states [S, H, K, V].
+    """
     if scan.on_hopper and scan.plan is not None:
         # Bulk copies bring whole chunks, and a product with what is no number is none.
         clear_behind(scan.q, scan.k, scan.v, scan.plan.segments, _HOPPER_CHUNK)
-    return run_scan(scan)
+    final = states.new_empty(1, *states.shape[1:])
+    o = run_scan(scan._replace(state_out=final))
+    states[slots] = final
+    return o
 
 
 def states_between(scan: Scan) -> Tensor | None:
