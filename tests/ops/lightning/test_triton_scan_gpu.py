@@ -91,7 +91,7 @@ def test_a_graph_replays_what_it_captured() -> None:
     assert torch.equal(captured, run())
 
 
-@pytest.mark.parametrize("T", [256, 3072, 8192])
+@pytest.mark.parametrize("T", [96, 256, 3072, 8192])
 def test_a_graph_serves_every_length_of_its_row(T: int) -> None:
     heads = 16
     log_decay, state = decays(heads), torch.randn(1, heads, 128, 128, device="cuda")
