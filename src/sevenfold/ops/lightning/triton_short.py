@@ -26,7 +26,7 @@ from sevenfold.ops.triton_overlap import wait_for_last
 MOST_TOKENS = 128
 MOST_KEYS = 128
 _VALUES = 16  # columns of a program: 16 heads of 128 then fill an H100 or H200, in one wave
-_FEW_TOKENS = 32  # up to which 4 warps serve
+_ROWS = 32  # queries of a round; products of so few rows are the older matrix instructions
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def short_kernel(
     q, k, v, o, log_decay, scale, state_in, states, states_slot, slots, pool, pool_slot, table,
     stops, T, q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    HAS_IN: tl.constexpr, OVERLAPS: tl.constexpr,
+    BM: tl.constexpr, HAS_IN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One head of the row, BV of its value columns; table and stops as segments.Plan says."""
     head = tl.program_id(1).to(tl.int64)
@@ -51,7 +51,6 @@ def short_kernel(
     L, is_last = tl.load(table + 1), tl.load(table + 4)
     first_stop, end_stop = tl.load(table + 5), tl.load(table + 6)
     # Which tokens count is not known yet: what does not is read and left out, be it no number.
-    qc = _rows(q + head * q_head, q_token, t, t < T, i, K)
     kc = _rows(k + head * k_head, k_token, t, t < T, i, K)
     vc = _rows(v + head * v_head, v_token, t, t < T, j, V)
     cell, inside = i[:, None] * V + j[None, :], (i < K)[:, None] & (j < V)[None, :]
@@ -60,24 +59,28 @@ def short_kernel(
         S = tl.load(state_in + head * (K * V) + cell, inside, other=0.0)
     counts = (t < L)[:, None]
     kc, vc = tl.where(counts, kc, 0.0).to(kc.dtype), tl.where(counts, vc, 0.0).to(vc.dtype)
-    # Weights are rounded to the tokens' dtype next: the hardware's exponential will do.
-    apart = t[:, None] - t[None, :]
-    weight = tl.exp2(log2_decay * tl.maximum(apart, 0).to(tl.float32)) * scale
-    P = tl.where(apart >= 0, tl.dot(qc, tl.trans(kc), input_precision="ieee") * weight, 0.0)
-    entered = power(log2_decay, t + 1) * scale
-    oc = tl.dot(qc, S.to(qc.dtype), input_precision="ieee") * entered[:, None]
-    oc = tl.dot(P.to(vc.dtype), vc, oc, input_precision="ieee")
-    o_at = o + head * o_head + t.to(tl.int64)[:, None] * o_token + j[None, :]
-    tl.store(o_at, oc.to(vc.dtype), counts & (j < V)[None, :])
+    met = S.to(kc.dtype)
+    for first in range(0, L, BM):
+        r = first + tl.arange(0, BM)
+        qc = _rows(q + head * q_head, q_token, r, r < T, i, K)
+        # Weights are rounded to the tokens' dtype next: the hardware's exponential will do.
+        apart = r[:, None] - t[None, :]
+        weight = tl.exp2(log2_decay * tl.maximum(apart, 0).to(tl.float32)) * scale
+        P = tl.where(apart >= 0, tl.dot(qc, tl.trans(kc), input_precision="ieee") * weight, 0.0)
+        entered = power(log2_decay, r + 1) * scale
+        oc = tl.dot(qc, met, input_precision="ieee") * entered[:, None]
+        oc = tl.dot(P.to(vc.dtype), vc, oc, input_precision="ieee")
+        o_at = o + head * o_head + r.to(tl.int64)[:, None] * o_token + j[None, :]
+        tl.store(o_at, oc.to(vc.dtype), (r < L)[:, None] & (j < V)[None, :])
     for stop in range(first_stop, end_stop + is_last):
         # The row behind the last stop is there, too.
         n, slot = tl.load(stops + 2 * stop), tl.load(stops + 2 * stop + 1).to(tl.int64)
         to = pool + slot * pool_slot
         if stop == end_stop:
             n, to = L, states + tl.load(slots) * states_slot
-        aged = vc.to(tl.float32) * power(log2_decay, n - 1 - t)[:, None]
-        before = S * decayed(log2_decay * n.to(tl.float32))
-        after = tl.dot(tl.trans(kc), aged.to(vc.dtype), before, input_precision="ieee")
+        aged = (vc.to(tl.float32) * power(log2_decay, n - 1 - t)[:, None]).to(vc.dtype)
+        added = tl.trans(tl.dot(tl.trans(aged), kc, input_precision="ieee"))
+        after = S * decayed(log2_decay * n.to(tl.float32)) + added
         tl.store(to + head * (K * V) + cell, after, inside)
 
 
@@ -114,6 +117,6 @@ def run_short(
         states, states.stride(0), slots, pool, pool.stride(0), plan.segments, plan.stops, T,
         *(stride for x in (q, k, v, o) for stride in x.stride()[1:3]),
         K=K, V=V, BK=max(16, next_power_of_2(K)), BV=_VALUES, BT=held,
-        HAS_IN=state_in is not None, num_warps=4 if held <= _FEW_TOKENS else 8, **overlapping(o),
+        BM=min(held, _ROWS), HAS_IN=state_in is not None, num_warps=4, **overlapping(o),
     )  # fmt: skip
     return o
