@@ -275,8 +275,8 @@ def test_bytes_of_graphs_grow_with_rows_by_the_formula() -> None:
 def test_bytes_of_graphs_grow_with_a_prefill_s_tokens_by_the_formula() -> None:
     config = tiny_model("lf").config
     none, one = (graph_bytes(config, 4, tokens, element_bytes=2) for tokens in (0, 1))
-    # A chunk's activations, 16 bytes a head between segments, 4 x 4 numbers of 8 bytes.
-    token, state = chunk_token_bytes(config, element_bytes=2) + 16 * 2 + 128, state_bytes(config)
+    # A chunk's activations, 16 bytes a head between segments, 5 x 4 numbers of 8 bytes.
+    token, state = chunk_token_bytes(config, element_bytes=2) + 16 * 2 + 160, state_bytes(config)
     assert one - none == token + state, "a prefill reads its state at a copy"
     # Shares of 32 for each of 512 tokens at most, where steps had them for 4 rows.
     for length in (100, 512, 1000):

@@ -225,14 +225,16 @@ def test_prompts_one_by_one_give_the_same_tokens(
 
 
 def test_sizes_go_as_far_as_launches_take_longer_than_work() -> None:
-    sizes = (16, 32, 64, 96, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+    sizes = (16, 32, 64, 80, 96, 112, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
     assert prefill_sizes(preset("bench-2b")) == sizes
-    assert prefill_sizes(preset("minimax-text-01")) == (16, 32, 64, 96, 128, 256, 512, 768)
+    assert prefill_sizes(preset("minimax-text-01")) == (16, 32, 64, 80, 96, 112, 128, 256, 512, 768)
     assert prefill_sizes(tiny_model("lf", max_position_embeddings=400).config) == (
         16,
         32,
         64,
+        80,
         96,
+        112,
         128,
         256,
         512,
@@ -241,7 +243,9 @@ def test_sizes_go_as_far_as_launches_take_longer_than_work() -> None:
         16,
         32,
         64,
+        80,
         96,
+        112,
         128,
         256,
         512,

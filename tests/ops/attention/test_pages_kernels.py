@@ -32,11 +32,15 @@ CASES = {
     "prefill": Case((0, 5, 1, 35), (0, 5, 40, 70), packed=True),
     "prefill in a window": Case((20, 5), (50, 5), packed=True, window=7),
     "keys in one piece": Case((96, 5), (110, 9), packed=True),
+    "blocks of several pages": replace(DECODE, page_tokens=8),
+    "blocks of several pages, packed": Case((5, 1), (5, 70), page_tokens=8, packed=True),
+    "pages of several blocks": Case((5, 35), (5, 70), page_tokens=32, packed=True),
 }
 if not INTERPRETED:
     CASES |= {
         f"{name} of {D}": replace(case, heads=(16, 2), widths=(D, V), page_tokens=64)
         for name, case in CASES.items()
+        if "several" not in name
         for D, V in [(64, 64), (128, 128), (96, 48), (256, 256)]
     }
     CASES |= {

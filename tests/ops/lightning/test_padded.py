@@ -51,35 +51,42 @@ def test_it_is_the_prefill_of_what_counts(num_tokens: int, impl: str) -> None:
     for y in x[:3]:
         y[:, num_tokens:] = float("nan")
     padded = PaddedSnapshots(apart, plan_of(num_tokens, stops, x.q))
+    states, slots = spread(torch.full_like(pool, 7.0)), torch.tensor([2])
     found = lightning_attention_padded(
-        *x[:4], padded, scale=0.5, initial_state=x.initial_state, impl=impl
+        *x[:4], padded, states, slots, scale=0.5, initial_state=x.initial_state, impl=impl
     )
-    assert torch.equal(found.o[:, :num_tokens], plain.o)
-    assert torch.equal(found.final_state, plain.final_state)
+    assert torch.equal(found[:, :num_tokens], plain.o)
+    assert torch.equal(states[slots], plain.final_state)
+    assert bool((states[[0, 1, 3, 4, 5]] == 7).all())
     assert torch.equal(apart, wanted)
     counted = Inputs(*part, x.log_decay, x.initial_state)
     exact = dense(counted.to(torch.float64), scale=0.5)
-    check_error("o", found.o[:, :num_tokens], plain.o, exact[0])
-    check_error("final_state", found.final_state, plain.final_state, exact[1])
+    check_error("o", found[:, :num_tokens], plain.o, exact[0])
+    check_error("final_state", states[slots], plain.final_state, exact[1])
 
 
-def test_recorded_on_zeros_it_writes_nowhere() -> None:
+def test_recorded_on_zeros_it_writes_to_the_first_slot_at_most() -> None:
     x = make_inputs("mixed", T, dtype=torch.float32)
     cuts = padded_cuts(T, (4, 2, 3), 4, x.q)
-    pool = torch.full((6, 4, 2, 3), 7.0)
+    pool, states = (torch.full((6, 4, 2, 3), 7.0) for _ in range(2))
     plan = cuts.plan(torch.zeros(cuts.num_numbers, dtype=torch.int32))
-    found = lightning_attention_padded(*x[:4], PaddedSnapshots(pool, plan))
-    assert found.o.shape == x.v.shape
+    padded, slots = PaddedSnapshots(pool, plan), torch.zeros(1, dtype=torch.int64)
+    found = lightning_attention_padded(*x[:4], padded, states, slots)
+    assert found.shape == x.v.shape
     assert bool((pool == 7).all())
+    assert bool((states[1:] == 7).all())
 
 
 def test_wrong_arguments() -> None:
     x = make_inputs("mixed", T, dtype=torch.float32)
     pool, plan = torch.zeros(6, 4, 2, 3), plan_of(5, (), x.q)
+    left = (pool, torch.zeros(1, dtype=torch.int64))
     two = make_inputs("mixed", T, B=2, dtype=torch.float32)
     with pytest.raises(ValueError, match=re.escape("q must be one row [1, T, H, K], got 2 rows")):
-        lightning_attention_padded(*two[:4], PaddedSnapshots(pool, plan))
+        lightning_attention_padded(*two[:4], PaddedSnapshots(pool, plan), *left)
     with pytest.raises(ValueError, match=re.escape("pool must have shape [S, H, K, V]")):
-        lightning_attention_padded(*x[:4], PaddedSnapshots(pool[:, :1], plan))
+        lightning_attention_padded(*x[:4], PaddedSnapshots(pool[:, :1], plan), *left)
+    with pytest.raises(ValueError, match=re.escape("states must have shape [S, H, K, V]")):
+        lightning_attention_padded(*x[:4], PaddedSnapshots(pool, plan), pool[:, :1], left[1])
     with pytest.raises(UnsupportedError, match="q must lie on a GPU for impl triton, got cpu"):
-        lightning_attention_padded(*x[:4], PaddedSnapshots(pool, plan), impl="triton")
+        lightning_attention_padded(*x[:4], PaddedSnapshots(pool, plan), *left, impl="triton")

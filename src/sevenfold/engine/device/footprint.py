@@ -15,12 +15,12 @@ def graph_bytes(
     """Return bytes that graphs of up to most_rows rows or prefill_tokens take, in one pool.
 
         most_rows * (logits + one layer's activations) + prefill_tokens * (chunk_token_bytes
-        + 16 H + 128) + a prefill's copy of a state + one softmax layer's shares of most_rows, or
+        + 16 H + 160) + a prefill's copy of a state + one softmax layer's shares of most_rows, or
         of up to 512 tokens of a prefill + 128 MiB for libraries
 
     Logits count once: those of all sizes lie in the same memory (CudaCapture). A prefill's states
     between segments take 16 bytes a token and head; ids and places take 32 bytes a token, and all
-    sizes together have less than four times the tokens of the largest.
+    sizes together have less than five times the tokens of the largest.
 
     Args:
         config: the model; H = num_attention_heads.
@@ -35,7 +35,7 @@ def graph_bytes(
     has_pages = config.count("full_attention") + config.count("sliding_attention") > 0
     shares = 4 * _MOST_SPLITS * H * (D + 1) if has_pages else 0
     logits = 4 * config.vocab_size
-    token = chunk_token_bytes(config, element_bytes=element_bytes) + 16 * H + 128
+    token = chunk_token_bytes(config, element_bytes=element_bytes) + 16 * H + 160
     prefill = prefill_tokens * token + (state_bytes(config) if prefill_tokens else 0)
     shared = max(most_rows, min(prefill_tokens, _FEW_PACKED_ROWS)) * shares
     return most_rows * (element_bytes * widths + logits) + shared + prefill + _LIBRARIES

@@ -15,7 +15,7 @@ from sevenfold.models.accounting import prefill_flops
 # launches. Keys at most, whose pages are sent with every chunk.
 _MOST_PAIRS, _MOST_KEYS = 8192 * 16_384, 1 << 20
 MOST_STOPS = 16
-_SIZES = (16, 32, 64, 96, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_SIZES = (16, 32, 64, 80, 96, 112, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # What a GPU computes of a layer at 400 TFLOP/s while a host launches its kernels: 39 of them, at
 # 80 us each, in bench-2b on a slow host. Beyond, a recording's memory buys nothing.
 _MOST_LAYER_FLOPS = 1.2e12
@@ -84,8 +84,8 @@ def most_keys(size: int) -> int:
 def prefill_sizes(config: ModelConfig) -> tuple[int, ...]:
     """Return the sizes of prefills whose launches take a host longer than a GPU their work.
 
-    16, 32, 64, 96, 128, 256, 512, 768, 1024, then one and a half times and twice as many up to
-    8192, as far as a layer has so little to do and the model's positions reach.
+    16, 32, 64, 80, 96, 112, 128, 256, 512, 768, 1024, then one and a half times and twice as many
+    up to 8192, as far as a layer has so little to do and the model's positions reach.
     """
     most = _MOST_LAYER_FLOPS * config.num_hidden_layers
     pay = [size for size in _SIZES if prefill_flops(config, size) <= most]

@@ -124,16 +124,17 @@ class LightningAttention(nn.Module):
     ) -> Tensor:
         tokens = (q, k, v, self.log_decay)
         if isinstance(kept, PaddedSnapshots):
-            o, kv = lightning_attention_padded(*tokens, kept, initial_state=state.read())
-        elif batch.is_step and not kept.stops:
+            return lightning_attention_padded(
+                *tokens, kept, state.pool, state.slots, initial_state=state.read()
+            )
+        if batch.is_step and not kept.stops:
             q, k, values = (x.flatten(0, 1) for x in (q, k, v))
             return lightning_attention_decode(
                 q, k, values, self.log_decay, state.pool, state.slots
             ).view_as(v)
-        else:
-            o, kv = lightning_attention_prefill(
-                *tokens, kept, initial_state=state.read(), cu_seqlens=batch.cu_seqlens
-            )
+        o, kv = lightning_attention_prefill(
+            *tokens, kept, initial_state=state.read(), cu_seqlens=batch.cu_seqlens
+        )
         state.pool[state.slots] = kv  # pyright: ignore[reportArgumentType]
         return o
 

@@ -138,15 +138,26 @@ def _over_keys(
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """acc, m and l of the rows over keys `begin` to `end` of their sequence."""
+    """acc, m and l of the rows over keys `begin` to `end` of their sequence.
+
+    `begin` is a multiple of BN. A page that holds blocks of BN is asked for once a block, and a
+    block ahead: whatever reads keys by an address that is just being loaded waits twice.
+    """
+    IN_PAGE: tl.constexpr = PAGE % BN == 0
     i, iv, ar_n = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BN)
     m, l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
+    coming = tl.load(pages + begin // PAGE, begin < end, other=0).to(tl.int64)
     for offset in range(begin, end, BN):
         p = offset + ar_n
         held = p < end
-        page = tl.load(pages + p // PAGE, held, other=0).to(tl.int64)
-        k_at = k + page * k_page + (p % PAGE) * k_token
+        if IN_PAGE:
+            page, place = coming, offset % PAGE + ar_n
+            ahead = offset + BN
+            coming = tl.load(pages + ahead // PAGE, ahead < end, other=0).to(tl.int64)
+        else:
+            page, place = tl.load(pages + p // PAGE, held, other=0).to(tl.int64), p % PAGE
+        k_at = k + page * k_page + place * k_token
         if query.dtype == tl.float32:
             s = _exact_scores(q_at, k_at, rows, held, scale, D, BD)
         else:
@@ -158,7 +169,7 @@ def _over_keys(
         finite = tl.where(top == float("-inf"), 0.0, top)
         weight, kept = tl.exp2(s - finite[:, None]), tl.exp2(m - finite)
         l = l * kept + tl.sum(weight, 1)
-        v_at = v + page * v_page + (p % PAGE) * v_token
+        v_at = v + page * v_page + place * v_token
         value = tl.load(v_at[:, None] + iv[None, :], held[:, None] & (iv < V)[None, :], other=0.0)
         if query.dtype == tl.float32:
             added = tl.dot(weight, value, input_precision="ieee")

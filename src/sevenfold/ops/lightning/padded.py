@@ -13,7 +13,7 @@ from sevenfold.ops.lightning.padded_cuts import PaddedCuts
 from sevenfold.ops.lightning.segments import Plan, Room, Stop
 from sevenfold.ops.lightning.snapshots import Snapshots, forward_by_parts
 from sevenfold.ops.precision import full_precision
-from sevenfold.ops.types import Impl, OpResult
+from sevenfold.ops.types import Impl
 
 _ONE_SEGMENT = Room(num_heads=1, num_dealt=1, num_programs=1, chunk_tokens=1, most_slots=0)
 
@@ -53,14 +53,16 @@ def lightning_attention_padded(
     v: Tensor,
     log_decay: Tensor,
     padded: PaddedSnapshots,
+    states: Tensor,
+    slots: Tensor,
     *,
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     impl: Impl | str | None = None,
-) -> OpResult:
+) -> Tensor:
     """lightning_attention_prefill of one sequence that fills its row in part.
 
-    How many tokens count, and which states are kept, are numbers on the device: with impl "triton"
+    How many tokens count, and which states go where, are numbers on the device: with impl "triton"
     nothing waits for them, and a CUDA graph that holds the operator reads them at each replay. No
     token that counts depends on one that does not, be it no number. It takes no gradient.
 
@@ -69,11 +71,12 @@ def lightning_attention_padded(
             be overwritten.
         log_decay, scale, impl: as in lightning_attention.
         padded: the pool, and the numbers of at least one token; they are not checked.
-        initial_state: [1, H, K, V].
+        states: a pool as padded's, to which the state after the last token that counts goes.
+        slots: [1] int64, where in it; not checked.
+        initial_state: [1, H, K, V], elsewhere.
 
     Returns:
-        OpResult(o [1, T, H, V], of any value where tokens do not count, final_state [1, H, K, V]
-        after the last that counts).
+        o [1, T, H, V], of any value where tokens do not count.
 
     Raises:
         ValueError, TypeError, UnsupportedError: as lightning_attention.
@@ -83,14 +86,15 @@ def lightning_attention_padded(
     B = check(q, k, v, log_decay, initial_state, None)
     if B != 1:
         raise ValueError(f"q must be one row [1, T, H, K], got {B} rows")
-    check_state("pool", padded.pool, q, (*q.shape[2:], v.shape[-1]))
+    for name, pool in (("pool", padded.pool), ("states", states)):
+        check_state(name, pool, q, (*q.shape[2:], v.shape[-1]))
     default = default_impl(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen = choose_impl("lightning_attention_padded", impl, default, IMPLS)
     options = {"scale": scale, "initial_state": initial_state}
     with torch.no_grad(), full_precision(q.device):
         if chosen is Impl.TRITON:
-            how = {"pool": padded.pool, "plan": padded.plan}
-            return OpResult(*triton_op.forward_padded((q, k, v), log_decay, **how, **options))
+            how = {"kept": (padded.pool, padded.plan), "left": (states, slots)}
+            return triton_op.forward_padded((q, k, v), log_decay, **how, **options)
         num_tokens, stops = _read(padded.plan)
         found, final = forward_by_parts(
             forward_of(chosen, q, v),
@@ -100,9 +104,10 @@ def lightning_attention_padded(
             snapshots=Snapshots(padded.pool, stops),
             **options,
         )
+    states[slots] = final
     o = torch.zeros_like(v)
     o[:, :num_tokens] = found
-    return OpResult(o, final)
+    return o
 
 
 def _read(plan: Plan) -> tuple[int, tuple[Stop, ...]]:

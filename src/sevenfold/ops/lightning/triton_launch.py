@@ -14,6 +14,7 @@ from sevenfold.ops.lightning.segments import Plan, Room, Stop, plan_segments
 from sevenfold.ops.lightning.triton_hopper import hopper_scan_kernel
 from sevenfold.ops.lightning.triton_padding import clear_behind
 from sevenfold.ops.lightning.triton_scan import chain_kernel, scan_kernel
+from sevenfold.ops.lightning.triton_short import run_short, suits_short
 from sevenfold.ops.row_launch import cdiv, next_power_of_2, num_sms
 from sevenfold.ops.triton_launched import BulkCopies
 from sevenfold.ops.tuning import best_config
@@ -80,12 +81,23 @@ def run_scan(scan: Scan, between: Tensor | None = None) -> Tensor:
     return o
 
 
-def run_padded(scan: Scan) -> Tensor:
-    """run_scan of a row whose last tokens do not count, as scan.plan says; writes those to 0."""
-    if scan.on_hopper and scan.plan is not None:
+def run_padded(scan: Scan, states: Tensor, slots: Tensor) -> Tensor:
+    """run_scan of a row whose last tokens do not count, as scan.plan says; may write those to 0.
+
+    The state after the last that counts goes to slots [1] of states [S, H, K, V].
+    """
+    plan = plan_scan(scan)
+    if suits_short(scan.q, plan) and scan.v.shape[3]:
+        tokens = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in scan[:3])
+        left, kept = (states, slots), (_or(scan.pool, states), plan)
+        return run_short(tokens, scan.log_decay, scan.scale, scan.state_in, left, kept)
+    if scan.on_hopper:
         # Bulk copies bring whole chunks, and a product with what is no number is none.
-        clear_behind(scan.q, scan.k, scan.v, scan.plan.segments, _HOPPER_CHUNK)
-    return run_scan(scan)
+        clear_behind(scan.q, scan.k, scan.v, plan.segments, _HOPPER_CHUNK)
+    final = states.new_empty(1, *states.shape[1:])
+    o = run_scan(scan._replace(state_out=final))
+    states[slots] = final
+    return o
 
 
 def states_between(scan: Scan) -> Tensor | None:

@@ -62,13 +62,18 @@ def forward_padded(
     *,
     scale: float,
     initial_state: Tensor | None,
-    pool: Tensor,
-    plan: Plan,
-) -> tuple[Tensor, Tensor]:
-    """Run the tokens of a row that the plan counts: q, k and v; o and the final state."""
+    kept: tuple[Tensor, Plan],
+    left: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Run the tokens of a row that the plan counts, q, k and v: o.
+
+    kept: a pool, and the plan with the states that go to it.
+    left: a pool and a slot [1] of it, for the state after the last token.
+    """
     check_supported(tokens[0], tokens[2])
+    (pool, plan), state_in = kept, initial_state
     tables = (plan.segments, plan.pieces, plan.chains, plan.stops, plan.deal)
-    return lightning_scan_padded(*tokens, log_decay, float(scale), initial_state, pool, *tables)
+    return lightning_scan_padded(*tokens, log_decay, float(scale), state_in, *left, pool, *tables)
 
 
 def padded_room(num_tokens: int, widths: tuple[int, int, int], where: Tensor) -> Room:
@@ -150,7 +155,9 @@ def _(q, k, v, log_decay, scale, initial_state, cu_seqlens, pool, stops):
     return v.new_empty(v.shape), _states(q, v, N)
 
 
-@torch.library.custom_op("sevenfold::lightning_scan_padded", mutates_args=("q", "k", "v", "pool"))
+@torch.library.custom_op(
+    "sevenfold::lightning_scan_padded", mutates_args=("q", "k", "v", "states", "pool")
+)
 def lightning_scan_padded(
     q: Tensor,
     k: Tensor,
@@ -158,27 +165,46 @@ def lightning_scan_padded(
     log_decay: Tensor,
     scale: float,
     initial_state: Tensor | None,
+    states: Tensor,
+    slots: Tensor,
     pool: Tensor,
     segments: Tensor,
     pieces: Tensor,
     chains: Tensor,
     stops: Tensor,
     deal: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """lightning_scan_keep of one sequence that fills its row in part; tables as segments.Plan's."""
+) -> Tensor:
+    """lightning_scan_keep of one sequence that fills its row in part; tables as segments.Plan's.
+
+    The final state goes to slots [1] of states.
+    """
     from sevenfold.ops.lightning.triton_launch import Scan, run_padded
 
     plan = Plan(segments, pieces, chains, stops, len(pieces), deal)
-    final = _states(q, v, 1)
     state_in = None if initial_state is None else initial_state.contiguous()
     lengths = (q.shape[1],)
-    scan = Scan(q, k, v, log_decay, scale, lengths, state_in, final, pool, plan=plan)
-    return run_padded(scan), final
+    scan = Scan(q, k, v, log_decay, scale, lengths, state_in, None, pool, plan=plan)
+    return run_padded(scan, states, slots)
 
 
 @lightning_scan_padded.register_fake
-def _(q, k, v, log_decay, scale, initial_state, pool, segments, pieces, chains, stops, deal):
-    return v.new_empty(v.shape), _states(q, v, 1)
+def _(
+    q,
+    k,
+    v,
+    log_decay,
+    scale,
+    initial_state,
+    states,
+    slots,
+    pool,
+    segments,
+    pieces,
+    chains,
+    stops,
+    deal,
+):
+    return v.new_empty(v.shape)
 
 
 @operator("sevenfold::lightning_step")
