@@ -23,18 +23,20 @@ class KeyChain:
 
     def __init__(self, request: Request, page_tokens: int) -> None:
         self._request, self._page_tokens = request, page_tokens
-        self._keys: list[bytes] = []
         self._adopted: tuple[Sequence[bytes], int] = ((), 0)
+        self._own: list[bytes] = []  # behind the adopted ones
 
     def key(self, block: int) -> bytes:
         """Return the key of the prefix that ends with a block, all of whose tokens are known."""
+        adopted, count = self._adopted
+        if block < count:
+            return adopted[block]
         self._extend(block + 1)
-        return self._keys[block]
+        return self._own[block - count]
 
     def keys(self, num_blocks: int) -> list[bytes]:
         """Return the keys of so many first blocks."""
-        self._extend(num_blocks)
-        return self._keys[:num_blocks]
+        return self._known(0, num_blocks)
 
     def between(self, first: int, end: int) -> Iterator[bytes]:
         """Return the keys of blocks first to end - 1, computed as they are asked for.
@@ -43,8 +45,7 @@ class KeyChain:
         """
         at = first
         while at < end:
-            self._extend(min(2 * at - first + 1, end))
-            known = self._keys[at:end]
+            known = self._known(at, min(2 * at - first + 1, end))
             yield from known
             at += len(known)
 
@@ -59,7 +60,7 @@ class KeyChain:
     def adopt(self, keys: Sequence[bytes], count: int) -> None:
         """Take so many first keys from a request whose salt and tokens there are the same.
 
-        They are copied when they are asked for: the next turn of a chat asks for none.
+        Before any is asked for. They are not copied: the next turn of a chat asks for the last.
         """
         self._adopted = (keys, count)
 
@@ -100,21 +101,32 @@ class KeyChain:
         """Blocks of which the prompt has every token."""
         return len(self._request.prompt) // self._page_tokens
 
-    def _extend(self, count: int) -> None:
-        keys, width = self._keys, self._block_bytes
-        if len(keys) < count and len(keys) < self._adopted[1]:
-            keys += self._adopted[0][len(keys) : self._adopted[1]]
-        key = keys[-1] if keys else sha256(_TAG + self._request.salt).digest()
-        inside = min(count, self._num_whole)
-        if len(keys) < inside:
+    def _known(self, first: int, end: int) -> list[bytes]:
+        """The keys of blocks first to end - 1."""
+        self._extend(end)
+        adopted, count = self._adopted
+        own = self._own[max(first - count, 0) : max(end - count, 0)]
+        return [*adopted[first : min(end, count)], *own]
+
+    def _extend(self, num_blocks: int) -> None:
+        adopted, count = self._adopted
+        own, width, known = self._own, self._block_bytes, count + len(self._own)
+        if known >= num_blocks:
+            return
+        if own:
+            key = own[-1]
+        else:
+            key = adopted[count - 1] if count else sha256(_TAG + self._request.salt).digest()
+        inside = min(num_blocks, self._num_whole)
+        if known < inside:
             # One loop without calls of our own: a long prompt has thousands of blocks.
             packed = self._view(inside)
-            for at in range(len(keys) * width, inside * width, width):
+            for at in range(known * width, inside * width, width):
                 key = sha256(key + packed[at : at + width]).digest()
-                keys.append(key)
-        while len(keys) < count:
-            key = sha256(key + self._block(len(keys))).digest()
-            keys.append(key)
+                own.append(key)
+        for block in range(max(known, inside), num_blocks):
+            key = sha256(key + self._block(block)).digest()
+            own.append(key)
 
     def _view(self, num_blocks: int) -> memoryview:
         """So many first blocks, which the prompt has."""
