@@ -106,7 +106,7 @@ class PrefixIndex:
         """Find the longest prefix of at most num_tokens - 1 tokens that can be gone on from."""
         most = (num_tokens - 1) // self._page_tokens
         path = self._trails.along(chain, most)
-        path.extend(self._tree.along(chain.between(len(path.nodes), most)))
+        path = path.to(self._tree.along(chain.between(len(path.nodes), most)))
         nodes = path.nodes
         hit = len(nodes) // self._grain_blocks * self._grain_blocks
         while hit and not self._any_node and nodes[hit - 1].anchor is None:
@@ -116,7 +116,7 @@ class PrefixIndex:
             seen += 1
         reason = None if hit else self._reason(chain, most, len(nodes), seen)
         lookup = Lookup(hit * self._page_tokens, seen * self._page_tokens, reason)
-        return Match(lookup, path if hit == len(nodes) else path.first(hit))
+        return Match(lookup, path.first(hit))
 
     def _reason(self, chain: KeyChain, most: int, cached: int, seen: int) -> MissReason:
         if not most:

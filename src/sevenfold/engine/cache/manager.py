@@ -82,7 +82,7 @@ class CacheManager(Opening):
             ValueError: the request is not open.
         """
         holding = self._holding(request)
-        missing = self.plan.num_pages(num_tokens) - len(holding.pages)
+        missing = self.plan.num_pages(num_tokens) - len(holding.page_indices)
         if missing <= 0:
             return True
         self._settle(holding)
@@ -149,9 +149,8 @@ class CacheManager(Opening):
             if at <= holding.num_prompt_tokens:
                 self._writing.discard(holding.chain.key(at // self.plan.page_tokens - 1))
         self._arena.release(Tenant.SNAPSHOT, holding.pending.values())
-        own = holding.own_pages
         self._tree.unlock(holding.path)
-        self._arena.release(Tenant.PAGE, own)
+        self._arena.release(Tenant.PAGE, holding.own_pages)
         if holding.state is not None:
             self._arena.release(Tenant.STATE, (holding.state,))
 
@@ -335,29 +334,27 @@ class CacheManager(Opening):
 
     def _publish(self, holding: Holding, num_blocks: int) -> None:
         """Put blocks into the tree: their pages become the tree's, unless it has such blocks."""
-        path, chain = holding.path, holding.chain
-        holding.page_indices = holding.page_indices[:]
+        path, chain = holding.path[:], holding.chain
+        holding.path, holding.page_indices = path, holding.page_indices[:]
         for block in range(len(path), num_blocks):
             key = chain.key(block)
             node = self._tree.get(key)
+            page = holding.own_pages.popleft() if self.plan.has_pages else None
             if node is None:
-                page = holding.pages[block] if self.plan.has_pages else None
                 node = self._tree.grow(path[-1] if path else None, key, page)
                 if not path:
                     self._tree.name_first_block(node, chain.unsalted())
             else:
                 self._tree.follow(node)
-                self._share(holding, block, node)
+                self._share(holding, block, node, page)
             path.append(node)
             if not self.plan.has_states and (block + 1) % _ANCHOR_BLOCKS == 0:
                 self._anchor(holding, node, None)
         holding.next_block_tokens = (len(path) + 1) * self.plan.page_tokens
 
-    def _share(self, holding: Holding, block: int, node: Node) -> None:
+    def _share(self, holding: Holding, block: int, node: Node, own: int | None) -> None:
         """Give back the page of a block that another request published first, and read its page."""
-        own = holding.pages[block] if self.plan.has_pages else None
-        if own is not None and node.page is not None and own != node.page:
-            holding.pages[block] = node.page
+        if own is not None and node.page is not None:
             holding.page_indices[block] = index_of(node.page)
             self._arena.release(Tenant.PAGE, (own,))
 

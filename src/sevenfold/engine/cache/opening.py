@@ -65,8 +65,7 @@ class Opening:
         entry = None if self._host is None else self._host.find(chain, most, least)
         if self._host is None or entry is None:
             return None
-        path = Path.empty()
-        path.extend(self._tree.along(entry.keys))
+        path = Path.empty().to(self._tree.along(entry.keys))
         self._tree.lock(path.nodes)
         pages = self._num_opening_pages(request) - len(path.nodes)
         # The snapshot may come to lie in a slab of its own: in the one that others must keep its
@@ -78,27 +77,34 @@ class Opening:
         self._host.pin(entry)
         # A whole slab first, then part of one: pages find room wherever others leave it.
         state = self._take(Tenant.STATE, 1)[0] if self.plan.has_states else None
-        self._bring_back(entry, path, chain)
+        path = self._bring_back(entry, path, chain)
         self._host.unpin(entry)
         hit = len(path.nodes) * page
         self._host.counters.hit_tokens += hit - found.lookup.hit_tokens
         seen = max(hit, found.lookup.seen_tokens)
         return self._hold(request, chain, Match(Lookup(hit, seen, None), path), state)
 
-    def _bring_back(self, entry: HostEntry, path: Path, chain: KeyChain) -> None:
-        """Put an entry's missing nodes behind a locked path, and a pinned anchor on the last."""
+    def _bring_back(self, entry: HostEntry, path: Path, chain: KeyChain) -> Path:
+        """Put an entry's missing nodes behind a locked path, and a pinned anchor on the last.
+
+        Returns:
+            The path to there.
+        """
         missing = entry.keys[len(path.nodes) :]
         snapshot = None if entry.snapshot is None else self._take(Tenant.SNAPSHOT, 1)[0]
         pages = self._take(Tenant.PAGE, len(missing)) if self.plan.has_pages and missing else []
+        above, brought = path.nodes[-1] if path.nodes else None, []
         for n, key in enumerate(missing):
-            above = path.nodes[-1] if path.nodes else None
             node = self._tree.grow(above, key, pages[n] if pages else None)
             if above is None:
                 self._tree.name_first_block(node, chain.unsalted())
-            path.extend((node,))
+            brought.append(node)
+            above = node
+        path = path.to(brought)
         if self._host is not None:
             self._host.read(entry, dict(zip(missing, pages, strict=False)), snapshot)
         self._tree.pin(self._tree.anchor(path.nodes[-1], snapshot))
+        return path
 
     def _lock(self, request: Request, path: Path) -> bool:
         """Keep a path and its last state if what the request needs besides can be had."""
@@ -132,7 +138,7 @@ class Opening:
         self, request: Request, chain: KeyChain, found: Match, state: int | None = None
     ) -> Holding:
         """What a request holds behind a locked path, with a state that it has or gets now."""
-        nodes, pages, indices = found.path
+        nodes, indices = found.path
         anchor = nodes[-1].anchor if nodes else None
         if anchor is not None:
             self._tree.hit(anchor)
@@ -144,7 +150,6 @@ class Opening:
             lookup=found.lookup,
             num_prompt_tokens=request.num_tokens,
             path=nodes,
-            pages=pages,
             page_indices=indices,
             state=state,
             restored=anchor,
@@ -152,14 +157,14 @@ class Opening:
         )
         if state is not None and anchor is None:
             self._fresh.states.append(index_of(state))
-        missing = self._num_opening_pages(request) - len(holding.pages)
+        missing = self._num_opening_pages(request) - len(indices)
         if missing > 0:
             self._give_pages(holding, self._take(Tenant.PAGE, missing))
         return holding
 
     def _give_pages(self, holding: Holding, pages: list[int]) -> None:
         indices = [index_of(page) for page in pages]
-        holding.pages.extend(pages)
+        holding.own_pages.extend(pages)
         holding.page_indices = holding.page_indices + array("q", indices)
         self._fresh.pages.extend(indices)
 

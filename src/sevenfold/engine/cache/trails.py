@@ -22,27 +22,30 @@ _MOST_TRAILS, _MOST_BLOCKS = 256, 80_000
 
 
 class Path(NamedTuple):
-    """Nodes, first block first, with handles and indices of their pages, if they have any."""
+    """Nodes, first block first, and where their pages lie, if they have any.
+
+    Neither is written to: paths share them, for to copy one touches each of its nodes.
+    """
 
     nodes: list[Node]
-    pages: list[int]
     indices: array
 
     @classmethod
     def empty(cls) -> "Path":
         """Return the path of no blocks."""
-        return cls([], [], array("q"))
+        return cls([], array("q"))
 
     def first(self, num_blocks: int) -> "Path":
         """Return the path of so many first blocks."""
-        return Path(self.nodes[:num_blocks], self.pages[:num_blocks], self.indices[:num_blocks])
+        nodes = self.nodes if num_blocks == len(self.nodes) else self.nodes[:num_blocks]
+        return Path(nodes, self.indices[:num_blocks])
 
-    def extend(self, nodes: Sequence[Node]) -> None:
-        """Let it go on to further nodes."""
-        pages = [node.page for node in nodes if node.page is not None]
-        self.nodes.extend(nodes)
-        self.pages.extend(pages)
-        self.indices.extend(map(index_of, pages))
+    def to(self, nodes: Sequence[Node]) -> "Path":
+        """Return the path that goes on to further nodes."""
+        if not nodes:
+            return self
+        indices = array("q", [index_of(node.page) for node in nodes if node.page is not None])
+        return Path([*self.nodes, *nodes], self.indices + indices)
 
 
 @dataclass(eq=False, frozen=True, slots=True)
