@@ -61,8 +61,7 @@ class Holding:
         return Path(self.path, self.page_indices)
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a request lies: indices into the strided views of the arena.
 
     state: None in a model without linear layers. restore: the snapshot to read the state from

@@ -47,13 +47,15 @@ class Opening:
 
     def _admit(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
         """Take memory for a request behind the path that it goes on from."""
-        if self._lock(request, found.path):
-            return self._hold(request, chain, found)
+        num_pages = self._num_opening_pages(request)
+        if self._lock(found.path, num_pages):
+            return self._hold(request, chain, found, num_pages)
         if self._holdings or not found.path.nodes:
             return None
         # Alone: nothing will come free, and what was found is in the way of what is needed.
         found = found.without_path()
-        return self._hold(request, chain, found) if self._lock(request, found.path) else None
+        is_locked = self._lock(found.path, num_pages)
+        return self._hold(request, chain, found, num_pages) if is_locked else None
 
     def _admit_from_host(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
         """Take memory for a request that goes on from a longer prefix in the host's memory.
@@ -67,11 +69,12 @@ class Opening:
             return None
         path = Path.empty().to(self._tree.along(entry.keys))
         self._tree.lock(path.nodes)
-        pages = self._num_opening_pages(request) - len(path.nodes)
+        num_pages = self._num_opening_pages(request)
+        needs = (int(self.plan.has_states), num_pages - len(path.nodes), 0)
         # The snapshot may come to lie in a slab of its own: in the one that others must keep its
         # place may be held by what need not stay.
         whole = int(entry.snapshot is not None)
-        if not self._suffices((int(self.plan.has_states), pages, 0), whole_slabs=whole):
+        if not self._suffices(needs, whole_slabs=whole):
             self._tree.unlock(path.nodes)
             return None
         self._host.pin(entry)
@@ -82,7 +85,7 @@ class Opening:
         hit = len(path.nodes) * page
         self._host.counters.hit_tokens += hit - found.lookup.hit_tokens
         seen = max(hit, found.lookup.seen_tokens)
-        return self._hold(request, chain, Match(Lookup(hit, seen, None), path), state)
+        return self._hold(request, chain, Match(Lookup(hit, seen, None), path), num_pages, state)
 
     def _bring_back(self, entry: HostEntry, path: Path, chain: KeyChain) -> Path:
         """Put an entry's missing nodes behind a locked path, and a pinned anchor on the last.
@@ -106,15 +109,14 @@ class Opening:
         self._tree.pin(self._tree.anchor(path.nodes[-1], snapshot))
         return path
 
-    def _lock(self, request: Request, path: Path) -> bool:
-        """Keep a path and its last state if what the request needs besides can be had."""
+    def _lock(self, path: Path, num_pages: int) -> bool:
+        """Keep a path and its last state if what a request needs besides can be had."""
         nodes = path.nodes
-        pages = self._num_opening_pages(request) - len(nodes)
         self._tree.lock(nodes)
         anchor = nodes[-1].anchor if nodes else None
         if anchor is not None:
             self._tree.pin(anchor)
-        if self._suffices((int(self.plan.has_states), pages, 0)):
+        if self._suffices((int(self.plan.has_states), num_pages - len(nodes), 0)):
             return True
         if anchor is not None:
             self._tree.unpin(anchor)
@@ -135,7 +137,12 @@ class Opening:
         return self.plan.num_pages(request.num_tokens + output)
 
     def _hold(
-        self, request: Request, chain: KeyChain, found: Match, state: int | None = None
+        self,
+        request: Request,
+        chain: KeyChain,
+        found: Match,
+        num_pages: int,
+        state: int | None = None,
     ) -> Holding:
         """What a request holds behind a locked path, with a state that it has or gets now."""
         nodes, indices = found.path
@@ -157,7 +164,7 @@ class Opening:
         )
         if state is not None and anchor is None:
             self._fresh.states.append(index_of(state))
-        missing = self._num_opening_pages(request) - len(indices)
+        missing = num_pages - len(indices)
         if missing > 0:
             self._give_pages(holding, self._take(Tenant.PAGE, missing))
         return holding
