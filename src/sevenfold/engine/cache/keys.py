@@ -7,7 +7,6 @@ let one caller make another's prefix collide with his own (GHSA-rm76-4mrf-v9r8).
 """
 
 import struct
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 
@@ -70,23 +69,23 @@ class KeyChain:
         blocks = [self._block(block) for block in range(inside, num_blocks)]
         return b"".join((self._view(inside), *blocks))
 
-    def num_common(self, packed: bytes, least: int, most: int) -> int:
-        """Return how many first blocks of the prompt, at most so many, are another's packed tokens.
+    def closest(self, others: Sequence[bytes], most: int) -> tuple[int, int]:
+        """Find the packed tokens, of several, that have most first blocks of the prompt.
 
-        0 if they are no more than least, which is seen at once.
+        Returns:
+            How many, at most so many, and which, the first of those that have as many.
         """
-        most = min(most, self._num_whole, len(packed) // self._block_bytes)
-        if most <= least:
-            return 0
-        own, width = self._view(most), self._block_bytes
-        first = least * width
-        if not packed.startswith(own[first : first + width], first):
-            return 0
-        if packed.startswith(own):
-            return most
-        ends = range(width, most * width + 1, width)
-        found = bisect_left(ends, True, key=lambda end: not packed.startswith(own[:end]))
-        return found if found > least else 0
+        width, most = self._block_bytes, min(most, self._num_whole)
+        own, best, found = self._view(most), 0, 0
+        following = own[:width]
+        for n, packed in enumerate(others):
+            # Most differ in the next block from those before, which is seen at once.
+            if best < most and packed.startswith(following, best * width):
+                common = _num_common(own, packed, width)
+                if common > best:
+                    best, found = common, n
+                    following = own[best * width : (best + 1) * width]
+        return best, found
 
     def unsalted(self) -> bytes:
         """Return a key of the first block that does not depend on the salt."""
@@ -136,3 +135,17 @@ class KeyChain:
         first, size = block * self._page_tokens, self._page_tokens
         tokens = self._request.tokens_between(first, first + size)
         return struct.pack(f"<{size}I", *tokens)
+
+
+def _num_common(own: memoryview, other: bytes, width: int) -> int:
+    """How many first blocks are the same."""
+    least, most = 0, min(len(own), len(other)) // width
+    if other.startswith(own[: most * width]):
+        return most
+    while most - least > 1:
+        middle = (least + most) // 2
+        if other.startswith(own[least * width : middle * width], least * width):
+            least = middle
+        else:
+            most = middle
+    return least

@@ -37,8 +37,9 @@ class Path(NamedTuple):
 
     def first(self, num_blocks: int) -> "Path":
         """Return the path of so many first blocks."""
-        nodes = self.nodes if num_blocks == len(self.nodes) else self.nodes[:num_blocks]
-        return Path(nodes, self.indices[:num_blocks])
+        if num_blocks == len(self.nodes) >= len(self.indices):
+            return self
+        return Path(self.nodes[:num_blocks], self.indices[:num_blocks])
 
     def to(self, nodes: Sequence[Node]) -> "Path":
         """Return the path that goes on to further nodes."""
@@ -102,13 +103,12 @@ class Trails:
         """
         if most_blocks < _LEAST_BLOCKS:
             return Path.empty()
-        best, found = 0, None
-        for trail in self._by_start.get(chain.start, {}).values():
-            num_blocks = chain.num_common(trail.tokens, best, most_blocks)
-            if num_blocks:
-                best, found = num_blocks, trail
-        if found is None:
+        # Most often it is the one that was left last.
+        trails = list(self._by_start.get(chain.start, {}).values())[::-1]
+        best, which = chain.closest([trail.tokens for trail in trails], most_blocks)
+        if not best:
             return Path.empty()
+        found = trails[which]
         self._trails.move_to_end(found.keys[-1])
         chain.adopt(found.keys, best)
         while best and not self._tree.holds(found.path.nodes[best - 1]):
