@@ -163,7 +163,8 @@ class PrefixTree:
             node = node.parent
             if node:
                 node.num_pinned += 1
-        self._arena.pin(Tenant.PAGE, pages)
+        if pages:
+            self._arena.pin(Tenant.PAGE, pages)
 
     def unlock(self, path: Sequence[Node]) -> None:
         """Give back a whole path; drops what nothing can reach any more."""
