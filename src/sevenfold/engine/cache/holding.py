@@ -2,6 +2,7 @@
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -82,8 +83,7 @@ class Copy(NamedTuple):
     host: int
 
 
-@dataclass(frozen=True)
-class Fresh:
+class Fresh(NamedTuple):
     """What must happen to items before the model runs, in this order.
 
     saved: copied to the host. states, pages: zeroed. loaded: copied from the host.
@@ -91,8 +91,8 @@ class Fresh:
 
     states: list[int]
     pages: list[int]
-    saved: list[Copy] = field(default_factory=list)
-    loaded: list[Copy] = field(default_factory=list)
+    saved: Sequence[Copy] = ()
+    loaded: Sequence[Copy] = ()
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Finding the longest prefix that a request need not compute, and why there is none."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -29,8 +28,7 @@ class MissReason(Enum):
     NO_MEMORY = "no_memory"
 
 
-@dataclass(frozen=True)
-class Lookup:
+class Lookup(NamedTuple):
     """What a request found: seen_tokens are those that it has in common with an earlier one.
 
     reason: for the operator; a caller must get public_reason, since OTHER_SALT tells what other

@@ -189,7 +189,7 @@ class CacheManager(Opening):
         if self._host is None:
             return fresh
         saved, loaded = self._host.take_copies()
-        return replace(fresh, saved=saved, loaded=loaded)
+        return fresh._replace(saved=saved, loaded=loaded)
 
     def clear(self) -> None:
         """Forget every prefix that no open request uses."""
@@ -246,9 +246,7 @@ class CacheManager(Opening):
         """Where a prompt's prefill should write snapshots, and whether they are needed."""
         if holding.wanted is None:
             marks, seen = holding.request.marks, holding.lookup.seen_tokens
-            places = PromptPlaces(
-                holding.num_prompt_tokens, marks, seen, holding.lookup.hit_tokens
-            )
+            places = PromptPlaces(holding.num_prompt_tokens, marks, seen, holding.lookup.hit_tokens)
             holding.wanted = wanted_snapshots(places, self._grain_tokens or self.plan.page_tokens)
         return holding.wanted
 

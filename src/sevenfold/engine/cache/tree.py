@@ -20,7 +20,8 @@ class Node:
     page: its keys and values; None in a model without softmax layers. refs: open requests and
     sessions whose path ends here. pinned: whether the arena counts its page as one that must stay,
     as it does those of all nodes above a pinned one; num_pinned: how many of its children are.
-    is_followed: whether it has or had children. first_block: the unsalted key of a first block, else None.
+    is_followed: whether it has or had children. first_block: the unsalted key of a first block,
+    else None.
     """
 
     __slots__ = (
