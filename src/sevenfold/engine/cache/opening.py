@@ -62,10 +62,12 @@ class Opening:
 
         The prefix takes its place in the tree at once; its items are filled before the model runs.
         """
+        if self._host is None:
+            return None
         page = self.plan.page_tokens
         most, least = (num_matched_tokens(request) - 1) // page, found.lookup.hit_tokens // page + 1
-        entry = None if self._host is None else self._host.find(chain, most, least)
-        if self._host is None or entry is None:
+        entry = self._host.find(chain, most, least)
+        if entry is None:
             return None
         path = Path.empty().to(self._tree.along(entry.keys))
         self._tree.lock(path.nodes)
@@ -133,7 +135,7 @@ class Opening:
         """Pages for all known tokens and for some output: none of them can be refused later, while
         the state that the request goes on from must stay."""
         headroom = self._headroom_tokens << min(request.num_preemptions, 32)
-        output = max(0, min(headroom, request.num_remaining_tokens - 1))
+        output = min(headroom, request.num_remaining_tokens - 1)
         return self.plan.num_pages(request.num_tokens + output)
 
     def _hold(
