@@ -24,6 +24,7 @@ class Model:
         self.computed: dict[Request, int] = {}
         self.begun: dict[Request, int] = {}
         self.fresh: set[Request] = set()
+        self.leaving: set[Request] = set()  # ended by a token, and hold memory until the next step
 
     def submit(self, prompt, max_tokens, priority, patience, salt, drafts) -> None:
         w, now_s = self.world, self.world.clock.now_s
@@ -66,6 +67,10 @@ class Model:
         for row in rows(step):
             self.outcome(row, random)
         self.nobody_is_lost()
+        if random.random() < 0.3:
+            self.world.scheduler.let_go()
+            self.leaving.clear()
+            self.nobody_is_lost()
 
     def reserve(self, request: Request) -> None:
         """Ask for the places of the next step, before this one is recorded."""
@@ -100,6 +105,7 @@ class Model:
         assert (request.status is Status.ENDED) == (stopped or over)
         if request.status is Status.ENDED:
             assert request.finish_reason == ("stop" if stopped else "length")
+            self.leaving.add(request)
 
     def check_turn(self, request: Request, hit: int) -> None:
         """Nobody is opened before one that ranks ahead of it; what is opened is not open yet."""
@@ -115,6 +121,7 @@ class Model:
         known = {r: r.num_tokens - r.num_computed_tokens for r in self.under_way}
         overdue = {r for r in self.under_way if (r.deadline_s or 1e9) <= w.clock.now_s}
         step = w.scheduler.step()
+        self.leaving.clear()
         self.check_ends(step, overdue)
         self.check_work(step)
         self.check_victims(step, before)
@@ -184,7 +191,8 @@ class Model:
         counts = (w.scheduler.num_waiting, w.scheduler.num_prefilling, w.scheduler.num_decoding)
         expected = (Status.WAITING, Status.PREFILLING, Status.DECODING)
         assert counts == tuple(sum(r.status is s for r in alive) for s in expected)
-        assert set(w.cache.pages) == {r for r in alive if r.status is not Status.WAITING}
+        opened = {r for r in alive if r.status is not Status.WAITING}
+        assert set(w.cache.pages) == opened | self.leaving
         assert set(self.computed) == set(w.cache.pages)
         assert w.cache.num_free >= 0
         assert w.scheduler.has_work == bool(self.under_way)

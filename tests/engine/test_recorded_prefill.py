@@ -168,7 +168,7 @@ def test_what_a_size_holds_and_what_runs_as_it_comes() -> None:
     row = Row([1] * 9, 0, 1, [1], {})
 
     def size_of(**changed: object) -> int | None:
-        return graphs.size_of([Row(**(vars(row) | changed))])
+        return graphs.size_of([row._replace(**changed)])
 
     assert [size_of(tokens=[1] * n) for n in (2, 8, 9, 24, 25, 32)] == [8, 8, 16, 24, 32, 32]
     assert size_of(tokens=[1] * 33) is None

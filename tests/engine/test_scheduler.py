@@ -439,6 +439,8 @@ def test_a_request_that_stops_frees_its_memory_and_leaves_its_prefix() -> None:
     w.scheduler.step()
     w.scheduler.record(request, [3], stopped=True)
     assert (request.finish_reason, request.generated) == ("stop", [7, 3])
+    assert list(w.cache.pages) == [request]  # until its token is on its way
+    w.scheduler.let_go()
     assert w.cache.pages == {}
     follower = w.submit((*request.prompt, 7, 3, 4, 4), 5)
     assert spans(w.step().prefills) == [(follower.id, 8, 13)]

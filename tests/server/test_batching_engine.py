@@ -198,9 +198,10 @@ async def outputs_of(engine: BatchingEngine, request: GenerationRequest) -> list
 
 
 async def told(engine: BatchingEngine, *, running: int) -> EngineStats:
-    """What the thread tells of itself, which it does after its step: once so many run."""
+    """What the thread tells of itself, which it does after its step: once so many run and hold."""
     for _ in range(500):
-        if engine.stats().running == running:
+        stats = engine.stats()
+        if stats.running == stats.states.used == running:
             break
         await asyncio.sleep(0.01)
     return engine.stats()
@@ -308,7 +309,7 @@ async def test_warming_up_leaves_nothing_and_says_what_went_wrong(
     engine = make_engine(llm)
     await engine.warm_up(print)
     await outputs_of(engine, asking("next", 1))  # the cache is emptied before a step
-    stats = engine.stats()
+    stats = await told(engine, running=0)
     assert stats.steps > 0
     assert (stats.running, stats.snapshots.used, stats.pages.used) == (0, 0, 0)
     poisoned = make_llm()

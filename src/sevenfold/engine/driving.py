@@ -51,10 +51,11 @@ class Driver:
         return event
 
     def leave(self, request_id: str) -> None:
-        """Forget a request; if it has not ended, the next step frees what it holds."""
+        """Forget a request and let go of what it holds; if it has not ended, in the next step."""
         with self._lock:
             self._inboxes.pop(request_id, None)
             self._engine.cancel(request_id)
+            self._engine.let_go()
 
     def speculation_counters(self) -> SpeculationCounters | None:
         """Return the engine's, between two of its steps."""

@@ -141,6 +141,10 @@ class Engine:
         """End a request at the next step; returns whether it was under way."""
         return self.scheduler.cancel(request_id)
 
+    def let_go(self) -> None:
+        """Give back the memory of requests whose last token has come, as a step does first."""
+        self.scheduler.let_go()
+
     def abandon(self, message: str) -> None:
         """End every request under way with an error: a step of theirs did not come to its end."""
         self._ahead.forget()

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import Literal
 
 from sevenfold.config import SevenfoldError
@@ -89,8 +90,12 @@ class Request:
             raise ValueError(f"deadline_s must be finite or None, got {self.deadline_s}")
         if self.draft_tokens < 0:
             raise ValueError(f"draft_tokens must be 0 or more, got {self.draft_tokens}")
-        bounded = not self.marks or (self.marks[0] >= 1 and self.marks[-1] <= len(self.prompt))
-        if not bounded or any(a >= b for a, b in zip(self.marks, self.marks[1:], strict=False)):
+        if self.marks:
+            self._check_marks()
+
+    def _check_marks(self) -> None:
+        bounded = self.marks[0] >= 1 and self.marks[-1] <= len(self.prompt)
+        if not bounded or any(a >= b for a, b in pairwise(self.marks)):
             raise ValueError(
                 f"marks must rise from 1 or more to {len(self.prompt)} or fewer, got {self.marks}"
             )

@@ -30,8 +30,7 @@ class NextRow(NamedTuple):
     pages: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """New tokens of one request.
 
     tokens: their ids, at least one.

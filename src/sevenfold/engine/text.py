@@ -31,6 +31,8 @@ class TextStream:
         """Add a token, and return the text that may be shown now."""
         self._tokens.append(token)
         self._text += self._stream.step(self._tokenizer, token) or ""
+        if not self._stop:
+            return self._give(len(self._text))
         self._cut_at_stop()
         return self._give(len(self._text) if self.stopped else self._safe_length())
 

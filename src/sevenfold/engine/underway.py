@@ -1,6 +1,6 @@
 """A request under way, as the engine sees it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from tokenizers import Tokenizer
@@ -54,7 +54,7 @@ class Underway:
         if row.past == 0 or self.scored is None:
             self.scored = []  # anew, if the request was preempted
         targets = request.prompt[row.past + 1 : row.end + 1]
-        return replace(row, scored=Scored(targets, num_top, self.scored))
+        return row._replace(scored=Scored(targets, num_top, self.scored))
 
     def take_scored(self) -> tuple[Logprobs, ...] | None:
         """The prompt's log probabilities, once its last chunk is computed."""

@@ -181,9 +181,9 @@ class Sessions(RuleBasedStateMachine):
         assert sorted(map(id, listed)) == sorted(map(id, held._trails.values()))
         assert held._num_blocks == sum(map(len, listed)) <= trails._MOST_BLOCKS
         for trail in listed:
-            nodes, pages, indices = trail.path
+            nodes, indices = trail.path
             assert [node.key for node in nodes] == trail.keys
-            assert pages == [node.page for node in nodes if node.page is not None]
+            pages = [node.page for node in nodes if node.page is not None]
             assert list(indices) == [index_of(page) for page in pages]
             alive = [tree.holds(node) for node in nodes]
             assert alive == sorted(alive, reverse=True)

@@ -45,6 +45,7 @@ class Engine:
                 self.runner.adopt(row.request)
         for row in rows:
             self.run(row)
+        self.scheduler.let_go()
         self.runner.check()
 
     def forget(self, step: Step) -> None:

@@ -31,6 +31,12 @@ def chat(num_blocks: int) -> str:
     return "".join(chr(ord("a") + n % 26) for n in range(num_blocks))
 
 
+def num_common(a: str, b: str) -> int:
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
 def runner(num_slabs: int = 40) -> Runner:
     return Runner(CacheManager(tiny_plan(num_slabs), headroom_tokens=0))
 
@@ -66,21 +72,44 @@ def test_another_salt_meets_no_trail(hashed: list[bytes]) -> None:
 
 @settings(deadline=None)
 @given(
-    shared=LETTERS, own=LETTERS, others=LETTERS, tail=st.integers(0, P - 1), most=st.integers(0, 13)
+    shared=LETTERS,
+    own=LETTERS,
+    others=st.lists(LETTERS, max_size=5),
+    tail=st.integers(0, P - 1),
+    most=st.integers(0, 13),
 )
-def test_common_blocks_are_counted(shared, own, others, tail, most) -> None:
+def test_the_closest_of_several_is_found(shared, own, others, tail, most) -> None:
     chain = KeyChain(Request("r", (*blocks(shared + own), *[5] * tail, 7), 1), P)
-    other = KeyChain(Request("s", (*blocks(shared + others), 7), 1), P)
-    packed = other.packed(len(shared + others))
-    pairs = zip(shared + own, shared + others, strict=False)
-    number = 0
-    for a, b in pairs:
-        if a != b:
-            break
-        number += 1
-    number = min(number, most)
-    for least in range(8):
-        assert chain.num_common(packed, least, most) == (number if number > least else 0)
+    texts = [shared + other for other in others] + others
+    packed = [KeyChain(Request("s", (*blocks(t), 7), 1), P).packed(len(t)) for t in texts]
+    common = [min(num_common(shared + own, text), most) for text in texts]
+    best = max(common, default=0)
+    assert chain.closest(packed, most) == (best, common.index(best) if best else 0)
+
+
+def test_a_block_that_nobody_sent_is_not_hashed_before_it_runs(hashed: list[bytes]) -> None:
+    run = runner()
+    first = blocks(chat(30))
+    run.serve((*first, 1), output=blocks("xy"))
+    prompt = (*first, 1, *blocks("xy"), *blocks("q"))
+    hashed.clear()
+    request = run.request(prompt)
+    assert run.start(request) == 32 * P
+    assert run.compute(request, len(prompt))
+    assert hashed == []
+    run.finish(request)
+    assert len(hashed) == 1
+
+
+def test_a_branch_behind_blocks_that_are_back_is_found() -> None:
+    run = runner()
+    short, long = blocks(chat(10)), blocks(chat(12))
+    run.serve((*long, 1))
+    run.manager.clear()
+    run.serve((*short, 1))
+    request = run.request((*long, 1))
+    assert run.start(request) == 10 * P
+    assert run.manager.lookup(request).seen_tokens == 12 * P
 
 
 def test_blocks_that_have_been_dropped_do_not_count() -> None:

@@ -15,6 +15,7 @@ from sevenfold.bench.serving.agreement import check_tokens
 from sevenfold.bench.serving.prefill import Report
 from sevenfold.bench.serving.sides import Serving, Sides, random_ids
 from sevenfold.engine.memory_layout import Tenant
+from sevenfold.engine.request import Request
 from sevenfold.engine.token_ids import TokenIds
 from sevenfold.models.accounting import kv_bytes, state_bytes
 
@@ -62,7 +63,8 @@ def _measure(
 ) -> dict[str, Any]:
     peer_most_tokens, repeats = limits
     chat = _Chat(serving, random_ids(sides.config, length).tolist())
-    held, answer = chat.serve_first_turn(b"first")
+    asked = chat.ask_first_turn(b"first")
+    held, answer = _held_bytes(serving), asked.generated
     question = random_ids(sides.config, _QUESTION_TOKENS).tolist()
     prompt = TokenIds((*chat.first, *answer, *question))  # as a server has encoded it
     salts = (b"chat %d" % n for n in count())
@@ -75,7 +77,8 @@ def _measure(
         ids = torch.tensor([prompt], device=sides.device)
         runs["transformers"] = lambda: elapsed_s(partial(peer_prefill, sides.peer, ids))
     times = interleaved_medians(runs, repeats)
-    chat.serve_first_turn(b"checked")
+    chat.ask_first_turn(b"checked")
+    serving.run()
     cached, again = (_answered(sides, serving, prompt, salt) for salt in (b"checked", b"first"))
     element_bytes = sides.model.dtype.itemsize
     tokens = length + _ANSWER_TOKENS
@@ -103,16 +106,17 @@ class _Chat:
     serving: Serving
     first: list[int]
 
-    def serve_first_turn(self, salt: bytes) -> tuple[int, list[int]]:
-        """Serve it; bytes of pages and state that it held at its end, and the answer."""
+    def ask_first_turn(self, salt: bytes) -> Request:
+        """Let it wait for its steps."""
         turn = len(self.first)
-        asked = self.serving.submit(self.first, _ANSWER_TOKENS, salt=salt, turn=turn)
-        return _held_bytes(self.serving), asked.generated
+        return self.serving.submit(self.first, _ANSWER_TOKENS, salt=salt, turn=turn)
 
     def second_turn_s(self, salt: bytes, question: Sequence[int]) -> float:
         """Serve both turns; seconds to the second's first token."""
-        _, answer = self.serve_first_turn(salt)
-        return _first_token_s(self.serving, TokenIds((*self.first, *answer, *question)), salt)
+        asked = self.ask_first_turn(salt)
+        self.serving.run()  # not weighed: that unpins what stays pinned for the next turn
+        prompt = TokenIds((*self.first, *asked.generated, *question))
+        return _first_token_s(self.serving, prompt, salt)
 
 
 def _answered(sides: Sides, serving: Serving, prompt: TokenIds, salt: bytes) -> int:

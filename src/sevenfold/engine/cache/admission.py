@@ -1,25 +1,26 @@
 """Where a prompt's prefill should write snapshots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 FIRST_SPACED_TOKENS = 1024
 MOST_MARKS = 16  # the last, of which each may have a snapshot; the first always has one
 DECODE_INTERVAL_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class PromptPlaces:
+class PromptPlaces(NamedTuple):
     """What is known about a prompt when it is admitted.
 
     num_tokens: of the prompt; after a preemption, with the output so far.
     marks: rising token counts where its caller says that a turn, or what others share, ends.
     branch_tokens: where other requests have been seen to leave its path; 0 for nowhere.
+    known_tokens: what it goes on from: places before need not be chosen.
     """
 
     num_tokens: int
     marks: Sequence[int]
     branch_tokens: int
+    known_tokens: int = 0
 
 
 def wanted_snapshots(places: PromptPlaces, page_tokens: int) -> dict[int, bool]:
@@ -48,7 +49,7 @@ def wanted_snapshots(places: PromptPlaces, page_tokens: int) -> dict[int, bool]:
     spaced = FIRST_SPACED_TOKENS
     while spaced < places.num_tokens:
         at = spaced // page_tokens * page_tokens
-        if all(abs(at - other) * 4 > at for other in wanted):
+        if at > places.known_tokens and all(abs(at - other) * 4 > at for other in wanted):
             wanted[at] = False
         spaced *= 2
     wanted.pop(0, None)

@@ -100,11 +100,17 @@ class Arena:
 
     def pin(self, tenant: Tenant, handles: Iterable[int]) -> None:
         """Note that items must stay; none may be pinned already."""
+        # A long path has hundreds: what a call would do for each is counted once.
+        num_slabs = num_items = 0
         for slab, _, place in self._held(tenant, handles):
             if slab.pinned[place]:
                 raise AssertionError("an item is pinned once")
             slab.pinned[place] = True
-            self._count_pins(slab, 1)
+            num_slabs += not slab.num_pinned
+            slab.num_pinned += 1
+            num_items += 1
+        self._pinned_slabs[tenant] += num_slabs
+        self._pinned_items[tenant] += num_items
 
     def unpin(self, tenant: Tenant, handles: Iterable[int]) -> None:
         """Note that items may go; all must be pinned."""
@@ -183,11 +189,11 @@ class Arena:
 
     def _held(self, tenant: Tenant, handles: Iterable[int]) -> Iterator[tuple[_Slab, int, int]]:
         """Each item's slab, the slab's number, and its place there, one after another."""
-        places, slabs = self.layout.places[tenant], self._slabs
+        places, slabs, end = self.layout.places[tenant] or 1, self._slabs, len(self._slabs)
         for handle in handles:
-            number, place = divmod(handle & _INDEX_MASK, places) if places else (0, 0)
-            slab = slabs[number] if number < len(slabs) else None
-            serial = handle >> _INDEX_BITS
+            index = handle & _INDEX_MASK
+            number, place = index // places, index % places
+            slab, serial = slabs[number] if number < end else None, handle >> _INDEX_BITS
             if slab is None or slab.tenant is not tenant or slab.serials[place] != serial:
                 raise StaleReferenceError(
                     f"{tenant.name.lower()} must be held to be used, got place "

@@ -1,6 +1,8 @@
 """What one open request holds."""
 
 from array import array
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,11 +21,13 @@ class Holding:
     num_prompt_tokens: what was known when it was opened; prefill ends there.
     wanted: token counts of snapshots to write -> whether they are needed; None until a step comes
         to a page's border, where they all lie.
-    path: nodes of the tree for its first blocks, which it keeps there.
-    pages: for all blocks in their order; those of path are the tree's.
-    page_indices: where the pages lie, int64; replaced when they change, never written to.
+    path: nodes of the tree for its first blocks, which it keeps there; replaced when it grows, for
+        others share it.
+    page_indices: where the pages of all blocks lie, in their order, int64; replaced when they
+        change, never written to.
     restored: the anchor that its state is read from, until that has happened.
     next_block_tokens: computed tokens with which path grows.
+    own_pages: those that are not the tree's, of the blocks behind path.
     pending: token count -> snapshot being written.
     anchors: those that it has made.
     rolling: the last of them made while decoding, which the next one replaces.
@@ -35,11 +39,11 @@ class Holding:
     lookup: Lookup
     num_prompt_tokens: int
     path: list[Node]
-    pages: list[int]
     page_indices: array
     state: int | None
     restored: Anchor | None
     next_block_tokens: int
+    own_pages: deque[int] = field(default_factory=deque)
     pending: dict[int, int] = field(default_factory=dict)
     anchors: list[Anchor] = field(default_factory=list)
     rolling: Anchor | None = None
@@ -55,16 +59,10 @@ class Holding:
     @property
     def whole_path(self) -> Path:
         """Its path, behind whose pages its own may lie."""
-        return Path(self.path, self.pages, self.page_indices)
-
-    @property
-    def own_pages(self) -> list[int]:
-        """Pages that are not the tree's."""
-        return self.pages[len(self.path) :]
+        return Path(self.path, self.page_indices)
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a request lies: indices into the strided views of the arena.
 
     state: None in a model without linear layers. restore: the snapshot to read the state from
@@ -85,8 +83,7 @@ class Copy(NamedTuple):
     host: int
 
 
-@dataclass(frozen=True)
-class Fresh:
+class Fresh(NamedTuple):
     """What must happen to items before the model runs, in this order.
 
     saved: copied to the host. states, pages: zeroed. loaded: copied from the host.
@@ -94,8 +91,8 @@ class Fresh:
 
     states: list[int]
     pages: list[int]
-    saved: list[Copy] = field(default_factory=list)
-    loaded: list[Copy] = field(default_factory=list)
+    saved: Sequence[Copy] = ()
+    loaded: Sequence[Copy] = ()
 
 
 @dataclass

@@ -7,7 +7,6 @@ let one caller make another's prefix collide with his own (GHSA-rm76-4mrf-v9r8).
 """
 
 import struct
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 
@@ -23,18 +22,20 @@ class KeyChain:
 
     def __init__(self, request: Request, page_tokens: int) -> None:
         self._request, self._page_tokens = request, page_tokens
-        self._keys: list[bytes] = []
         self._adopted: tuple[Sequence[bytes], int] = ((), 0)
+        self._own: list[bytes] = []  # behind the adopted ones
 
     def key(self, block: int) -> bytes:
         """Return the key of the prefix that ends with a block, all of whose tokens are known."""
+        adopted, count = self._adopted
+        if block < count:
+            return adopted[block]
         self._extend(block + 1)
-        return self._keys[block]
+        return self._own[block - count]
 
     def keys(self, num_blocks: int) -> list[bytes]:
         """Return the keys of so many first blocks."""
-        self._extend(num_blocks)
-        return self._keys[:num_blocks]
+        return self._known(0, num_blocks)
 
     def between(self, first: int, end: int) -> Iterator[bytes]:
         """Return the keys of blocks first to end - 1, computed as they are asked for.
@@ -43,8 +44,7 @@ class KeyChain:
         """
         at = first
         while at < end:
-            self._extend(min(2 * at - first + 1, end))
-            known = self._keys[at:end]
+            known = self._known(at, min(2 * at - first + 1, end))
             yield from known
             at += len(known)
 
@@ -59,7 +59,7 @@ class KeyChain:
     def adopt(self, keys: Sequence[bytes], count: int) -> None:
         """Take so many first keys from a request whose salt and tokens there are the same.
 
-        They are copied when they are asked for: the next turn of a chat asks for none.
+        Before any is asked for. They are not copied: the next turn of a chat asks for the last.
         """
         self._adopted = (keys, count)
 
@@ -69,23 +69,23 @@ class KeyChain:
         blocks = [self._block(block) for block in range(inside, num_blocks)]
         return b"".join((self._view(inside), *blocks))
 
-    def num_common(self, packed: bytes, least: int, most: int) -> int:
-        """Return how many first blocks of the prompt, at most so many, are another's packed tokens.
+    def closest(self, others: Sequence[bytes], most: int) -> tuple[int, int]:
+        """Find the packed tokens, of several, that have most first blocks of the prompt.
 
-        0 if they are no more than least, which is seen at once.
+        Returns:
+            How many, at most so many, and which, the first of those that have as many.
         """
-        most = min(most, self._num_whole, len(packed) // self._block_bytes)
-        if most <= least:
-            return 0
-        own, width = self._view(most), self._block_bytes
-        first = least * width
-        if not packed.startswith(own[first : first + width], first):
-            return 0
-        if packed.startswith(own):
-            return most
-        ends = range(width, most * width + 1, width)
-        found = bisect_left(ends, True, key=lambda end: not packed.startswith(own[:end]))
-        return found if found > least else 0
+        width, most = self._block_bytes, min(most, self._num_whole)
+        own, best, found = self._view(most), 0, 0
+        following = own[:width]
+        for n, packed in enumerate(others):
+            # Most differ in the next block from those before, which is seen at once.
+            if best < most and packed.startswith(following, best * width):
+                common = _num_common(own, packed, width)
+                if common > best:
+                    best, found = common, n
+                    following = own[best * width : (best + 1) * width]
+        return best, found
 
     def unsalted(self) -> bytes:
         """Return a key of the first block that does not depend on the salt."""
@@ -100,21 +100,32 @@ class KeyChain:
         """Blocks of which the prompt has every token."""
         return len(self._request.prompt) // self._page_tokens
 
-    def _extend(self, count: int) -> None:
-        keys, width = self._keys, self._block_bytes
-        if len(keys) < count and len(keys) < self._adopted[1]:
-            keys += self._adopted[0][len(keys) : self._adopted[1]]
-        key = keys[-1] if keys else sha256(_TAG + self._request.salt).digest()
-        inside = min(count, self._num_whole)
-        if len(keys) < inside:
+    def _known(self, first: int, end: int) -> list[bytes]:
+        """The keys of blocks first to end - 1."""
+        self._extend(end)
+        adopted, count = self._adopted
+        own = self._own[max(first - count, 0) : max(end - count, 0)]
+        return [*adopted[first : min(end, count)], *own]
+
+    def _extend(self, num_blocks: int) -> None:
+        adopted, count = self._adopted
+        own, width, known = self._own, self._block_bytes, count + len(self._own)
+        if known >= num_blocks:
+            return
+        if own:
+            key = own[-1]
+        else:
+            key = adopted[count - 1] if count else sha256(_TAG + self._request.salt).digest()
+        inside = min(num_blocks, self._num_whole)
+        if known < inside:
             # One loop without calls of our own: a long prompt has thousands of blocks.
             packed = self._view(inside)
-            for at in range(len(keys) * width, inside * width, width):
+            for at in range(known * width, inside * width, width):
                 key = sha256(key + packed[at : at + width]).digest()
-                keys.append(key)
-        while len(keys) < count:
-            key = sha256(key + self._block(len(keys))).digest()
-            keys.append(key)
+                own.append(key)
+        for block in range(max(known, inside), num_blocks):
+            key = sha256(key + self._block(block)).digest()
+            own.append(key)
 
     def _view(self, num_blocks: int) -> memoryview:
         """So many first blocks, which the prompt has."""
@@ -124,3 +135,17 @@ class KeyChain:
         first, size = block * self._page_tokens, self._page_tokens
         tokens = self._request.tokens_between(first, first + size)
         return struct.pack(f"<{size}I", *tokens)
+
+
+def _num_common(own: memoryview, other: bytes, width: int) -> int:
+    """How many first blocks are the same."""
+    least, most = 0, min(len(own), len(other)) // width
+    if other.startswith(own[: most * width]):
+        return most
+    while most - least > 1:
+        middle = (least + most) // 2
+        if other.startswith(own[least * width : middle * width], least * width):
+            least = middle
+        else:
+            most = middle
+    return least

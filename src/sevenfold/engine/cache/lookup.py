@@ -1,12 +1,12 @@
 """Finding the longest prefix that a request need not compute, and why there is none."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from sevenfold.engine.cache.keys import KeyChain
 from sevenfold.engine.cache.trails import Path, Trails
-from sevenfold.engine.cache.tree import PrefixTree
+from sevenfold.engine.cache.tree import Node, PrefixTree
 
 SEEN_KEYS = 1 << 17
 
@@ -28,8 +28,7 @@ class MissReason(Enum):
     NO_MEMORY = "no_memory"
 
 
-@dataclass(frozen=True)
-class Lookup:
+class Lookup(NamedTuple):
     """What a request found: seen_tokens are those that it has in common with an earlier one.
 
     reason: for the operator; a caller must get public_reason, since OTHER_SALT tells what other
@@ -64,8 +63,7 @@ class SeenKeys:
         return key in self._keys
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """A lookup and the path that it goes on from."""
 
     lookup: Lookup
@@ -106,17 +104,26 @@ class PrefixIndex:
         """Find the longest prefix of at most num_tokens - 1 tokens that can be gone on from."""
         most = (num_tokens - 1) // self._page_tokens
         path = self._trails.along(chain, most)
-        path.extend(self._tree.along(chain.between(len(path.nodes), most)))
+        goes_on = not path.nodes or self._may_go_on(path.nodes[-1])
+        if goes_on:
+            path = path.to(self._tree.along(chain.between(len(path.nodes), most)))
         nodes = path.nodes
         hit = len(nodes) // self._grain_blocks * self._grain_blocks
         while hit and not self._any_node and nodes[hit - 1].anchor is None:
             hit -= 1
         seen = len(nodes)
-        while seen < most and chain.key(seen) in self._seen:
+        while goes_on and seen < most and chain.key(seen) in self._seen:
             seen += 1
         reason = None if hit else self._reason(chain, most, len(nodes), seen)
         lookup = Lookup(hit * self._page_tokens, seen * self._page_tokens, reason)
-        return Match(lookup, path if hit == len(nodes) else path.first(hit))
+        return Match(lookup, path.first(hit))
+
+    def _may_go_on(self, node: Node) -> bool:
+        """Whether a block behind a node may be known: if not, what follows need not be hashed.
+
+        A node that has been dropped and is back may have lost blocks behind it before.
+        """
+        return node.is_followed or node.key in self._seen
 
     def _reason(self, chain: KeyChain, most: int, cached: int, seen: int) -> MissReason:
         if not most:

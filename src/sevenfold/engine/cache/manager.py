@@ -39,8 +39,6 @@ class CacheManager(Opening):
         self, plan: MemoryPlan, *, headroom_tokens: int = 256, grain_tokens: int | None = None
     ) -> None:
         super().__init__(plan, headroom_tokens=headroom_tokens, grain_tokens=grain_tokens)
-        # Keys of prompts' snapshots that are being written: of many alike one is enough.
-        self._writing: set[bytes] = set()
         self._counters = CacheCounters()
 
     def open(self, request: Request) -> int | None:
@@ -82,7 +80,7 @@ class CacheManager(Opening):
             ValueError: the request is not open.
         """
         holding = self._holding(request)
-        missing = self.plan.num_pages(num_tokens) - len(holding.pages)
+        missing = self.plan.num_pages(num_tokens) - len(holding.page_indices)
         if missing <= 0:
             return True
         self._settle(holding)
@@ -145,13 +143,9 @@ class CacheManager(Opening):
             for anchor in holding.anchors:
                 if anchor.alive and not anchor.pins:
                     self._tree.drop(anchor)
-        for at in holding.pending:
-            if at <= holding.num_prompt_tokens:
-                self._writing.discard(holding.chain.key(at // self.plan.page_tokens - 1))
         self._arena.release(Tenant.SNAPSHOT, holding.pending.values())
-        own = holding.own_pages
         self._tree.unlock(holding.path)
-        self._arena.release(Tenant.PAGE, own)
+        self._arena.release(Tenant.PAGE, holding.own_pages)
         if holding.state is not None:
             self._arena.release(Tenant.STATE, (holding.state,))
 
@@ -195,7 +189,7 @@ class CacheManager(Opening):
         if self._host is None:
             return fresh
         saved, loaded = self._host.take_copies()
-        return replace(fresh, saved=saved, loaded=loaded)
+        return fresh._replace(saved=saved, loaded=loaded)
 
     def clear(self) -> None:
         """Forget every prefix that no open request uses."""
@@ -252,7 +246,7 @@ class CacheManager(Opening):
         """Where a prompt's prefill should write snapshots, and whether they are needed."""
         if holding.wanted is None:
             marks, seen = holding.request.marks, holding.lookup.seen_tokens
-            places = PromptPlaces(holding.num_prompt_tokens, marks, seen)
+            places = PromptPlaces(holding.num_prompt_tokens, marks, seen, holding.lookup.hit_tokens)
             holding.wanted = wanted_snapshots(places, self._grain_tokens or self.plan.page_tokens)
         return holding.wanted
 
@@ -260,15 +254,29 @@ class CacheManager(Opening):
         """Reserve a snapshot unless there is one, or will be, or there is no memory for it."""
         if at in holding.pending:
             return True
-        key = holding.chain.key(at // self.plan.page_tokens - 1)
-        node = self._tree.get(key)
-        if key in self._writing or (node is not None and node.anchor is not None):
+        node = self._node_at(holding, at)
+        if (node is not None and node.anchor is not None) or self._is_written(holding, at):
             return False
         handles = self._obtain(Tenant.SNAPSHOT, 1) if needed else self._take_spare(holding, at)
-        if not self._note_pending(holding, at, handles):
-            return False
-        self._writing.add(key)
-        return True
+        return self._note_pending(holding, at, handles)
+
+    def _node_at(self, holding: Holding, at: int) -> Node | None:
+        """The node of a prompt's block that ends there, if the tree has it: hashed if need be."""
+        block, path = at // self.plan.page_tokens - 1, holding.path
+        if block < len(path):
+            return path[block]
+        if path and not path[-1].num_children:
+            return None
+        return self._tree.get(holding.chain.key(block))
+
+    def _is_written(self, holding: Holding, at: int) -> bool:
+        """Whether another prompt's prefill writes the same snapshot: of many one is enough."""
+        block = at // self.plan.page_tokens - 1
+        return any(
+            one.chain.key(block) == holding.chain.key(block)
+            for one in self._holdings.values()
+            if at in one.pending and at <= one.num_prompt_tokens
+        )
 
     def _reserve_rolling(self, holding: Holding, at: int) -> bool:
         """Reserve a snapshot in place of the one before it, if nobody has used that."""
@@ -335,29 +343,27 @@ class CacheManager(Opening):
 
     def _publish(self, holding: Holding, num_blocks: int) -> None:
         """Put blocks into the tree: their pages become the tree's, unless it has such blocks."""
-        path, chain = holding.path, holding.chain
-        holding.page_indices = holding.page_indices[:]
+        path, chain = holding.path[:], holding.chain
+        holding.path, holding.page_indices = path, holding.page_indices[:]
         for block in range(len(path), num_blocks):
             key = chain.key(block)
             node = self._tree.get(key)
+            page = holding.own_pages.popleft() if self.plan.has_pages else None
             if node is None:
-                page = holding.pages[block] if self.plan.has_pages else None
                 node = self._tree.grow(path[-1] if path else None, key, page)
                 if not path:
                     self._tree.name_first_block(node, chain.unsalted())
             else:
                 self._tree.follow(node)
-                self._share(holding, block, node)
+                self._share(holding, block, node, page)
             path.append(node)
             if not self.plan.has_states and (block + 1) % _ANCHOR_BLOCKS == 0:
                 self._anchor(holding, node, None)
         holding.next_block_tokens = (len(path) + 1) * self.plan.page_tokens
 
-    def _share(self, holding: Holding, block: int, node: Node) -> None:
+    def _share(self, holding: Holding, block: int, node: Node, own: int | None) -> None:
         """Give back the page of a block that another request published first, and read its page."""
-        own = holding.pages[block] if self.plan.has_pages else None
-        if own is not None and node.page is not None and own != node.page:
-            holding.pages[block] = node.page
+        if own is not None and node.page is not None:
             holding.page_indices[block] = index_of(node.page)
             self._arena.release(Tenant.PAGE, (own,))
 
@@ -365,7 +371,6 @@ class CacheManager(Opening):
         """Hand a written snapshot to the tree, which may have got one from another request."""
         snapshot = holding.pending.pop(at)
         node = holding.path[at // self.plan.page_tokens - 1]
-        self._writing.discard(node.key)
         if node.anchor is not None:
             self._arena.release(Tenant.SNAPSHOT, (snapshot,))
             return

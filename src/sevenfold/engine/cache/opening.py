@@ -47,68 +47,78 @@ class Opening:
 
     def _admit(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
         """Take memory for a request behind the path that it goes on from."""
-        if self._lock(request, found.path):
-            return self._hold(request, chain, found)
+        num_pages = self._num_opening_pages(request)
+        if self._lock(found.path, num_pages):
+            return self._hold(request, chain, found, num_pages)
         if self._holdings or not found.path.nodes:
             return None
         # Alone: nothing will come free, and what was found is in the way of what is needed.
         found = found.without_path()
-        return self._hold(request, chain, found) if self._lock(request, found.path) else None
+        is_locked = self._lock(found.path, num_pages)
+        return self._hold(request, chain, found, num_pages) if is_locked else None
 
     def _admit_from_host(self, request: Request, chain: KeyChain, found: Match) -> Holding | None:
         """Take memory for a request that goes on from a longer prefix in the host's memory.
 
         The prefix takes its place in the tree at once; its items are filled before the model runs.
         """
+        if self._host is None:
+            return None
         page = self.plan.page_tokens
         most, least = (num_matched_tokens(request) - 1) // page, found.lookup.hit_tokens // page + 1
-        entry = None if self._host is None else self._host.find(chain, most, least)
-        if self._host is None or entry is None:
+        entry = self._host.find(chain, most, least)
+        if entry is None:
             return None
-        path = Path.empty()
-        path.extend(self._tree.along(entry.keys))
+        path = Path.empty().to(self._tree.along(entry.keys))
         self._tree.lock(path.nodes)
-        pages = self._num_opening_pages(request) - len(path.nodes)
+        num_pages = self._num_opening_pages(request)
+        needs = (int(self.plan.has_states), num_pages - len(path.nodes), 0)
         # The snapshot may come to lie in a slab of its own: in the one that others must keep its
         # place may be held by what need not stay.
         whole = int(entry.snapshot is not None)
-        if not self._suffices((int(self.plan.has_states), pages, 0), whole_slabs=whole):
+        if not self._suffices(needs, whole_slabs=whole):
             self._tree.unlock(path.nodes)
             return None
         self._host.pin(entry)
         # A whole slab first, then part of one: pages find room wherever others leave it.
         state = self._take(Tenant.STATE, 1)[0] if self.plan.has_states else None
-        self._bring_back(entry, path, chain)
+        path = self._bring_back(entry, path, chain)
         self._host.unpin(entry)
         hit = len(path.nodes) * page
         self._host.counters.hit_tokens += hit - found.lookup.hit_tokens
         seen = max(hit, found.lookup.seen_tokens)
-        return self._hold(request, chain, Match(Lookup(hit, seen, None), path), state)
+        return self._hold(request, chain, Match(Lookup(hit, seen, None), path), num_pages, state)
 
-    def _bring_back(self, entry: HostEntry, path: Path, chain: KeyChain) -> None:
-        """Put an entry's missing nodes behind a locked path, and a pinned anchor on the last."""
+    def _bring_back(self, entry: HostEntry, path: Path, chain: KeyChain) -> Path:
+        """Put an entry's missing nodes behind a locked path, and a pinned anchor on the last.
+
+        Returns:
+            The path to there.
+        """
         missing = entry.keys[len(path.nodes) :]
         snapshot = None if entry.snapshot is None else self._take(Tenant.SNAPSHOT, 1)[0]
         pages = self._take(Tenant.PAGE, len(missing)) if self.plan.has_pages and missing else []
+        above, brought = path.nodes[-1] if path.nodes else None, []
         for n, key in enumerate(missing):
-            above = path.nodes[-1] if path.nodes else None
             node = self._tree.grow(above, key, pages[n] if pages else None)
             if above is None:
                 self._tree.name_first_block(node, chain.unsalted())
-            path.extend((node,))
+            brought.append(node)
+            above = node
+        path = path.to(brought)
         if self._host is not None:
             self._host.read(entry, dict(zip(missing, pages, strict=False)), snapshot)
         self._tree.pin(self._tree.anchor(path.nodes[-1], snapshot))
+        return path
 
-    def _lock(self, request: Request, path: Path) -> bool:
-        """Keep a path and its last state if what the request needs besides can be had."""
+    def _lock(self, path: Path, num_pages: int) -> bool:
+        """Keep a path and its last state if what a request needs besides can be had."""
         nodes = path.nodes
-        pages = self._num_opening_pages(request) - len(nodes)
         self._tree.lock(nodes)
         anchor = nodes[-1].anchor if nodes else None
         if anchor is not None:
             self._tree.pin(anchor)
-        if self._suffices((int(self.plan.has_states), pages, 0)):
+        if self._suffices((int(self.plan.has_states), num_pages - len(nodes), 0)):
             return True
         if anchor is not None:
             self._tree.unpin(anchor)
@@ -125,14 +135,19 @@ class Opening:
         """Pages for all known tokens and for some output: none of them can be refused later, while
         the state that the request goes on from must stay."""
         headroom = self._headroom_tokens << min(request.num_preemptions, 32)
-        output = max(0, min(headroom, request.num_remaining_tokens - 1))
+        output = min(headroom, request.num_remaining_tokens - 1)
         return self.plan.num_pages(request.num_tokens + output)
 
     def _hold(
-        self, request: Request, chain: KeyChain, found: Match, state: int | None = None
+        self,
+        request: Request,
+        chain: KeyChain,
+        found: Match,
+        num_pages: int,
+        state: int | None = None,
     ) -> Holding:
         """What a request holds behind a locked path, with a state that it has or gets now."""
-        nodes, pages, indices = found.path
+        nodes, indices = found.path
         anchor = nodes[-1].anchor if nodes else None
         if anchor is not None:
             self._tree.hit(anchor)
@@ -144,7 +159,6 @@ class Opening:
             lookup=found.lookup,
             num_prompt_tokens=request.num_tokens,
             path=nodes,
-            pages=pages,
             page_indices=indices,
             state=state,
             restored=anchor,
@@ -152,14 +166,14 @@ class Opening:
         )
         if state is not None and anchor is None:
             self._fresh.states.append(index_of(state))
-        missing = self._num_opening_pages(request) - len(holding.pages)
+        missing = num_pages - len(indices)
         if missing > 0:
             self._give_pages(holding, self._take(Tenant.PAGE, missing))
         return holding
 
     def _give_pages(self, holding: Holding, pages: list[int]) -> None:
         indices = [index_of(page) for page in pages]
-        holding.pages.extend(pages)
+        holding.own_pages.extend(pages)
         holding.page_indices = holding.page_indices + array("q", indices)
         self._fresh.pages.extend(indices)
 

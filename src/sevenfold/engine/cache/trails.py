@@ -22,27 +22,31 @@ _MOST_TRAILS, _MOST_BLOCKS = 256, 80_000
 
 
 class Path(NamedTuple):
-    """Nodes, first block first, with handles and indices of their pages, if they have any."""
+    """Nodes, first block first, and where their pages lie, if they have any.
+
+    Neither is written to: paths share them, for to copy one touches each of its nodes.
+    """
 
     nodes: list[Node]
-    pages: list[int]
     indices: array
 
     @classmethod
     def empty(cls) -> "Path":
         """Return the path of no blocks."""
-        return cls([], [], array("q"))
+        return cls([], array("q"))
 
     def first(self, num_blocks: int) -> "Path":
         """Return the path of so many first blocks."""
-        return Path(self.nodes[:num_blocks], self.pages[:num_blocks], self.indices[:num_blocks])
+        if num_blocks == len(self.nodes) >= len(self.indices):
+            return self
+        return Path(self.nodes[:num_blocks], self.indices[:num_blocks])
 
-    def extend(self, nodes: Sequence[Node]) -> None:
-        """Let it go on to further nodes."""
-        pages = [node.page for node in nodes if node.page is not None]
-        self.nodes.extend(nodes)
-        self.pages.extend(pages)
-        self.indices.extend(map(index_of, pages))
+    def to(self, nodes: Sequence[Node]) -> "Path":
+        """Return the path that goes on to further nodes."""
+        if not nodes:
+            return self
+        indices = array("q", [index_of(node.page) for node in nodes if node.page is not None])
+        return Path([*self.nodes, *nodes], self.indices + indices)
 
 
 @dataclass(eq=False, frozen=True, slots=True)
@@ -99,13 +103,12 @@ class Trails:
         """
         if most_blocks < _LEAST_BLOCKS:
             return Path.empty()
-        best, found = 0, None
-        for trail in self._by_start.get(chain.start, {}).values():
-            num_blocks = chain.num_common(trail.tokens, best, most_blocks)
-            if num_blocks:
-                best, found = num_blocks, trail
-        if found is None:
+        # Most often it is the one that was left last.
+        trails = list(self._by_start.get(chain.start, {}).values())[::-1]
+        best, which = chain.closest([trail.tokens for trail in trails], most_blocks)
+        if not best:
             return Path.empty()
+        found = trails[which]
         self._trails.move_to_end(found.keys[-1])
         chain.adopt(found.keys, best)
         while best and not self._tree.holds(found.path.nodes[best - 1]):

@@ -20,12 +20,14 @@ class Node:
     page: its keys and values; None in a model without softmax layers. refs: open requests and
     sessions whose path ends here. pinned: whether the arena counts its page as one that must stay,
     as it does those of all nodes above a pinned one; num_pinned: how many of its children are.
-    first_block: the unsalted key of a first block, else None.
+    is_followed: whether it has or had children. first_block: the unsalted key of a first block,
+    else None.
     """
 
     __slots__ = (
         "anchor",
         "first_block",
+        "is_followed",
         "key",
         "num_children",
         "num_pinned",
@@ -41,7 +43,7 @@ class Node:
     ) -> None:
         self.key, self.parent, self.page, self.num_tokens = key, parent, page, num_tokens
         self.num_children = self.num_pinned = self.refs = 0
-        self.pinned = False
+        self.pinned = self.is_followed = False
         self.anchor: Anchor | None = None
         self.first_block: bytes | None = None
 
@@ -132,6 +134,7 @@ class PrefixTree:
         self._nodes[key] = node
         if parent:
             parent.num_children += 1
+            parent.is_followed = True
             parent.num_pinned += 1
             parent.refs -= 1
         return node
@@ -161,7 +164,8 @@ class PrefixTree:
             node = node.parent
             if node:
                 node.num_pinned += 1
-        self._arena.pin(Tenant.PAGE, pages)
+        if pages:
+            self._arena.pin(Tenant.PAGE, pages)
 
     def unlock(self, path: Sequence[Node]) -> None:
         """Give back a whole path; drops what nothing can reach any more."""

@@ -93,6 +93,7 @@ class Scheduler:
             raise RuntimeError(
                 f"every row must be recorded before the next step, got no {missing!r}"
             )
+        self._tenancy.let_go()
         if not len(self._roster):  # the requests of the step before have ended
             self._admission.stopped_by = WaitReason.TURN
             return Step((), (), (), self._take_ended())
@@ -136,6 +137,8 @@ class Scheduler:
     def record(self, request: Request, new_tokens: Sequence[int], *, stopped: bool = False) -> None:
         """Note what a row of the step gave, and end the request if that was its last.
 
+        What it holds then is let go of behind the token, which somebody waits for: by let_go.
+
         Args:
             request: of a row that is not recorded yet.
             new_tokens: none after a chunk that yields no token; one after a chunk that does;
@@ -168,10 +171,15 @@ class Scheduler:
         request.num_computed_tokens = end
         request.generated.extend(new_tokens)
         if stopped or request.num_remaining_tokens == 0:
-            self._end(entry, "stop" if stopped else "length")
+            self._tenancy.leave(entry, "stop" if stopped else "length")
+            self._note_ended(request)
         elif request.status is Status.PREFILLING and new_tokens:
             self._roster.move(entry, Status.DECODING)
             self._tenancy.retry()
+
+    def let_go(self) -> None:
+        """Give back what requests hold that have come to their end, as the next step does first."""
+        self._tenancy.let_go()
 
     def fail(self, request: Request, message: str) -> None:
         """End one request at once because of a fault of its own; its rows need no record.
@@ -264,6 +272,9 @@ class Scheduler:
 
     def _end(self, entry: Entry, reason: FinishReason) -> None:
         self._tenancy.release(entry, reason)
-        self._cancelled.pop(entry.request.id, None)
-        self._unrecorded.pop(entry.request.id, None)
-        self._ended.append(entry.request)
+        self._note_ended(entry.request)
+
+    def _note_ended(self, request: Request) -> None:
+        self._cancelled.pop(request.id, None)
+        self._unrecorded.pop(request.id, None)
+        self._ended.append(request)

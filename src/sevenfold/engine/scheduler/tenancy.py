@@ -12,6 +12,7 @@ class Tenancy:
     def __init__(self, cache: Cache, config: SchedulerConfig, roster: Roster) -> None:
         self._cache, self._config, self._roster = cache, config, roster
         self._refused: Entry | None = None
+        self._leaving: list[Entry] = []
         self._num_releases = 0
         self.preempted: list[Request] = []
         self.num_preemptions = 0
@@ -84,6 +85,17 @@ class Tenancy:
             self._free(entry, keep=reason != "error")
             self._num_releases += 1
         self._roster.remove(entry, reason)
+
+    def leave(self, entry: Entry, reason: FinishReason) -> None:
+        """End an open request whose work is kept, and let go of its memory later."""
+        self._leaving.append(entry)
+        self._roster.remove(entry, reason)
+
+    def let_go(self) -> None:
+        """Take the memory of those that have left."""
+        while self._leaving:
+            self._free(self._leaving.pop(0), keep=True)
+            self._num_releases += 1
 
     def retry(self) -> None:
         """Note that a prompt is computed, so that a waiting request may find more of its own."""

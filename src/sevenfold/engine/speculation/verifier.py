@@ -1,7 +1,7 @@
 """Runs drafts through the model, from the states before them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ class DraftRow:
     @classmethod
     def of(cls, row: Row, tree: DraftTree) -> "DraftRow":
         """Put guesses behind the root, which is all that a row has of tokens."""
-        return cls(replace(row, tokens=(*row.tokens, *tree.tokens)), tree)
+        return cls(row._replace(tokens=(*row.tokens, *tree.tokens)), tree)
 
 
 class Checked(NamedTuple):
