@@ -79,6 +79,8 @@ def test_recorded_prefills_keep_to_those_that_are_not(mix: str) -> None:
     model = gpu_model(mix)
     recorded, plain = storage_of(model), storage_of(model)
     graphs, eager = new_runner(model, recorded, SIZES), new_runner(model, plain, ())
+    # The largest error of all lengths: that of one position's few logits is a matter of chance.
+    logits: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for length in (2, 9, 16, 17, 32, 127, 128, 129, 256, 300, 384):
         stops = () if mix == "ff" else tuple(sorted({1, length // 2, length}))
         text = prompt(length, length)
@@ -87,12 +89,14 @@ def test_recorded_prefills_keep_to_those_that_are_not(mix: str) -> None:
         found = graphs.run([row_of(recorded, text, stops=stops)]).clone()
         honest = eager.run([row_of(plain, text, stops=stops)])
         exact, states = exact_after(model, text)
-        check_error(f"logits after {length}", found, honest, exact)
+        for kind, values in zip(logits, (found, honest, exact), strict=True):
+            kind.append(values)
         slot = row_of(recorded, text).state
         for ours, other, wanted in zip(recorded.layers, plain.layers, states, strict=True):
             if wanted is not None:
                 pair = (ours.states[slot], other.states[slot].to(model.dtype))
                 check_error(f"state after {length}", *pair, wanted)
+    check_error("logits", *(torch.cat(values) for values in logits))
 
 
 @pytest.mark.parametrize("mix", ["lsf", "lllf"])

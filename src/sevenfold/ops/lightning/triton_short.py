@@ -26,7 +26,9 @@ from sevenfold.ops.triton_overlap import wait_for_last
 MOST_TOKENS = 128
 MOST_KEYS = 128
 _VALUES = 16  # columns of a program: 16 heads of 128 then fill an H100 or H200, in one wave
-_ROWS = 32  # queries of a round; products of so few rows are the older matrix instructions
+# Queries of a round. With 64 and more Triton (3.6) takes Hopper's own matrix instructions, and what
+# this kernel then gave on an H200 was wrong; not so by the older ones.
+_ROWS = 32
 
 
 @triton.jit
