@@ -5,7 +5,9 @@ turn of 32,768 tokens, then prompts of 32,848, of which 16 are new, whose ids ar
 time, and packed, as a server has them. Prints medians and the least of the thread's own
 microseconds by part, of turns that follow each other, and of turns behind what leaves the
 processor's caches to others: the whole prompt under another salt, a pass over 64 MB, and a wait as
-long as a GPU computes it.
+long as a GPU computes it; and of turns of another chat each time, as `sevenfold bench serve` has
+them: 16 tokens asked for behind a question of 64, behind the chat's first turn, the same pass and
+wait.
 """
 
 import statistics
@@ -25,6 +27,7 @@ from sevenfold.engine import worker as worker_module
 from sevenfold.engine.device import DeviceRunner
 from sevenfold.engine.device.capture import Captured
 from sevenfold.engine.engine import Engine
+from sevenfold.engine.heap import freeze_heap
 from sevenfold.engine.memory import plan_memory
 from sevenfold.engine.request import Request
 from sevenfold.engine.scheduler import SchedulerConfig
@@ -36,7 +39,7 @@ CHAT_TOKENS, ANSWER_TOKENS, QUESTION_TOKENS, PAGE_TOKENS = 32_768, 16, 64, 64
 PARTS = ("submit", "plan", "inputs", "choice", "event", "let go")
 BORDERS = ("submitted", "planned", "launched", "waiting", "told", "let go")
 WAIT_S, PASSED_BYTES = 0.09, 64 << 20
-SIZES = (64, 8192)
+SIZES = (16, 80, 8192)
 TOKEN = 5
 times = {}
 
@@ -47,7 +50,7 @@ def clock():
 
 def record(run):
     """A capture whose replay notes the time, and leaves what there is."""
-    return Captured(lambda: times.update(launched=clock()), run())
+    return Captured(lambda: times.setdefault("launched", clock()), run())
 
 
 def noting(owner, name, border):
@@ -123,11 +126,11 @@ def serve(engine):
         engine.step()
 
 
-def turn(engine, name, prompt):
-    """Seconds of each part, and tokens that were cached."""
+def turn(engine, name, prompt, new_tokens=1, salt=b"chat"):
+    """Seconds of each part to the first token, and tokens that were cached."""
     times.clear()
     began = clock()
-    request = submit(engine, name, prompt, 1)
+    request = submit(engine, name, prompt, new_tokens, salt=salt)
     times["submitted"] = clock()
     events = engine.step()
     times["told"] = clock()
@@ -144,8 +147,22 @@ def cool(engine, name, prompt, passed):
     """Leave the caches to others: a prompt of another salt, a pass over memory, and a wait."""
     submit(engine, name, prompt, 1, salt=name.encode())
     serve(engine)
+    let_pass(passed)
+
+
+def let_pass(passed):
     passed += 1
     time.sleep(WAIT_S)
+
+
+def of_another_chat(engine, name, first, question, passed):
+    """As turn, of a chat whose first turn is served before."""
+    salt = name.encode()
+    asked = submit(engine, f"{name} first", first, ANSWER_TOKENS, marks=(len(first),), salt=salt)
+    serve(engine)
+    prompt = TokenIds(np.array([*first, *asked.generated, *question]).tolist())
+    let_pass(passed)
+    return turn(engine, name, prompt, ANSWER_TOKENS, salt)[0]
 
 
 VOCAB = preset("bench-2b").vocab_size
@@ -156,7 +173,7 @@ def main():
     repeats = int(sys.argv[1]) if sys.argv[1:] else 100
     worker_module.make_runner = make_runner
     choosing_module.Arriving = Watched
-    engine = new_engine((600 + 20 * repeats) << 20)  # each whole prompt stays
+    engine = new_engine((600 + 40 * repeats) << 20)  # each whole prompt and each chat stays
     first, question = (
         random_ids(preset("bench-2b"), n).tolist() for n in (CHAT_TOKENS, QUESTION_TOKENS)
     )
@@ -165,10 +182,11 @@ def main():
     second = np.array([*first, *asked.generated, *question])
     noting(engine.scheduler, "step", "planned")
     passed = np.zeros(PASSED_BYTES // 8)
-    for n in range(3):  # of the first all but 80 are found, as many as are not recorded here
+    for n in range(3):  # of the first all but 80 are found
         submit(engine, f"warm {n}", TokenIds(second.tolist()), 1)
         serve(engine)
-    hot, cold = [], []
+    freeze_heap()  # as a server and `sevenfold bench` do
+    hot, cold, other = [], [], []
     for n in range(repeats):
         hot.append(turn(engine, f"hot {n}", TokenIds(second.tolist()))[0])
     for n in range(repeats):
@@ -176,15 +194,23 @@ def main():
         cool(engine, f"whole {n}", prompt, passed)
         row, cached = turn(engine, f"cold {n}", prompt)
         cold.append(row)
+    for n in range(repeats + 1):
+        row = of_another_chat(engine, f"chat {n}", TokenIds(first), question, passed)
+        other += [row] if n else []
     print(f"{cached:,} of {len(second):,} tokens cached; us, median (least) of {repeats}")
-    for name, *both in zip((*PARTS, "in all"), *map(with_sum, (hot, cold)), strict=True):
-        print(f"  {name:14}", *(f"{statistics.median(x):8.1f} ({min(x):.1f})" for x in both))
+    kinds = map(with_sum, (hot, cold, other))
+    print(f"  {'':14} {'hot':>16} {'cold':>16} {'another chat':>16}")
+    for name, *three in zip((*PARTS, "to the token"), *kinds, strict=True):
+        print(
+            f"  {name:14}", *(f"{statistics.median(x):8.1f} {f'({min(x):.1f})':>7}" for x in three)
+        )
 
 
 def with_sum(rows):
-    """Microseconds by part, and of all together."""
+    """Microseconds by part, and of those that the first token waits for."""
     parts = np.array(rows) * 1e6
-    return [*parts.T, parts.sum(1)]
+    waited = [PARTS.index(part) for part in ("submit", "plan", "inputs", "event")]
+    return [*parts.T, parts[:, waited].sum(1)]
 
 
 if __name__ == "__main__":

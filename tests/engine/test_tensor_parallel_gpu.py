@@ -106,9 +106,9 @@ def test_ranks_give_greedy_tokens_recorded_or_not(
             found[kind] = serve(engine)
     with engine_of(folder, 1) as engine:
         found["one rank"] = serve(engine)
-        if engine._model.dtype == torch.float32:
+        if engine._worker.model.dtype == torch.float32:
             assert found["recorded"] == found["as it comes"] == found["one rank"]
-        judge = Judge(engine._model)
+        judge = Judge(engine._worker.model)
     for kind in ("recorded", "as it comes"):
         for text, chosen in zip(TEXTS, found[kind], strict=True):
             judge.check(tuple(text), chosen)

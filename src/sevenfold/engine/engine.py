@@ -74,7 +74,8 @@ class Engine:
             ConfigError: decode_batch_sizes are given for a CPU, or do not rise from 1; speculation,
                 draft and plan do not go together.
         """
-        self._model, self._tokenizer = model, tokenizer
+        self._tokenizer, eos = tokenizer, model.config.eos_token_id
+        self._eos = () if eos is None else (eos,)
         if config.batch_invariant:
             check_invariant(plan, speculation)
         how = worker_config(config, decode_batch_sizes, speculation)
@@ -127,13 +128,12 @@ class Engine:
                 f"request.max_tokens must be params.max_tokens = {params.max_tokens}, got "
                 f"{request.max_tokens}"
             )
-        words = bad_word_tokens(self._tokenizer, params.bad_words)
+        words = bad_word_tokens(self._tokenizer, params.bad_words) if params.bad_words else ()
         if params.prompt_logprobs is not None:
             # The cache holds states, not logits: every token of the prompt has to be computed.
             request.max_cached_tokens = 0
         self.scheduler.submit(request)
-        eos = self._model.config.eos_token_id
-        ends = (*params.stop_token_ids, *(() if params.ignore_eos or eos is None else (eos,)))
+        ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._eos)
         output = Output(params, request.prompt, ends, request.generated, words)
         self._underway[request.id] = Underway(request, output, self._tokenizer, constraint)
 

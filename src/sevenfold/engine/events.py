@@ -1,14 +1,13 @@
 """What a step of the engine gives."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sevenfold.engine.cache import Lookup
 from sevenfold.engine.request import FinishReason
 from sevenfold.engine.sampling import Logprobs
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """What a step gave to one request.
 
     token_id: the new token; None where the request ended without one.

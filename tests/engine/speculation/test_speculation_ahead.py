@@ -53,7 +53,7 @@ def test_the_tokens_are_those_of_each_alone(
     idle, texts = engine.cache.usage(), repeating(0, [1, 70, 17, 40])
     for n, text in enumerate(texts):
         submit(engine, str(n), text, 40)
-    found, wanted = run(engine), [uncached(engine._model, text, 40) for text in texts]
+    found, wanted = run(engine), [uncached(engine._worker.model, text, 40) for text in texts]
     assert [tokens(found[str(n)]) for n in range(len(texts))] == wanted
     assert engine._ahead.chosen is None
     assert is_idle(engine, idle)

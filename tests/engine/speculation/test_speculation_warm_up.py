@@ -43,7 +43,7 @@ def test_on_a_cpu_drafts_are_checked_once_so_that_no_request_compiles(
         submit(engine, str(n), text, 24)
     events = run(engine)
     for n, text in enumerate(texts):
-        assert tokens(events[str(n)]) == uncached(engine._model, text, 24)
+        assert tokens(events[str(n)]) == uncached(engine._worker.model, text, 24)
     assert engine.speculation_counters().num_accepted_tokens > 0
     assert kinds == first
     # And stopped: not even one.

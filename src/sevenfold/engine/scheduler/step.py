@@ -1,6 +1,5 @@
 """What the model is to compute next."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from sevenfold.engine.request import Request
@@ -31,8 +30,7 @@ class DecodeRow(NamedTuple):
     snapshots: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One step's work, prefill and decoding apart, and what became of other requests.
 
     prefills: in the order of rank.
