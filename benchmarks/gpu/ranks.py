@@ -260,7 +260,7 @@ LONG_ROWS = (2**17, 2**20)
 
 
 def longest(device, result, out):
-    """Steps of the 1B hybrid over one row, half of it on each GPU: 1,048,576 tokens unless asked."""
+    """Steps of the 1B hybrid over one row, half of it on each GPU: 1M tokens unless asked."""
     rows = tuple(int(word) for word in sys.argv[2:] if word.isdecimal()) or LONG_ROWS
     if not TINY:
         # Without, a fifth of what the allocator holds lay idle between others when memory ran out.
