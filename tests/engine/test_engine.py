@@ -89,6 +89,34 @@ def test_a_crowd_gets_what_each_gets_alone(model: HybridModel, tokenizer: Tokeni
     assert engine.cache.usage() != usage, "what was cached can be given back"
 
 
+def test_clearing_behind_a_last_token_leaves_nothing(
+    model: HybridModel, tokenizer: Tokenizer
+) -> None:
+    (text,) = prompts(3, [85])
+    engine = build(model, tokenizer)
+    before = engine.cache.usage().num_items
+    request = Request("first", tuple(text), 1, session="mine")
+    engine.submit(request, SamplingParams(max_tokens=1, **GREEDY))
+    while request.finish_reason is None:
+        engine.step()
+    engine.clear_cache()
+    run(engine)
+    assert (engine.cache.usage().num_items, engine.cache.num_sessions) == (before, 0)
+
+
+def test_an_id_may_be_used_again_behind_its_last_token(
+    model: HybridModel, tokenizer: Tokenizer
+) -> None:
+    first, second = prompts(4, [20, 31])
+    wanted = uncached(model, second, 3)
+    engine = build(model, tokenizer)
+    request = submit(engine, "same", first, 1)
+    while request.finish_reason is None:
+        engine.step()
+    submit(engine, "same", second, 3)
+    assert tokens(run(engine)["same"]) == wanted
+
+
 def test_requests_that_come_later_and_preemption(model: HybridModel, tokenizer: Tokenizer) -> None:
     texts = prompts(1, [50, 60, 41, 20], shared=30)
     wanted = [uncached(model, prompt, 30) for prompt in texts]

@@ -141,9 +141,18 @@ class Engine:
         """End a request at the next step; returns whether it was under way."""
         return self.scheduler.cancel(request_id)
 
-    def let_go(self) -> None:
-        """Give back the memory of requests whose last token has come, as a step does first."""
-        self.scheduler.let_go()
+    def let_go(self) -> bool:
+        """Give back the memory of requests whose last token has come, as a step does first.
+
+        Returns:
+            Whether there were any.
+        """
+        return self.scheduler.let_go()
+
+    def clear_cache(self) -> None:
+        """Drop what is cached and in nobody's use, sessions too; what ended before is in none."""
+        self.let_go()
+        self.cache.clear()
 
     def abandon(self, message: str) -> None:
         """End every request under way with an error: a step of theirs did not come to its end."""
@@ -379,7 +388,10 @@ class Engine:
 
     def _end(self, request: Request) -> TokenEvent | None:
         """The last event of a request; one that ended by a token has had it."""
-        underway = self._underway.pop(request.id)
+        underway = self._underway[request.id]
+        if underway.request is not request:
+            return None  # its last token has come, and somebody has taken its id since
+        del self._underway[request.id]
         if request.finish_reason in ("stop", "length"):
             return None
         text, reason = underway.text.finish(), request.finish_reason

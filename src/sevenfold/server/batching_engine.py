@@ -215,7 +215,7 @@ class BatchingEngine:
 
     def forget(self) -> None:
         """Drop what is cached and in nobody's use, sessions too; at the next step."""
-        self._order(self._engine.cache.clear, refuse=False)
+        self._order(self._engine.clear_cache, refuse=False)
 
     def stop(self) -> None:
         """Stop after the step under way, and wait for nothing; outputs that have not ended fail."""
@@ -256,6 +256,8 @@ class BatchingEngine:
                 # First: whoever gets a token finds it in the stats.
                 self._stats = read_stats(self._engine, self._fixed_stats, self._steps)
                 self._tell(events)
+                if self._engine.let_go():
+                    self._stats = read_stats(self._engine, self._fixed_stats, self._steps)
         except WarmUpStoppedError:
             pass  # as it was told to
         except Exception as error:  # whatever it is, nobody may wait for this thread any more

@@ -21,10 +21,12 @@ POINTERS |= {"table": "*i32", "stops": "*i32", "slots": "*i64", "scale": "fp32"}
 def test_it_compiles_for_hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, BT: int) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = triton_short.short_kernel.kernel
-    sizes = {"K": 128, "V": 128, "BK": 128, "BV": triton_short._VALUES, "BT": BT, "BM": 16}
+    sizes = {"K": 128, "V": 128, "BK": 128, "BV": triton_short._VALUES, "BT": BT}
+    sizes["BM"] = min(BT, triton_short._ROWS)
     constants = sizes | {"HAS_IN": True, "OVERLAPS": True}
     types = POINTERS | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
     compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4})
     assert "griddepcontrol.wait" in compiled.asm["ptx"]
+    assert "wgmma" not in compiled.asm["ptx"]  # wrong there: see triton_short

@@ -177,9 +177,13 @@ class Scheduler:
             self._roster.move(entry, Status.DECODING)
             self._tenancy.retry()
 
-    def let_go(self) -> None:
-        """Give back what requests hold that have come to their end, as the next step does first."""
-        self._tenancy.let_go()
+    def let_go(self) -> bool:
+        """Give back what requests hold that have come to their end, as the next step does first.
+
+        Returns:
+            Whether there were any.
+        """
+        return self._tenancy.let_go()
 
     def fail(self, request: Request, message: str) -> None:
         """End one request at once because of a fault of its own; its rows need no record.

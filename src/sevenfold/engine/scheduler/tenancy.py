@@ -91,11 +91,13 @@ class Tenancy:
         self._leaving.append(entry)
         self._roster.remove(entry, reason)
 
-    def let_go(self) -> None:
-        """Take the memory of those that have left."""
+    def let_go(self) -> bool:
+        """Take the memory of those that have left; returns whether any had."""
+        any_left = bool(self._leaving)
         while self._leaving:
             self._free(self._leaving.pop(0), keep=True)
             self._num_releases += 1
+        return any_left
 
     def retry(self) -> None:
         """Note that a prompt is computed, so that a waiting request may find more of its own."""
