@@ -16,6 +16,12 @@ from sevenfold.parallel import build_model
 from sevenfold.train import RunConfig, read_metrics, train
 from sevenfold.train.toml import to_toml
 
+# Each names parameters of one pipeline stage alone.
+GROUPS = [
+    {"names": ["layers.0.*"], "lr_factor": 0.5},
+    {"names": ["lm_head.weight"], "weight_decay": 0.0},
+]
+
 
 def config_of(
     folder: Path,
@@ -29,7 +35,7 @@ def config_of(
         "data": {"path": str(data), "seq_len": 24},
         "model": MODEL | {"vocab_size": 304, "moe": MOE | {"capacity_factor": None}},
         # Where a gradient is all rounding, AdamW would make lr / eps of it.
-        "optimizer": {"lr": 0.01, "kind": "muon", "eps": 1e-3},
+        "optimizer": {"lr": 0.01, "kind": "muon", "eps": 1e-3, "groups": GROUPS},
         "batch": {"tokens_per_step": 8 * 24, "micro_batch_rows": 4},
         "parallel": parallel,
     }

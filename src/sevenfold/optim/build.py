@@ -44,6 +44,7 @@ def build_optimizer(
     *,
     by_mesh: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda groups: groups,
     parts: Parts = UNDIVIDED,
+    names: Iterable[str] | None = None,
 ) -> torch.optim.Optimizer:
     """Build an optimizer with its moments allocated, so that a checkpoint has the same tensors.
 
@@ -52,6 +53,7 @@ def build_optimizer(
         config: settings.
         by_mesh: parts groups by how ranks divide their parameters.
         parts: how ranks hold a matrix.
+        names: of the whole model's parameters, where these are one stage's; None: these are all.
 
     Returns:
         The optimizer; the caller sets each group's lr every step, times its lr_factor.
@@ -59,7 +61,7 @@ def build_optimizer(
     Raises:
         ConfigError: a group names no parameter.
     """
-    groups = groups_of(named_parameters, config)
+    groups = groups_of(named_parameters, config, names)
     rest = by_mesh([dict(group) for group in groups if group["kind"] == "adamw"])
     if config.kind == "adamw":
         return adamw_of(rest, config)
@@ -69,7 +71,9 @@ def build_optimizer(
 
 
 def groups_of(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    names: Iterable[str] | None = None,
 ) -> list[ParameterGroup]:
     """Sort parameters as an optimizer's settings say; see parameter_groups."""
     return parameter_groups(
@@ -78,4 +82,5 @@ def groups_of(
         decay_embeddings=config.decay_embeddings,
         kind=config.kind,
         groups=config.groups,
+        names=names,
     )

@@ -57,6 +57,7 @@ def parameter_groups(
     decay_embeddings: bool = True,
     kind: Rule = "adamw",
     groups: Sequence[GroupConfig] = (),
+    names: Iterable[str] | None = None,
 ) -> list[ParameterGroup]:
     """Sort parameters by what they share.
 
@@ -68,6 +69,7 @@ def parameter_groups(
         decay_embeddings: whether embed_tokens decays; a tied head is that same parameter.
         kind: "muon" for matrices, stacked ones included, but for embedding and head.
         groups: exceptions by name.
+        names: of the whole model, where these are one stage's; None: these are all.
 
     Returns:
         The groups that have a parameter; those that decay come first.
@@ -76,11 +78,10 @@ def parameter_groups(
         ConfigError: an exception names no parameter.
     """
     found: dict[tuple[Rule, float, float], list[nn.Parameter]] = {}
-    used: set[int] = set()
-    for name, parameter in named_parameters:
-        exception = next((i for i, group in enumerate(groups) if group.takes(name)), None)
-        used |= set() if exception is None else {exception}
-        given = None if exception is None else groups[exception]
+    named = list(named_parameters)
+    _check_all_name(groups, [name for name, _ in named] if names is None else names)
+    for name, parameter in named:
+        given = next((group for group in groups if group.takes(name)), None)
         spared = parameter.dim() <= 1 or (name.endswith(_EMBEDDING) and not decay_embeddings)
         decay = 0.0 if spared else weight_decay
         rule: Rule = kind if _is_matrix(name, parameter) else "adamw"
@@ -89,17 +90,21 @@ def parameter_groups(
             decay = decay if given.weight_decay is None else given.weight_decay
             rule, factor = given.kind or rule, given.lr_factor
         found.setdefault((rule, decay, factor), []).append(parameter)
-    for i, group in enumerate(groups):
-        if i not in used:
-            raise ConfigError(
-                f"optimizer.groups must name parameters that no group before it names, got none "
-                f"for {list(group.names)}"
-            )
     by_decay = sorted(found.items(), key=lambda item: -item[0][1])
     return [
         ParameterGroup(params=params, weight_decay=decay, lr_factor=factor, kind=rule)
         for (rule, decay, factor), params in by_decay
     ]
+
+
+def _check_all_name(groups: Sequence[GroupConfig], names: Iterable[str]) -> None:
+    firsts = {next((i for i, group in enumerate(groups) if group.takes(x)), None) for x in names}
+    for i, group in enumerate(groups):
+        if i not in firsts:
+            raise ConfigError(
+                f"optimizer.groups must name parameters that no group before it names, got none "
+                f"for {list(group.names)}"
+            )
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

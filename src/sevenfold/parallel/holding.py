@@ -45,6 +45,11 @@ def rank_layers(model: ModelConfig, parallel: ParallelConfig, rank: int) -> list
     return [layer for stage in stages for layer in stage.layers]
 
 
+def parameter_names(model: ModelConfig) -> list[str]:
+    """Return the names of all parameters of a model, of which a pipeline's rank has some."""
+    return list(_on_meta(model))
+
+
 def layer_of(name: str) -> int | None:
     """Return the layer of a parameter, None of embedding, last norm and head."""
     outer, *rest = name.split(".")

@@ -13,6 +13,7 @@ from sevenfold.models import HybridModel, ModelConfig
 from sevenfold.models.checkpoint import save_model
 from sevenfold.optim import build_optimizer
 from sevenfold.parallel import Layout, Pipeline, build_model, groups_by_mesh
+from sevenfold.parallel.holding import parameter_names
 from sevenfold.train.batch import ALONE, SampleSource
 from sevenfold.train.checkpoint import (
     list_checkpoints,
@@ -154,6 +155,7 @@ def _build(
         config.optimizer,
         by_mesh=groups_by_mesh,
         parts=gathered(model, layout),
+        names=parameter_names(config.model) if config.parallel.pipeline > 1 else None,
     )
     pipeline = None
     if config.parallel.pipeline > 1:
