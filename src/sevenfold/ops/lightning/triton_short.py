@@ -1,7 +1,7 @@
 """Lightning attention of one short row as a Triton kernel: all its tokens are one chunk.
 
 What a row of up to MOST_TOKENS tokens takes is the wait for memory, not work, so a program has few
-value columns, asks for all that it reads at once, and nothing is done in turns:
+value columns, asks for keys, values and the state at once, and for queries a round ahead:
 
     O = ((Q K^T) * M) V + diag(a) Q S       S_n = decay^n S + K^T diag(b_n) V
 
