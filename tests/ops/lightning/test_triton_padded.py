@@ -1,5 +1,6 @@
 """The scan kernels of a row that is filled in part: on a GPU, or tiny under the interpreter."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -89,6 +90,23 @@ def check_state(name: str, found: Tensor, row: Row, num_tokens: int, dtype: torc
     check_error(name, found, honest, row.wanted(num_tokens, torch.float64)[1])
 
 
+def check_run(row: Row, num_tokens: int, marks: Sequence[int], dtype: torch.dtype) -> None:
+    """What comes out, the states that are kept after so many tokens, and nothing else."""
+    row.pool.fill_(7.0)
+    stops = tuple(Stop(0, at, 6 - i) for i, at in enumerate(marks))
+    o, final = row.run(num_tokens, stops)
+    honest, exact = row.wanted(num_tokens, dtype), row.wanted(num_tokens, torch.float64)
+    check_error(f"o of {num_tokens}", o[:, :num_tokens], honest[0], exact[0])
+    check_state(f"final of {num_tokens}", final, row, num_tokens, dtype)
+    for _, at, slot in stops:
+        check_state(f"slot {slot}", row.pool[slot : slot + 1], row, at, dtype)
+    others = [slot for slot in range(8) if slot not in {stop.slot for stop in stops}]
+    for pool in (row.pool[others], row.states[[0, 1, 2, 4, 5, 6, 7]]):
+        assert bool((pool == 7).all())
+    for pool in (row.pool, row.states):
+        assert bool((gaps(pool) == 7).all())
+
+
 @pytest.mark.parametrize("dtype", PADDED_DTYPES)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
 def test_one_table_serves_every_length(K: int, V: int, dtype: torch.dtype) -> None:
@@ -96,13 +114,7 @@ def test_one_table_serves_every_length(K: int, V: int, dtype: torch.dtype) -> No
     assert len(row.plan.segments) > 2
     assert row.plan.num_slots > len(row.plan.segments) - 1
     for num_tokens in LENGTHS:
-        o, final = row.run(num_tokens, ())
-        honest, exact = row.wanted(num_tokens, dtype), row.wanted(num_tokens, torch.float64)
-        check_error(f"o of {num_tokens}", o[:, :num_tokens], honest[0], exact[0])
-        check_state(f"final of {num_tokens}", final, row, num_tokens, dtype)
-    for pool in (row.pool, gaps(row.pool), gaps(row.states)):
-        assert bool((pool == 7).all())
-    assert bool((row.states[[0, 1, 2, 4, 5, 6, 7]] == 7).all())
+        check_run(row, num_tokens, (), dtype)
 
 
 @pytest.mark.parametrize("dtype", [LOW])
@@ -112,17 +124,7 @@ def test_states_are_kept_at_the_stops_of_each_run(K: int, V: int, dtype: torch.d
     cut = 2 * PIECE_TOKENS
     courses = [(T - 1, (1, cut, T - 1)), (cut, (cut - 1,)), (T, ()), (T, (33, 34, cut + 1, T - 1))]
     for num_tokens, marks in courses:
-        row.pool.fill_(7.0)
-        stops = tuple(Stop(0, tokens, 6 - i) for i, tokens in enumerate(marks))
-        o, final = row.run(num_tokens, stops)
-        honest, exact = row.wanted(num_tokens, dtype), row.wanted(num_tokens, torch.float64)
-        check_error(f"o of {num_tokens}", o[:, :num_tokens], honest[0], exact[0])
-        check_state(f"final of {num_tokens}", final, row, num_tokens, dtype)
-        for _, tokens, slot in stops:
-            check_state(f"slot {slot}", row.pool[slot : slot + 1], row, tokens, dtype)
-        others = [slot for slot in range(8) if slot not in {stop.slot for stop in stops}]
-        assert bool((row.pool[others] == 7).all())
-    assert bool((gaps(row.pool) == 7).all())
+        check_run(row, num_tokens, marks, dtype)
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2])
@@ -134,18 +136,7 @@ def test_a_short_row_is_one_chunk(
     row = Row(K, V, dtype, 4, tokens)
     assert suits_short(row.x.q, row.plan)
     for num_tokens in lengths:
-        row.pool.fill_(7.0)
-        marks = sorted({1, num_tokens // 2 + 1, num_tokens})
-        stops = tuple(Stop(0, at, 6 - i) for i, at in enumerate(marks))
-        o, final = row.run(num_tokens, stops)
-        honest, exact = row.wanted(num_tokens, dtype), row.wanted(num_tokens, torch.float64)
-        check_error(f"o of {num_tokens}", o[:, :num_tokens], honest[0], exact[0])
-        check_state(f"final of {num_tokens}", final, row, num_tokens, dtype)
-        for _, at, slot in stops:
-            check_state(f"slot {slot}", row.pool[slot : slot + 1], row, at, dtype)
-        others = [slot for slot in range(8) if slot not in {stop.slot for stop in stops}]
-        for pool in (row.pool[others], gaps(row.pool), gaps(row.states), row.states[[0, 1, 2, 4]]):
-            assert bool((pool == 7).all())
+        check_run(row, num_tokens, sorted({1, num_tokens // 2 + 1, num_tokens}), dtype)
 
 
 def test_a_short_row_of_no_token_writes_nowhere() -> None:
